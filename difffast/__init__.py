@@ -1,0 +1,9 @@
+"""difffast: faster Hugging Face Diffusers UNet pipelines, patched in with one call and exactly out again."""
+
+from . import models
+from .patch import PatchReport, patch, patched, unpatch
+from .plan import EncoderPropagation, Plan
+
+__version__ = "0.1.0"
+
+__all__ = ["EncoderPropagation", "PatchReport", "Plan", "__version__", "models", "patch", "patched", "unpatch"]

@@ -1,0 +1,149 @@
+"""A small but real Stable Diffusion pipeline, built offline in seconds.
+
+Building (random weights, here) and loading (``from_pretrained`` on a folder in Diffusers format) are two
+functions, so that trained weights can take the place of random ones without touching anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+TINY_PIPELINES = ("sd",)
+_TEXT_WIDTH = 64
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def tiny_pipeline(
+    name: str = "sd",
+    *,
+    channels: Sequence[int] = (64, 128, 192),
+    sample_size: int = 32,
+    in_channels: int = 4,
+    seed: int = 0,
+) -> StableDiffusionPipeline:
+    """Build a complete pipeline with random weights: tokenizer, text encoder, UNet, VAE and DDIM scheduler.
+
+    Args:
+        name: the layout; only ``"sd"`` so far.
+        channels: UNet width per level, each a multiple of 32 (GroupNorm has 32 groups); level i works at
+            ``sample_size / 2**i``.  All levels but the deepest have cross-attention, as in SD 1.x.
+        sample_size: latent height and width; images are four times as large.
+        in_channels: 4, or 9 for the inpainting layout (latents, mask, masked latents).
+        seed: of the random weights; the global generator's state is left as it was.
+
+    Raises:
+        ValueError: unknown name, a width that is no multiple of 32, or a deepest level below 2x2, where
+            GroupNorm is ill-conditioned and float32 comparisons mean nothing.
+    """
+    if name not in TINY_PIPELINES:
+        raise ValueError(f"unknown tiny pipeline {name!r}; available: {', '.join(TINY_PIPELINES)}")
+    if not channels or any(c % 32 for c in channels):
+        raise ValueError(f"channels must be multiples of 32 (GroupNorm's groups), got {tuple(channels)}")
+    if sample_size % 2 ** (len(channels) - 1) or sample_size >> (len(channels) - 1) < 2:
+        raise ValueError(
+            f"sample_size must leave the deepest of {len(channels)} levels at least 2x2 and divide evenly, "
+            f"got {sample_size}"
+        )
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = _tokenizer()
+    shallow = len(channels) - 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            block_out_channels=tuple(channels),
+            down_block_types=("CrossAttnDownBlock2D",) * shallow + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * shallow,
+            cross_attention_dim=_TEXT_WIDTH,
+            attention_head_dim=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(32, 32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            sample_size=4 * sample_size,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=_TEXT_WIDTH,
+                intermediate_size=4 * _TEXT_WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                projection_dim=_TEXT_WIDTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load_pipeline(directory: str | Path) -> DiffusionPipeline:
+    """Load a pipeline that was saved in Diffusers format (``pipe.save_pretrained``) without touching the network."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(directory, local_files_only=True)
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level tokenizer with a vocabulary of single characters: any text is one token per letter."""
+    from transformers import CLIPTokenizer
+
+    letters = _byte_alphabet()
+    tokens = [*letters, *(c + "</w>" for c in letters), _BOS, _EOS]
+    with tempfile.TemporaryDirectory() as folder:
+        # from_pretrained reads the files on transformers 4 and 5 alike; 5 ignores the constructor's vocab_file.
+        files = {
+            "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}),
+            "merges.txt": "#version: 0.2\n",
+            "tokenizer_config.json": json.dumps(
+                {
+                    "tokenizer_class": "CLIPTokenizer",
+                    "model_max_length": 77,
+                    "bos_token": _BOS,
+                    "eos_token": _EOS,
+                    "unk_token": _EOS,
+                    "pad_token": _EOS,
+                }
+            ),
+        }
+        for file, text in files.items():
+            Path(folder, file).write_text(text, encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def _byte_alphabet() -> list[str]:
+    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's byte-level BPE, in byte order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    spare = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]

@@ -1,0 +1,238 @@
+"""patch, unpatch, patched: put difffast behind a stock Diffusers pipeline and take it out again without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import ops
+from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
+from .prior_noise import PriorNoise
+from .propagation import Controller, RunStats, Settings
+from .swap import is_swapped, plain_class, swap_in, swap_out
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+_patches: weakref.WeakKeyDictionary[Any, _Patch] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+@dataclass
+class _Patch:
+    """What has to be undone for one pipeline."""
+
+    arguments: dict[str, Any]
+    settings: Settings
+    unet: nn.Module
+    compiled: Any
+    schedulers: list[Any]
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What :func:`patch` did; prints as text and shows as a table in a notebook.
+
+    Attributes:
+        pipeline, unet: class names.
+        preset: name of the preset, or "custom" where ``propagation`` was given.
+        propagation: the configuration in force.
+        replaced: (what, by what) pairs.
+        notes: what was left alone or changed on the way, and why.
+    """
+
+    pipeline: str
+    unet: str
+    preset: str
+    propagation: EncoderPropagation
+    replaced: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    _settings: Settings = field(repr=False)
+    _controller: Controller = field(repr=False)
+
+    @property
+    def last_run(self) -> RunStats | None:
+        """Counts of the latest run's UNet calls and reasons for every fallback; None before the first run."""
+        return self._settings.last_run
+
+    def plan(self, total: int) -> Plan:
+        """The plan of a schedule with ``total`` UNet calls."""
+        return self.propagation.plan(total, kind=self._settings.kind)
+
+    def invalidate(self) -> None:
+        """Make the next step a key step, e.g. from a callback after a large edit of the latents."""
+        self._controller.invalidate(self._settings)
+
+    def __str__(self) -> str:
+        rows = [("pipeline", self.pipeline), ("unet", self.unet), ("preset", self.preset), *self.replaced]
+        rows += [("note", note) for note in self.notes]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _repr_html_(self) -> str:
+        import html
+
+        cells = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, _, value in (line.partition("  ") for line in str(self).splitlines())
+        )
+        return f"<table>{cells}</table>"
+
+
+def patch(
+    pipe: DiffusionPipeline,
+    preset: str = "balanced",
+    *,
+    propagation: EncoderPropagation | None = None,
+    force: bool = False,
+) -> PatchReport:
+    """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
+
+    Args:
+        pipe: a pipeline with a UNet; see ``difffast.plan.SUPPORTED_PIPELINES``.
+        preset: a name from ``difffast.plan.PRESETS``.
+        propagation: replaces what the preset says about encoder propagation.
+        force: allow schedules with fewer than 8 steps.
+
+    Returns:
+        A report of what was replaced.  Patching again replaces the first patch.
+
+    Raises:
+        TypeError: ``pipe`` is no pipeline or ``propagation`` no :class:`EncoderPropagation`.
+        ValueError: no UNet, an unsupported pipeline or UNet, or an unknown preset.  Nothing is changed then.
+    """
+    kind, unet, compiled = _checked_target(pipe)
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
+    if propagation is not None and not isinstance(propagation, EncoderPropagation):
+        raise TypeError(f"propagation must be a difffast.EncoderPropagation, got {type(propagation).__name__}")
+    config = propagation or PRESETS[preset]
+    arguments = {"preset": preset, "propagation": propagation, "force": force}
+
+    with _lock:
+        _check_shared(pipe, unet, config)
+        unpatch(pipe)
+        if not is_swapped(unet):
+            swap_in(unet, _unet_methods(unet))
+        controller = _controller(unet)
+        settings = Settings(pipe, config, kind, force)
+        controller.add(settings)
+        notes = []
+        if compiled is not None:
+            pipe.unet = unet
+            notes.append("pipe.unet was torch.compile'd: the plain UNet runs instead; unpatch puts the compiled one back")
+        if getattr(unet, "_compiled_call_impl", None) is not None:
+            notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
+        schedulers = []
+        if config.prior_noise:
+            swap_in(pipe.scheduler, PriorNoise(config.prior_noise).methods(pipe.scheduler))
+            schedulers.append(pipe.scheduler)
+        _patches[pipe] = _Patch(arguments, settings, unet, compiled, schedulers)
+
+    reason = ops.missing("cpp")
+    if reason is not None:
+        notes.append(f"operators run on the PyTorch reference: {reason}")
+    return PatchReport(
+        pipeline=type(pipe).__name__,
+        unet=type(unet).__name__,
+        preset=preset if propagation is None else "custom",
+        propagation=config,
+        replaced=tuple(_replaced(config)),
+        notes=tuple(notes),
+        _settings=settings,
+        _controller=controller,
+    )
+
+
+def unpatch(pipe: DiffusionPipeline) -> bool:
+    """Take difffast out of a pipeline: classes, attributes and outputs are as before :func:`patch`.
+
+    Returns:
+        True if the pipeline was patched.
+    """
+    with _lock:
+        done = _patches.pop(pipe, None)
+        if done is None:
+            return False
+        if _controller(done.unet).remove(done.settings):
+            swap_out(done.unet)
+        for scheduler in done.schedulers:
+            swap_out(scheduler)
+        if done.compiled is not None and pipe.unet is done.unet:
+            pipe.unet = done.compiled
+        return True
+
+
+@contextlib.contextmanager
+def patched(pipe: DiffusionPipeline, preset: str = "balanced", **options: Any) -> Iterator[PatchReport]:
+    """:func:`patch` for a ``with`` block; on leaving, an earlier patch is put back, or none."""
+    with _lock:
+        earlier = _patches.get(pipe)
+        arguments = dict(earlier.arguments) if earlier is not None else None
+    report = patch(pipe, preset, **options)
+    try:
+        yield report
+    finally:
+        unpatch(pipe)
+        if arguments is not None:
+            patch(pipe, **arguments)
+
+
+def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
+    """Kind of pipeline, plain UNet, and the compiled wrapper around it if there is one."""
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    name = type(pipe).__name__
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe must be a diffusers.DiffusionPipeline, got {name}")
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        found = ", ".join(key for key in pipe.components if "transformer" in key or "prior" in key) or "none"
+        raise ValueError(f"{name} has no UNet (other denoisers: {found}); difffast patches UNet pipelines only")
+    supported = next((SUPPORTED_PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in SUPPORTED_PIPELINES), None)
+    if supported is None:
+        raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(SUPPORTED_PIPELINES)}")
+    compiled = unet if hasattr(unet, "_orig_mod") else None
+    plain = unet._orig_mod if compiled is not None else unet
+    if not isinstance(plain, UNet2DConditionModel):
+        raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: UNet2DConditionModel")
+    return supported, plain, compiled
+
+
+def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation) -> None:
+    """Refuse two pipelines that share UNet and scheduler but want different things: a run could be of either."""
+    for other, done in _patches.items():
+        if other is pipe or other.scheduler is not pipe.scheduler:
+            continue
+        if done.unet is unet and (done.settings.propagation != config or config.prior_noise):
+            raise ValueError(
+                f"another patched {type(other).__name__} shares both UNet and scheduler with this pipeline and has "
+                f"other settings ({done.settings.propagation}); give one of them its own scheduler: "
+                "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+            )
+
+
+def _unet_methods(unet: nn.Module) -> dict[str, Any]:
+    plain, controller = plain_class(unet), Controller()
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)
+
+    return {"__call__": call, "_difffast_controller": controller}
+
+
+def _controller(unet: nn.Module) -> Controller:
+    return type(unet)._difffast_controller
+
+
+def _replaced(config: EncoderPropagation) -> Iterator[tuple[str, str]]:
+    how = "decoders in parallel" if config.parallel else "decoders one at a time"
+    yield "unet calls", f"encoder propagation, {how}"
+    yield "repeat_batch", "C++ on the CPU" if ops.missing("cpp") is None else "PyTorch reference"
+    if config.prior_noise:
+        yield "scheduler.step", f"prior noise injection, alpha = {config.prior_noise}"

@@ -1,0 +1,105 @@
+"""Prior noise injection: z <- z + alpha * e before a scheduler step, in the second half of the schedule.
+
+Propagated features lose some high-frequency texture; a little of the initial noise e brings it back.
+Source: Faster Diffusion (arXiv 2312.09608), section 3.3, alpha = 0.003.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from .swap import plain_class
+
+
+class PriorNoise:
+    """The initial noise of the current run of one scheduler, and its injection into ``scheduler.step``.
+
+    Args:
+        alpha: strength; 0.003 in the paper.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._timesteps: TensorWeakRef | None = None
+        self._noise: Tensor | None = None
+        self._last = -1
+
+    def methods(self, scheduler: Any) -> dict[str, Callable[..., Any]]:
+        """Overrides of ``step`` and ``add_noise`` for this scheduler (see :mod:`difffast.swap`)."""
+        plain = plain_class(scheduler)
+        owner = self
+        # Pipelines read step's signature to see what it accepts: it must stay visible.
+        signature = inspect.signature(plain.step)
+
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(self, *args, **kwargs).arguments
+            extra = arguments.pop("kwargs", {})
+            arguments["sample"] = owner.inject(self, arguments["timestep"], arguments["sample"])
+            del arguments["self"]
+            return plain.step(self, **arguments, **extra)
+
+        step.__signature__ = signature
+        step.__doc__ = plain.step.__doc__
+        overrides: dict[str, Callable[..., Any]] = {"step": step}
+        if hasattr(plain, "add_noise"):
+
+            def add_noise(self: Any, original_samples: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                owner.remember(self, noise)
+                return plain.add_noise(self, original_samples, noise, *args, **kwargs)
+
+            overrides["add_noise"] = add_noise
+        return overrides
+
+    def remember(self, scheduler: Any, noise: Tensor) -> None:
+        """Keep the pure noise of an image-to-image run: there, the first latents are not noise alone."""
+        self._follow(scheduler)
+        if self._noise is None:
+            self._noise = noise
+
+    def inject(self, scheduler: Any, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """The latents to step from: ``sample`` [B, C, H, W] plus the scaled noise in the second half.
+
+        Nothing is read from the device: the half is a mask computed where the timestep lives.
+        """
+        self._follow(scheduler)
+        timesteps = scheduler.timesteps
+        if not isinstance(timestep, Tensor) or (
+            timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr()
+        ):
+            warnings.warn("difffast: no prior noise: the timestep is not an element of scheduler.timesteps", stacklevel=3)
+            return sample
+        order = timestep.storage_offset() - timesteps.storage_offset()
+        initial = float(scheduler.init_noise_sigma)
+        if order <= self._last:
+            self._noise = None  # a custom loop starts the same schedule again
+        self._last = order
+        if self._noise is None:
+            if order > 0:
+                warnings.warn("difffast: no prior noise: this run's initial noise was not seen", stacklevel=3)
+                return sample
+            self._noise = sample / initial
+        if self._noise.shape != sample.shape:
+            warnings.warn(
+                f"difffast: no prior noise: latents of shape {tuple(sample.shape)}, "
+                f"initial noise of shape {tuple(self._noise.shape)}",
+                stacklevel=3,
+            )
+            return sample
+        # Schedulers that start from unit noise keep latents at unit variance; the others work on x0 + sigma * e.
+        scale = 1.0 if initial == 1.0 else (1.0 + float(scheduler.sigmas[order]) ** 2) ** 0.5
+        late = timestep < scheduler.config.num_train_timesteps / 2
+        return sample + (self.alpha * scale * late).to(sample.dtype) * self._noise.to(sample)
+
+    def _follow(self, scheduler: Any) -> None:
+        """Forget the last run's noise when the scheduler has a new schedule."""
+        if self._timesteps is None or self._timesteps() is not scheduler.timesteps:
+            self._timesteps = TensorWeakRef(scheduler.timesteps)
+            self._noise, self._last = None, -1

@@ -1,0 +1,334 @@
+"""The controller behind ``unet.__call__``: encoder propagation and parallel decoding under a stock sampling loop.
+
+The stock loop keeps guidance, scheduler, callbacks and progress bar.  At a key step the encoder runs, and the whole
+segment up to the next key step is decoded and queued; the following calls are served from the queue.
+Source: Faster Diffusion (arXiv 2312.09608), section 3.2.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from . import unet as split
+from .plan import MIN_STEPS, EncoderPropagation, Plan
+
+
+@dataclass
+class RunStats:
+    """What happened to the UNet calls of one run.
+
+    Attributes:
+        total: UNet calls in the schedule.
+        key: calls that ran the encoder.
+        propagated: calls answered from cached encoder features.
+        stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
+        forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
+        decode_batches: sizes of the decoder batches, in order.
+    """
+
+    total: int
+    key: int = 0
+    propagated: int = 0
+    stock: int = 0
+    forced: int = 0
+    decode_batches: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.key} key steps ({self.forced} forced), {self.propagated} propagated, {self.stock} stock "
+            f"of {self.total}; decoder batches {self.decode_batches}"
+        )
+        return "\n  ".join([text, *self.reasons])
+
+
+class Settings:
+    """What one patched pipeline asked for; the controller of its UNet holds it."""
+
+    def __init__(self, pipe: Any, propagation: EncoderPropagation, kind: str, force: bool) -> None:
+        self.pipe = weakref.ref(pipe)
+        self.propagation, self.kind, self.force = propagation, kind, force
+        self.last_run: RunStats | None = None
+
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
+        return getattr(self.pipe(), "scheduler", None)
+
+    def resolve(self, total: int, steps: int) -> Plan:
+        """The plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps.
+
+        Raises:
+            ValueError: too few steps and not forced, or key steps outside the schedule.
+        """
+        if steps < MIN_STEPS and not self.force:
+            raise ValueError(
+                f"encoder propagation needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
+                "neighbouring steps differ too much to share features and images degrade. "
+                "Use difffast.unpatch(pipe), more steps, or difffast.patch(pipe, force=True)"
+            )
+        return self.propagation.plan(total, kind=self.kind)
+
+
+class Controller:
+    """Answers the calls of one UNet for every patched pipeline that uses it.
+
+    State belongs to runs, not to the UNet: a run is one ``scheduler.timesteps`` tensor in one thread.
+    """
+
+    def __init__(self) -> None:
+        self._settings: list[Settings] = []
+        self._runs: list[_Run] = []
+        self._lock = threading.Lock()
+
+    def add(self, settings: Settings) -> None:
+        with self._lock:
+            self._settings.append(settings)
+
+    def remove(self, settings: Settings) -> bool:
+        """Forget a pipeline and its runs; True if no other patched pipeline is left."""
+        with self._lock:
+            self._settings = [s for s in self._settings if s is not settings and s.pipe() is not None]
+            self._runs = [run for run in self._runs if run.settings is not settings]
+            return not self._settings
+
+    def invalidate(self, settings: Settings) -> None:
+        """Make the next call of every run of this pipeline a key step."""
+        with self._lock:
+            for run in self._runs:
+                if run.settings is settings:
+                    run.restart = True
+
+    def __call__(self, unet: nn.Module, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = split.bind(unet, args, kwargs)
+        timestep = call["timestep"]
+        run = self._find(timestep, unet) if isinstance(timestep, Tensor) else None
+        if run is None:
+            self._explain_unknown(timestep)
+            return stock(*args, **kwargs)
+        reason = _needs_stock(unet, call)
+        if reason is not None:
+            run.note_stock(reason)
+            return stock(*args, **kwargs)
+        order = run.order(timestep)
+        with run.lock:
+            try:
+                sample = run.answer(unet, call, order, lambda: _first(stock(*args, **kwargs)))
+            except BaseException:
+                run.clear()
+                raise
+        if call.get("return_dict", True):
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+            return UNet2DConditionOutput(sample=sample)
+        return (sample,)
+
+    def _find(self, timestep: Tensor, unet: nn.Module) -> _Run | None:
+        """The run that a timestep belongs to: a live one, or a new one of a patched pipeline.
+
+        The loops iterate over ``scheduler.timesteps``, whose elements are views of it; shared storage identifies
+        the run, and the storage offset the position, without reading anything from the device.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            self._runs = [run for run in self._runs if run.timesteps() is not None]
+            for run in self._runs:
+                if run.thread == thread and _shares_storage(timestep, run.timesteps()):
+                    return run
+            for settings in self._settings:
+                scheduler = settings.scheduler()
+                timesteps = getattr(scheduler, "timesteps", None)
+                if isinstance(timesteps, Tensor) and _shares_storage(timestep, timesteps):
+                    run = _Run(settings, timesteps, _denoising_steps(scheduler, timesteps), unet)
+                    self._runs.append(run)
+                    return run
+        return None
+
+    def _explain_unknown(self, timestep: Any) -> None:
+        """Warn when a patched pipeline is probably meant but its schedule was not recognised."""
+        if any(settings.pipe() is not None for settings in self._settings):
+            warnings.warn(
+                "difffast: this UNet call runs unpatched: its timestep is not an element of scheduler.timesteps of a "
+                f"patched pipeline (got {type(timestep).__name__}), so its position in the schedule is unknown",
+                stacklevel=4,
+            )
+
+
+class _Run:
+    """One pass over a schedule: cached features, decoded outputs waiting, and the conditioning they belong to."""
+
+    def __init__(self, settings: Settings, timesteps: Tensor, steps: int, unet: nn.Module) -> None:
+        self.settings = settings
+        self.plan = settings.resolve(len(timesteps), steps)
+        self.stats = settings.last_run = RunStats(total=len(timesteps))
+        self._timesteps = TensorWeakRef(timesteps)
+        self.thread = threading.get_ident()
+        self.lock = threading.Lock()
+        self.restart = False
+        self._last: int | None = None
+        self._features: split.Features | None = None
+        self._queue: dict[int, Tensor] = {}
+        self._conditioning: _Conditioning | None = None
+        coupled = _coupled_processor(unet)
+        if coupled is not None:
+            # Attention that mixes samples of a batch would mix time steps as well.
+            self.plan = replace(self.plan, max_batch=1)
+            self._note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
+
+    def timesteps(self) -> Tensor | None:
+        """The schedule while anything but this run still holds it: a new schedule ends the run and frees it."""
+        return self._timesteps()
+
+    def order(self, timestep: Tensor) -> int:
+        """Position of a view of the schedule, from its storage offset."""
+        timesteps = self.timesteps()
+        return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+
+    def clear(self) -> None:
+        self._features, self._conditioning, self._last = None, None, None
+        self._queue.clear()
+
+    def answer(self, unet: nn.Module, call: Mapping[str, Any], order: int, stock: Callable[[], Tensor]) -> Tensor:
+        """The UNet's output at this order: from the queue, or by decoding, after encoding where needed."""
+        conditioning = _Conditioning(call)
+        if self.restart or self._last is None or order != self._last + 1 or not conditioning.same(self._conditioning):
+            self.clear()
+            self.restart = False
+        self._last = order
+
+        if order not in self._queue:
+            if self._features is None or self.plan.is_key(order):
+                self.clear()
+                self._last = order
+                self.stats.key += 1
+                self.stats.forced += not self.plan.is_key(order)
+                if self.plan.segment_end(order) == order + 1:
+                    self._conditioning = conditioning
+                    return self._finish(order, stock())
+                self._features = split.encode(unet, call)
+            else:
+                self.stats.propagated += 1
+            self._conditioning = conditioning
+            self._decode(unet, call, order)
+        else:
+            self.stats.propagated += 1
+        return self._finish(order, self._queue.pop(order))
+
+    def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int) -> None:
+        together = self.plan.batch(order)
+        outputs = split.decode(unet, self._features, call, self.timesteps()[together.start : together.stop])
+        self._queue.update(zip(together, outputs, strict=True))
+        self.stats.decode_batches.append(len(together))
+        if together.stop == self.plan.segment_end(order):
+            self._features = None  # the whole segment is decoded
+
+    def _finish(self, order: int, output: Tensor) -> Tensor:
+        if order == self.plan.total - 1:
+            self.clear()
+        return output
+
+    def note_stock(self, reason: str) -> None:
+        self.clear()
+        self.stats.stock += 1
+        self._note(f"stock forward: {reason}")
+
+    def _note(self, reason: str) -> None:
+        if reason not in self.stats.reasons:
+            self.stats.reasons.append(reason)
+            warnings.warn(f"difffast: {reason}", stacklevel=6)
+
+
+class _Conditioning:
+    """Everything that an output depends on besides the latents' values and the time, compared by identity.
+
+    Holding the tensors makes identity safe (an address cannot be used again); their version counters catch
+    in-place edits, except under inference_mode, which has none.
+    """
+
+    def __init__(self, call: Mapping[str, Any]) -> None:
+        sample = call["sample"]
+        self._sample = (sample.shape, sample.dtype, sample.device)
+        self._leaves: list[Any] = []
+        skipped = ("sample", "timestep", "return_dict")
+        self._collect({name: value for name, value in call.items() if name not in skipped})
+
+    def _collect(self, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                self._leaves.append(key)
+                self._collect(item)
+        elif isinstance(value, (list, tuple)):
+            self._leaves.append(len(value))
+            for item in value:
+                self._collect(item)
+        elif isinstance(value, Tensor):
+            self._leaves += (value, None if value.is_inference() else value._version)
+        else:
+            self._leaves.append(value)
+
+    def same(self, other: _Conditioning | None) -> bool:
+        return (
+            other is not None
+            and self._sample == other._sample
+            and len(self._leaves) == len(other._leaves)
+            and all(a is b or (_comparable(a) and _comparable(b) and a == b) for a, b in self._pairs(other))
+        )
+
+    def _pairs(self, other: _Conditioning) -> zip[tuple[Any, Any]]:
+        return zip(self._leaves, other._leaves, strict=True)
+
+
+def _comparable(leaf: Any) -> bool:
+    return isinstance(leaf, (str, int, float, complex, bytes, torch.dtype, torch.device))
+
+
+def _shares_storage(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _denoising_steps(scheduler: Any, timesteps: Tensor) -> int:
+    """Denoising steps of the schedule; second-order schedulers call the UNet about twice for each."""
+    steps = getattr(scheduler, "num_inference_steps", None)
+    return steps if isinstance(steps, int) else len(timesteps)
+
+
+def _needs_stock(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
+    """Why this call must run the unpatched forward, or None."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled (cached features would cut the graph); use torch.no_grad()"
+    if unet.training:
+        return "the UNet is in training mode; call unet.eval()"
+    for name in (
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+    ):
+        if call.get(name) is not None:
+            return f"{name} is given: ControlNet and adapters are not propagated yet"
+    if unet._forward_hooks or unet._forward_pre_hooks:
+        return "forward hooks are registered on the UNet itself and must see every call"
+    if "forward" in vars(unet) and not hasattr(unet, "_hf_hook"):
+        return "unet.forward has been replaced on the instance by something other than accelerate's hooks"
+    if "_diffusers_hook" in vars(unet) and unet._diffusers_hook.hooks:
+        return "Diffusers hooks are registered on the UNet itself"
+    return None
+
+
+def _coupled_processor(unet: nn.Module) -> str | None:
+    """The name of an attention processor that is not Diffusers' own and may therefore mix samples, or None."""
+    for processor in getattr(unet, "attn_processors", {}).values():
+        if type(processor).__module__ != "diffusers.models.attention_processor":
+            return type(processor).__qualname__
+    return None
+
+
+def _first(output: Any) -> Tensor:
+    return output[0]

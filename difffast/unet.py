@@ -1,0 +1,226 @@
+"""Run any Diffusers UNet in two halves: the encoder (down and mid blocks) and the decoder (up blocks and output).
+
+No block is re-implemented.  Each half is the class's own ``forward``, run on a *view* of the UNet: an object with
+the same attributes except that the children of the other half are stand-ins.  While encoding, encoder children
+record what they return and decoder children hand their input on.  While decoding, encoder children return what was
+recorded and decoder children run.  The UNet itself is never written to, so that threads can share it, and
+whatever lives in its children (LoRA layers, offload hooks, attention processors) works as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import repeat_batch
+
+_ENCODER = ("conv_in", "down_blocks", "mid_block")
+_DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
+
+#: Arguments that the encoder consumes; at a decode call they have done their work.
+_ENCODER_ONLY = ("down_intrablock_additional_residuals",)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the encoder half leaves for the decoder half.
+
+    Attributes:
+        outputs: per encoder child (``"conv_in"``, ``"down_blocks.0"``, ..., ``"mid_block"``) what it returned.
+        batch: first size of the sample they belong to, guidance included.
+    """
+
+    outputs: Mapping[str, Any]
+    batch: int
+
+    def tiled(self, repeats: int) -> Mapping[str, Any]:
+        """The outputs for ``repeats`` time steps, batch-major; the bottleneck is always a fresh tensor.
+
+        FreeU and ControlNet-XS write into the bottleneck; every tensor is copied once, however often it occurs
+        (a down block returns its last skip tensor twice).
+        """
+        if repeats > 1:
+            return tile(self.outputs, self.batch, repeats)
+        return {name: tree_map(torch.clone, out) if name == "mid_block" else out for name, out in self.outputs.items()}
+
+
+def bind(unet: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call to ``unet`` by name, without those left at their defaults."""
+    arguments = _signature(type(unet)).bind(unet, *args, **kwargs).arguments
+    return {name: value for name, value in arguments.items() if name != "self"}
+
+
+@functools.cache
+def _signature(cls: type) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def encode(unet: nn.Module, call: Mapping[str, Any]) -> Features:
+    """Run the encoder half.
+
+    Args:
+        unet: a Diffusers UNet whose children are named conv_in, down_blocks, mid_block, up_blocks, conv_out.
+        call: its arguments by name (see :func:`bind`); ``sample`` is [B, C, H, W].
+
+    Returns:
+        The features that :func:`decode` needs, ControlNet residuals and adapters not yet added.
+    """
+    outputs: dict[str, Any] = {}
+
+    def record(name: str, child: nn.Module) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            outputs[name] = child(*args, **kwargs)
+            return outputs[name]
+
+        return run
+
+    def hand_on(_name: str, _child: nn.Module) -> Callable[..., Any]:
+        return lambda hidden_states, *_args, **_kwargs: hidden_states
+
+    view = _view(unet, {**_stand_ins(unet, _ENCODER, record), **_stand_ins(unet, _DECODER, hand_on)})
+    # Adapters' lists are popped by forward; the caller's list must survive.
+    arguments = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
+    arguments["return_dict"] = False
+    view.forward(**arguments)
+    return Features(outputs, call["sample"].shape[0])
+
+
+def decode(unet: nn.Module, features: Features, call: Mapping[str, Any], timesteps: Tensor) -> tuple[Tensor, ...]:
+    """Run the decoder half for one or several time steps as one batch.
+
+    The batch is batch-major (all time steps of the first sample, then of the second, ...), so that layers which
+    chunk the batch into guidance branches find each branch whole.
+
+    Args:
+        unet: the UNet that made ``features``.
+        features: from :func:`encode`.
+        call: the arguments of the call; ``sample`` gives shape, dtype and device, its values are never read.
+        timesteps: [k], the time of each step to decode.
+
+    Returns:
+        k tensors [B, C_out, H, W]: what ``unet.forward`` returns for each time step, given these features.
+
+    Raises:
+        ValueError: a conditioning tensor cannot be repeated over the steps.
+    """
+    batch, repeats = features.batch, timesteps.numel()
+    outputs = features.tiled(repeats)
+
+    def replay(name: str, _child: nn.Module) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: outputs[name]
+
+    view = _view(unet, _stand_ins(unet, _ENCODER, replay))
+    conditioning = {
+        name: value for name, value in call.items() if name not in ("sample", "timestep", *_ENCODER_ONLY)
+    }
+    sample = call["sample"]
+    result = view.forward(
+        **{
+            **(tile(conditioning, batch, repeats) if repeats > 1 else conditioning),
+            "sample": sample.new_zeros(()).expand(batch * repeats, *sample.shape[1:]),
+            "timestep": timesteps.repeat(batch),
+            "return_dict": False,
+        }
+    )[0]
+    return result.unflatten(0, (batch, repeats)).unbind(1)
+
+
+def tree_map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply ``function`` to every tensor inside nested dicts, lists and tuples; other leaves stay as they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: tree_map(function, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(tree_map(function, item) for item in value)
+    return value
+
+
+def tile(value: Any, batch: int, repeats: int) -> Any:
+    """Repeat every tensor in a nested structure ``repeats`` times per sample, batch-major.
+
+    A tensor whose first size is m * batch holds m rows a sample, which stay together.  Scalars and, for
+    ``batch`` > 1, tensors with a first size of 1 broadcast as they are.
+
+    Raises:
+        ValueError: a first size that is no multiple of ``batch``.
+    """
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def repeated(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or (tensor.shape[0] == 1 and batch > 1):
+            return tensor
+        if tensor.shape[0] % batch:
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} cannot be repeated for a batch of {batch}: "
+                "its first size must be a multiple of the batch"
+            )
+        if id(tensor) not in done:
+            rows = tensor.shape[0] // batch
+            if rows == 1:
+                copy = repeat_batch(tensor, repeats)
+            else:
+                copy = repeat_batch(tensor.unflatten(0, (batch, rows)), repeats).flatten(0, 1)
+            done[id(tensor)] = (tensor, copy)
+        return done[id(tensor)][1]
+
+    return tree_map(repeated, value)
+
+
+class _StandIn:
+    """In place of a child module: calls ``run``, and is the child for everything else (``resnets``, flags, ...)."""
+
+    def __init__(self, child: nn.Module, run: Callable[..., Any]) -> None:
+        self._child, self._run = child, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._child, name)
+
+
+def _stand_ins(
+    unet: nn.Module, names: Sequence[str], make: Callable[[str, nn.Module], Callable[..., Any]]
+) -> dict[str, Any]:
+    """Stand-ins for the named children; a ModuleList becomes a list of them, absent children stay absent."""
+    result: dict[str, Any] = {}
+    for name in names:
+        child = getattr(unet, name, None)
+        if isinstance(child, nn.ModuleList):
+            result[name] = [_StandIn(c, make(f"{name}.{i}", c)) for i, c in enumerate(child)]
+        elif child is not None:
+            result[name] = _StandIn(child, make(name, child))
+    return result
+
+
+def _view(unet: nn.Module, children: Mapping[str, Any]) -> nn.Module:
+    """An object that is ``unet`` in all but the given children.
+
+    Attributes found in the instance dict win over registered children, so that the shared ``_modules`` need not
+    be touched.  accelerate's offload hooks replace ``forward`` on the instance by functions bound to the UNet:
+    these are bound to the view instead.
+    """
+    view = object.__new__(type(unet))
+    attributes = vars(view)
+    attributes.update(vars(unet))
+    for name in ("forward", "_old_forward"):
+        if name in attributes:
+            attributes[name] = _rebound(attributes[name], unet, view)
+    attributes.update(children)
+    return view
+
+
+def _rebound(function: Any, old: nn.Module, new: nn.Module) -> Any:
+    if isinstance(function, types.MethodType) and function.__self__ is old:
+        return types.MethodType(function.__func__, new)
+    if isinstance(function, functools.partial):
+        return functools.partial(function.func, *(new if a is old else a for a in function.args), **function.keywords)
+    return function
