@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
-from .prior_noise import PriorNoise
 from .propagation import Controller, RunStats, Settings
 from .swap import is_swapped, plain_class, swap_in, swap_out
 
@@ -31,7 +30,6 @@ class _Patch:
     settings: Settings
     unet: nn.Module
     compiled: Any
-    schedulers: list[Any]
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,19 @@ class PatchReport:
         self._controller.invalidate(self._settings)
 
     def __str__(self) -> str:
-        rows = [("pipeline", self.pipeline), ("unet", self.unet), ("preset", self.preset), *self.replaced]
-        rows += [("note", note) for note in self.notes]
+        rows = self._rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        head = [("pipeline", self.pipeline), ("unet", self.unet), ("preset", self.preset)]
+        return [*head, *self.replaced, *(("note", note) for note in self.notes)]
 
     def _repr_html_(self) -> str:
         import html
 
-        cells = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, _, value in (line.partition("  ") for line in str(self).splitlines())
-        )
-        return f"<table>{cells}</table>"
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows())
+        return f"<table>{''.join(cells)}</table>"
 
 
 def patch(
@@ -125,14 +123,13 @@ def patch(
         notes = []
         if compiled is not None:
             pipe.unet = unet
-            notes.append("pipe.unet was torch.compile'd: the plain UNet runs instead; unpatch puts the compiled one back")
+            notes.append(
+                "pipe.unet was torch.compile'd: the plain UNet runs instead; unpatch puts the compiled one back"
+            )
         if getattr(unet, "_compiled_call_impl", None) is not None:
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
-        schedulers = []
-        if config.prior_noise:
-            swap_in(pipe.scheduler, PriorNoise(config.prior_noise).methods(pipe.scheduler))
-            schedulers.append(pipe.scheduler)
-        _patches[pipe] = _Patch(arguments, settings, unet, compiled, schedulers)
+        settings.adopt_scheduler()
+        _patches[pipe] = _Patch(arguments, settings, unet, compiled)
 
     reason = ops.missing("cpp")
     if reason is not None:
@@ -161,8 +158,7 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
             return False
         if _controller(done.unet).remove(done.settings):
             swap_out(done.unet)
-        for scheduler in done.schedulers:
-            swap_out(scheduler)
+        done.settings.release_schedulers()
         if done.compiled is not None and pipe.unet is done.unet:
             pipe.unet = done.compiled
         return True
@@ -194,7 +190,9 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     if unet is None:
         found = ", ".join(key for key in pipe.components if "transformer" in key or "prior" in key) or "none"
         raise ValueError(f"{name} has no UNet (other denoisers: {found}); difffast patches UNet pipelines only")
-    supported = next((SUPPORTED_PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in SUPPORTED_PIPELINES), None)
+    supported = next(
+        (SUPPORTED_PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in SUPPORTED_PIPELINES), None
+    )
     if supported is None:
         raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(SUPPORTED_PIPELINES)}")
     compiled = unet if hasattr(unet, "_orig_mod") else None
@@ -205,14 +203,15 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
 
 
 def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation) -> None:
-    """Refuse two pipelines that share UNet and scheduler but want different things: a run could be of either."""
+    """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
         if other is pipe or other.scheduler is not pipe.scheduler:
             continue
-        if done.unet is unet and (done.settings.propagation != config or config.prior_noise):
+        theirs = done.settings.propagation
+        if (done.unet is unet and theirs != config) or theirs.prior_noise or config.prior_noise:
             raise ValueError(
-                f"another patched {type(other).__name__} shares both UNet and scheduler with this pipeline and has "
-                f"other settings ({done.settings.propagation}); give one of them its own scheduler: "
+                f"another patched {type(other).__name__} shares this pipeline's scheduler, which needs equal settings "
+                f"without prior noise (there: {theirs}, here: {config}); give one of them its own: "
                 "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
             )
 

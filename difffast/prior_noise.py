@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
@@ -74,7 +72,9 @@ class PriorNoise:
         if not isinstance(timestep, Tensor) or (
             timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr()
         ):
-            warnings.warn("difffast: no prior noise: the timestep is not an element of scheduler.timesteps", stacklevel=3)
+            warnings.warn(
+                "difffast: no prior noise: the timestep is not an element of scheduler.timesteps", stacklevel=3
+            )
             return sample
         order = timestep.storage_offset() - timesteps.storage_offset()
         initial = float(scheduler.init_noise_sigma)
@@ -96,7 +96,7 @@ class PriorNoise:
         # Schedulers that start from unit noise keep latents at unit variance; the others work on x0 + sigma * e.
         scale = 1.0 if initial == 1.0 else (1.0 + float(scheduler.sigmas[order]) ** 2) ** 0.5
         late = timestep < scheduler.config.num_train_timesteps / 2
-        return sample + (self.alpha * scale * late).to(sample.dtype) * self._noise.to(sample)
+        return sample + late.to(sample.dtype) * (self.alpha * scale) * self._noise.to(sample)
 
     def _follow(self, scheduler: Any) -> None:
         """Forget the last run's noise when the scheduler has a new schedule."""

@@ -20,6 +20,8 @@ from torch.utils.weak import TensorWeakRef
 
 from . import unet as split
 from .plan import MIN_STEPS, EncoderPropagation, Plan
+from .prior_noise import PriorNoise
+from .swap import is_swapped, swap_in, swap_out
 
 
 @dataclass
@@ -58,6 +60,19 @@ class Settings:
         self.pipe = weakref.ref(pipe)
         self.propagation, self.kind, self.force = propagation, kind, force
         self.last_run: RunStats | None = None
+        self._schedulers: list[Any] = []
+
+    def adopt_scheduler(self) -> None:
+        """Put prior noise injection behind the pipeline's scheduler as of now, if it is on and not there yet."""
+        scheduler = self.scheduler()
+        if self.propagation.prior_noise and not is_swapped(scheduler):
+            swap_in(scheduler, PriorNoise(self.propagation.prior_noise).methods(scheduler))
+            self._schedulers.append(scheduler)
+
+    def release_schedulers(self) -> None:
+        """Give all schedulers that were adopted their plain classes back."""
+        while self._schedulers:
+            swap_out(self._schedulers.pop())
 
     def scheduler(self) -> Any:
         """The pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
@@ -107,7 +122,9 @@ class Controller:
                 if run.settings is settings:
                     run.restart = True
 
-    def __call__(self, unet: nn.Module, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self, unet: nn.Module, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         call = split.bind(unet, args, kwargs)
         timestep = call["timestep"]
         run = self._find(timestep, unet) if isinstance(timestep, Tensor) else None
@@ -147,6 +164,7 @@ class Controller:
                 scheduler = settings.scheduler()
                 timesteps = getattr(scheduler, "timesteps", None)
                 if isinstance(timesteps, Tensor) and _shares_storage(timestep, timesteps):
+                    settings.adopt_scheduler()
                     run = _Run(settings, timesteps, _denoising_steps(scheduler, timesteps), unet)
                     self._runs.append(run)
                     return run

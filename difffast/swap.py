@@ -7,6 +7,7 @@ enabled before or after.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,9 @@ def swap_in(obj: Any, methods: dict[str, Callable[..., Any]]) -> None:
     plain = type(obj)
 
     def reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
-        function, args, *rest = super(swapped, self).__reduce_ex__(protocol)
-        return (function, tuple(plain if arg is swapped else arg for arg in args), *rest)
+        # copyreg.__newobj__ insists on the object's own class; the older _reconstructor takes the plain one.
+        _, _, *state = super(swapped, self).__reduce_ex__(max(protocol, 2))
+        return (copyreg._reconstructor, (plain, object, None), *state)
 
     swapped = type(
         plain.__name__,

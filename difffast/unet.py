@@ -117,9 +117,7 @@ def decode(unet: nn.Module, features: Features, call: Mapping[str, Any], timeste
         return lambda *_args, **_kwargs: outputs[name]
 
     view = _view(unet, _stand_ins(unet, _ENCODER, replay))
-    conditioning = {
-        name: value for name, value in call.items() if name not in ("sample", "timestep", *_ENCODER_ONLY)
-    }
+    conditioning = {name: value for name, value in call.items() if name not in ("sample", "timestep", *_ENCODER_ONLY)}
     sample = call["sample"]
     result = view.forward(
         **{

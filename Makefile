@@ -1,0 +1,51 @@
+# Everything a fresh machine needs: Python >= 3.10 and a C++ compiler. `make demo`, `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEPS   := $(VENV)/.dependencies
+BUILT  := $(VENV)/.difffast
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test test-slow bench lint readme clean
+
+install: $(BUILT)
+
+# torch first and exactly as pinned: asked for loosely by another package, it would be the newest CUDA build.
+$(DEPS): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit(f"difffast needs Python >= 3.10, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" "$$(grep '^setuptools==' constraints.txt)"
+	$(BIN)/python -c 'import tomllib' 2>/dev/null || $(BIN)/python -m pip install --quiet tomli
+	$(BIN)/python -c 'import sys; t = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli"); p = t.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"]))' > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt
+	touch $@
+
+# Editable: Python files need no second installation, C++ sources do.
+$(BUILT): $(DEPS) setup.py $(shell find csrc -type f)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: install
+	$(BIN)/difffast demo --out out/demo
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+bench: install
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=out/bench.json -s
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+readme: install
+	$(BIN)/python bench/report.py
+
+clean:
+	rm -rf build out *.egg-info difffast/*.so

@@ -1,0 +1,187 @@
+"""The command line: ``difffast info | demo | generate``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .plan import PRESETS
+
+console = Console()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        console.print(f"[bold red]error[/]: {error}", highlight=False)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="difffast", description="Faster Diffusers UNet pipelines.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    info = commands.add_parser("info", help="versions, devices, and each backend with the reason where it is missing")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="the embedded pipeline, stock against patched: images, seconds, PSNR, plan")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for grid.png and demo.json")
+    demo.add_argument("--steps", type=_positive, default=50)
+    demo.add_argument("--seeds", type=_positive, default=2, help="how many seeds per prompt")
+    demo.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="images from your own checkpoint")
+    generate.add_argument("--model", required=True, help="folder in Diffusers format, or a hub id")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--negative-prompt")
+    generate.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
+    generate.add_argument("--out", type=Path, default=Path("image.png"))
+    generate.add_argument("--steps", type=_positive, default=50)
+    generate.add_argument("--guidance-scale", type=float, default=7.5)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
+    generate.add_argument("--device", help="default: cuda where there is one, else cpu")
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _info(_arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import ops
+    from .plan import SUPPORTED_PIPELINES
+
+    table = Table("item", "value", title="difffast info")
+    for package in ("difffast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft"):
+        table.add_row(package, _version(package))
+    table.add_row("python", platform.python_version())
+    table.add_row("threads", str(torch.get_num_threads()))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    else:
+        build = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+        table.add_row("cuda", f"none: {build}")
+    for backend in ops.BACKENDS:
+        table.add_row(f"backend {backend}", ops.missing(backend) or "available")
+    table.add_row("pipelines", "\n".join(SUPPORTED_PIPELINES))
+    table.add_row("presets", "\n".join(PRESETS))
+    console.print(table)
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from . import demo, models
+
+    with console.status("building the embedded pipeline"):
+        pipe = models.tiny_pipeline("sd")
+    pipe.set_progress_bar_config(disable=True)
+    seeds = range(arguments.seeds)
+    images = 1 + 2 * len(demo.PROMPTS) * len(seeds)
+    with _progress() as progress:
+        task = progress.add_task(f"{images} images, {arguments.steps} steps each", total=images * arguments.steps)
+        results, report = demo.compare(
+            pipe,
+            demo.PROMPTS,
+            seeds,
+            steps=arguments.steps,
+            preset=arguments.preset,
+            on_step=lambda: progress.advance(task),
+        )
+    grid, numbers = arguments.out / "grid.png", arguments.out / "demo.json"
+    demo.draw_grid(results, grid)
+    demo.write_json(results, numbers, steps=arguments.steps, preset=arguments.preset, model="tiny sd, random weights")
+
+    console.print(str(report), highlight=False)
+    console.print(str(report.plan(report.last_run.total)), highlight=False)
+    console.print(_comparison_table(results))
+    console.print("The weights are random: the pictures prove equality and speed, not quality.")
+    console.print(f"written: {grid}, {numbers}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _comparison_table(results: Sequence[Any]) -> Table:
+    table = Table("prompt", "seed", "stock s", "difffast s", "speed-up", "PSNR dB", title="whole pipeline call")
+    for r in results:
+        table.add_row(
+            r.prompt, str(r.seed), f"{r.stock_s:.2f}", f"{r.patched_s:.2f}", f"{r.speedup:.2f}x", f"{r.psnr_db:.1f}"
+        )
+    stock, fast = (statistics.median(getattr(r, name) for r in results) for name in ("stock_s", "patched_s"))
+    psnr = statistics.median(r.psnr_db for r in results)
+    table.add_section()
+    table.add_row("median", "", f"{stock:.2f}", f"{fast:.2f}", f"{stock / fast:.2f}x", f"{psnr:.1f}")
+    return table
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from .patch import patch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
+    pipe = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=getattr(torch, dtype)).to(device)
+    report = None
+    if arguments.preset != "stock":
+        report = patch(pipe, arguments.preset)
+        console.print(str(report), highlight=False)
+    start = time.perf_counter()
+    image = pipe(
+        arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(arguments.seed),
+    ).images[0]
+    seconds = time.perf_counter() - start
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    image.save(arguments.out)
+    if report is not None:
+        console.print(str(report.last_run), highlight=False)
+    console.print(f"{seconds:.2f} s, written: {arguments.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+import copy
+
+import pytest
+import torch
+
+import difffast
+
+torch.set_num_threads(2)
+
+
+def _build(**options):
+    pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def _built():
+    return _build()
+
+
+@pytest.fixture(scope="session")
+def _built_inpaint():
+    return _build(in_channels=9)
+
+
+@pytest.fixture
+def pipe(_built):
+    """A small Stable Diffusion pipeline of the test's own: float32, 8x8 latents, deepest level 4x4."""
+    return copy.deepcopy(_built)
+
+
+@pytest.fixture
+def pipe64(_built):
+    """The same in float64, for tolerances that leave no room."""
+    return copy.deepcopy(_built).to(dtype=torch.float64)
+
+
+@pytest.fixture
+def inpaint_pipe64(_built_inpaint):
+    """The nine-channel inpainting layout in float64."""
+    return copy.deepcopy(_built_inpaint).to(dtype=torch.float64)

@@ -1,0 +1,67 @@
+"""Running pipelines in tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+_BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+#: name -> (class, configuration, denoising steps)
+SCHEDULERS: dict[str, tuple[type, dict[str, Any], int]] = {
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}, 20),
+    "PNDM": (PNDMScheduler, {"skip_prk_steps": True}, 20),
+    "PNDM-prk": (PNDMScheduler, {"skip_prk_steps": False}, 20),
+    "Euler": (EulerDiscreteScheduler, {}, 20),
+    "Euler-A": (EulerAncestralDiscreteScheduler, {}, 20),
+    "Heun": (HeunDiscreteScheduler, {}, 12),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {}, 20),
+    "DPM++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, 20),
+    "LCM": (LCMScheduler, {"clip_sample": False}, 12),
+    "TCD": (TCDScheduler, {"clip_sample": False}, 20),
+    "DDPM": (DDPMScheduler, {"clip_sample": False}, 20),
+    "DDPM-clip": (DDPMScheduler, {"clip_sample": True}, 20),
+    "UniPC": (UniPCMultistepScheduler, {}, 20),
+}
+
+
+def scheduler(name: str) -> Any:
+    cls, config, _ = SCHEDULERS[name]
+    return cls(**{**_BASE, **config})
+
+
+def latents(pipe: Any, prompt: Any = "a red circle", *, steps: int = 20, seed: int = 0, **options: Any) -> torch.Tensor:
+    """Final latents of a seeded run."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="latent", **options).images
+
+
+def picture(size: int = 32, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def mask(size: int = 32) -> Image.Image:
+    values = np.zeros((size, size), dtype=np.uint8)
+    values[:, size // 2 :] = 255
+    return Image.fromarray(values)
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; NaN counts as infinite."""
+    return float((a - b).abs().nan_to_num(nan=float("inf")).max())

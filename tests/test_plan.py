@@ -1,0 +1,123 @@
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from difffast import EncoderPropagation, Plan
+from difffast.plan import PUBLISHED_KEY_STEPS, published_key_steps
+
+
+def test_published_lists_are_exact():
+    assert EncoderPropagation().plan(50).keys == (0, 1, 2, 3, 5, 10, 15, 25, 35)
+    assert EncoderPropagation().plan(20).keys == (0, 1, 2, 3, 5, 10, 15)
+
+
+@given(st.integers(8, 1000))
+def test_scaled_lists_keep_the_published_shares(total):
+    keys = published_key_steps("sd", total)
+    assert keys[0] == 0
+    assert all(a < b < total for a, b in zip(keys, keys[1:], strict=False))
+    shares = [(length - orders[-1]) / length for length, orders in PUBLISHED_KEY_STEPS["sd"].items()]
+    assert (total - keys[-1]) / total <= max(shares)
+
+
+def test_pndm_calls_the_unet_once_more_and_keeps_the_early_keys():
+    assert published_key_steps("sd", 51)[:5] == (0, 1, 2, 3, 5)
+
+
+@given(st.data())
+def test_batches_cover_every_step_once_and_never_cross_a_key(data):
+    total = data.draw(st.integers(1, 120))
+    keys = data.draw(st.sets(st.integers(0, total - 1))) | {0}
+    cap = data.draw(st.integers(1, 20))
+    start = data.draw(st.integers(0, total - 1))
+    plan = EncoderPropagation(key_steps=keys, max_parallel=cap).plan(total)
+    rows = plan.steps(start)
+    assert [row.order for row in rows] == list(range(start, total))
+    assert rows[0].key
+    for row in rows:
+        assert row.order in row.decoded_with
+        assert len(row.decoded_with) <= cap
+        assert not any(order in keys for order in row.decoded_with[1:])
+        assert row.key == (row.order in keys or row.order == start)
+
+
+def test_a_long_segment_is_cut_evenly():
+    plan = EncoderPropagation(key_steps=[0], max_parallel=5).plan(12)
+    assert [len(row.decoded_with) for row in plan.steps() if row.order == row.decoded_with[0]] == [4, 4, 4]
+
+
+def test_forms_of_key_steps():
+    assert EncoderPropagation(key_steps=4).plan(10).keys == (0, 4, 8)
+    assert EncoderPropagation(key_steps=[3, 0, 3]).plan(10).keys == (0, 3)
+    assert EncoderPropagation(key_steps=range(0, 9, 3)).plan(10).keys == (0, 3, 6)
+    assert EncoderPropagation(key_steps=lambda step, total: step == total // 2).plan(10).keys == (0, 5)
+    assert EncoderPropagation(key_steps=1).plan(3).keys == (0, 1, 2)
+
+
+def test_step_by_step_and_capped_plans():
+    assert EncoderPropagation(parallel=False).plan(50).max_batch == 1
+    assert EncoderPropagation(max_parallel=3).plan(50).max_batch == 3
+
+
+def test_prints_as_a_table():
+    text = str(EncoderPropagation(key_steps=[0, 1]).plan(4))
+    assert text.splitlines() == [
+        "step  key  decoded with",
+        "   0  key  alone",
+        "   1  key  1..3 (batch of 3)",
+        "   2       1..3 (batch of 3)",
+        "   3       1..3 (batch of 3)",
+        "2 of 4 steps run the encoder",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"key_steps": [1, 2]}, ValueError, r"must contain 0 .* got \(1, 2\)"),
+        ({"key_steps": []}, ValueError, r"must contain 0"),
+        ({"key_steps": [-1, 0]}, ValueError, r"no negative, got \(-1, 0\)"),
+        ({"key_steps": 0}, ValueError, "at least 1, got 0"),
+        ({"key_steps": 2.5}, TypeError, "integers, got 2.5"),
+        ({"key_steps": True}, TypeError, "integers, got True"),
+        ({"key_steps": [0, 1.5]}, TypeError, "integers, got 1.5"),
+        ({"key_steps": "0,1"}, TypeError, "got '0,1'"),
+        ({"max_parallel": 0}, ValueError, "max_parallel must be at least 1 .* got 0"),
+        ({"max_parallel": 1.0}, TypeError, "max_parallel must hold integers, got 1.0"),
+        ({"parallel": 1}, TypeError, "parallel must be True or False, got 1"),
+        ({"prior_noise": -0.1}, ValueError, "not negative, got -0.1"),
+        ({"prior_noise": float("nan")}, ValueError, "finite"),
+        ({"prior_noise": "much"}, TypeError, "a number or None, got 'much'"),
+    ],
+)
+def test_bad_configuration(options, error, message):
+    with pytest.raises(error, match=message):
+        EncoderPropagation(**options)
+
+
+def test_bad_schedules():
+    with pytest.raises(ValueError, match=r"key_steps contains 30, but the schedule has orders 0 .. 19"):
+        EncoderPropagation(key_steps=[0, 30]).plan(20)
+    with pytest.raises(ValueError, match="at least one step, got 0"):
+        EncoderPropagation().plan(0)
+    with pytest.raises(ValueError, match="no published key steps for 'dit'"):
+        published_key_steps("dit", 20)
+    with pytest.raises(ValueError, match="keys must increase strictly"):
+        Plan(total=5, keys=(0, 2, 2), max_batch=1)
+    with pytest.raises(ValueError, match=r"start must lie in 0 .. 4, got 5"):
+        Plan(total=5, keys=(0,), max_batch=1).steps(5)
+
+
+def test_plans_need_no_torch():
+    path = importlib.util.find_spec("difffast.plan").origin
+    code = (
+        "import sys, importlib.util as u; sys.modules['torch'] = None\n"
+        f"spec = u.spec_from_file_location('plan', {path!r}); m = u.module_from_spec(spec)\n"
+        "sys.modules['plan'] = m; spec.loader.exec_module(m); print(m.EncoderPropagation().plan(50))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "9 of 50 steps run the encoder" in result.stdout

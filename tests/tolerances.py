@@ -1,0 +1,9 @@
+"""The one place for tolerances."""
+
+# Latents, look-ahead against step-by-step decoding.
+LATENTS_FLOAT32 = 1e-4
+LATENTS_FLOAT64 = 1e-9
+
+# One UNet output, a batch of decoders against one at a time.
+OUTPUT_FLOAT32 = 5e-6
+OUTPUT_FLOAT64 = 1e-12
