@@ -161,7 +161,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
-    pipe = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=getattr(torch, dtype)).to(device)
+    # Cast after loading: the name of from_pretrained's dtype argument differs between Diffusers versions.
+    pipe = DiffusionPipeline.from_pretrained(arguments.model).to(device, getattr(torch, dtype))
     report = None
     if arguments.preset != "stock":
         report = patch(pipe, arguments.preset)

@@ -11,6 +11,7 @@ import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 #: Published key orders per kind of pipeline and schedule length; other lengths are scaled from the nearest list.
 PUBLISHED_KEY_STEPS: dict[str, dict[int, tuple[int, ...]]] = {
@@ -118,7 +119,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.keys or self.keys[0] != 0 or self.keys[-1] >= self.total or self.max_batch < 1:
             raise ValueError(f"invalid plan: {self.total} steps, keys {self.keys}, max_batch {self.max_batch}")
-        if any(a >= b for a, b in zip(self.keys, self.keys[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(self.keys)):
             raise ValueError(f"keys must increase strictly, got {self.keys}")
 
     def is_key(self, order: int) -> bool:

@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def test_published_lists_are_exact():
 def test_scaled_lists_keep_the_published_shares(total):
     keys = published_key_steps("sd", total)
     assert keys[0] == 0
-    assert all(a < b < total for a, b in zip(keys, keys[1:], strict=False))
+    assert all(a < b < total for a, b in itertools.pairwise(keys))
     shares = [(length - orders[-1]) / length for length, orders in PUBLISHED_KEY_STEPS["sd"].items()]
     assert (total - keys[-1]) / total <= max(shares)
 

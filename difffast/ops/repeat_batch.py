@@ -29,7 +29,7 @@ def repeat_batch(x: Tensor, repeats: int) -> Tensor:
 
     Raises:
         ValueError: ``repeats`` < 1 or a 0-d ``x``.
-        RuntimeError: a forced backend (``DIFFFAST_BACKEND``, :func:`difffast.ops.use_backend`) cannot run.
+        RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+from PIL import Image
+
+import difffast
+from difffast import cli, demo
+from difffast.demo import PROMPTS, psnr
+
+
+@pytest.fixture
+def small_demo(monkeypatch, pipe):
+    monkeypatch.setattr(difffast.models, "tiny_pipeline", lambda name: pipe)
+
+
+def test_info_names_versions_backends_and_pipelines(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "diffusers", "backend reference", "backend cpp", "StableDiffusionPipeline", "balanced"):
+        assert word in text
+
+
+def test_info_gives_the_reason_for_a_missing_backend(capsys, monkeypatch):
+    monkeypatch.setattr(difffast.ops, "missing", lambda backend: "no compiler was found")
+    assert cli.main(["info"]) == 0
+    assert "no compiler was found" in capsys.readouterr().out
+
+
+def test_demo_writes_a_grid_and_the_numbers(small_demo, tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path), "--steps", "10", "--seeds", "2"]) == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size[0] > 6 * 160
+        assert grid.size[1] > 3 * 160
+    numbers = json.loads((tmp_path / "demo.json").read_text())
+    assert [(row["prompt"], row["seed"]) for row in numbers["rows"]] == [(p, s) for p in PROMPTS for s in (0, 1)]
+    assert all(row["psnr_db"] > 20 and row["stock_s"] > 0 and row["patched_s"] > 0 for row in numbers["rows"])
+    assert numbers["steps"] == 10
+    text = capsys.readouterr().out
+    for word in ("speed-up", "PSNR", "6 of 10 steps run the encoder", "weights are random"):
+        assert word in text
+
+
+def test_psnr():
+    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (255, 255, 255))
+    assert psnr(black, black) == float("inf")
+    assert psnr(black, grey) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "stock"])
+def test_generate_from_a_folder(pipe, tmp_path, capsys, preset):
+    pipe.save_pretrained(tmp_path / "model")
+    out = tmp_path / "deep" / "image.png"
+    arguments = ["generate", "--model", str(tmp_path / "model"), "--prompt", "a red circle", "--steps", "10"]
+    assert cli.main([*arguments, "--preset", preset, "--out", str(out), "--device", "cpu"]) == 0
+    with Image.open(out) as image:
+        assert image.size == (32, 32)
+    text = capsys.readouterr().out
+    assert ("propagated" in text) == (preset == "balanced")
+
+
+def test_errors_are_one_line_and_a_status(tmp_path, pipe, capsys):
+    missing = tmp_path / "nowhere"
+    assert cli.main(["generate", "--model", str(missing), "--prompt", "x"]) == 2
+    assert "error" in capsys.readouterr().out
+    pipe.save_pretrained(tmp_path / "model")
+    few = ["generate", "--model", str(tmp_path / "model"), "--prompt", "x", "--steps", "4", "--device", "cpu"]
+    assert cli.main(few) == 2
+    assert "at least 8 denoising steps, got 4" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--steps", "0"], ["demo", "--preset", "fastest"]])
+def test_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: difffast" in capsys.readouterr().err
+
+
+def test_grid_shows_what_it_is_given(tmp_path):
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    result = demo.Comparison("p", 0, 2.0, 1.0, 5.0, (red, blue))
+    demo.draw_grid([result], tmp_path / "grid.png", cell=16)
+    with Image.open(tmp_path / "grid.png") as grid:
+        row = 22 + 8
+        assert grid.getpixel((6 + 8, row)) == (255, 0, 0)
+        assert grid.getpixel((6 + 22 + 8, row)) == (0, 0, 255)
+        assert grid.getpixel((6 + 44 + 8, row)) == (255, 0, 255)

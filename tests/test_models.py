@@ -1,0 +1,98 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from sampling import latents
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from difffast import models
+
+
+def test_tiny_pipeline_is_a_real_stable_diffusion(pipe):
+    assert type(pipe) is StableDiffusionPipeline
+    assert type(pipe.tokenizer) is CLIPTokenizer
+    assert type(pipe.text_encoder) is CLIPTextModel
+    assert type(pipe.vae) is AutoencoderKL
+    assert type(pipe.scheduler) is DDIMScheduler
+    assert not any(getattr(pipe, part).training for part in ("unet", "vae", "text_encoder"))
+
+
+def test_tokenizer_reads_any_text(pipe):
+    tokens = pipe.tokenizer("a Red çat 猫!").input_ids
+    assert pipe.tokenizer.model_max_length == 77
+    assert len(pipe.tokenizer) == 514
+    assert tokens[0] == pipe.tokenizer.bos_token_id
+    assert tokens[-1] == pipe.tokenizer.eos_token_id
+    assert pipe.tokenizer.unk_token_id not in tokens[1:-1]
+    assert tokens != pipe.tokenizer("a blue çat 猫!").input_ids
+
+
+def test_saved_and_loaded_back(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = models.load_pipeline(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is StableDiffusionPipeline
+    assert loaded.tokenizer("two cats").input_ids == pipe.tokenizer("two cats").input_ids
+    assert torch.equal(latents(loaded), latents(pipe))
+
+
+def test_seeded_and_without_side_effects():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a = models.tiny_pipeline("sd", channels=(32, 32), sample_size=4)
+    assert torch.equal(torch.rand(3), expected)
+    b = models.tiny_pipeline("sd", channels=(32, 32), sample_size=4)
+    c = models.tiny_pipeline("sd", channels=(32, 32), sample_size=4, seed=1)
+    assert torch.equal(a.unet.conv_in.weight, b.unet.conv_in.weight)
+    assert not torch.equal(a.unet.conv_in.weight, c.unet.conv_in.weight)
+
+
+def test_images_are_four_times_the_latents(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=1).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "sd9"}, "unknown tiny pipeline 'sd9'; available: sd"),
+        ({"channels": (32, 48)}, r"multiples of 32 .* got \(32, 48\)"),
+        ({"sample_size": 4}, "at least 2x2 and divide evenly, got 4"),
+        ({"sample_size": 34}, "at least 2x2 and divide evenly, got 34"),
+    ],
+)
+def test_bad_tiny_pipelines(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.tiny_pipeline(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("sd15", 859.52), ("sd21", 865.91), ("sdxl", 2567.46), ("if-i-xl", 4304.70)],
+)
+def test_published_unets_have_their_published_sizes(name, millions):
+    unet = models.unet(name)
+    assert all(p.is_meta for p in unet.parameters())
+    assert not unet.training
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_published_unets_run_on_the_meta_device():
+    unet = models.unet("sd15", dtype=torch.float16)
+    text = torch.empty(2, 77, 768, device="meta", dtype=torch.float16)
+    sample = torch.empty(2, 4, 64, 64, device="meta", dtype=torch.float16)
+    with torch.no_grad():
+        out = unet(sample, torch.empty(2, device="meta", dtype=torch.int64), encoder_hidden_states=text).sample
+    assert out.shape == (2, 4, 64, 64)
+    assert out.dtype == torch.float16
+
+
+def test_if_ii_l_is_near_the_published_size():
+    # A reconstruction: 1128 M parameters against 1184 M.
+    size = sum(p.numel() for p in models.unet("if-ii-l").parameters()) / 1e6
+    assert 0.9 * 1184 < size < 1.1 * 1184
+
+
+def test_unknown_unets():
+    with pytest.raises(ValueError, match="unknown UNet 'sd3'; published configurations: sd15, sd21"):
+        models.unet("sd3")
