@@ -38,7 +38,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 bench: install
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=out/bench.json -s
+	$(BIN)/python -m pytest bench -W default --benchmark-enable --benchmark-json=out/bench.json -s
 
 lint: install
 	$(BIN)/ruff check .

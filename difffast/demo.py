@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +118,6 @@ def write_json(results: Sequence[Comparison], path: Path, *, steps: int, preset:
     """Write the numbers with what they were measured on; README tables are made from such files."""
     import diffusers
 
-    rows = [{key: value for key, value in asdict_without_images(result).items()} for result in results]
     record = {
         "model": model,
         "steps": steps,
@@ -132,15 +130,20 @@ def write_json(results: Sequence[Comparison], path: Path, *, steps: int, preset:
             "diffusers": diffusers.__version__,
             "python": platform.python_version(),
         },
-        "median_stock_s": statistics.median(r.stock_s for r in results),
-        "median_patched_s": statistics.median(r.patched_s for r in results),
-        "rows": rows,
+        "rows": [_row(result) for result in results],
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def asdict_without_images(result: Comparison) -> dict[str, Any]:
-    return {key: value for key, value in asdict(result).items() if key != "images"}
+def _row(result: Comparison) -> dict[str, Any]:
+    psnr_db = result.psnr_db if math.isfinite(result.psnr_db) else None  # JSON has no infinity
+    return {
+        "prompt": result.prompt,
+        "seed": result.seed,
+        "stock_s": result.stock_s,
+        "patched_s": result.patched_s,
+        "psnr_db": psnr_db,
+    }
 
 
 def device_name() -> str:

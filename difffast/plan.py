@@ -28,10 +28,11 @@ SUPPORTED_PIPELINES: dict[str, str] = {
 #: Below this many denoising steps neighbouring steps differ too much for features to be reused.
 MIN_STEPS = 8
 
-#: Most decoders in one batch when ``max_parallel`` is None.  Activation memory grows linearly with it.  On two CPU
-#: cores, a (64, 128, 192) UNet at 32x32 with guidance: time a decoded step against a full UNet call 0.55 at 1, 0.50 at
-#: 5, 0.56 at 8, 0.63 at 15, where fresh pages for large activations eat the gain.  Not measured on a GPU.
-DEFAULT_MAX_PARALLEL = 5
+#: Most decoders in one batch when ``max_parallel`` is None; activation memory grows linearly with it.  Time inside a
+#: (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.70 at 1, 0.61 at 3, 0.60 at 4, 0.62
+#: at 5, from where activations exceed malloc's mmap threshold and every batch pays for fresh pages.  Not measured on a
+#: GPU.
+DEFAULT_MAX_PARALLEL = 4
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""Seconds inside the UNet for one image, every provider in turn in one run (A B C D, A B C D, ...).
+
+``make bench`` prints the table and writes JSON; the correctness gate comes first.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from difffast import EncoderPropagation, models, patched
+
+STEPS, ROUNDS = 50, 5
+LATENT_TOLERANCE = 1e-4
+#: Bar of the encoder-propagation issue: UNet time with parallel decoding against stock.
+BAR = 0.66
+
+
+class TimedUNet:
+    """In place of ``pipe.unet``: adds up the seconds spent in its calls."""
+
+    def __init__(self, unet: Any) -> None:
+        self._unet, self.seconds = unet, 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self._unet(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unet, name)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to make the image: a pipeline and the context that it runs in."""
+
+    name: str
+    pipe: Any
+    context: Callable[[], Any] = nullcontext
+
+    def run(self) -> tuple[torch.Tensor, float]:
+        """-> (latents, seconds inside the UNet)"""
+        with self.context():
+            timed = vars(self.pipe)["unet"] = TimedUNet(self.pipe.unet)
+            try:
+                latents = self.pipe(
+                    "a red circle on a blue square",
+                    num_inference_steps=STEPS,
+                    generator=torch.Generator().manual_seed(0),
+                    output_type="latent",
+                ).images
+            finally:
+                self.pipe.unet = timed._unet
+        return latents, timed.seconds
+
+
+def providers() -> list[Provider]:
+    pipe = models.tiny_pipeline("sd", channels=(64, 128, 192), sample_size=32)
+    pipe.set_progress_bar_config(disable=True)
+    compiled = copy.deepcopy(pipe)
+    compiled.unet = torch.compile(compiled.unet)
+    step_by_step = EncoderPropagation(parallel=False)
+    return [
+        Provider("stock", pipe),
+        Provider("stock, torch.compile", compiled),
+        Provider("difffast, step by step", pipe, lambda: patched(pipe, propagation=step_by_step)),
+        Provider("difffast, parallel", pipe, lambda: patched(pipe)),
+    ]
+
+
+@pytest.mark.benchmark(group="unet")
+def test_encoder_propagation(benchmark, environment):
+    stock, compiled, step_by_step, parallel = everyone = providers()
+    ahead, one_at_a_time = parallel.run()[0], step_by_step.run()[0]
+    gap = float((ahead - one_at_a_time).abs().max())
+    assert gap <= LATENT_TOLERANCE, "a wrong result must not be timed"
+    compiled.run()
+
+    seconds: dict[str, list[float]] = {provider.name: [] for provider in everyone}
+
+    def others() -> None:
+        for provider in (stock, compiled, step_by_step):
+            seconds[provider.name].append(provider.run()[1])
+
+    def ours() -> None:
+        seconds[parallel.name].append(parallel.run()[1])
+
+    benchmark.pedantic(ours, setup=others, rounds=ROUNDS, iterations=1)
+
+    ratios = {name: [a / b for a, b in zip(s, seconds[stock.name], strict=True)] for name, s in seconds.items()}
+    benchmark.extra_info.update(
+        environment,
+        case=f"UNet (64, 128, 192) at 32x32, {STEPS} DDIM steps, guidance on, one image",
+        dtype="float32",
+        gate=f"look-ahead against step by step: {gap:.1e} on latents",
+        unet_seconds=seconds,
+        against_stock=ratios,
+    )
+    print()
+    for name, values in ratios.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        median = statistics.median(seconds[name])
+        print(f"{name:24s} {median:6.2f} s  {middle:.3f} of stock (quartiles {low:.3f} to {high:.3f})")
+    assert statistics.median(ratios[parallel.name]) <= BAR

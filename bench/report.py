@@ -1,0 +1,71 @@
+"""README tables from committed results: ``python bench/report.py`` rewrites the text between the markers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def unet_table(results: Path = RESULTS) -> str:
+    """Seconds inside the UNet, from ``unet_cpu.json`` (pytest-benchmark's format)."""
+    (benchmark,) = json.loads((results / "unet_cpu.json").read_text())["benchmarks"]
+    info = benchmark["extra_info"]
+    rows = ["| provider | UNet seconds, median | against stock | quartiles |", "|---|---|---|---|"]
+    for name, seconds in info["unet_seconds"].items():
+        low, middle, high = statistics.quantiles(info["against_stock"][name], n=4)
+        rows.append(f"| {name} | {statistics.median(seconds):.2f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    rounds = len(info["unet_seconds"]["stock"])
+    return "\n".join([*rows, "", f"{info['case']}. {_measured_on(info)}; {rounds} interleaved rounds."])
+
+
+def demo_table(results: Path = RESULTS) -> str:
+    """Medians of the demo, from ``demo.json``."""
+    record = json.loads((results / "demo.json").read_text())
+    rows = record["rows"]
+    stock, fast = (statistics.median(row[key] for row in rows) for key in ("stock_s", "patched_s"))
+    speedups = [row["stock_s"] / row["patched_s"] for row in rows]
+    psnr = statistics.median(row["psnr_db"] if row["psnr_db"] is not None else math.inf for row in rows)
+    info = {**record["versions"], "device": record["device"], "threads": record["threads"], "dtype": record["dtype"]}
+    return "\n".join(
+        [
+            "| | stock | difffast | speed-up | same-seed PSNR |",
+            "|---|---|---|---|---|",
+            f"| whole `pipe(...)` call, median | {stock:.2f} s | {fast:.2f} s | {stock / fast:.2f}x "
+            f"({min(speedups):.2f}x to {max(speedups):.2f}x) | {psnr:.1f} dB |",
+            "",
+            f"{record['model']}, {record['steps']} DDIM steps, {len(rows)} images. {_measured_on(info)}.",
+        ]
+    )
+
+
+def _measured_on(info: dict[str, Any]) -> str:
+    return (
+        f"{info['device']}, {info['threads']} threads, {info['dtype']}, torch {info['torch']}, "
+        f"diffusers {info['diffusers']}, baseline: the stock pipeline in the same run"
+    )
+
+
+TABLES = {"unet": unet_table, "demo": demo_table}
+
+
+def render(text: str) -> str:
+    """``text`` with every ``<!-- table NAME -->`` ... ``<!-- end -->`` block made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
+    sys.stdout.write(f"written: {readme}\n")

@@ -1,0 +1,53 @@
+"""The README claims nothing that the repository does not hold."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from difffast import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_come_from_committed_results(report):
+    assert re.findall(r"<!-- table (\w+) -->", README), "the README has generated tables"
+    assert report.render(README) == README, "run `make readme`"
+
+
+def test_pictures_exist():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for path in pictures:
+        with Image.open(ROOT / path) as picture:
+            assert picture.size[0] > 500
+
+
+def test_commands_exist():
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    makefile = (ROOT / "Makefile").read_text()
+    for line in shell.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", makefile, re.M), line
+        elif words and words[0].endswith("difffast"):
+            cli._parser().parse_args(words[1:])
+
+
+def test_the_quickstart_runs(pipe):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {"pipe": pipe, "prompt": "a red circle"}
+    exec(code, names)
+    assert names["image"].size == (32, 32)
