@@ -135,7 +135,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     console.print(str(report), highlight=False)
     console.print(str(report.plan(report.last_run.total)), highlight=False)
     console.print(_comparison_table(results))
-    console.print("The weights are random: the pictures prove equality and speed, not quality.")
+    console.print("The weights are random: the pictures show how close the two are, and nothing about quality.")
     console.print(f"written: {grid}, {numbers}", highlight=False, soft_wrap=True)
     return 0
 
