@@ -18,7 +18,7 @@ import torch
 
 from difffast import EncoderPropagation, models, patched
 
-STEPS, ROUNDS = 50, 5
+STEPS, ROUNDS = 50, 11
 LATENT_TOLERANCE = 1e-4
 #: Bar of the encoder-propagation issue: UNet time with parallel decoding against stock.
 BAR = 0.66

@@ -104,7 +104,7 @@ def patch(
         TypeError: ``pipe`` is no pipeline or ``propagation`` no :class:`EncoderPropagation`.
         ValueError: no UNet, an unsupported pipeline or UNet, or an unknown preset.  Nothing is changed then.
     """
-    kind, unet, compiled = _checked_target(pipe)
+    _, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
     if propagation is not None and not isinstance(propagation, EncoderPropagation):
@@ -115,6 +115,7 @@ def patch(
     with _lock:
         _check_shared(pipe, unet, config)
         unpatch(pipe)
+        kind, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
         if not is_swapped(unet):
             swap_in(unet, _unet_methods(unet))
         controller = _controller(unet)

@@ -29,9 +29,8 @@ SUPPORTED_PIPELINES: dict[str, str] = {
 MIN_STEPS = 8
 
 #: Most decoders in one batch when ``max_parallel`` is None; activation memory grows linearly with it.  Time inside a
-#: (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.70 at 1, 0.61 at 3, 0.60 at 4, 0.62
-#: at 5, from where activations exceed malloc's mmap threshold and every batch pays for fresh pages.  Not measured on a
-#: GPU.
+#: (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.67 at 1, 0.61 at 2 to 4, 0.64 at 5
+#: and 8, where activations exceed malloc's mmap threshold and batches pay for fresh pages.  Not measured on a GPU.
 DEFAULT_MAX_PARALLEL = 4
 
 

@@ -112,14 +112,14 @@ class Controller:
         """Forget a pipeline and its runs; True if no other patched pipeline is left."""
         with self._lock:
             self._settings = [s for s in self._settings if s is not settings and s.pipe() is not None]
-            self._runs = [run for run in self._runs if run.settings is not settings]
+            self._runs = [run for run in self._runs if settings not in run.settings]
             return not self._settings
 
     def invalidate(self, settings: Settings) -> None:
         """Make the next call of every run of this pipeline a key step."""
         with self._lock:
             for run in self._runs:
-                if run.settings is settings:
+                if settings in run.settings:
                     run.restart = True
 
     def __call__(
@@ -135,13 +135,11 @@ class Controller:
         if reason is not None:
             run.note_stock(reason)
             return stock(*args, **kwargs)
-        order = run.order(timestep)
-        with run.lock:
-            try:
-                sample = run.answer(unet, call, order, lambda: _first(stock(*args, **kwargs)))
-            except BaseException:
-                run.clear()
-                raise
+        try:
+            sample = run.answer(unet, call, run.order(timestep), lambda: stock(*args, **kwargs)[0])
+        except BaseException:
+            run.clear()
+            raise
         if call.get("return_dict", True):
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
@@ -158,16 +156,13 @@ class Controller:
         with self._lock:
             self._runs = [run for run in self._runs if run.timesteps() is not None]
             for run in self._runs:
-                if run.thread == thread and _shares_storage(timestep, run.timesteps()):
+                if run.thread == thread and _is_element(timestep, run.timesteps()):
                     return run
-            for settings in self._settings:
-                scheduler = settings.scheduler()
-                timesteps = getattr(scheduler, "timesteps", None)
-                if isinstance(timesteps, Tensor) and _shares_storage(timestep, timesteps):
-                    settings.adopt_scheduler()
-                    run = _Run(settings, timesteps, _denoising_steps(scheduler, timesteps), unet)
-                    self._runs.append(run)
-                    return run
+            asking = [s for s in self._settings if _is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
+            if asking:
+                run = _Run(asking, unet)
+                self._runs.append(run)
+                return run
         return None
 
     def _explain_unknown(self, timestep: Any) -> None:
@@ -183,13 +178,18 @@ class Controller:
 class _Run:
     """One pass over a schedule: cached features, decoded outputs waiting, and the conditioning they belong to."""
 
-    def __init__(self, settings: Settings, timesteps: Tensor, steps: int, unet: nn.Module) -> None:
+    def __init__(self, settings: list[Settings], unet: nn.Module) -> None:
+        """``settings``: of the patched pipelines whose scheduler it is; if several, they want the same."""
+        scheduler = settings[0].scheduler()
+        timesteps = scheduler.timesteps
         self.settings = settings
-        self.plan = settings.resolve(len(timesteps), steps)
-        self.stats = settings.last_run = RunStats(total=len(timesteps))
+        self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps))
+        self.stats = RunStats(total=len(timesteps))
+        for each in settings:
+            each.last_run = self.stats
+            each.adopt_scheduler()
         self._timesteps = TensorWeakRef(timesteps)
         self.thread = threading.get_ident()
-        self.lock = threading.Lock()
         self.restart = False
         self._last: int | None = None
         self._features: split.Features | None = None
@@ -308,8 +308,14 @@ def _comparable(leaf: Any) -> bool:
     return isinstance(leaf, (str, int, float, complex, bytes, torch.dtype, torch.device))
 
 
-def _shares_storage(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _is_element(timestep: Tensor, timesteps: Tensor | None) -> bool:
+    """Whether ``timestep`` is a view of one element of ``timesteps`` (perhaps expanded over the batch)."""
+    return (
+        isinstance(timesteps, Tensor)
+        and timestep.device == timesteps.device
+        and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+        and (timestep.numel() == 1 or not any(timestep.stride()))
+    )
 
 
 def _denoising_steps(scheduler: Any, timesteps: Tensor) -> int:
@@ -333,11 +339,7 @@ def _needs_stock(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
             return f"{name} is given: ControlNet and adapters are not propagated yet"
     if unet._forward_hooks or unet._forward_pre_hooks:
         return "forward hooks are registered on the UNet itself and must see every call"
-    if "forward" in vars(unet) and not hasattr(unet, "_hf_hook"):
-        return "unet.forward has been replaced on the instance by something other than accelerate's hooks"
-    if "_diffusers_hook" in vars(unet) and unet._diffusers_hook.hooks:
-        return "Diffusers hooks are registered on the UNet itself"
-    return None
+    return split.obstacle(unet)
 
 
 def _coupled_processor(unet: nn.Module) -> str | None:
@@ -346,7 +348,3 @@ def _coupled_processor(unet: nn.Module) -> str | None:
         if type(processor).__module__ != "diffusers.models.attention_processor":
             return type(processor).__qualname__
     return None
-
-
-def _first(output: Any) -> Tensor:
-    return output[0]

@@ -29,6 +29,10 @@ def swap_in(obj: Any, methods: dict[str, Callable[..., Any]]) -> None:
         _, _, *state = super(swapped, self).__reduce_ex__(max(protocol, 2))
         return (copyreg._reconstructor, (plain, object, None), *state)
 
+    def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
+        # type(obj).from_config(...) must make a plain object.
+        return plain(*args, **kwargs)
+
     swapped = type(
         plain.__name__,
         (plain,),
@@ -36,6 +40,7 @@ def swap_in(obj: Any, methods: dict[str, Callable[..., Any]]) -> None:
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
+            "__new__": new,
             "__reduce_ex__": reduce_ex,
             _MARK: plain,
             **methods,

@@ -62,6 +62,20 @@ def _signature(cls: type) -> inspect.Signature:
     return inspect.signature(cls.forward)
 
 
+def obstacle(unet: nn.Module) -> str | None:
+    """Why ``unet`` cannot be split, or None.
+
+    A ``forward`` set on the instance hides the class's own.  It can be followed only if it is that very method
+    (accelerate leaves it behind when its hooks go) or one of accelerate's hooks around it.
+    """
+    own = vars(unet).get("forward")
+    if isinstance(own, functools.partial) and own.func.__module__ == "accelerate.hooks" and unet in own.args:
+        own = vars(unet).get("_old_forward")
+    if own is None or (isinstance(own, types.MethodType) and own == types.MethodType(type(unet).forward, unet)):
+        return None
+    return f"unet.forward has been replaced on the instance by {getattr(own, '__qualname__', own)!s}"
+
+
 def encode(unet: nn.Module, call: Mapping[str, Any]) -> Features:
     """Run the encoder half.
 

@@ -107,6 +107,14 @@ def test_a_patched_unet_still_looks_like_its_class(pipe):
         assert pipe.to(torch.float64).unet.conv_in.weight.dtype == torch.float64
 
 
+def test_new_objects_of_a_patched_class_are_plain(pipe):
+    with patched(pipe, propagation=EVERYTHING):
+        assert type(type(pipe.scheduler).from_config(pipe.scheduler.config)) is DDIMScheduler
+        twin = type(pipe.unet).from_config(pipe.unet.config)
+        assert type(twin) is UNet2DConditionModel
+        assert twin.conv_in.weight.shape == pipe.unet.conv_in.weight.shape
+
+
 def test_patching_again_replaces_the_first_patch(pipe):
     first = patch(pipe)
     second = patch(pipe, propagation=EncoderPropagation(key_steps=2))
@@ -205,6 +213,18 @@ def test_a_compiled_unet_is_unwrapped_and_put_back(pipe):
     assert not is_swapped(plain)
 
 
+def test_a_compiled_unet_patched_twice(pipe):
+    with patched(pipe):
+        expected = latents(pipe)
+    compiled = pipe.unet = torch.compile(pipe.unet, backend="eager")
+    patch(pipe)
+    report = patch(pipe)
+    assert torch.equal(latents(pipe), expected)
+    assert report.last_run.propagated == 13
+    unpatch(pipe)
+    assert pipe.unet is compiled
+
+
 def test_a_unet_compiled_in_place_is_noted(pipe):
     pipe.unet.compile(backend="eager")
     report = patch(pipe)
@@ -255,6 +275,10 @@ def test_cpu_offload_hooks(pipe64, kind, when):
     accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
     assert torch.equal(latents(pipe), expected_stock)
     assert type(pipe.unet) is UNet2DConditionModel
+    assert "forward" in vars(pipe.unet), "accelerate leaves the plain method behind on the instance"
+    report = patch(pipe)
+    assert torch.equal(latents(pipe), expected)
+    assert report.last_run.stock == 0
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -309,6 +333,5 @@ def test_scheduler_signature_survives_prior_noise(pipe):
     plain = pipe.prepare_extra_step_kwargs(None, 0.5)
     with patched(pipe, propagation=EVERYTHING):
         assert pipe.prepare_extra_step_kwargs(None, 0.5).keys() == plain.keys() == {"eta", "generator"}
-        assert type(type(pipe.scheduler).from_config(pipe.scheduler.config)).__name__ == "DDIMScheduler"
         pipe.scheduler = scheduler("Euler")
     assert not is_swapped(pipe.scheduler)

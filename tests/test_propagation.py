@@ -308,7 +308,10 @@ def test_sharing_unet_and_scheduler_needs_equal_settings(pipe):
         with pytest.raises(ValueError, match="shares this pipeline's scheduler, which needs equal settings"):
             patch(other, propagation=EncoderPropagation(key_steps=4))
         assert latents(pipe).isfinite().all()
-        patch(other)
+        theirs = patch(other)
+        other.set_progress_bar_config(disable=True)
+        latents(other, image=picture())
+        assert theirs.last_run.propagated > 0
     assert is_swapped(pipe.unet)
     unpatch(other)
     assert not is_swapped(pipe.unet)
@@ -526,7 +529,8 @@ def test_foreign_attention_processors_decode_one_step_at_a_time(pipe):
 
 def test_unknown_timesteps_run_stock(pipe):
     call = {"sample": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 77, 64)}
-    for timestep in (500, torch.tensor(500)):
+    pipe.scheduler.set_timesteps(20)
+    for timestep in (500, torch.tensor(500), pipe.scheduler.timesteps[3:5]):
         with torch.no_grad():
             stock = pipe.unet(timestep=timestep, **call).sample
             with patched(pipe), pytest.warns(UserWarning, match="position in the schedule is unknown"):

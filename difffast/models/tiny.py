@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TINY_PIPELINES = ("sd",)
 _TEXT_WIDTH = 64
+_HEAD_WIDTH = 32  # of the UNet's attention; published UNets have 40 to 160
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -67,7 +68,7 @@ def tiny_pipeline(
             down_block_types=("CrossAttnDownBlock2D",) * shallow + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * shallow,
             cross_attention_dim=_TEXT_WIDTH,
-            attention_head_dim=8,
+            attention_head_dim=tuple(max(2, c // _HEAD_WIDTH) for c in channels),  # in Diffusers: the number of heads
         )
         vae = AutoencoderKL(
             block_out_channels=(32, 32, 64),

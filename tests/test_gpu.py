@@ -1,0 +1,64 @@
+"""On a CUDA device: look-ahead is step by step there too, and no call of the patched UNet waits for the device."""
+
+import pytest
+import torch
+from sampling import SCHEDULERS, largest, latents, scheduler
+from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
+
+from difffast import EncoderPropagation, patched
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _exact_arithmetic():
+    earlier = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = earlier
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, LATENTS_FLOAT32), (torch.float64, LATENTS_FLOAT64)], ids=str
+)
+def test_look_ahead_is_step_by_step(pipe, name, dtype, tolerance):
+    pipe = pipe.to("cuda", dtype)
+    pipe.scheduler, steps = scheduler(name), SCHEDULERS[name][2]
+    with patched(pipe, propagation=EncoderPropagation(parallel=False)):
+        one_at_a_time = latents(pipe, steps=steps)
+    with patched(pipe) as report:
+        assert largest(latents(pipe, steps=steps), one_at_a_time) <= tolerance
+    assert report.last_run.propagated > 0
+
+
+class _SyncsForbidden:
+    """In place of ``pipe.unet``: a call that synchronises raises."""
+
+    def __init__(self, unet):
+        self._unet = unet
+
+    def __call__(self, *args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return self._unet(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def __getattr__(self, name):
+        return getattr(self._unet, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_no_synchronisation_inside_the_unet(pipe, dtype):
+    pipe = pipe.to("cuda", dtype)
+    with patched(pipe):
+        latents(pipe)
+        vars(pipe)["unet"] = _SyncsForbidden(pipe.unet)
+        try:
+            assert latents(pipe).isfinite().all()
+        finally:
+            vars(pipe)["unet"] = pipe.unet._unet
