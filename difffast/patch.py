@@ -59,8 +59,10 @@ class PatchReport:
         return self._settings.last_run
 
     def plan(self, total: int) -> Plan:
-        """The plan of a schedule with ``total`` UNet calls."""
-        return self.propagation.plan(total, kind=self._settings.kind)
+        """The plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now."""
+        pipe = self._settings.pipe()
+        device = pipe.device.type if pipe is not None else "cpu"
+        return self.propagation.plan(total, kind=self._settings.kind, device=device)
 
     def invalidate(self) -> None:
         """Make the next step a key step, e.g. from a callback after a large edit of the latents."""

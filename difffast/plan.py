@@ -28,10 +28,11 @@ SUPPORTED_PIPELINES: dict[str, str] = {
 #: Below this many denoising steps neighbouring steps differ too much for features to be reused.
 MIN_STEPS = 8
 
-#: Most decoders in one batch when ``max_parallel`` is None; activation memory grows linearly with it.  Time inside a
-#: (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.67 at 1, 0.61 at 2 to 4, 0.64 at 5
-#: and 8, where activations exceed malloc's mmap threshold and batches pay for fresh pages.  Not measured on a GPU.
-DEFAULT_MAX_PARALLEL = 4
+#: Most decoders in one batch when ``max_parallel`` is None, per device type; activation memory grows linearly with it.
+#: Time inside a (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.65 at 1, 0.58 at 2 and
+#: 3, 0.64 at 4, where activations get so large that malloc hands them back and batches pay for fresh pages.
+#: Accelerators: not measured yet.
+DEFAULT_MAX_PARALLEL = {"cpu": 2, "accelerator": 4}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class EncoderPropagation:
             count.  A sequence of orders, containing 0.  An int m: every m-th step.  A callable
             ``(step, total) -> bool``.  The first step that a run executes is always a key step.
         parallel: decode all steps up to the next key step as one batch; False decodes one step at a time.
-        max_parallel: most steps decoded in one batch (memory grows with it); None: ``DEFAULT_MAX_PARALLEL``.
+        max_parallel: most steps decoded in one batch (memory grows with it); None: ``DEFAULT_MAX_PARALLEL`` of the
+            device.
         prior_noise: strength of the initial noise that is added back to the latents in the second half of the
             schedule; the paper uses 0.003.  None: off.
 
@@ -70,8 +72,13 @@ class EncoderPropagation:
             if not (0.0 <= self.prior_noise < math.inf):
                 raise ValueError(f"prior_noise must be finite and not negative, got {self.prior_noise}")
 
-    def plan(self, total: int, *, kind: str = "sd") -> Plan:
-        """Resolve to the plan of a schedule with ``total`` UNet calls (``len(scheduler.timesteps)``).
+    def plan(self, total: int, *, kind: str = "sd", device: str = "cpu") -> Plan:
+        """Resolve to the plan of a schedule.
+
+        Args:
+            total: UNet calls in the schedule, ``len(scheduler.timesteps)``.
+            kind: which published list ``key_steps=None`` takes.
+            device: type of the device that the UNet runs on, for ``max_parallel=None``.
 
         Raises:
             ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, unknown ``kind``.
@@ -89,8 +96,8 @@ class EncoderPropagation:
             if keys[-1] >= total:
                 raise ValueError(f"key_steps contains {keys[-1]}, but the schedule has orders 0 .. {total - 1}")
             resolved = keys
-        batch = (self.max_parallel or DEFAULT_MAX_PARALLEL) if self.parallel else 1
-        return Plan(total=total, keys=resolved, max_batch=batch)
+        default = DEFAULT_MAX_PARALLEL["cpu" if device == "cpu" else "accelerator"]
+        return Plan(total=total, keys=resolved, max_batch=(self.max_parallel or default) if self.parallel else 1)
 
 
 @dataclass(frozen=True)

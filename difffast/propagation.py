@@ -78,8 +78,8 @@ class Settings:
         """The pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
         return getattr(self.pipe(), "scheduler", None)
 
-    def resolve(self, total: int, steps: int) -> Plan:
-        """The plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps.
+    def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
+        """The plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
 
         Raises:
             ValueError: too few steps and not forced, or key steps outside the schedule.
@@ -90,7 +90,7 @@ class Settings:
                 "neighbouring steps differ too much to share features and images degrade. "
                 "Use difffast.unpatch(pipe), more steps, or difffast.patch(pipe, force=True)"
             )
-        return self.propagation.plan(total, kind=self.kind)
+        return self.propagation.plan(total, kind=self.kind, device=device.type)
 
 
 class Controller:
@@ -127,7 +127,7 @@ class Controller:
     ) -> Any:
         call = split.bind(unet, args, kwargs)
         timestep = call["timestep"]
-        run = self._find(timestep, unet) if isinstance(timestep, Tensor) else None
+        run = self._find(unet, timestep, call["sample"].device) if isinstance(timestep, Tensor) else None
         if run is None:
             self._explain_unknown(timestep)
             return stock(*args, **kwargs)
@@ -146,7 +146,7 @@ class Controller:
             return UNet2DConditionOutput(sample=sample)
         return (sample,)
 
-    def _find(self, timestep: Tensor, unet: nn.Module) -> _Run | None:
+    def _find(self, unet: nn.Module, timestep: Tensor, device: torch.device) -> _Run | None:
         """The run that a timestep belongs to: a live one, or a new one of a patched pipeline.
 
         The loops iterate over ``scheduler.timesteps``, whose elements are views of it; shared storage identifies
@@ -160,7 +160,7 @@ class Controller:
                     return run
             asking = [s for s in self._settings if _is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
             if asking:
-                run = _Run(asking, unet)
+                run = _Run(asking, unet, device)
                 self._runs.append(run)
                 return run
         return None
@@ -178,12 +178,12 @@ class Controller:
 class _Run:
     """One pass over a schedule: cached features, decoded outputs waiting, and the conditioning they belong to."""
 
-    def __init__(self, settings: list[Settings], unet: nn.Module) -> None:
+    def __init__(self, settings: list[Settings], unet: nn.Module, device: torch.device) -> None:
         """``settings``: of the patched pipelines whose scheduler it is; if several, they want the same."""
         scheduler = settings[0].scheduler()
         timesteps = scheduler.timesteps
         self.settings = settings
-        self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps))
+        self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps), device)
         self.stats = RunStats(total=len(timesteps))
         for each in settings:
             each.last_run = self.stats

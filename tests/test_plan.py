@@ -62,10 +62,12 @@ def test_forms_of_key_steps():
 def test_step_by_step_and_capped_plans():
     assert EncoderPropagation(parallel=False).plan(50).max_batch == 1
     assert EncoderPropagation(max_parallel=3).plan(50).max_batch == 3
+    assert EncoderPropagation().plan(50).max_batch == 2
+    assert EncoderPropagation().plan(50, device="cuda").max_batch == 4
 
 
 def test_prints_as_a_table():
-    text = str(EncoderPropagation(key_steps=[0, 1]).plan(4))
+    text = str(EncoderPropagation(key_steps=[0, 1], max_parallel=3).plan(4))
     assert text.splitlines() == [
         "step  key  decoded with",
         "   0  key  alone",
