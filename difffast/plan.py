@@ -29,9 +29,8 @@ SUPPORTED_PIPELINES: dict[str, str] = {
 MIN_STEPS = 8
 
 #: Most decoders in one batch when ``max_parallel`` is None, per device type; activation memory grows linearly with it.
-#: Time inside a (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.65 at 1, 0.58 at 2 and
-#: 3, 0.64 at 4, where activations get so large that malloc hands them back and batches pay for fresh pages.
-#: Accelerators: not measured yet.
+#: Time inside a (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.67 at 1, 0.61 at 2
+#: and 3, 0.63 at 4.  Accelerators: not measured yet.
 DEFAULT_MAX_PARALLEL = {"cpu": 2, "accelerator": 4}
 
 
