@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from . import unet as split
+from .conditioning import Conditioning
 from .plan import MIN_STEPS, EncoderPropagation, Plan
 from .prior_noise import PriorNoise
 from .swap import is_swapped, swap_in, swap_out
@@ -197,7 +198,7 @@ class _Run:
         self._last: int | None = None
         self._features: split.Features | None = None
         self._queue: dict[int, Tensor] = {}
-        self._conditioning: _Conditioning | None = None
+        self._conditioning: Conditioning | None = None
         coupled = _coupled_processor(unet)
         if coupled is not None:
             # Attention that mixes samples of a batch would mix time steps as well.
@@ -219,7 +220,7 @@ class _Run:
 
     def answer(self, unet: nn.Module, call: Mapping[str, Any], order: int, stock: Callable[[], Tensor]) -> Tensor:
         """The UNet's output at this order: from the queue, or by decoding, after encoding where needed."""
-        conditioning = _Conditioning(call)
+        conditioning = Conditioning(call)
         if self.restart or self._last is None or order != self._last + 1 or not conditioning.same(self._conditioning):
             self.clear()
             self.restart = False
@@ -265,50 +266,6 @@ class _Run:
         if reason not in self.stats.reasons:
             self.stats.reasons.append(reason)
             warnings.warn(f"difffast: {reason}", stacklevel=6)
-
-
-class _Conditioning:
-    """Everything that an output depends on besides the latents' values and the time, compared by identity.
-
-    Holding the tensors makes identity safe (an address cannot be used again); their version counters catch
-    in-place edits, except under inference_mode, which has none.
-    """
-
-    def __init__(self, call: Mapping[str, Any]) -> None:
-        sample = call["sample"]
-        self._sample = (sample.shape, sample.dtype, sample.device)
-        self._leaves: list[Any] = []
-        skipped = ("sample", "timestep", "return_dict")
-        self._collect({name: value for name, value in call.items() if name not in skipped})
-
-    def _collect(self, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                self._leaves.append(key)
-                self._collect(item)
-        elif isinstance(value, (list, tuple)):
-            self._leaves.append(len(value))
-            for item in value:
-                self._collect(item)
-        elif isinstance(value, Tensor):
-            self._leaves += (value, None if value.is_inference() else value._version)
-        else:
-            self._leaves.append(value)
-
-    def same(self, other: _Conditioning | None) -> bool:
-        return (
-            other is not None
-            and self._sample == other._sample
-            and len(self._leaves) == len(other._leaves)
-            and all(a is b or (_comparable(a) and _comparable(b) and a == b) for a, b in self._pairs(other))
-        )
-
-    def _pairs(self, other: _Conditioning) -> zip[tuple[Any, Any]]:
-        return zip(self._leaves, other._leaves, strict=True)
-
-
-def _comparable(leaf: Any) -> bool:
-    return isinstance(leaf, (str, int, float, complex, bytes, torch.dtype, torch.device))
 
 
 def _is_element(timestep: Tensor, timesteps: Tensor | None) -> bool:

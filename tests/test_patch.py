@@ -15,9 +15,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.hooks import HookRegistry, ModelHook
 from peft import LoraConfig
 from sampling import largest, latents, scheduler
-from tolerances import LATENTS_FLOAT64
+from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 
 import difffast
 from difffast import EncoderPropagation, patch, patched, unpatch
@@ -315,8 +316,8 @@ def test_lora(pipe64, when):
     assert torch.equal(latents(pipe), plain)
 
 
-def test_group_offload_and_layerwise_casting(pipe):
-    """Diffusers' own hooks on the layers below the UNet work; those on the UNet itself make it run stock."""
+def test_layerwise_casting(pipe):
+    """Diffusers' own hooks on the layers below the UNet work."""
     stock = latents(pipe)
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     cast = latents(pipe)
@@ -324,8 +325,22 @@ def test_group_offload_and_layerwise_casting(pipe):
     with patched(pipe, propagation=EncoderPropagation(key_steps=1)):
         assert torch.equal(latents(pipe), cast)
     with patched(pipe) as report:
-        assert latents(pipe).isfinite().all()
-    assert report.last_run.stock in (0, 20)
+        ahead = latents(pipe)
+    assert (report.last_run.stock, report.last_run.propagated) == (0, 13)
+    with patched(pipe, propagation=EncoderPropagation(parallel=False)):
+        assert largest(ahead, latents(pipe)) <= LATENTS_FLOAT32
+
+
+def test_hooks_of_diffusers_on_the_unet_itself_run_stock(pipe):
+    class Doubling(ModelHook):
+        def post_forward(self, module, output):
+            return (output[0] * 2,)
+
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(Doubling(), "doubling")
+    stock = latents(pipe)
+    with patched(pipe) as report, pytest.warns(UserWarning, match="forward has been replaced on the instance"):
+        assert torch.equal(latents(pipe), stock)
+    assert report.last_run.stock == 20
 
 
 def test_scheduler_signature_survives_prior_noise(pipe):

@@ -37,6 +37,15 @@ def both_ways(pipe, run):
     return report
 
 
+def in_threads(work, count):
+    """``work(0)`` ... ``work(count - 1)``, each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def controller_of(pipe):
     return type(pipe.unet)._difffast_controller
 
@@ -122,7 +131,7 @@ def test_inpaint(request, channels, strength):
 def test_freeu_and_attention_slicing(pipe64):
     pipe64.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     pipe64.enable_attention_slicing()
-    both_ways(pipe64, latents)
+    assert both_ways(pipe64, latents).last_run.propagated == 13
 
 
 def test_custom_timesteps_and_return_dict(pipe64):
@@ -245,11 +254,7 @@ def test_threads_that_share_a_unet(pipe):
         for repeat in range(2):
             results[i, repeat] = latents(pipes[i], prompts[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, len(prompts))
     assert len(results) == 6
     for (i, _), result in results.items():
         assert torch.equal(result, expected[i])
@@ -271,11 +276,7 @@ def test_one_pipeline_in_two_threads(pipe):
             for repeat in range(3):
                 results[i, repeat] = latents(pipe, prompts[i])
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, len(prompts))
     assert len(results) == 6
     for (i, _), result in results.items():
         assert torch.equal(result, fast[i]) or torch.equal(result, stock[i])
