@@ -38,6 +38,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 bench: install
+	mkdir -p out
 	$(BIN)/python -m pytest bench -W default --benchmark-enable --benchmark-json=out/bench.json -s
 
 lint: install
