@@ -23,9 +23,10 @@ $(DEPS): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
 
-# Editable: Python files need no second installation, C++ sources do.
+# Editable: Python files need no second installation, C++ sources do. A build that fails is an error here, so that no
+# test of the extension is skipped for want of it.
 $(BUILT): $(DEPS) setup.py $(shell find csrc -type f)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	DIFFFAST_BUILD_CPP=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 demo: install

@@ -29,8 +29,9 @@ SUPPORTED_PIPELINES: dict[str, str] = {
 MIN_STEPS = 8
 
 #: Most decoders in one batch when ``max_parallel`` is None, per device type; activation memory grows linearly with it.
-#: Time inside a (64, 128, 192) UNet at 32x32 for a whole image on two CPU cores, against stock: 0.67 at 1, 0.61 at 2
-#: and 3, 0.63 at 4.  Accelerators: not measured yet.
+#: Exploratory, four rounds on two CPU cores, UNet time of a (64, 128, 192) UNet at 32x32 against stock: 0.67 at 1, 0.61
+#: at 2 and 3, 0.63 at 4; rounds vary by 0.1, so 2 to 4 are not told apart and the smallest is taken.  Accelerators: not
+#: measured yet.
 DEFAULT_MAX_PARALLEL = {"cpu": 2, "accelerator": 4}
 
 

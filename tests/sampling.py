@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,16 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
@@ -37,12 +42,18 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any], int]] = {
     "DDPM": (DDPMScheduler, {"clip_sample": False}, 20),
     "DDPM-clip": (DDPMScheduler, {"clip_sample": True}, 20),
     "UniPC": (UniPCMultistepScheduler, {}, 20),
+    "DPM++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, 20),
+    "DPM++ single": (DPMSolverSinglestepScheduler, {"lower_order_final": True}, 20),
+    "DEIS": (DEISMultistepScheduler, {}, 20),
+    "KDPM2": (KDPM2DiscreteScheduler, {}, 12),
+    "SA": (SASolverScheduler, {}, 20),
 }
 
 
 def scheduler(name: str) -> Any:
     cls, config, _ = SCHEDULERS[name]
-    return cls(**{**_BASE, **config})
+    accepted = inspect.signature(cls.__init__).parameters  # the single-step solver knows no steps_offset
+    return cls(**{**{name: value for name, value in _BASE.items() if name in accepted}, **config})
 
 
 def latents(pipe: Any, prompt: Any = "a red circle", *, steps: int = 20, seed: int = 0, **options: Any) -> torch.Tensor:
