@@ -1,6 +1,17 @@
 """Operators: one file each with schema, reference and dispatch."""
 
-from ._registry import BACKENDS, missing, use_backend
+from ._registry import BACKENDS, INSTRUCTION_SET, OPERATORS, PROVED, Proof, missing, use_backend
+from .cross_attention import cross_attention
 from .repeat_batch import repeat_batch
 
-__all__ = ["BACKENDS", "missing", "repeat_batch", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "INSTRUCTION_SET",
+    "OPERATORS",
+    "PROVED",
+    "Proof",
+    "cross_attention",
+    "missing",
+    "repeat_batch",
+    "use_backend",
+]

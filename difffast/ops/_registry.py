@@ -1,39 +1,119 @@
-"""Backends of the operators: which exist, why one is missing, and which one runs.
+"""Backends of the operators: which exist, why one is missing, which are proved on which hardware, and which one runs.
 
-``reference`` (plain PyTorch) always runs.  ``cpp`` is the compiled extension ``difffast._C``, built by setup.py
-through LibTorch's stable ABI; it serves the CPU.  ``DIFFFAST_BACKEND`` (read at import) or :func:`use_backend` force
-one.  All state is in plain module globals, which torch.compile guards: a change recompiles instead of going stale.
+``reference`` is plain PyTorch and always runs; ``sdpa`` is PyTorch's own fused attention.  ``cpp`` (CPU) and ``cuda``
+(NVIDIA) are compiled into ``difffast._C`` by setup.py through LibTorch's stable ABI; ``triton`` needs a GPU, or
+TRITON_INTERPRET=1 on a CPU.  ``DIFFFAST_BACKEND`` (read at import) or :func:`use_backend` force one.
+
+All state is in plain module globals, which torch.compile guards: a change recompiles instead of going stale.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 #: Schemas of all operators; the C++ side only adds implementations, so that they exist without it.
 LIBRARY = torch.library.Library("difffast", "DEF")
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "sdpa", "cpp", "triton", "cuda")
 
 
-def _load_extension() -> str | None:
-    """Load ``difffast._C``; why it cannot be, or None."""
+#: Operator -> its backends, in the order in which they are tried.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
+    "repeat_batch": ("cpp", "reference"),
+}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One row of the proof table: a run on this hardware passed the operator's tests.
+
+    Attributes:
+        operator: its name.
+        backend: one of :data:`BACKENDS`.
+        architecture: ``"cpu"``, or ``"sm_90"`` and the like.
+        dtypes: for which the tests ran.
+        run: what ran, where; the raw record is committed.
+    """
+
+    operator: str
+    backend: str
+    architecture: str
+    dtypes: frozenset[torch.dtype]
+    run: str
+
+
+_ON_CPU = "make test on x86-64 with AVX-512, AVX2 and SSE2"
+
+#: For which kernels a run on the hardware has proved them.  A GPU kernel that is not listed is never a default: it runs
+#: only when forced.  Add a row with the commit that adds the record of the run.
+PROVED: tuple[Proof, ...] = (
+    Proof(
+        "repeat_batch", "cpp", "cpu", frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64}), _ON_CPU
+    ),
+    Proof("cross_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
+)
+
+
+def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
+    """Load ``difffast._C``; the library, or why it cannot be."""
     spec = importlib.util.find_spec("difffast._C")
     if spec is None or spec.origin is None:
-        return "difffast._C is not built (`pip install -v --no-build-isolation .` prints the reason)"
+        return None, "difffast._C is not built (`pip install -v --no-build-isolation .` prints the reason)"
     try:
         torch.ops.load_library(spec.origin)
+        library = ctypes.CDLL(spec.origin)
     except OSError as error:
-        return f"{spec.origin} cannot be loaded: {error}"
+        return None, f"{spec.origin} cannot be loaded: {error}"
+    library.difffast_instruction_set.restype = ctypes.c_char_p
+    return library, None
+
+
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "no CUDA device is visible (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
     return None
 
 
-_missing: dict[str, str | None] = {"reference": None, "cpp": _load_extension()}
-_forced: str | None = os.environ.get("DIFFFAST_BACKEND")
+def _no_cuda() -> str | None:
+    if _extension is None:
+        return _not_built
+    if not _extension.difffast_has_cuda():
+        return (
+            "difffast._C was built without the CUDA kernels (`pip install -v --no-build-isolation .` prints the reason)"
+        )
+    return None if torch.cuda.is_available() else "no CUDA device is visible"
+
+
+#: Whether Triton kernels run in Triton's interpreter; Triton reads the variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_extension, _not_built = _load_extension()
+_missing: dict[str, str | None] = {
+    "reference": None,
+    "sdpa": None,
+    "cpp": _not_built,
+    "triton": _no_triton(),
+    "cuda": _no_cuda(),
+}
+#: The instruction set of the C++ kernels: "avx512", "avx2" or "baseline"; None without them.
+INSTRUCTION_SET: str | None = _extension.difffast_instruction_set().decode() if _extension else None
+
+#: Forced backends: by operator, under ``None`` for all that have it.
+_forced: dict[str | None, str] = {}
+if "DIFFFAST_BACKEND" in os.environ:
+    _forced[None] = os.environ["DIFFFAST_BACKEND"]
+
+_DEVICES = {"cpp": ("cpu",), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",), "cuda": ("cuda",)}
 
 
 def missing(backend: str) -> str | None:
@@ -47,36 +127,79 @@ def missing(backend: str) -> str | None:
     return _missing[backend]
 
 
-def choose(operator: str, device_type: str) -> str:
-    """The backend that runs ``operator`` on a device type; a forced one that cannot run raises with the reason.
+def obstacle(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on this device in this installation, or None."""
+    reason = missing(backend)
+    if reason is None and device.type not in _DEVICES.get(backend, (device.type,)):
+        reason = f"it serves {' and '.join(_DEVICES[backend])} tensors, the tensor is on {device.type!r}"
+    return reason
+
+
+def forced(operator: str, device: torch.device) -> str | None:
+    """The backend that was forced for an operator, or None.
 
     Raises:
-        RuntimeError: the forced backend is missing or does not serve this device.
         ValueError: ``DIFFFAST_BACKEND`` names no backend.
+        RuntimeError: it is missing or does not serve this device.
     """
-    if _forced is None:
-        return "cpp" if device_type == "cpu" and missing("cpp") is None else "reference"
-    reason = missing(_forced)
-    if reason is None and _forced == "cpp" and device_type != "cpu":
-        reason = f"it serves the CPU only, the tensor is on {device_type!r}"
+    backend = _forced.get(operator, _forced.get(None))
+    if backend is None or (operator not in _forced and backend in BACKENDS and backend not in OPERATORS[operator]):
+        return None
+    reason = obstacle(backend, device)
     if reason is not None:
-        raise RuntimeError(f"{operator}: backend {_forced!r} was forced but cannot run: {reason}")
-    return _forced
+        raise cannot_run(operator, backend, reason)
+    return backend
+
+
+def default(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend can run here and may be chosen without being forced."""
+    return obstacle(backend, device) is None and proved(operator, backend, device, dtype)
+
+
+def cannot_run(operator: str, backend: str, reason: str) -> RuntimeError:
+    """The error for a forced backend that cannot run."""
+    return RuntimeError(f"{operator}: backend {backend!r} was forced but cannot run: {reason}")
+
+
+def proved(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend may be a default: plain PyTorch always, a kernel of ours where a run on the hardware proved it.
+
+    A C++ kernel for the CPU may be a default for every dtype it takes: the tests run on the user's kind of machine.
+    """
+    if backend in ("reference", "sdpa"):
+        return True
+    rows = [p for p in PROVED if p.operator == operator and p.backend == backend]
+    if device.type == "cpu":
+        return any(p.architecture == "cpu" for p in rows)
+    if not rows or device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return any(p.architecture == f"sm_{major}{minor}" and dtype in p.dtypes for p in rows)
 
 
 @contextlib.contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Force a backend for all operators of the process inside a ``with`` block.
+def use_backend(backend: str, *operators: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block, in the whole process.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        operators: names of operators; none: all that have this backend, while the others keep their own choice.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend or operator, or an operator without this backend.
         RuntimeError: the backend is missing.
     """
     global _forced
     reason = missing(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
-    earlier, _forced = _forced, backend
+    for operator in operators:
+        if backend not in OPERATORS.get(operator, ()):
+            known = "; ".join(f"{name}: {', '.join(has)}" for name, has in OPERATORS.items())
+            raise ValueError(f"{operator!r} has no backend {backend!r}; operators and their backends: {known}")
+    earlier = _forced
+    # The inner block wins: without operators, over those that an outer one names.
+    _forced = {**earlier, **dict.fromkeys(operators, backend)} if operators else {None: backend}
     try:
         yield
     finally:

@@ -35,7 +35,10 @@ def repeat_batch(x: Tensor, repeats: int) -> Tensor:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")
-    if _registry.choose("repeat_batch", x.device.type) == "cpp" and not (x.requires_grad and torch.is_grad_enabled()):
+    backend = _registry.forced("repeat_batch", x.device)
+    if backend is None:
+        backend = "cpp" if _registry.default("repeat_batch", "cpp", x.device, x.dtype) else "reference"
+    if backend == "cpp" and not (x.requires_grad and torch.is_grad_enabled()):
         return torch.ops.difffast.repeat_batch(x, repeats)
     return reference(x, repeats)
 

@@ -1,0 +1,151 @@
+// Vectors of one instruction set.  Included once per set, inside a namespace, by <stem>.cpp: no include guard.
+// Before: DIFFFAST_TARGET (function attribute), DIFFFAST_VECTOR_BYTES, DIFFFAST_REGISTERS.  Portable: GCC and Clang vector
+// extensions, so that one source serves AVX-512, AVX2, SSE2 and NEON.
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  typedef T loose __attribute__((vector_size(DIFFFAST_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+template <class T>
+constexpr int lanes = DIFFFAST_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+#define DIFFFAST_INLINE DIFFFAST_TARGET inline __attribute__((always_inline))
+
+template <class T>
+DIFFFAST_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Vector<T>::loose*>(p);
+}
+
+template <class T>
+DIFFFAST_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Vector<T>::loose*>(p) = v;
+}
+
+template <class T>
+DIFFFAST_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+DIFFFAST_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// 2^x for x <= 0, NaN for NaN; results below 2^-125 become 2^-125, not zero.
+DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
+  typedef int32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  const Vec<float> lowest = broadcast(-125.0f);
+  x = x < lowest ? lowest : x;
+  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
+  const Vec<float> shifted = x + 12582912.0f;
+  const Vec<float> f = x - (shifted - 12582912.0f);
+  // 2^f on [-1/2, 1/2]: Taylor series of exp(f ln 2) to the seventh power, relative error below 1e-8.
+  Vec<float> p = broadcast(1.525273380405984e-5f);
+  p = p * f + 1.540353039338161e-4f;
+  p = p * f + 1.333355814642844e-3f;
+  p = p * f + 9.618129107628477e-3f;
+  p = p * f + 5.550410866482158e-2f;
+  p = p * f + 2.402265069591007e-1f;
+  p = p * f + 6.931471805599453e-1f;
+  p = p * f + 1.0f;
+  const Int exponent = ((Int)shifted - 0x4B400000) << 23;
+  return x == x ? (Vec<float>)((Int)p + exponent) : x;
+}
+
+DIFFFAST_INLINE Vec<double> exp2_of(Vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// Products are summed in runs of this length, and the runs' sums are added up: rounding errors of one long chain of
+// additions would exceed those of other libraries.
+constexpr int64_t kRun = 32;
+
+// C[MR, NV vectors] = (accumulate ? C : 0) + A B over `depth`; A is read at a[i * a_row + k * a_col].
+template <class T, int MR, int NV>
+DIFFFAST_INLINE void matmul_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c,
+                                 int64_t c_row, bool accumulate) {
+  for (int64_t start = 0; start < depth; start += kRun, accumulate = true) {
+    const int64_t stop = std::min(start + kRun, depth);
+    Vec<T> sum[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j) sum[i][j] = Vec<T>{};
+    }
+    for (int64_t k = start; k < stop; ++k) {
+      Vec<T> row[NV];
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j) row[j] = load(b + k * b_row + j * lanes<T>);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const Vec<T> x = broadcast(a[i * a_row + k * a_col]);
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; ++j) sum[i][j] += x * row[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j) {
+        T* to = c + i * c_row + j * lanes<T>;
+        store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+      }
+    }
+  }
+}
+
+// Widest panel of columns, in vectors, and rows per tile, so that sums, one row of B and one element of A fit the registers.
+constexpr int kPanel = DIFFFAST_REGISTERS >= 32 ? 5 : 2;
+constexpr int tile_rows(int panel) {
+  const int fitting = (DIFFFAST_REGISTERS - 2 - panel) / panel;
+  return fitting < 8 ? fitting : 8;
+}
+
+template <class T, int NV, int MR>
+DIFFFAST_TARGET void matmul_rest(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
+                                 int64_t b_row, T* c, int64_t c_row, bool accumulate) {
+  if constexpr (MR > 0) {
+    if (rows == MR) {
+      matmul_tile<T, MR, NV>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    } else {
+      matmul_rest<T, NV, MR - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    }
+  }
+}
+
+template <class T, int NV>
+DIFFFAST_TARGET void matmul_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
+                                  int64_t b_row, T* c, int64_t c_row, bool accumulate) {
+  constexpr int MR = tile_rows(NV);
+  for (; rows >= MR; rows -= MR, a += MR * a_row, c += MR * c_row) {
+    matmul_tile<T, MR, NV>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  }
+  matmul_rest<T, NV, MR - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+}
+
+// C[rows, columns] = (accumulate ? C : 0) + A[rows, depth] B[depth, columns]; columns is a multiple of the lanes.
+template <class T>
+DIFFFAST_TARGET void matmul(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col,
+                            const T* b, int64_t b_row, T* c, int64_t c_row, bool accumulate = false) {
+  int64_t vectors = columns / lanes<T>;
+  int64_t panels = (vectors + kPanel - 1) / kPanel;
+  for (; panels > 0; --panels) {
+    const int64_t width = (vectors + panels - 1) / panels;
+    switch (width) {
+      case 1: matmul_panel<T, 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+      case 2: matmul_panel<T, 2>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+#if DIFFFAST_REGISTERS >= 32
+      case 3: matmul_panel<T, 3>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+      case 4: matmul_panel<T, 4>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+      default: matmul_panel<T, 5>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+#endif
+    }
+    b += width * lanes<T>;
+    c += width * lanes<T>;
+    vectors -= width;
+  }
+}

@@ -1,0 +1,318 @@
+"""cross_attention: attention over at most 128 keys that can also return the attention map averaged over heads.
+
+    P = softmax(scale * q k^T),  out = P v,  maps = mean over heads of P at chosen keys
+
+Shapes: q [B, H, N, d]; k, v [Bk, H, T, d], B = Bk * r, row b of q uses row b // r of k and v; out [B, H, N, d];
+maps [B, N, M] float32.  ``sink`` more keys of logit 0 and value 0 take part in the softmax without being stored: rows
+that semantic binding has absorbed (ToMe, arXiv 2411.07132, section 4.1, and its released code).  Backward pass from
+both outputs: FlashAttention's (arXiv 2205.14135, appendix B), with the map's gradient added to dP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _registry
+
+MAX_KEYS = 128
+MAX_HEAD_DIM = 256
+#: Products q k below which the C++ kernel loses to PyTorch's attention.
+_SMALL = 1 << 14
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    sink: int = 0,
+    map_tokens: Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over text keys, with the head-averaged map of chosen tokens on request.
+
+    Differentiable once in q, k and v, from both outputs.
+
+    Args:
+        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
+        k, v: [Bk, H, T, d] with 1 <= T <= 128; Bk divides B, and row b of q uses row b // (B / Bk).
+        scale: factor of the logits; None: 1 / sqrt(d).
+        sink: number of keys with logit 0 and value 0 that are not stored.
+        map_tokens: keys whose probabilities are wanted, in this order; None: no maps.
+
+    Returns:
+        out [B, H, N, d], stored as [B, N, H, d]; with ``map_tokens`` also maps [B, N, M] in float32 (float64 for
+        float64): the mean over heads of the probabilities.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or values.
+        RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
+    """
+    scale = _checked(q, k, v, scale, sink)
+    if map_tokens is None:
+        return _run(q, k, v, scale, sink, [])[0]
+    tokens = _checked_tokens(map_tokens, k.shape[2])
+    increasing = sorted(set(tokens))
+    out, maps = _run(q, k, v, scale, sink, increasing)
+    if tokens != increasing:
+        maps = maps[..., [increasing.index(token) for token in tokens]]
+    return out, maps
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int = 0, map_tokens: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_, k_, v_ = (x.to(compute) for x in (q, *_repeated(q, k, v)))
+    logits = q_ @ k_.transpose(-1, -2) * scale
+    if sink:
+        # One more column of logit log(sink) is `sink` columns of logit 0.
+        logits = F.pad(logits, (0, 1), value=math.log(sink))
+    p = logits.softmax(-1)[..., : k.shape[2]]
+    return _stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
+
+
+def reference_backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sink: int = 0,
+    map_tokens: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The closed-form gradients in plain PyTorch.  -> (dq, dk, dv)
+
+    dP = dO v^T, plus dmaps / H at the chosen tokens; dS = P (dP - rowsum(P dP)); dq = scale dS k, dk = scale dS^T q,
+    dv = P^T dO.  The sink takes no part: its dP is 0.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_, k_, v_ = (x.to(compute) for x in (q, *_repeated(q, k, v)))
+    logits = q_ @ k_.transpose(-1, -2) * scale
+    if sink:
+        logits = F.pad(logits, (0, 1), value=math.log(sink))
+    p = logits.softmax(-1)[..., : k.shape[2]]
+    grad = torch.zeros_like(q_) if grad_out is None else grad_out.to(compute)
+    dp = grad @ v_.transpose(-1, -2)
+    if grad_maps is not None and len(map_tokens):
+        dp[..., list(map_tokens)] += grad_maps.unsqueeze(1) / q.shape[1]
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    repeats = q.shape[0] // k.shape[0]
+    dk, dv = (
+        x.unflatten(0, (-1, repeats)).sum(1).to(k.dtype)
+        for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)
+    )
+    return _stored_by_row((ds @ k_).to(q.dtype)), dk, dv
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int) -> Tensor:
+    k, v = _repeated(q, k, v)
+    if sink:
+        k, v = F.pad(k, (0, 0, 0, sink)), F.pad(v, (0, 0, 0, sink))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    repeats = q.shape[0] // k.shape[0]
+    return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
+
+
+def _stored_by_row(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, sink: int) -> float:
+    """The scale, after all operands have been checked."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            "q, k and v must be [batch, heads, rows, head_dim], got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have the same heads and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if not k.shape[0] or q.shape[0] % k.shape[0]:
+        raise ValueError(f"k's batch must divide q's, got {k.shape[0]} and {q.shape[0]}")
+    if not 1 <= k.shape[2] <= MAX_KEYS:
+        raise ValueError(f"k must have 1 to {MAX_KEYS} keys, got {k.shape[2]}")
+    if not q.shape[1] or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"q needs a head and a head_dim of 1 to {MAX_HEAD_DIM}, got {tuple(q.shape)}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            "q, k and v must have one dtype of float16, bfloat16, float32 and float64, "
+            f"got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if type(sink) is not int or sink < 0:
+        raise ValueError(f"sink must be an int of at least 0, got {sink!r}")
+    if scale is None:
+        return q.shape[3] ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _checked_tokens(map_tokens: Sequence[int], keys: int) -> list[int]:
+    tokens = list(map_tokens)
+    if not tokens:
+        raise ValueError("map_tokens must name at least one token (or be None), got none")
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < keys:
+            raise ValueError(f"map_tokens must be ints in 0 .. {keys - 1}, got {token!r}")
+    return tokens
+
+
+def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, map_tokens: Sequence[int]) -> str | None:
+    """Why a backend that exists here cannot serve these operands, or None."""
+    if backend == "sdpa" and map_tokens:
+        return "PyTorch's fused attention returns no maps"
+    if backend == "cpp" and q.dtype == torch.float16:
+        return "it takes float32, float64 and bfloat16, got float16"
+    if backend == "triton" and q.dtype == torch.float64 and not _registry.INTERPRETED:
+        return "it takes float64 in the interpreter only"
+    if backend == "cuda":
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            return f"it takes float16 and bfloat16, got {q.dtype}"
+        if q.shape[3] % 8:
+            return f"head_dim must be a multiple of 8, got {q.shape[3]}"
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.stride(3) != 1 or any(x.stride(i) % 8 for i in range(3)):
+                return f"{name} needs 16-byte aligned rows (strides a multiple of 8, the last 1), got {x.stride()}"
+    return None
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor, map_tokens: Sequence[int]) -> str:
+    forced = _registry.forced("cross_attention", q.device)
+    if forced is not None:
+        reason = obstacle(forced, q, k, v, map_tokens)
+        if reason is not None:
+            raise _registry.cannot_run("cross_attention", forced, reason)
+        return forced
+    for backend in _registry.OPERATORS["cross_attention"]:
+        if (
+            _registry.default("cross_attention", backend, q.device, q.dtype)
+            and obstacle(backend, q, k, v, map_tokens) is None
+            and not _loses(backend, q, k, map_tokens)
+        ):
+            return backend
+    raise AssertionError("the reference always runs")
+
+
+def _loses(backend: str, q: Tensor, k: Tensor, map_tokens: Sequence[int]) -> bool:
+    """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
+    # Against PyTorch's own attention, one key or a few thousand products do not pay for packing the keys.
+    return backend == "cpp" and not map_tokens and (k.shape[2] == 1 or q.numel() * k.shape[2] < _SMALL)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int, map_tokens: list[int]
+) -> tuple[Tensor, Tensor | None]:
+    """-> (out, maps), by the backend of choice; ``map_tokens`` increase."""
+    backend = _backend(q, k, v, map_tokens)
+    if backend == "reference":
+        return reference(q, k, v, scale, sink, map_tokens)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, scale, sink), None
+    return _OPERATORS[backend](q, k, v, scale, sink, map_tokens)
+
+
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, float scale, int sink, int[] map_tokens) -> (Tensor out, Tensor maps)"
+_BACKWARD_SCHEMA = (
+    "(Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, float scale, int sink, int[] map_tokens, "
+    "bool need_q, bool need_kv) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+_OPERATORS: dict[str, Any] = {}
+_BACKWARD: dict[str, Any] = {}
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int, map_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, dim = q.shape
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, rows, heads, dim).transpose(1, 2), q.new_empty(batch, rows, len(map_tokens), dtype=sums)
+
+
+def _fake_backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sink: int,
+    map_tokens: Sequence[int],
+    need_q: bool,
+    need_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients that are not needed have no elements."""
+    batch, heads, rows, dim = q.shape
+    keys = k.shape if need_kv else (0,)
+    dq = q.new_empty(batch, rows, heads, dim).transpose(1, 2) if need_q else q.new_empty(0)
+    return dq, k.new_empty(keys), v.new_empty(keys)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # All keys of a row fit one tile: making the probabilities anew costs less than storing anything about them, and is
+    # more exact than a stored log-sum-exp.
+    q, k, v, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(backend: str) -> Any:
+    operator = _BACKWARD[backend]
+
+    def backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple[Any, ...]:
+        need_q, need_kv = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        if grad_out is None and grad_maps is None:
+            return (None,) * 6
+        dq, dk, dv = operator(grad_out, grad_maps, *ctx.saved_tensors, *ctx.rest, need_q, need_kv)
+        return (dq if need_q else None, *((dk, dv) if need_kv else (None, None)), None, None, None)
+
+    return backward
+
+
+def _define(backend: str, backward: str) -> None:
+    """Schema, fake and autograd of one backend's operator; ``backward`` is the backend that differentiates it."""
+    _registry.LIBRARY.define(f"cross_attention.{backend}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::cross_attention.{backend}", _fake, lib=_registry.LIBRARY)
+    _OPERATORS[backend] = getattr(torch.ops.difffast.cross_attention, backend)
+    if backend == backward:
+        _registry.LIBRARY.define(f"cross_attention_backward.{backend}{_BACKWARD_SCHEMA}")
+        torch.library.register_fake(
+            f"difffast::cross_attention_backward.{backend}", _fake_backward, lib=_registry.LIBRARY
+        )
+        _BACKWARD[backend] = getattr(torch.ops.difffast.cross_attention_backward, backend)
+    torch.library.register_autograd(
+        f"difffast::cross_attention.{backend}", _differentiate(backward), setup_context=_save, lib=_registry.LIBRARY
+    )
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from difffast.triton_kernels import cross_attention as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from difffast.triton_kernels import cross_attention as kernels
+
+    return kernels.backward(*arguments)
+
+
+_define("cpp", backward="cpp")
+_define("triton", backward="triton")
+_define("cuda", backward="triton")
+for _device in ("CPU", "CUDA"):
+    _registry.LIBRARY.impl("cross_attention.triton", _triton_forward, _device)
+    _registry.LIBRARY.impl("cross_attention_backward.triton", _triton_backward, _device)

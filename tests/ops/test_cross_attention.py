@@ -1,0 +1,404 @@
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils import deterministic
+
+from difffast import ops
+from difffast.ops.cross_attention import reference, reference_backward
+
+needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+
+#: (batch, key batch, heads, queries, keys, head_dim): every key count, odd sizes, sizes that are no multiple of a tile.
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 2, 3, 65, 77, 40),
+    (1, 1, 8, 64, 77, 160),
+    (2, 1, 2, 129, 76, 80),
+    (4, 2, 1, 7, 2, 64),
+    (16, 16, 2, 5, 77, 8),
+    (1, 1, 2, 66, 128, 256),
+    (3, 3, 5, 31, 17, 33),
+    (8, 2, 2, 100, 80, 96),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def _contiguous(batch, heads, rows, dim, dtype):
+    return torch.randn(batch, heads, rows, dim, dtype=torch.float64).to(dtype)
+
+
+def _by_row(batch, heads, rows, dim, dtype):
+    return _contiguous(batch, rows, heads, dim, dtype).transpose(1, 2)
+
+
+#: How operands lie in memory; ``by row`` is what Diffusers' layers make.
+LAYOUTS = {
+    "contiguous": _contiguous,
+    "by row": _by_row,
+    "channels_last": lambda *a: _contiguous(*a).contiguous(memory_format=torch.channels_last),
+    "strided head_dim": lambda b, h, n, d, t: _contiguous(b, h, d, n, t).transpose(2, 3),
+    "expanded batch": lambda b, h, n, d, t: _contiguous(1, h, n, d, t).expand(b, h, n, d),
+    "sliced": lambda b, h, n, d, t: _contiguous(b, h, 2 * n, d + 3, t)[:, :, ::2, 2 : d + 2],
+}
+
+
+def operands(shape, dtype, layout="by row"):
+    torch.manual_seed(0)
+    batch, key_batch, heads, queries, keys, dim = shape
+    make = LAYOUTS[layout]
+    k, v = (make(key_batch, heads, keys, dim, dtype) for _ in range(2))
+    return make(batch, heads, queries, dim, dtype), k, v
+
+
+def tokens_of(keys):
+    return sorted({0, keys // 2, keys - 1, min(63, keys - 1), min(64, keys - 1)})
+
+
+def eager(q, k, v, scale, sink, tokens):
+    """What one writes without us, in the operands' own dtype."""
+    repeats = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
+    if sink:
+        k, v = F.pad(k, (0, 0, 0, sink)), F.pad(v, (0, 0, 0, sink))
+    p = (q @ k.transpose(-1, -2) * scale).softmax(-1)
+    return p @ v, p[..., tokens].mean(1)
+
+
+def assert_as_good(ours, theirs, exact):
+    """Error against float64 at most 1.2x the eager composition's (root mean square), and twice its largest."""
+    assert ours.shape == exact.shape
+    error, other = ((x.double() - exact).abs() for x in (ours, theirs))
+    # Two root mean squares of n numbers are told apart to about 1 / sqrt(n) only; in float64, `exact` is the eager
+    # composition itself.
+    floor = torch.finfo(ours.dtype).eps * float(exact.abs().max())
+    floor *= 100 if ours.dtype == torch.float64 else 4 / ours.numel() ** 0.5
+    assert float(error.square().mean().sqrt()) <= 1.2 * float(other.square().mean().sqrt()) + floor
+    assert float(error.max()) <= 2 * float(other.max()) + floor
+
+
+@pytest.fixture
+def _nan_memory():
+    """Uninitialised memory is NaN, in C++ as well."""
+    assert deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("sink", [0, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("_nan_memory")
+def test_error_is_no_worse_than_eager(shape, dtype, sink):
+    q, k, v = operands(shape, dtype)
+    scale, tokens = 0.9 * shape[-1] ** -0.5, tokens_of(shape[4])
+    exact = eager(q.double(), k.double(), v.double(), scale, sink, tokens)
+    theirs = eager(q, k, v, scale, sink, tokens)
+    for backend in ("reference", "sdpa", "cpp"):
+        if ops.missing(backend) or (backend == "cpp" and dtype == torch.float16):
+            continue
+        with ops.use_backend(backend):
+            alone = ops.cross_attention(q, k, v, scale=scale, sink=sink)
+            assert_as_good(alone, theirs[0], exact[0])
+            if backend == "sdpa":
+                continue
+            out, maps = ops.cross_attention(q, k, v, scale=scale, sink=sink, map_tokens=tokens)
+        assert torch.equal(out, alone), "maps change nothing"
+        assert out.transpose(1, 2).is_contiguous()
+        assert out.dtype == dtype
+        assert maps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_as_good(maps, theirs[1], exact[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layout_does_not_matter(dtype, layout):
+    q, k, v = operands((2, 2, 3, 65, 77, 40), dtype, layout)
+    same = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
+    for backend in ("reference", "cpp"):
+        if ops.missing(backend) is None:
+            with ops.use_backend(backend):
+                for a, b in zip(
+                    ops.cross_attention(q, k, v, map_tokens=[3, 7]),
+                    ops.cross_attention(*same, map_tokens=[3, 7]),
+                    strict=True,
+                ):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@needs_cpp
+@pytest.mark.usefixtures("_nan_memory")
+def test_gradients_are_no_worse_than_eager(shape, dtype):
+    sink, tokens, scale = 3, tokens_of(shape[4]), shape[-1] ** -0.5
+    made = operands(shape, dtype)
+    d_out, d_maps = torch.randn_like(made[0].double()), torch.randn(shape[0], shape[3], len(tokens)).double()
+
+    def gradients(function, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in made]
+        out, maps = function(*leaves)
+        return torch.autograd.grad((out, maps), leaves, (d_out.to(out.dtype), d_maps.to(maps.dtype)))
+
+    exact = gradients(lambda q, k, v: eager(q, k, v, scale, sink, tokens), torch.float64)
+    theirs = gradients(lambda q, k, v: eager(q, k, v, scale, sink, tokens), dtype)
+    with ops.use_backend("cpp"):
+        ours = gradients(lambda q, k, v: ops.cross_attention(q, k, v, scale=scale, sink=sink, map_tokens=tokens), dtype)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == dtype
+        assert_as_good(a, b, c)
+
+
+@pytest.mark.parametrize("wanted", ["out", "maps", "both"])
+@pytest.mark.parametrize("leaf", ["q", "k", "v", "all"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gradcheck(backend, leaf, wanted):
+    if ops.missing(backend):
+        pytest.skip(str(ops.missing(backend)))
+    leaves = dict(zip("qkv", operands((4, 2, 2, 5, 7, 6), torch.float64), strict=True))
+    if leaf == "v" and wanted == "maps":
+        pytest.skip("maps do not depend on v")
+    for name, x in leaves.items():
+        x.requires_grad_(leaf in (name, "all"))
+
+    def function(q, k, v):
+        out, maps = ops.cross_attention(q, k, v, sink=2, map_tokens=[4, 0, 6])
+        return {"out": out, "maps": maps, "both": (out, maps)}[wanted]
+
+    with ops.use_backend(backend):
+        assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_closed_form_is_autograd(shape):
+    q, k, v = (x.requires_grad_() for x in operands(shape, torch.float64))
+    tokens, scale = tokens_of(shape[4]), 0.3
+    out, maps = reference(q, k, v, scale, 4, tokens)
+    d_out, d_maps = torch.randn_like(out), torch.randn_like(maps)
+    for pair, outputs in (((d_out, d_maps), (out, maps)), ((d_out, None), (out,)), ((None, d_maps), (maps,))):
+        given = tuple(x for x in pair if x is not None)
+        expected = torch.autograd.grad(outputs, (q, k, v), given, retain_graph=True, materialize_grads=True)
+        for a, b in zip(reference_backward(*pair, q, k, v, scale, 4, tokens), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_sink_is_zero_rows():
+    """What semantic binding needs: absorbed rows that are zero in K and V need not be stored."""
+    q, k, v = operands((2, 2, 3, 9, 12, 16), torch.float64)
+    full_k, full_v = F.pad(k, (0, 0, 0, 5)), F.pad(v, (0, 0, 0, 5))
+    for backend in ("reference", "sdpa", "cpp"):
+        if ops.missing(backend) is None:
+            with ops.use_backend(backend):
+                torch.testing.assert_close(
+                    ops.cross_attention(q, k, v, sink=5), ops.cross_attention(q, full_k, full_v), rtol=1e-12, atol=1e-12
+                )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_large_logits_with_and_without_sink(backend):
+    if ops.missing(backend):
+        pytest.skip(str(ops.missing(backend)))
+    q, k, v = operands((1, 1, 2, 70, 77, 40), torch.float32)
+    with ops.use_backend(backend):
+        for factor in (1e4, -1e4):
+            for sink in (0, 7):
+                out, maps = ops.cross_attention(q, k, v, scale=factor, sink=sink, map_tokens=[1])
+                exact = reference(q.double(), k.double(), v.double(), factor, sink, [1])
+                torch.testing.assert_close(out.double(), exact[0], rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(maps.double(), exact[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpp"])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_is_not_hidden(backend, where):
+    if ops.missing(backend):
+        pytest.skip(str(ops.missing(backend)))
+    made = dict(zip("qkv", operands((1, 1, 2, 70, 77, 40), torch.float32), strict=True))
+    made[where][0, 1, 3, 5] = math.nan
+    with ops.use_backend(backend):
+        out = ops.cross_attention(**made)
+    exact = eager(*made.values(), 40**-0.5, 0, [0])[0]
+    assert torch.equal(out.isnan(), exact.isnan())
+
+
+@needs_cpp
+def test_rows_do_not_depend_on_their_batch():
+    """A batch of decoders must equal one at a time to the last bit."""
+    q, k, v = operands((8, 2, 3, 130, 77, 40), torch.float32)
+    out, maps = ops.cross_attention(q, k, v, map_tokens=[1, 2])
+    for row in range(8):
+        alone = slice(row, row + 1), slice(row // 4, row // 4 + 1)
+        one, one_map = ops.cross_attention(q[alone[0]], k[alone[1]], v[alone[1]], map_tokens=[1, 2])
+        assert torch.equal(one[0], out[row])
+        assert torch.equal(one_map[0], maps[row])
+    assert torch.equal(ops.cross_attention(q, k.repeat_interleave(4, 0), v.repeat_interleave(4, 0)), out)
+
+
+def test_map_tokens_keep_their_order():
+    q, k, v = operands((1, 1, 2, 9, 77, 8), torch.float32)
+    _, maps = ops.cross_attention(q, k, v, map_tokens=range(77))
+    _, some = ops.cross_attention(q, k, v, map_tokens=[70, 3, 3])
+    assert torch.equal(some, maps[..., [70, 3, 3]])
+    torch.testing.assert_close(maps.sum(-1), torch.ones(1, 9))
+
+
+def test_empty_queries():
+    q, k, v = operands((2, 2, 2, 0, 77, 8), torch.float32)
+    out, maps = ops.cross_attention(q, k, v, map_tokens=[1, 2])
+    assert out.shape == (2, 2, 0, 8)
+    assert maps.shape == (2, 0, 2)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 2, 3, 5, 7, 6), (2, 2, 1, 65, 77, 40)], ids=str)
+def test_opcheck(shape, layout):
+    q, k, v = (x.requires_grad_() for x in operands(shape, torch.float32, layout))
+    for tokens, sink in (([], 0), ([0, 2], 3)):
+        torch.library.opcheck(torch.ops.difffast.cross_attention.cpp, (q, k, v, 0.3, sink, tokens))
+    q, k, v = q.detach(), k.detach(), v.detach()
+    out, maps = torch.ops.difffast.cross_attention.cpp(q, k, v, 0.3, 1, [0, 2])
+    for grads in ((out, maps), (out, None), (None, maps)):
+        for needs in ((True, True), (True, False), (False, True)):
+            arguments = (*grads, q, k, v, 0.3, 1, [0, 2], *needs)
+            torch.library.opcheck(torch.ops.difffast.cross_attention_backward.cpp, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpp"])
+def test_compiles_without_graph_breaks(backend, dynamic):
+    if ops.missing(backend):
+        pytest.skip(str(ops.missing(backend)))
+    torch._dynamo.reset()
+    tokens = None if backend == "sdpa" else [5, 1]
+
+    def loss(q, k, v):
+        result = ops.cross_attention(q, k, v, sink=1, map_tokens=tokens)
+        return sum(x.sin().sum() for x in ([result] if tokens is None else result))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with ops.use_backend(backend):
+        for shape in ((2, 2, 3, 20, 7, 8), (4, 4, 3, 33, 9, 8)):
+            leaves = [x.requires_grad_() for x in operands(shape, torch.float64)]
+            expected, value = loss(*leaves), compiled(*leaves)
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+            for a, b in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+Q, K = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpp"])
+@pytest.mark.parametrize(
+    ("q", "k", "v", "options", "message"),
+    [
+        (Q[0], K, K, {}, r"must be \[batch, heads, rows, head_dim\], got \(2, 5, 8\)"),
+        (Q, K, K[:, :, :6], {}, r"k and v must have the same shape, got \(2, 2, 7, 8\) and \(2, 2, 6, 8\)"),
+        (Q, K[:, :1], K[:, :1], {}, "same heads and head_dim"),
+        (Q, K[..., :4], K[..., :4], {}, "same heads and head_dim"),
+        (Q[:1], K, K, {}, "k's batch must divide q's, got 2 and 1"),
+        (Q, K[:0], K[:0], {}, "k's batch must divide q's, got 0 and 2"),
+        (Q, K[:, :, :0], K[:, :, :0], {}, "1 to 128 keys, got 0"),
+        (Q, torch.ones(2, 2, 129, 8), torch.ones(2, 2, 129, 8), {}, "1 to 128 keys, got 129"),
+        (torch.ones(1, 1, 1, 257), torch.ones(1, 1, 1, 257), torch.ones(1, 1, 1, 257), {}, "head_dim of 1 to 256"),
+        (Q.long(), K.long(), K.long(), {}, "one dtype of float16, .*got torch.int64"),
+        (Q, K.double(), K.double(), {}, "one dtype of .*got torch.float32, torch.float64"),
+        (Q, K.to("meta"), K.to("meta"), {}, "on one device, got cpu, meta"),
+        (Q, K, K, {"scale": math.nan}, "scale must be finite, got nan"),
+        (Q, K, K, {"scale": math.inf}, "scale must be finite, got inf"),
+        (Q, K, K, {"sink": -1}, "sink must be an int of at least 0, got -1"),
+        (Q, K, K, {"sink": 1.5}, "sink must be an int of at least 0, got 1.5"),
+        (Q, K, K, {"map_tokens": [7]}, r"map_tokens must be ints in 0 .. 6, got 7"),
+        (Q, K, K, {"map_tokens": [-1]}, r"map_tokens must be ints in 0 .. 6, got -1"),
+        (Q, K, K, {"map_tokens": []}, "at least one token"),
+        (Q, K, K, {"map_tokens": [0.5]}, "must be ints in 0 .. 6, got 0.5"),
+    ],
+)
+def test_bad_input(backend, q, k, v, options, message):
+    if ops.missing(backend):
+        pytest.skip(str(ops.missing(backend)))
+    with ops.use_backend(backend), pytest.raises(ValueError, match=message):
+        ops.cross_attention(q, k, v, **options)
+
+
+def test_the_kernel_checks_for_itself():
+    """Called without the public function, e.g. from an exported graph."""
+    if ops.missing("cpp"):
+        pytest.skip(str(ops.missing("cpp")))
+    for q, k, tokens in ((Q, torch.ones(2, 2, 129, 8), []), (Q[:1], K, []), (Q, K, [7]), (Q.half(), K.half(), [])):
+        with pytest.raises(RuntimeError):
+            torch.ops.difffast.cross_attention.cpp(q, k, k, 1.0, 0, tokens)
+
+
+def test_forced_backends_that_cannot_run():
+    for backend, message in (("sdpa", "returns no maps"), ("cpp", "got float16")):
+        if ops.missing(backend) is None:
+            q, k = (Q.half(), K.half()) if backend == "cpp" else (Q, K)
+            with (
+                ops.use_backend(backend),
+                pytest.raises(RuntimeError, match=rf"cross_attention: backend '{backend}' was forced .*{message}"),
+            ):
+                ops.cross_attention(q, k, k, map_tokens=[0])
+
+
+def test_forcing_one_operator_leaves_the_others():
+    with ops.use_backend("reference", "cross_attention"):
+        assert ops.repeat_batch(torch.ones(2), 2).shape == (4,)
+    with (
+        pytest.raises(ValueError, match="'repeat_batch' has no backend 'sdpa'; .* repeat_batch: cpp, reference"),
+        ops.use_backend("sdpa", "repeat_batch"),
+    ):
+        pass
+    with ops.use_backend("sdpa"):
+        assert ops.repeat_batch(torch.ones(2), 2).shape == (4,), "an operator without this backend is not concerned"
+
+
+def test_unproved_gpu_kernels_are_no_default():
+    from difffast.ops import _registry
+
+    listed = {(p.operator, p.backend) for p in ops.PROVED}
+    for operator, backends in ops.OPERATORS.items():
+        for backend in {"triton", "cuda"} & set(backends):
+            if (operator, backend) not in listed:
+                assert not _registry.proved(operator, backend, torch.device("cuda"), torch.float16)
+                assert not _registry.proved(operator, backend, torch.device("cpu"), torch.float32)
+
+
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(instruction_set):
+    """The same numbers from every instruction set that this machine has."""
+    code = textwrap.dedent("""
+        import torch
+        from difffast import ops
+        from difffast.ops.cross_attention import reference
+        print(ops.INSTRUCTION_SET)
+        torch.manual_seed(0)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 5e-2)):
+            for batch, keys, dim in ((2, 77, 40), (1, 128, 256), (3, 1, 1), (2, 5, 33)):
+                leaves = [torch.randn(batch, 2, n, dim, dtype=dtype, requires_grad=True) for n in (67, keys, keys)]
+                exact = [x.detach().double().requires_grad_() for x in leaves]
+                with ops.use_backend("cpp"):
+                    ours = ops.cross_attention(*leaves, sink=2, map_tokens=[0])
+                theirs = reference(*exact, dim**-0.5, 2, [0])
+                for results in ((ours, theirs), (
+                    torch.autograd.grad(sum(x.sum() for x in ours), leaves),
+                    torch.autograd.grad(sum(x.sum() for x in theirs), exact),
+                )):
+                    for a, b in zip(*results):
+                        assert float((a - b).abs().max()) <= tolerance * (1 + float(b.abs().max())), (dtype, keys, dim)
+        print("passed")
+    """)
+    environment = {**os.environ, "DIFFFAST_INSTRUCTION_SET": instruction_set}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.endswith("passed\n"), result.stderr
+    order = ("baseline", "avx2", "avx512")
+    best = min(order.index(instruction_set), order.index(ops.INSTRUCTION_SET))
+    assert result.stdout.startswith(order[best])
