@@ -1,9 +1,21 @@
 """difffast: faster Hugging Face Diffusers UNet pipelines, patched in with one call and exactly out again."""
 
 from . import models
+from .attention import AttentionMaps, collect_maps
 from .patch import PatchReport, patch, patched, unpatch
 from .plan import EncoderPropagation, Plan
 
 __version__ = "0.1.0"
 
-__all__ = ["EncoderPropagation", "PatchReport", "Plan", "__version__", "models", "patch", "patched", "unpatch"]
+__all__ = [
+    "AttentionMaps",
+    "EncoderPropagation",
+    "PatchReport",
+    "Plan",
+    "__version__",
+    "collect_maps",
+    "models",
+    "patch",
+    "patched",
+    "unpatch",
+]

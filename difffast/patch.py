@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import ops
+from . import attention, ops
 from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
 from .propagation import Controller, RunStats, Settings
 from .swap import is_swapped, plain_class, swap_in, swap_out
@@ -38,8 +38,9 @@ class PatchReport:
 
     Attributes:
         pipeline, unet: class names.
-        preset: name of the preset, or "custom" where ``propagation`` was given.
+        preset: name of the preset, or "custom" where ``propagation`` or ``fused`` was given.
         propagation: the configuration in force.
+        fused: whether fused layers are on.
         replaced: (what, by what) pairs.
         notes: what was left alone or changed on the way, and why.
     """
@@ -48,6 +49,7 @@ class PatchReport:
     unet: str
     preset: str
     propagation: EncoderPropagation
+    fused: bool
     replaced: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     _settings: Settings = field(repr=False)
@@ -89,6 +91,7 @@ def patch(
     preset: str = "balanced",
     *,
     propagation: EncoderPropagation | None = None,
+    fused: bool | None = None,
     force: bool = False,
 ) -> PatchReport:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
@@ -97,13 +100,14 @@ def patch(
         pipe: a pipeline with a UNet; see ``difffast.plan.SUPPORTED_PIPELINES``.
         preset: a name from ``difffast.plan.PRESETS``.
         propagation: replaces what the preset says about encoder propagation.
+        fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
         force: allow schedules with fewer than 8 steps.
 
     Returns:
         A report of what was replaced.  Patching again replaces the first patch.
 
     Raises:
-        TypeError: ``pipe`` is no pipeline or ``propagation`` no :class:`EncoderPropagation`.
+        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation`, ``fused`` no bool.
         ValueError: no UNet, an unsupported pipeline or UNet, or an unknown preset.  Nothing is changed then.
     """
     _, unet, _ = _checked_target(pipe)
@@ -111,17 +115,24 @@ def patch(
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
     if propagation is not None and not isinstance(propagation, EncoderPropagation):
         raise TypeError(f"propagation must be a difffast.EncoderPropagation, got {type(propagation).__name__}")
-    config = propagation or PRESETS[preset]
-    arguments = {"preset": preset, "propagation": propagation, "force": force}
+    if fused is not None and not isinstance(fused, bool):
+        raise TypeError(f"fused must be True, False or None, got {fused!r}")
+    arguments = {"preset": preset, "propagation": propagation, "fused": fused, "force": force}
+    config = propagation or PRESETS[preset].propagation
+    fused = PRESETS[preset].fused if fused is None else fused
 
     with _lock:
-        _check_shared(pipe, unet, config)
+        _check_shared(pipe, unet, config, fused)
+        earlier = _patches.get(pipe)
         unpatch(pipe)
         kind, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
         if not is_swapped(unet):
             swap_in(unet, _unet_methods(unet))
+        attention.install(unet)
         controller = _controller(unet)
-        settings = Settings(pipe, config, kind, force)
+        settings = Settings(pipe, config, fused, kind, force)
+        if earlier is not None:
+            settings.collectors = earlier.settings.collectors
         controller.add(settings)
         notes = []
         if compiled is not None:
@@ -140,9 +151,10 @@ def patch(
     return PatchReport(
         pipeline=type(pipe).__name__,
         unet=type(unet).__name__,
-        preset=preset if propagation is None else "custom",
+        preset=preset if arguments["propagation"] is None and arguments["fused"] is None else "custom",
         propagation=config,
-        replaced=tuple(_replaced(config)),
+        fused=fused,
+        replaced=tuple(_replaced(unet, config, fused)),
         notes=tuple(notes),
         _settings=settings,
         _controller=controller,
@@ -161,6 +173,7 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
             return False
         if _controller(done.unet).remove(done.settings):
             swap_out(done.unet)
+            attention.uninstall(done.unet)
         done.settings.release_schedulers()
         if done.compiled is not None and pipe.unet is done.unet:
             pipe.unet = done.compiled
@@ -180,6 +193,22 @@ def patched(pipe: DiffusionPipeline, preset: str = "balanced", **options: Any) -
         unpatch(pipe)
         if arguments is not None:
             patch(pipe, **arguments)
+
+
+@contextlib.contextmanager
+def collecting(pipe: DiffusionPipeline, make: Callable[[nn.Module], Any]) -> Iterator[Any]:
+    """Let the pipeline's runs fill ``make(unet)`` inside the block; see :func:`difffast.collect_maps`."""
+    with contextlib.ExitStack() as stack:
+        if pipe not in _patches:
+            stack.enter_context(patched(pipe, "exact"))
+        maps = make(_patches[pipe].unet)
+        _patches[pipe].settings.collectors += (maps,)
+        try:
+            yield maps
+        finally:
+            if pipe in _patches:
+                settings = _patches[pipe].settings
+                settings.collectors = tuple(each for each in settings.collectors if each is not maps)
 
 
 def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
@@ -205,16 +234,17 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     return supported, plain, compiled
 
 
-def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation) -> None:
+def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation, fused: bool) -> None:
     """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
         if other is pipe or other.scheduler is not pipe.scheduler:
             continue
-        theirs = done.settings.propagation
-        if (done.unet is unet and theirs != config) or theirs.prior_noise or config.prior_noise:
+        theirs, ours = (done.settings.propagation, done.settings.fused), (config, fused)
+        if (done.unet is unet and theirs != ours) or theirs[0].prior_noise or config.prior_noise:
             raise ValueError(
                 f"another patched {type(other).__name__} shares this pipeline's scheduler, which needs equal settings "
-                f"without prior noise (there: {theirs}, here: {config}); give one of them its own: "
+                f"without prior noise (there: {theirs[0]}, fused={theirs[1]}; here: {config}, fused={fused}); give one "
+                "of them its own: "
                 "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
             )
 
@@ -232,9 +262,17 @@ def _controller(unet: nn.Module) -> Controller:
     return type(unet)._difffast_controller
 
 
-def _replaced(config: EncoderPropagation) -> Iterator[tuple[str, str]]:
-    how = "decoders in parallel" if config.parallel else "decoders one at a time"
-    yield "unet calls", f"encoder propagation, {how}"
-    yield "repeat_batch", "C++ on the CPU" if ops.missing("cpp") is None else "PyTorch reference"
+def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool) -> Iterator[tuple[str, str]]:
+    if config.key_steps == 1:
+        yield "unet calls", "whole UNet at every step"
+    else:
+        how = "decoders in parallel" if config.parallel else "decoders one at a time"
+        yield "unet calls", f"encoder propagation, {how}"
+        yield "repeat_batch", "C++ on the CPU" if ops.missing("cpp") is None else "PyTorch reference"
+    layers = attention.layers_of(unet)
+    if fused and layers:
+        weight = next(unet.parameters())
+        backend = ops.default_backend("cross_attention", weight.device, weight.dtype)
+        yield f"attn2 ({len(layers)} layers)", f"cross_attention ({backend}), text keys and values once a prompt"
     if config.prior_noise:
         yield "scheduler.step", f"prior noise injection, alpha = {config.prior_noise}"

@@ -215,7 +215,21 @@ def _as_int(name: str, value: object) -> int:
         raise TypeError(f"{name} must hold integers, got {value!r}") from None
 
 
-#: Everything a preset stands for.
-PRESETS: dict[str, EncoderPropagation] = {
-    "balanced": EncoderPropagation(),
+@dataclass(frozen=True)
+class Preset:
+    """What one word stands for.
+
+    Attributes:
+        propagation: which steps run the encoder.
+        fused: fused layers, and text keys and values computed once a prompt.
+    """
+
+    propagation: EncoderPropagation
+    fused: bool = True
+
+
+#: Everything a preset stands for.  "exact" approximates nothing: every step runs the whole UNet.
+PRESETS: dict[str, Preset] = {
+    "exact": Preset(EncoderPropagation(key_steps=1)),
+    "balanced": Preset(EncoderPropagation()),
 }

@@ -11,6 +11,7 @@ import functools
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from . import attention
 from . import unet as split
 from .conditioning import Conditioning
 from .plan import MIN_STEPS, EncoderPropagation, Plan
@@ -37,6 +39,7 @@ class RunStats:
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
         forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
         decode_batches: sizes of the decoder batches, in order.
+        text_keys: how often an attn2 layer's text keys and values were "computed" and "reused".
     """
 
     total: int
@@ -45,12 +48,14 @@ class RunStats:
     stock: int = 0
     forced: int = 0
     decode_batches: list[int] = field(default_factory=list)
+    text_keys: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = (
             f"{self.key} key steps ({self.forced} forced), {self.propagated} propagated, {self.stock} stock "
-            f"of {self.total}; decoder batches {self.decode_batches}"
+            f"of {self.total}; decoder batches {self.decode_batches}; text keys and values computed "
+            f"{self.text_keys['computed']} times, reused {self.text_keys['reused']} times"
         )
         return "\n  ".join([text, *self.reasons])
 
@@ -58,9 +63,10 @@ class RunStats:
 class Settings:
     """What one patched pipeline asked for; the controller of its UNet holds it."""
 
-    def __init__(self, pipe: Any, propagation: EncoderPropagation, kind: str, force: bool) -> None:
+    def __init__(self, pipe: Any, propagation: EncoderPropagation, fused: bool, kind: str, force: bool) -> None:
         self.pipe = weakref.ref(pipe)
-        self.propagation, self.kind, self.force = propagation, kind, force
+        self.propagation, self.fused, self.kind, self.force = propagation, fused, kind, force
+        self.collectors: tuple[attention.AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
         self._schedulers: list[Any] = []
 
@@ -86,13 +92,14 @@ class Settings:
         Raises:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
-        if steps < MIN_STEPS and not self.force:
+        plan = self.propagation.plan(total, kind=self.kind, device=device.type)
+        if steps < MIN_STEPS and not self.force and len(plan.keys) < total:
             raise ValueError(
                 f"encoder propagation needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
                 "neighbouring steps differ too much to share features and images degrade. "
                 "Use difffast.unpatch(pipe), more steps, or difffast.patch(pipe, force=True)"
             )
-        return self.propagation.plan(total, kind=self.kind, device=device.type)
+        return plan
 
 
 class Controller:
@@ -134,11 +141,15 @@ class Controller:
             self._explain_unknown(timestep)
             return stock(*args, **kwargs)
         reason = _needs_stock(unet, call)
+        text = call.get("encoder_hidden_states")
+        if isinstance(text, Tensor):
+            text = run.labelled(text, call["sample"], stock=reason is not None)
+            args, kwargs = split.with_argument(unet, args, kwargs, "encoder_hidden_states", text)
         if reason is not None:
             run.note_stock(reason)
             return stock(*args, **kwargs)
         try:
-            sample = run.answer(unet, call, run.order(timestep), lambda: stock(*args, **kwargs)[0])
+            sample = run.answer(unet, call, text, run.order(timestep), lambda: stock(*args, **kwargs)[0])
         except BaseException:
             run.clear()
             raise
@@ -190,6 +201,8 @@ class _Run:
         for each in settings:
             each.last_run = self.stats
             each.adopt_scheduler()
+            for maps in each.collectors:
+                maps.reset()
         if device.type == "cpu":
             _keep_freed_memory()
         self._timesteps = TensorWeakRef(timesteps)
@@ -199,6 +212,7 @@ class _Run:
         self._features: split.Features | None = None
         self._queue: dict[int, Tensor] = {}
         self._conditioning: Conditioning | None = None
+        self._text_keys: attention.TextKeys | None = None
         coupled = _coupled_processor(unet)
         if coupled is not None:
             # Attention that mixes samples of a batch would mix time steps as well.
@@ -218,9 +232,28 @@ class _Run:
         self._features, self._conditioning, self._last = None, None, None
         self._queue.clear()
 
-    def answer(self, unet: nn.Module, call: Mapping[str, Any], order: int, stock: Callable[[], Tensor]) -> Tensor:
-        """The UNet's output at this order: from the queue, or by decoding, after encoding where needed."""
+    def labelled(self, text: Tensor, sample: Tensor, *, stock: bool) -> Tensor:
+        """The text tensor as the attn2 layers of this call shall see it; in a stock call, only maps are collected."""
+        fused = self.settings[0].fused and not stock
+        collectors = tuple(maps for each in self.settings for maps in each.collectors)
+        if not fused and not collectors:
+            return text
+        if self._text_keys is None or not self._text_keys.belong_to(text):
+            self._text_keys = attention.TextKeys(text, self.stats.text_keys)
+        keys = None if torch.is_grad_enabled() else self._text_keys  # remembered ones would cut the graph
+        height, width = sample.shape[-2:]
+        return attention.labelled(text, attention.Label(fused, text, 1, keys, collectors, (height, width), self._note))
+
+    def answer(
+        self, unet: nn.Module, call: Mapping[str, Any], text: Any, order: int, stock: Callable[[], Tensor]
+    ) -> Tensor:
+        """The UNet's output at this order: from the queue, or by decoding, after encoding where needed.
+
+        ``text`` replaces the call's, which identifies the conditioning.
+        """
         conditioning = Conditioning(call)
+        if text is not None:
+            call = {**call, "encoder_hidden_states": text}
         if self.restart or self._last is None or order != self._last + 1 or not conditioning.same(self._conditioning):
             self.clear()
             self.restart = False
@@ -255,6 +288,7 @@ class _Run:
     def _finish(self, order: int, output: Tensor) -> Tensor:
         if order == self.plan.total - 1:
             self.clear()
+            self._text_keys = None
         return output
 
     def note_stock(self, reason: str) -> None:

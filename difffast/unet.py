@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import attention
 from .ops import repeat_batch
 
 _ENCODER = ("conv_in", "down_blocks", "mid_block")
@@ -60,6 +61,15 @@ def bind(unet: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dic
 @functools.cache
 def _signature(cls: type) -> inspect.Signature:
     return inspect.signature(cls.forward)
+
+
+def with_argument(
+    unet: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call to ``unet`` with one of them replaced."""
+    bound = _signature(type(unet)).bind(unet, *args, **kwargs)
+    bound.arguments[name] = value
+    return bound.args[1:], bound.kwargs
 
 
 def obstacle(unet: nn.Module) -> str | None:
@@ -132,10 +142,14 @@ def decode(unet: nn.Module, features: Features, call: Mapping[str, Any], timeste
 
     view = _view(unet, _stand_ins(unet, _ENCODER, replay))
     conditioning = {name: value for name, value in call.items() if name not in ("sample", "timestep", *_ENCODER_ONLY)}
+    if repeats > 1:
+        tiled = tile(conditioning, batch, repeats)
+        attention.relabel(conditioning.get("encoder_hidden_states"), tiled.get("encoder_hidden_states"), repeats)
+        conditioning = tiled
     sample = call["sample"]
     result = view.forward(
         **{
-            **(tile(conditioning, batch, repeats) if repeats > 1 else conditioning),
+            **conditioning,
             "sample": sample.new_zeros(()).expand(batch * repeats, *sample.shape[1:]),
             "timestep": timesteps.repeat(batch),
             "return_dict": False,

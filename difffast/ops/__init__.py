@@ -1,6 +1,6 @@
 """Operators: one file each with schema, reference and dispatch."""
 
-from ._registry import BACKENDS, INSTRUCTION_SET, OPERATORS, PROVED, Proof, missing, use_backend
+from ._registry import BACKENDS, INSTRUCTION_SET, OPERATORS, PROVED, Proof, default_backend, missing, use_backend
 from .cross_attention import cross_attention
 from .repeat_batch import repeat_batch
 
@@ -11,6 +11,7 @@ __all__ = [
     "PROVED",
     "Proof",
     "cross_attention",
+    "default_backend",
     "missing",
     "repeat_batch",
     "use_backend",

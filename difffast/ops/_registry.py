@@ -156,6 +156,12 @@ def default(operator: str, backend: str, device: torch.device, dtype: torch.dtyp
     return obstacle(backend, device) is None and proved(operator, backend, device, dtype)
 
 
+def default_backend(operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that an operator tries first on this device, forced or not; shapes may rule it out."""
+    order = OPERATORS[operator]
+    return forced(operator, device) or next(backend for backend in order if default(operator, backend, device, dtype))
+
+
 def cannot_run(operator: str, backend: str, reason: str) -> RuntimeError:
     """The error for a forced backend that cannot run."""
     return RuntimeError(f"{operator}: backend {backend!r} was forced but cannot run: {reason}")

@@ -179,8 +179,10 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, map_tokens: Sequence
         return "PyTorch's fused attention returns no maps"
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if backend == "triton" and q.dtype == torch.float64 and not _registry.INTERPRETED:
-        return "it takes float64 in the interpreter only"
+    if backend == "triton":
+        from difffast.triton_kernels import cross_attention as kernels
+
+        return kernels.obstacle(q, k, v)
     if backend == "cuda":
         if q.dtype not in (torch.float16, torch.bfloat16):
             return f"it takes float16 and bfloat16, got {q.dtype}"

@@ -352,7 +352,7 @@ def test_forcing_one_operator_leaves_the_others():
     with ops.use_backend("reference", "cross_attention"):
         assert ops.repeat_batch(torch.ones(2), 2).shape == (4,)
     with (
-        pytest.raises(ValueError, match="'repeat_batch' has no backend 'sdpa'; .* repeat_batch: cpp, reference"),
+        pytest.raises(ValueError, match=r"'repeat_batch' has no backend 'sdpa'; .* repeat_batch: cpp, reference"),
         ops.use_backend("sdpa", "repeat_batch"),
     ):
         pass

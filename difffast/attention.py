@@ -1,0 +1,385 @@
+"""Fused cross-attention in a stock UNet: attn2 layers, text keys and values made once a prompt, maps on request.
+
+The UNet's text argument carries a *label* (:func:`labelled`) from the patched UNet's call to its attn2 layers.  A layer
+that finds one may use the operator, remember its text keys and values, and hand out maps.  Without a label a layer is
+stock: what a layer does depends on nothing but its call, so that threads and pipelines can share a UNet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS
+from .swap import is_swapped, plain_class, swap_in, swap_out
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_LABEL = "_difffast_label"
+
+
+class TextKeys:
+    """Keys and values of one text tensor, per attn2 layer: they do not change over the steps.
+
+    An entry holds as long as the layer's weights do: :func:`weights_state` sees LoRA, hot-swaps, moves and updates.
+
+    Args:
+        text: the tensor.
+        counts: where "computed" and "reused" are counted.
+    """
+
+    def __init__(self, text: Tensor, counts: Counter[str]) -> None:
+        self._text, self._version = text, _version(text)
+        self._entries: dict[nn.Module, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
+        self._counts = counts
+
+    def belong_to(self, text: Any) -> bool:
+        """Whether they are of this very tensor, unchanged; under inference_mode an in-place change cannot be seen."""
+        return text is self._text and _version(text) == self._version
+
+    def get(self, layer: nn.Module, project: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]) -> Any:
+        """The pair (keys, values) of a layer."""
+        state = projections_state(layer)
+        entry = self._entries.get(layer)
+        if state is not None and entry is not None and _same(entry[0], state):
+            self._counts["reused"] += 1
+            return entry[1:]
+        keys, values = project(layer, self._text)
+        self._counts["computed"] += 1
+        if state is not None:
+            self._entries[layer] = (state, keys, values)
+        return keys, values
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """What one UNet call allows its attn2 layers.
+
+    Attributes:
+        fused: whether layers use the operator.
+        text: the text tensor [B, T, D] before it was repeated for parallel decoding.
+        repeats: decoder steps in the batch, batch-major.
+        keys: where keys and values are remembered; None: nowhere (gradients are wanted).
+        collectors: who wants maps.
+        size: (height, width) of the latents.
+        note: told the reason when a layer runs stock.
+    """
+
+    fused: bool
+    text: Tensor
+    repeats: int
+    keys: TextKeys | None
+    collectors: tuple[AttentionMaps, ...]
+    size: tuple[int, int]
+    note: Callable[[str], None]
+
+
+def labelled(text: Tensor, label: Label) -> Tensor:
+    """An alias of ``text`` that carries a label; operations on it lose the label, which then means stock."""
+    alias = text.view_as(text)
+    setattr(alias, _LABEL, label)
+    return alias
+
+
+def relabel(text: Any, copy: Any, repeats: int) -> None:
+    """Give ``copy``, which is ``text`` repeated ``repeats`` times a row, the label of ``text``, if it has one."""
+    found = getattr(text, _LABEL, None)
+    if found is not None and copy is not text:
+        setattr(copy, _LABEL, dataclasses.replace(found, repeats=repeats * found.repeats))
+
+
+def install(unet: nn.Module) -> None:
+    """Put :func:`_call` in front of every attn2 layer; without labelled calls nothing changes."""
+    for name, layer in layers_of(unet).items():
+        if not is_swapped(layer):
+            swap_in(layer, {"__call__": _call(name, plain_class(layer).__call__)})
+
+
+def uninstall(unet: nn.Module) -> None:
+    """Undo :func:`install`."""
+    for layer in layers_of(unet).values():
+        swap_out(layer)
+
+
+def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
+    """The cross-attention layers that can be fused, by name."""
+    from diffusers.models.attention_processor import Attention
+
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if name.rpartition(".")[2] == "attn2" and isinstance(module, Attention) and module.is_cross_attention
+    }
+
+
+def _call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        text = args[0] if args else kwargs.get("encoder_hidden_states")
+        # A compiled region must not depend on what a tensor carries beside its data.
+        found = None if torch.compiler.is_compiling() else getattr(_text_of(text), _LABEL, None)
+        if found is None:
+            return plain(self, hidden_states, *args, **kwargs)
+        wanted = [c for c in found.collectors if name in c.layers]
+        if not found.fused and not wanted:
+            return plain(self, hidden_states, *args, **kwargs)
+        reason = _obstacle(self, hidden_states, text, args[1:], kwargs)
+        if reason is not None:
+            if wanted:
+                raise RuntimeError(f"attention maps of {name} cannot be collected: {reason}")
+            found.note(f"attn2 layers run stock: {reason}")
+            return plain(self, hidden_states, *args, **kwargs)
+        return _attend(name, self, hidden_states, text, found, wanted)
+
+    return call
+
+
+def _text_of(text: Any) -> Any:
+    """The text tensor; with an IP-Adapter it comes in a tuple with the image tokens."""
+    return text[0] if isinstance(text, tuple) and text else text
+
+
+def _obstacle(layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> str | None:
+    """Why a layer cannot be fused in this call, or None; decided by the processor that is there now."""
+    processor = type(layer.processor)
+    if processor.__module__ != "diffusers.models.attention_processor" or processor.__name__ not in _PROJECTIONS:
+        return f"attention processor {processor.__qualname__}"
+    given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
+    if positional or given:
+        return f"arguments {', '.join(given) or 'by position'} (masks are not fused)"
+    if isinstance(text, tuple) != (processor.__name__ == "IPAdapterAttnProcessor2_0"):
+        return "image tokens without an IP-Adapter processor, or the other way round"
+    if isinstance(text, tuple) and any(isinstance(scale, list) for scale in layer.processor.scale):
+        return "IP-Adapter scales per image"
+    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        return "the layer has hooks, or a forward of its own"
+    for name in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k"):
+        if getattr(layer, name, None):
+            return f"the layer has a {name}"
+    if layer.residual_connection or layer.rescale_output_factor != 1:
+        return "the layer adds a residual or rescales its output"
+    keys = _text_of(text).shape[1]
+    if hidden.ndim != 3 or keys > MAX_KEYS or layer.inner_dim // layer.heads > MAX_HEAD_DIM:
+        return f"more than {MAX_KEYS} text tokens ({keys}), heads wider than {MAX_HEAD_DIM}, or no [B, N, C] input"
+    return None
+
+
+def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, wanted: Sequence[AttentionMaps]) -> Tensor:
+    """What the layer's processor computes, through the operator."""
+    query = _by_head(layer, layer.to_q(hidden))
+    project = _PROJECTIONS[type(layer.processor).__name__]
+    keys, values = project(layer, found.text) if found.keys is None else found.keys.get(layer, project)
+    keys, values = _by_head(layer, keys), _by_head(layer, values)
+    if wanted:
+        tokens = sorted({token for collector in wanted for token in collector.columns(keys.shape[2])})
+        out, maps = ops.cross_attention(query, keys, values, map_tokens=tokens)
+        for collector in wanted:
+            columns = collector.columns(keys.shape[2])
+            chosen = maps if columns == tokens else maps[..., [tokens.index(token) for token in columns]]
+            collector.add(name, chosen.unflatten(0, (-1, found.repeats)), found.size)
+    else:
+        out = ops.cross_attention(query, keys, values)
+    if isinstance(text, tuple):
+        for image, scale, to_k, to_v in zip(
+            text[1], layer.processor.scale, layer.processor.to_k_ip, layer.processor.to_v_ip, strict=True
+        ):
+            if scale != 0:
+                # More than MAX_KEYS image tokens are possible; PyTorch's attention takes any number.
+                pair = (_by_head(layer, to(image).flatten(1, -2)) for to in (to_k, to_v))  # [B, images, tokens, C]
+                out = out + scale * nn.functional.scaled_dot_product_attention(query, *pair)
+    out = out.transpose(1, 2).flatten(2)
+    return layer.to_out[1](layer.to_out[0](out))
+
+
+def _by_head(layer: Any, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+
+
+def _separate(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    return layer.to_k(text), layer.to_v(text)
+
+
+def _together(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    return layer.to_kv(text).chunk(2, -1)
+
+
+#: Processors that can be fused -> how they make keys and values.  Modules are called, never their weights used: PEFT's
+#: ``.weight`` is the base weight.
+_PROJECTIONS: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    "AttnProcessor2_0": _separate,
+    "FusedAttnProcessor2_0": _together,
+    "IPAdapterAttnProcessor2_0": _separate,
+}
+
+
+def projections_state(layer: Any) -> tuple[Any, ...] | None:
+    """All that a layer's text keys and values depend on besides the text; None if that cannot be told."""
+    fused = type(layer.processor).__name__ == "FusedAttnProcessor2_0"
+    state: list[Any] = [fused]
+    for projection in (layer.to_kv,) if fused else (layer.to_k, layer.to_v):
+        part = weights_state(projection)
+        if part is None:
+            return None
+        state += part
+    return tuple(state)
+
+
+def weights_state(projection: nn.Module) -> list[Any] | None:
+    """Identity, version and address of every weight, and the switches of LoRA layers; None if there may be more."""
+    if type(projection) is not nn.Linear and not (
+        type(projection).__module__ == "peft.tuners.lora.layer" and type(projection.base_layer) is nn.Linear
+    ):
+        return None  # quantised, or of a kind not known here
+    state: list[Any] = []
+    for module in projection.modules():
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None  # offloaded layer by layer, or observed
+    for weight in projection.parameters():
+        state += (weight, _version(weight), weight.data_ptr())
+    if type(projection) is not nn.Linear:
+        state += (
+            tuple(projection.active_adapters),
+            tuple(projection.merged_adapters),
+            projection.disable_adapters,
+            tuple(sorted(projection.scaling.items())),
+            projection.training,
+        )
+    return state
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(a, b, strict=True))
+
+
+@dataclasses.dataclass
+class AttentionMaps:
+    """Cross-attention maps of one image's steps, averaged over heads; see :func:`collect_maps`.
+
+    Batch rows are the UNet's: with guidance, the first half belongs to the negative prompt.
+
+    Attributes:
+        layers: names of the chosen layers.
+        tokens: chosen token positions; None: all.
+        latest: per layer, the maps [B, N, M] of the latest step (with their graph where gradients are enabled).
+        steps: per layer, how many steps went into the mean.  At propagated steps encoder layers do not run.
+    """
+
+    layers: tuple[str, ...]
+    tokens: tuple[int, ...] | None
+    latest: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    _sums: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    _size: tuple[int, int] = (0, 0)
+
+    def mean(self, layer: str | None = None) -> Tensor:
+        """Mean over steps [B, N, M] of one layer, or of all chosen layers, which must then be of one size.
+
+        Raises:
+            ValueError: unknown layer, nothing collected yet, or layers of several sizes.
+        """
+        if layer is not None and layer not in self.layers:
+            raise ValueError(f"layer must be one of {', '.join(self.layers)}, got {layer!r}")
+        names = [name for name in ((layer,) if layer else self.layers) if name in self._sums]
+        if not names:
+            raise ValueError("no maps have been collected yet: run the pipeline inside the `with` block")
+        sizes = {name: self._sums[name].shape[1] for name in names}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"the chosen layers differ in size (pixels: {sizes}); name one, or choose layers of one size"
+            )
+        return torch.stack([self._sums[name] / self.steps[name] for name in names]).mean(0)
+
+    def grid(self, layer: str | None = None) -> Tensor:
+        """:meth:`mean` as pictures [B, M, height, width].
+
+        Raises:
+            ValueError: as :meth:`mean`.
+        """
+        mean = self.mean(layer)
+        height, width = self._size
+        while height * width > mean.shape[1]:
+            height, width = -(-height // 2), -(-width // 2)  # each level halves both, rounding up
+        return mean.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def reset(self) -> None:
+        """Forget everything collected; a new image does."""
+        for values in (self.latest, self.steps, self._sums):
+            values.clear()
+
+    def columns(self, keys: int) -> list[int]:
+        """The chosen tokens of a text with ``keys`` tokens.
+
+        Raises:
+            ValueError: a token beyond its end.
+        """
+        if self.tokens is None:
+            return list(range(keys))
+        if max(self.tokens) >= keys:
+            raise ValueError(f"tokens must lie in 0 .. {keys - 1}, got {max(self.tokens)}")
+        return list(self.tokens)
+
+    def add(self, layer: str, maps: Tensor, size: tuple[int, int]) -> None:
+        """Add maps [B, steps, N, M] of a layer; ``size`` is the latents' height and width."""
+        self._size = size
+        self.latest[layer] = maps[:, -1]
+        total = maps.detach().sum(1)
+        self._sums[layer] = self._sums[layer] + total if layer in self._sums else total
+        self.steps[layer] = self.steps.get(layer, 0) + maps.shape[1]
+
+
+def choose_layers(unet: nn.Module, layers: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of attn2 layers that match any of the shell-style patterns; None: all.
+
+    Raises:
+        ValueError: a pattern that matches none.
+    """
+    names = tuple(layers_of(unet))
+    if layers is None:
+        return names
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"no cross-attention layer matches {pattern!r}; there are: {', '.join(names)}")
+    return tuple(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+@contextlib.contextmanager
+def collect_maps(
+    pipe: DiffusionPipeline, *, layers: str | Sequence[str] | None = None, tokens: Sequence[int] | None = None
+) -> Iterator[AttentionMaps]:
+    """Collect head-averaged cross-attention maps while a pipeline runs, without ever storing per-head maps.
+
+    A pipeline that is not patched is patched with the preset "exact" inside the block.
+
+    Args:
+        pipe: a pipeline that :func:`difffast.patch` supports.
+        layers: names of attn2 layers of the UNet, or shell-style patterns such as ``"up_blocks.1.*"``; None: all.
+        tokens: positions in the tokenised prompt (0 is the start token); None: all.
+
+    Returns:
+        For ``as``: an :class:`AttentionMaps`, which each new image starts afresh.
+
+    Raises:
+        ValueError: no such layer, bad tokens, or a pipeline that cannot be patched.
+        RuntimeError: (while the pipeline runs) a chosen layer cannot be fused, with the reason.
+    """
+    from .patch import collecting
+
+    if tokens is not None:
+        tokens = tuple(tokens)
+        if not tokens or any(type(token) is not int or token < 0 for token in tokens):
+            raise ValueError(f"tokens must be at least one int of at least 0 (or None), got {tokens}")
+    with collecting(pipe, lambda unet: AttentionMaps(choose_layers(unet, layers), tokens)) as maps:
+        yield maps

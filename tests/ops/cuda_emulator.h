@@ -1,0 +1,548 @@
+// Runs a CUDA source of csrc/cuda on the host: what <cuda_runtime.h> and the file's device primitives are under nvcc,
+// this header is under g++ (C++17). For tests: it is strict where a GPU is silent, and slow.
+//
+// Every thread of a block is a fiber (its own stack, switched by hand); blocks run one after the other. A function
+// that the hardware runs for a whole warp (matrix products, ldmatrix, shuffles) blocks its fiber until all 32 have
+// called it; then the last one computes the results of all from the PTX ISA's fragment layouts, given below.
+//
+// A launch fails, with the first reason as its error text, when
+// - threads read or write a word of shared memory that another thread wrote or read with no barrier in between (a
+//   happens-before check, word by word: independent of the order the fibers run in), or that a copy under way targets;
+// - shared memory is read that nothing has written, or an access is misaligned or out of bounds;
+// - an element of global memory is written twice;
+// - the lanes of a warp disagree on what they call, or not all of them come (a deadlock on a GPU);
+// - more shared memory is asked for than cudaFuncSetAttribute has allowed, or than compute capability 8.6 has.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int __popcll(uint64_t word) { return __builtin_popcountll(word); }
+
+namespace emulator {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kMaxSharedBytes = 99 << 10;
+constexpr size_t kDefaultSharedBytes = 48 << 10;
+
+// ---- Failures ----
+
+inline char failure[256];
+
+inline void fail(const char* format, ...) {
+  if (failure[0] != 0) return;  // the first is the cause
+  char text[160];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(text, sizeof text, format, values);
+  va_end(values);
+  std::snprintf(failure, sizeof failure, "%s (block %u, thread %u)", text, blockIdx.x, threadIdx.x);
+}
+
+// ---- Fibers ----
+
+struct Copy {
+  uint32_t to;
+  const void* from;
+  bool zero;
+};
+
+struct Thread {
+  unsigned index;
+  bool started = false, done = false;
+  // Blocked while the counter still has this value.
+  const uint64_t* counter = nullptr;
+  uint64_t value = 0;
+  // Barriers passed.
+  uint64_t block_epoch = 0, warp_epoch = 0;
+  std::vector<std::vector<Copy>> groups = {{}};  // copies under way; the last group is still open
+  ucontext_t start;
+  jmp_buf resume;
+};
+
+// Where threads meet: `generation` counts the meetings.
+struct Meeting {
+  unsigned arrived = 0;
+  uint64_t generation = 0;
+  const char* what = nullptr;
+  void* arguments[kWarp];
+};
+
+// The latest write of a word of shared memory, and the reads since the block's latest barrier.
+struct Word {
+  static constexpr int kNone = -1, kMany = -2;
+  int writer = kNone;
+  uint64_t write_block_epoch = 0, write_warp_epoch = 0;
+  int reader = kNone, reading_warp = kNone;
+  uint64_t read_block_epoch = 0, read_warp_epoch = 0;
+  int copying = kNone;  // the thread a copy to this word is under way for
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Meeting> warps;
+  Meeting all;
+  std::vector<uint32_t> shared;
+  std::vector<Word> words;
+  const std::function<void()>* body;
+  jmp_buf scheduler;
+};
+
+inline Block* block;
+inline Thread* self;
+inline std::unordered_set<uintptr_t> written;  // words of global memory, by this launch
+
+inline void yield() {
+  if (_setjmp(self->resume) == 0) _longjmp(block->scheduler, 1);
+}
+
+inline void wait_while(const uint64_t& counter, uint64_t value) {
+  self->counter = &counter;
+  self->value = value;
+  yield();
+}
+
+inline void fiber_main() {
+  (*block->body)();
+  for (const auto& group : self->groups) {
+    if (!group.empty()) fail("a thread ended with copies under way");
+  }
+  self->done = true;
+  _longjmp(block->scheduler, 1);
+}
+
+// Runs a fiber until it blocks or ends. In a function of its own, as a jump back spares no local variable.
+inline void __attribute__((noinline)) run(Thread& thread) {
+  thread.counter = nullptr;
+  self = &thread;
+  threadIdx.x = thread.index;
+  if (_setjmp(block->scheduler) != 0) return;
+  if (self->started) _longjmp(self->resume, 1);
+  self->started = true;
+  setcontext(&self->start);
+}
+
+// Runs all fibers in turn until all are done.
+inline void run_block() {
+  for (;;) {
+    bool progress = false, waiting = false;
+    for (Thread& thread : block->threads) {
+      if (thread.done) continue;
+      waiting = true;
+      if (thread.counter != nullptr && *thread.counter == thread.value) continue;
+      progress = true;
+      run(thread);
+    }
+    if (!waiting) return;
+    if (!progress) {
+      // Their stacks are dropped with the block.
+      fail("deadlock: some threads wait for others that have ended or wait elsewhere");
+      return;
+    }
+  }
+}
+
+// Blocks until all lanes of the warp have come with the same `what`; the last one calls compute(arguments of all).
+template <typename Compute>
+void meet_warp(const char* what, void* arguments, Compute compute) {
+  Meeting& meeting = block->warps[self->index / kWarp];
+  if (meeting.arrived == 0) meeting.what = what;
+  if (std::strcmp(meeting.what, what) != 0) fail("lanes of a warp call %s and %s together", meeting.what, what);
+  meeting.arguments[self->index % kWarp] = arguments;
+  if (++meeting.arrived < kWarp) {
+    wait_while(meeting.generation, meeting.generation);
+    return;
+  }
+  meeting.arrived = 0;
+  if (failure[0] == 0) compute(meeting.arguments);
+  ++meeting.generation;
+}
+
+// ---- Shared memory ----
+
+inline bool comes_after(int thread, uint64_t block_epoch, uint64_t warp_epoch) {
+  if (thread == static_cast<int>(self->index) || block_epoch < self->block_epoch) return true;
+  return thread / kWarp == self->index / kWarp && warp_epoch < self->warp_epoch;
+}
+
+inline Word* word_at(uint32_t address, uint32_t bytes, const char* what) {
+  if (address % bytes != 0) fail("%s at %u is not aligned to %u bytes", what, address, bytes);
+  if (address + bytes > block->shared.size() * 4) {
+    fail("%s at %u is outside the %zu bytes of shared memory", what, address, block->shared.size() * 4);
+    return nullptr;
+  }
+  return &block->words[address / 4];
+}
+
+inline void check_write(uint32_t address, uint32_t bytes, const char* what) {
+  Word* word = word_at(address, bytes, what);
+  for (uint32_t i = 0; word != nullptr && i < bytes / 4; ++i, ++word) {
+    if (word->copying != Word::kNone) fail("%s at %u meets a copy under way", what, address);
+    if (word->writer != Word::kNone && !comes_after(word->writer, word->write_block_epoch, word->write_warp_epoch)) {
+      fail("%s at %u races with a write by thread %d", what, address, word->writer);
+    }
+    if (word->reader == Word::kNone || word->read_block_epoch < self->block_epoch) continue;
+    const bool ordered = word->reader == static_cast<int>(self->index) ||
+                         (word->reading_warp == static_cast<int>(self->index / kWarp) &&
+                          word->read_warp_epoch < self->warp_epoch);
+    if (!ordered) fail("%s at %u races with a read by thread %d", what, address, word->reader);
+  }
+}
+
+inline void record_write(uint32_t address, const uint32_t* values, uint32_t count) {
+  for (uint32_t i = 0; i < count && address / 4 + i < block->words.size(); ++i) {
+    block->shared[address / 4 + i] = values[i];
+    Word& word = block->words[address / 4 + i];
+    word.writer = self->index;
+    word.write_block_epoch = self->block_epoch;
+    word.write_warp_epoch = self->warp_epoch;
+    word.reader = Word::kNone;
+    word.copying = Word::kNone;
+  }
+}
+
+// Reads by `thread`, which need not be the running one: the last lane of a warp reads for all.
+inline void read(Thread& thread, uint32_t address, uint32_t* values, uint32_t bytes, const char* what) {
+  Thread* const running = self;
+  self = &thread;
+  Word* word = word_at(address, bytes, what);
+  for (uint32_t i = 0; word != nullptr && i < bytes / 4; ++i, ++word) {
+    values[i] = block->shared[address / 4 + i];
+    const int index = thread.index, warp = thread.index / kWarp;
+    if (word->copying != Word::kNone) fail("%s at %u meets a copy under way", what, address);
+    if (word->writer == Word::kNone) {
+      fail("%s at %u reads what nothing has written", what, address);
+    } else if (!comes_after(word->writer, word->write_block_epoch, word->write_warp_epoch)) {
+      fail("%s at %u races with a write by thread %d", what, address, word->writer);
+    }
+    const bool first = word->reader == Word::kNone || word->read_block_epoch < thread.block_epoch;
+    word->reader = first || word->reader == index ? index : Word::kMany;
+    word->reading_warp = first || word->reading_warp == warp ? warp : Word::kMany;
+    word->read_block_epoch = thread.block_epoch;
+    word->read_warp_epoch = thread.warp_epoch;
+  }
+  self = running;
+}
+
+// ---- Element formats ----
+
+// One sign bit, `exponent_bits`, and a mantissa that fills 16 bits: 5 for float16, 8 for bfloat16.
+inline float decode(int exponent_bits, uint16_t bits) {
+  const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1);
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  float value;
+  if (exponent == (1 << exponent_bits) - 1) {
+    value = mantissa == 0 ? INFINITY : NAN;
+  } else {
+    const int leading = exponent == 0 ? 0 : 1 << mantissa_bits;
+    value = std::ldexp(static_cast<float>(leading + mantissa), (exponent == 0 ? 1 : exponent) - bias - mantissa_bits);
+  }
+  return bits >> 15 ? -value : value;
+}
+
+// Rounds to nearest, ties to even.
+inline uint16_t encode(int exponent_bits, float value) {
+  const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const uint16_t infinity = ((1 << exponent_bits) - 1) << mantissa_bits;
+  if (std::isnan(value)) return 0x7fff;
+  if (std::isinf(value)) return sign | infinity;
+  int exponent;
+  std::frexp(value, &exponent);
+  exponent = value == 0.0f || exponent - 1 < 1 - bias ? 1 - bias : exponent - 1;
+  const double mantissa = std::nearbyint(std::ldexp(static_cast<double>(std::fabs(value)), mantissa_bits - exponent));
+  // The leading bit of a normal number's mantissa adds the missing one to its exponent; a carry does the same.
+  const int64_t bits = (static_cast<int64_t>(exponent + bias - 1) << mantissa_bits) + static_cast<int64_t>(mantissa);
+  return sign | static_cast<uint16_t>(bits >= infinity ? infinity : bits);
+}
+
+template <int EXPONENT_BITS>
+float element(uint32_t word, int half) {
+  static const std::vector<float> values = [] {
+    std::vector<float> table(1 << 16);
+    for (size_t bits = 0; bits < table.size(); ++bits) {
+      table[bits] = decode(EXPONENT_BITS, static_cast<uint16_t>(bits));
+    }
+    return table;
+  }();
+  return values[word >> (16 * half) & 0xffff];
+}
+
+}  // namespace emulator
+
+// ---- Barriers and shuffles ----
+
+inline void __syncwarp() {
+  emulator::meet_warp("__syncwarp", nullptr, [](void**) {});
+  ++emulator::self->warp_epoch;
+}
+
+inline void __syncthreads() {
+  emulator::Meeting& all = emulator::block->all;
+  if (++all.arrived < emulator::block->threads.size()) {
+    emulator::wait_while(all.generation, all.generation);
+  } else {
+    all.arrived = 0;
+    ++all.generation;
+  }
+  ++emulator::self->block_epoch;
+  ++emulator::self->warp_epoch;
+}
+
+inline float __shfl_xor_sync(uint32_t mask, float value, int distance) {
+  if (mask != 0xffffffffu) emulator::fail("__shfl_xor_sync of less than a warp");
+  struct Lane {
+    float in, out;
+    int distance;
+  } lane = {value, 0.0f, distance};
+  emulator::meet_warp("__shfl_xor_sync", &lane, [](void** lanes) {
+    for (unsigned i = 0; i < emulator::kWarp; ++i) {
+      Lane* to = static_cast<Lane*>(lanes[i]);
+      to->out = static_cast<Lane*>(lanes[i ^ to->distance])->in;
+    }
+  });
+  return lane.out;
+}
+
+// ---- The device primitives of csrc/cuda ----
+
+// Addresses of shared memory are byte offsets from its beginning.
+inline uint32_t shared_base() { return 0; }
+
+inline void store_shared(uint32_t to, uint32_t value) {
+  emulator::check_write(to, 4, "store_shared");
+  emulator::record_write(to, &value, 1);
+}
+
+inline uint4 load_shared(uint32_t from) {
+  uint32_t values[4] = {};
+  emulator::read(*emulator::self, from, values, 16, "load_shared");
+  return {values[0], values[1], values[2], values[3]};
+}
+
+template <typename T>
+void store_global(T* to, T value) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(to);
+  if (address % sizeof(T) != 0) {
+    emulator::fail("store_global is not aligned to %zu bytes", sizeof(T));
+    return;
+  }
+  for (uintptr_t word = address / 4; word < (address + sizeof(T)) / 4; ++word) {
+    if (!emulator::written.insert(word).second) emulator::fail("store_global writes an address again");
+  }
+  *to = value;
+}
+
+// cp.async: the 16 bytes arrive when this thread waits for their group, and not before.
+inline void copy_async(uint32_t to, const void* from, bool zero) {
+  emulator::check_write(to, 16, "copy_async");
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("copy_async reads an unaligned address");
+  for (uint32_t i = 0; i < 4 && to / 4 + i < emulator::block->words.size(); ++i) {
+    emulator::block->words[to / 4 + i].copying = emulator::self->index;
+  }
+  emulator::self->groups.back().push_back({to, from, zero});
+}
+
+inline void commit_copies() { emulator::self->groups.emplace_back(); }
+
+template <int PENDING>
+void wait_copies() {
+  auto& groups = emulator::self->groups;
+  // The open group is not waited for.
+  while (groups.size() > PENDING + 1) {
+    for (const emulator::Copy& copy : groups.front()) {
+      uint32_t values[4] = {};
+      if (!copy.zero) std::memcpy(values, copy.from, 16);
+      emulator::record_write(copy.to, values, 4);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+namespace emulator {
+
+// ldmatrix .m8n8.x4 .b16: lanes 8 i .. 8 i + 7 give the addresses of rows 0 .. 7 of matrix i, 16 bytes each. Lane l
+// receives in word i, lower half first,
+//   M_i[l / 4][2 (l % 4)], M_i[l / 4][2 (l % 4) + 1],   or with .trans
+//   M_i[2 (l % 4)][l / 4], M_i[2 (l % 4) + 1][l / 4].
+inline void load_matrices(uint32_t (&to)[4], uint32_t row, bool transposed) {
+  struct Lane {
+    uint32_t row;
+    uint32_t* to;
+    Thread* thread;
+  } lane = {row, to, self};
+  const char* what = transposed ? "ldmatrix.trans" : "ldmatrix";
+  meet_warp(what, &lane, [=](void** lanes) {
+    uint16_t matrices[4][8][8];
+    for (unsigned i = 0; i < kWarp; ++i) {
+      const Lane* from = static_cast<const Lane*>(lanes[i]);
+      uint32_t values[4] = {};
+      read(*from->thread, from->row, values, 16, what);
+      std::memcpy(matrices[i / 8][i % 8], values, 16);
+    }
+    for (unsigned l = 0; l < kWarp; ++l) {
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned outer = l / 4, inner = 2 * (l % 4);
+        const uint32_t low = transposed ? matrices[i][inner][outer] : matrices[i][outer][inner];
+        const uint32_t high = transposed ? matrices[i][inner + 1][outer] : matrices[i][outer][inner + 1];
+        static_cast<const Lane*>(lanes[l])->to[i] = low | high << 16;
+      }
+    }
+  });
+}
+
+}  // namespace emulator
+
+inline void load_matrices(uint32_t (&to)[4], uint32_t row) { emulator::load_matrices(to, row, false); }
+inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) { emulator::load_matrices(to, row, true); }
+
+// mma .m16n8k16 .row.col, float32 += 16-bit x 16-bit. With g = lane / 4 and t = lane % 4 a lane holds, lower half
+// first,
+//   a0: A[g][2t, 2t+1]     a1: A[g+8][2t, 2t+1]     a2: A[g][2t+8, 2t+9]     a3: A[g+8][2t+8, 2t+9]
+//   b0: B[2t, 2t+1][g]     b1: B[2t+8, 2t+9][g]
+//   c0, c1: C[g][2t, 2t+1]     c2, c3: C[g+8][2t, 2t+1]
+// Products of 16-bit elements are exact in float32; hardware promises at least float32 sums, here they are float64.
+template <template <int> class Format, int EXPONENT_BITS>
+void multiply_add(Format<EXPONENT_BITS>, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+  } lane = {c, a, {b0, b1}};
+  emulator::meet_warp(EXPONENT_BITS == 5 ? "mma.f16" : "mma.bf16", &lane, [](void** lanes) {
+    float left[16][16], right[16][8];
+    for (unsigned l = 0; l < emulator::kWarp; ++l) {
+      const Lane* from = static_cast<const Lane*>(lanes[l]);
+      const unsigned g = l / 4, t = l % 4;
+      for (unsigned half = 0; half < 2; ++half) {
+        for (unsigned i = 0; i < 4; ++i) {
+          left[g + i % 2 * 8][2 * t + half + i / 2 * 8] = emulator::element<EXPONENT_BITS>(from->a[i], half);
+        }
+        for (unsigned i = 0; i < 2; ++i) {
+          right[2 * t + half + i * 8][g] = emulator::element<EXPONENT_BITS>(from->b[i], half);
+        }
+      }
+    }
+    for (unsigned l = 0; l < emulator::kWarp; ++l) {
+      const Lane* to = static_cast<const Lane*>(lanes[l]);
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = l / 4 + i / 2 * 8, column = 2 * (l % 4) + i % 2;
+        double sum = to->c[i];
+        for (unsigned k = 0; k < 16; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
+        to->c[i] = static_cast<float>(sum);
+      }
+    }
+  });
+}
+
+template <template <int> class Format, int EXPONENT_BITS>
+uint32_t pack(Format<EXPONENT_BITS>, float low, float high) {
+  const uint32_t upper = emulator::encode(EXPONENT_BITS, high);
+  return upper << 16 | emulator::encode(EXPONENT_BITS, low);
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
+// ---- The runtime ----
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+namespace emulator {
+inline int multiprocessors = 108;
+inline std::unordered_map<const void*, size_t> allowed_shared_bytes;
+}  // namespace emulator
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulator::multiprocessors;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? emulator::failure : "invalid argument";
+}
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
+  emulator::allowed_shared_bytes[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+
+template <typename Parameter>
+cudaError_t cudaLaunchKernel(
+    void (*kernel)(Parameter), dim3 grid, dim3 threads, void** arguments, size_t shared_bytes, cudaStream_t) {
+  using namespace emulator;
+  const auto allowed = allowed_shared_bytes.find(reinterpret_cast<const void*>(kernel));
+  const size_t limit = allowed == allowed_shared_bytes.end() ? kDefaultSharedBytes : allowed->second;
+  if (grid.x == 0 || threads.x == 0 || threads.x > 1024 || threads.x % kWarp != 0) return cudaErrorInvalidValue;
+  if (shared_bytes > (limit < kDefaultSharedBytes ? kDefaultSharedBytes : limit)) return cudaErrorInvalidValue;
+  const Parameter parameter = *static_cast<const Parameter*>(arguments[0]);
+  const std::function<void()> body = [&] { kernel(parameter); };
+  failure[0] = 0;
+  written.clear();
+  blockDim = threads;
+  gridDim = grid;
+  std::vector<std::unique_ptr<char[]>> stacks(threads.x);
+  for (auto& stack : stacks) stack.reset(new char[kStackBytes]);
+  for (blockIdx.x = 0; blockIdx.x < grid.x && failure[0] == 0; ++blockIdx.x) {
+    Block state;
+    block = &state;
+    state.body = &body;
+    state.threads = std::vector<Thread>(threads.x);
+    state.warps = std::vector<Meeting>(threads.x / kWarp);
+    state.shared.assign(shared_bytes / 4, 0xffffffffu);
+    state.words.assign(shared_bytes / 4, Word{});
+    for (unsigned i = 0; i < threads.x; ++i) {
+      Thread& thread = state.threads[i];
+      thread.index = i;
+      getcontext(&thread.start);
+      thread.start.uc_stack.ss_sp = stacks[i].get();
+      thread.start.uc_stack.ss_size = kStackBytes;
+      thread.start.uc_link = nullptr;
+      makecontext(&thread.start, fiber_main, 0);
+    }
+    run_block();
+  }
+  return failure[0] == 0 ? cudaSuccess : cudaErrorLaunchFailure;
+}

@@ -1,0 +1,452 @@
+"""The CUDA forward kernel of cross_attention without a GPU: emulated on the host, and compiled by nvcc where it exists.
+
+Emulation compiles the same .cu with g++ and ``cuda_emulator.h``, which checks fragment layouts by computing with them
+and reports races, unwritten shared memory and double stores as launch failures.
+"""
+
+import ctypes
+import dataclasses
+import itertools
+import os
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CUDA_SOURCES = HERE.parents[1] / "csrc" / "cuda"
+
+# Error against float64 relative to the eager composition's, and what both may lose to the last float32 bits.
+TIMES_EAGER_MEAN = 1.2
+# Of two equally good roundings, the worst element of one is often twice that of the other.
+TIMES_EAGER_MOST = 3.0
+FLOOR = 1e-6
+
+LAUNCHER = """
+#include "cross_attention.cu"
+
+using namespace difffast::cuda;
+
+extern "C" const char* obstacle(const CrossAttentionArgs* args) { return cross_attention_obstacle(*args); }
+
+extern "C" const char* forward(const CrossAttentionArgs* args, int multiprocessors) {
+  emulator::multiprocessors = multiprocessors;
+  return cross_attention_forward(*args, nullptr);
+}
+
+extern "C" void describe(const CrossAttentionArgs* args, int multiprocessors, Layout* layout) {
+  *layout = plan(*args, multiprocessors);
+}
+
+// One kernel, right or with one mistake, for the emulator's own test: 64 threads bring 16 bytes each, and a warp takes
+// over those of the other.
+struct Exercise {
+  const uint32_t* in;
+  uint32_t* out;
+  int distance, mistake;
+};
+
+enum {
+  kNone, kNoWait, kNoBarrier, kWarpBarrier, kEarlyWrite, kUnwritten, kOutside, kUnaligned, kTwice, kMixed, kAbsent
+};
+
+void exercise(Exercise e) {
+  const int thread = threadIdx.x, other = thread + e.distance, from = other < 0 || other >= 64 ? thread : other;
+  if (e.mistake != kUnwritten || thread != 5) copy_async(thread * 16, e.in + thread * 4, false);
+  commit_copies();
+  if (e.mistake != kNoWait) wait_copies<0>();
+  if (e.mistake == kWarpBarrier) __syncwarp();
+  if (e.mistake == kAbsent && thread == 7) return;
+  if (e.mistake != kNoBarrier && e.mistake != kWarpBarrier) __syncthreads();
+  const uint4 value = load_shared(from * 16 + (e.mistake == kOutside ? 1024 : e.mistake == kUnaligned ? 4 : 0));
+  if (e.mistake == kMixed && thread % 2 == 0) {
+    __shfl_xor_sync(0xffffffffu, 0.0f, 1);
+  } else {
+    __syncwarp();
+  }
+  if (e.mistake != kEarlyWrite) __syncthreads();
+  store_shared(thread * 16 + 4, value.y + 1);
+  const uint32_t results[] = {value.x, value.y, value.z, value.w};
+  for (int i = 0; i < 4; ++i) store_global(e.out + thread * 4 + i, results[i]);
+  if (e.mistake == kTwice) store_global(e.out, results[0]);
+  wait_copies<0>();
+}
+
+extern "C" const char* run_exercise(const Exercise* e) {
+  void* arguments[] = {const_cast<Exercise*>(e)};
+  const cudaError_t error = cudaLaunchKernel(exercise, dim3(1), dim3(64), arguments, 1024, nullptr);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+"""
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
+
+
+class Args(ctypes.Structure):
+    """CrossAttentionArgs of cross_attention.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "maps")],
+        *[(f"{name}_strides", Strides) for name in ("q", "k", "v", "out")],
+        ("map_mask", ctypes.c_uint64 * 2),
+        *[
+            (name, ctypes.c_int32)
+            for name in ("batch", "heads", "queries", "keys", "head_dim", "kv_repeats", "sink", "map_count")
+        ],
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class Layout(ctypes.Structure):
+    _fields_ = [
+        *[
+            (name, ctypes.c_int)
+            for name in (
+                "groups", "warps", "tiles", "tiles_a_block", "splits", "padded_dim", "pitch", "shared_bytes"
+            )
+        ],
+        ("one_buffer", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+class Exercise(ctypes.Structure):
+    _fields_ = [
+        ("input", ctypes.c_void_p), ("out", ctypes.c_void_p), ("distance", ctypes.c_int), ("mistake", ctypes.c_int)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The kernel compiled for the host."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on PATH")
+    folder = tmp_path_factory.mktemp("emulated")
+    source, library = folder / "launcher.cpp", folder / "launcher.so"
+    source.write_text(LAUNCHER)
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    # Fibers change stacks by jumps, which the fortified longjmp takes for a mistake.
+    flags += ["-U_FORTIFY_SOURCE", f"-I{CUDA_SOURCES}", f"-I{HERE}"]
+    result = subprocess.run([*compiler.split(), *flags, source, "-o", library], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = ctypes.CDLL(str(library))
+    for function in (loaded.obstacle, loaded.forward, loaded.run_exercise):
+        function.restype = ctypes.c_char_p
+    loaded.describe.restype = None
+    return loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call; ``tokens`` are the map's, ``multiprocessors`` the emulated device's."""
+
+    keys: int = 77
+    head_dim: int = 40
+    queries: int = 65
+    heads: int = 2
+    batch: int = 2
+    kv_repeats: int = 1
+    sink: int = 0
+    tokens: tuple[int, ...] = ()
+    multiprocessors: int = 108
+    spread: float = 1.0  # standard deviation of the logits
+
+    def __str__(self):
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        short = {f.name: len(self.tokens) if f.name == "tokens" else getattr(self, f.name) for f in changed}
+        return " ".join(f"{name}={value}" for name, value in short.items()) or "default"
+
+
+def every(keys):
+    return tuple(range(keys))
+
+
+def grid():
+    """Every number of keys with every head_dim; the other sizes by chance."""
+    pick = random.Random(0).choice
+    for keys, head_dim in itertools.product((1, 2, 7, 16, 17, 33, 76, 77, 80, 81, 128), (8, 24, 40, 64, 80, 160, 256)):
+        batch, kv_repeats = pick(((1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (4, 4)))
+        yield Case(
+            keys,
+            head_dim,
+            queries=pick((1, 15, 64, 65, 130)),
+            heads=pick((1, 2, 3)),
+            batch=batch,
+            kv_repeats=kv_repeats,
+            sink=pick((0, 0, 5)),
+            tokens=pick(((), tuple(sorted({0, keys // 2, keys - 1})), every(keys))),
+        )
+
+
+CASES = [
+    *grid(),
+    # The shapes of SD1.x, SD2.x and SDXL.
+    Case(head_dim=40, queries=130, tokens=(2, 5)),
+    Case(head_dim=64, queries=130, batch=4, kv_repeats=2),
+    Case(head_dim=64, queries=65, batch=4, kv_repeats=2, tokens=every(77), sink=5, heads=3),
+    Case(head_dim=160, queries=130, batch=1, heads=1),
+    # A block of a small device walks over several tiles, the last walk being shorter.
+    Case(head_dim=64, queries=300, batch=4, heads=1, multiprocessors=1),
+    Case(keys=128, head_dim=256, queries=290, batch=1, heads=2, multiprocessors=1),
+    # Probabilities close to one-hot, and close to zero beside the sink's.
+    Case(spread=20.0, tokens=every(77)),
+    Case(spread=20.0, sink=5, tokens=(3,)),
+    Case(keys=1, spread=300.0, sink=5, tokens=(0,)),
+]
+
+
+class Call:
+    """Inputs and outputs of one call, NaN wherever the kernel must not look or has not written."""
+
+    GUARD = 64  # elements before and after
+
+    def __init__(self, case, dtype):
+        self.case, self.dtype = case, dtype
+        c, generator = case, torch.Generator().manual_seed(0)
+
+        def inside_nan(*shape):
+            values = torch.full((*shape[:-1], shape[-1] + 2 * self.GUARD), float("nan"), dtype=dtype)
+            view = values[..., self.GUARD : -self.GUARD]
+            view.copy_(torch.randn(shape, generator=generator))
+            return view
+
+        # Heads side by side in a row, K beside V, as one projection leaves them.
+        q = inside_nan(c.batch, c.queries, c.heads * c.head_dim)
+        kv = inside_nan(c.batch // c.kv_repeats, c.keys, 2 * c.heads * c.head_dim)
+        self.q = q.unflatten(-1, (c.heads, c.head_dim)).transpose(1, 2)
+        self.k, self.v = kv.unflatten(-1, (2, c.heads, c.head_dim)).permute(2, 0, 3, 1, 4)
+        self.scale = c.spread * c.head_dim**-0.5
+        self.buffers = []
+        self.out = self.output((c.batch, c.queries, c.heads, c.head_dim), dtype).transpose(1, 2)
+        self.maps = self.output((c.batch, c.queries, len(c.tokens)), torch.float32) if c.tokens else None
+
+    def output(self, shape, dtype):
+        count = torch.Size(shape).numel()
+        # All bits set are a NaN in every format.
+        buffer = torch.full(((count + 2 * self.GUARD) * dtype.itemsize,), -1, dtype=torch.int8)
+        self.buffers.append((buffer, dtype))
+        return buffer.view(dtype)[self.GUARD : self.GUARD + count].view(shape)
+
+    def guards_are_whole(self):
+        edges = [(buffer, self.GUARD * dtype.itemsize) for buffer, dtype in self.buffers]
+        return all((b[:n] == -1).all() and (b[-n:] == -1).all() for b, n in edges)
+
+    def args(self):
+        c, args = self.case, Args()
+        for name in ("q", "k", "v", "out"):
+            tensor = getattr(self, name)
+            assert tensor.stride(-1) == 1
+            setattr(args, name, tensor.data_ptr())
+            setattr(args, f"{name}_strides", Strides(*tensor.stride()[:3]))
+        args.maps = None if self.maps is None else self.maps.data_ptr()
+        for token in c.tokens:
+            args.map_mask[token // 64] |= 1 << token % 64
+        for name in ("batch", "heads", "queries", "keys", "head_dim", "kv_repeats", "sink"):
+            setattr(args, name, getattr(c, name))
+        args.map_count, args.scale = len(c.tokens), self.scale
+        args.dtype = {torch.float16: 0, torch.bfloat16: 1}[self.dtype]
+        return args
+
+
+def composition(call, dtype):
+    """Out and maps by plain matrix products in ``dtype``; the definition where that is float64."""
+    c = call.case
+    q = call.q.to(dtype)
+    k, v = (x.to(dtype).repeat_interleave(c.kv_repeats, 0) for x in (call.k, call.v))
+    logits = (q @ k.mT) * call.scale
+    logits = torch.cat([logits, logits.new_zeros(*logits.shape[:-1], c.sink)], -1)
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    probabilities = logits.softmax(-1)[..., : c.keys].to(dtype)
+    maps = probabilities.to(logits.dtype).mean(1)[..., list(c.tokens)]
+    return probabilities @ v, maps
+
+
+def assert_no_worse(actual, eager, exact):
+    # Errors of n numbers are told apart to about 1 / sqrt(n) only.
+    floor = FLOOR + torch.finfo(actual.dtype).eps * exact.abs().max() * actual.numel() ** -0.5
+    for times, size in (
+        (TIMES_EAGER_MEAN, lambda x: x.square().mean().sqrt()),
+        (TIMES_EAGER_MOST, lambda x: x.abs().max()),
+    ):
+        assert size(actual.double() - exact) <= times * size(eager.double() - exact) + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_emulated_kernel_is_the_definition(emulated, case, dtype):
+    call = Call(case, dtype)
+    error = emulated.forward(ctypes.byref(call.args()), case.multiprocessors)
+    assert error is None, error.decode()
+    assert call.guards_are_whole()
+
+    out, maps = composition(call, torch.float64)
+    eager_out, eager_maps = composition(call, dtype)
+    assert call.out.isfinite().all()
+    assert_no_worse(call.out, eager_out, out)
+    if case.tokens:
+        assert_no_worse(call.maps, eager_maps, maps)
+
+
+def test_maps_leave_the_output_alone(emulated):
+    for keys, head_dim in [(77, 40), (128, 64), (128, 256)]:
+        case = Case(keys=keys, head_dim=head_dim, batch=1)
+        plain = Call(case, torch.float16)
+        full = Call(dataclasses.replace(case, tokens=every(keys)), torch.float16)
+        for call in (plain, full):
+            assert emulated.forward(ctypes.byref(call.args()), 108) is None
+        assert torch.equal(plain.out, full.out)
+
+
+def test_cases_take_every_path(emulated):
+    taken = set()
+    for case in CASES:
+        layout = Layout()
+        emulated.describe(ctypes.byref(Call(case, torch.float16).args()), case.multiprocessors, ctypes.byref(layout))
+        taken.add(("groups", layout.groups, bool(case.tokens)))
+        taken.add(("one_buffer", layout.one_buffer, bool(case.tokens)))
+        taken.add(("warps", layout.warps))
+        taken.add(("walks", layout.tiles_a_block > 1, layout.one_buffer))
+        taken.add(("short walk", layout.tiles % layout.tiles_a_block != 0))
+        taken.add(("half step", layout.padded_dim % 32 != 0, layout.padded_dim != case.head_dim))
+    assert taken >= {("groups", n, maps) for n in (1, 2, 4, 5, 8) for maps in (False, True)}
+    assert taken >= {("one_buffer", a, b) for a in (False, True) for b in (False, True)}
+    assert taken >= {("walks", a, b) for a in (False, True) for b in (False, True)}
+    assert taken >= {("half step", a, b) for a, b in [(False, False), (False, True), (True, False), (True, True)]}
+    assert taken >= {("warps", 1), ("warps", 2), ("warps", 4), ("short walk", True)}
+
+
+def test_layouts_of_all_sizes(emulated):
+    layout, args = Layout(), Args(batch=2, heads=8, kv_repeats=1)
+    loads = [(1, 0, 108), (64, 1, 108), (9216, 0, 132), (4097, 1, 20)]
+    for args.keys, args.head_dim, load in itertools.product(range(1, 129), range(8, 257, 8), loads):
+        args.queries, args.map_count, multiprocessors = load
+        args.maps = 16 if args.map_count else None
+        emulated.describe(ctypes.byref(args), multiprocessors, ctypes.byref(layout))
+        assert layout.shared_bytes <= 99 * 1024
+        assert 16 * layout.groups >= args.keys
+        assert args.head_dim <= layout.padded_dim < args.head_dim + 16
+        assert layout.pitch % 32 == 16
+        tile = layout.warps * (32 if layout.groups <= 5 else 16)
+        assert tile * layout.tiles >= args.queries > tile * (layout.tiles - 1)
+        covered = layout.splits * layout.tiles_a_block
+        assert covered >= layout.tiles > covered - layout.tiles_a_block
+
+
+def test_empty_inputs_launch_nothing(emulated):
+    for name in ("batch", "heads", "queries"):
+        args = Args(batch=1, heads=1, queries=1, keys=77, head_dim=40, kv_repeats=1, scale=1)
+        setattr(args, name, 0)
+        assert emulated.forward(ctypes.byref(args), 108) is None
+
+
+OBSTACLES = {
+    "dtype must be float16 (0) or bfloat16 (1), got 2": {"dtype": 2},
+    "batch must be at least 0, got -1": {"batch": -1},
+    "heads must be at least 0, got -1": {"heads": -1},
+    "queries must be at least 0, got -1": {"queries": -1},
+    "keys must be 1 to 128, got 0": {"keys": 0},
+    "keys must be 1 to 128, got 129": {"keys": 129},
+    "head_dim must be a multiple of 8 up to 256, got 0": {"head_dim": 0},
+    "head_dim must be a multiple of 8 up to 256, got 44": {"head_dim": 44},
+    "head_dim must be a multiple of 8 up to 256, got 264": {"head_dim": 264},
+    "kv_repeats must divide batch, got 0 and 2": {"kv_repeats": 0},
+    "kv_repeats must divide batch, got 3 and 2": {"kv_repeats": 3},
+    "sink must be at least 0, got -2": {"sink": -2},
+    "scale must be positive and finite, got 0": {"scale": 0.0},
+    "scale must be positive and finite, got inf": {"scale": float("inf")},
+    "scale must be positive and finite, got nan": {"scale": float("nan")},
+    "map_count must be the number of bits in map_mask (1), got 2": {"map_count": 2},
+    "map_mask must choose keys below 77, got key 77": {"map_mask": (ctypes.c_uint64 * 2)(0, 1 << 13)},
+    "batch * heads * queries / 16 must be below 2**31, got 2 * 2 * 2147483600 / 16": {"queries": 2147483600},
+    "batch * heads * queries / 16 must be below 2**31, got 65536 * 65536 * 65 / 16": {"batch": 65536, "heads": 65536},
+    "maps must be a device pointer when map_count is 1, got null": {"maps": None},
+    "q must be a device pointer, got null": {"q": None},
+    "out must be a device pointer, got null": {"out": None},
+    "k must be aligned to 16 bytes, got an address 8 past that": {"k": 4104},
+    "the row stride of q must be a multiple of 8 elements, got 41": {"q_strides": Strides(80, 40, 41)},
+    "the head stride of k must be a multiple of 8 elements, got 1": {"k_strides": Strides(80, 1, 80)},
+    "the batch stride of v must be a multiple of 8 elements, got 4": {"v_strides": Strides(4, 40, 80)},
+    "the row stride of out must be a multiple of 8 elements, got 2": {"out_strides": Strides(80, 40, 2)},
+}
+
+
+@pytest.mark.parametrize("message", OBSTACLES)
+def test_obstacles(emulated, message):
+    call = Call(Case(tokens=(3,)), torch.float16)
+    args = call.args()
+    assert emulated.obstacle(ctypes.byref(args)) is None
+    for name, value in OBSTACLES[message].items():
+        setattr(args, name, value)
+    assert emulated.obstacle(ctypes.byref(args)).decode() == message
+    assert emulated.forward(ctypes.byref(args), 108).decode() == message
+
+
+def test_strides_of_single_rows_are_never_used(emulated):
+    args = Call(Case(queries=1, heads=1, batch=1), torch.float16).args()
+    args.q_strides = args.out_strides = Strides(1, 3, 5)
+    assert emulated.obstacle(ctypes.byref(args)) is None
+
+
+# In the order of the launcher's enumeration; warps run in increasing order, so that the distance decides who is early.
+MISTAKES = [
+    (None, -32),
+    ("load_shared at .* meets a copy under way", -32),
+    ("load_shared at .* races with a write by thread", -32),
+    ("load_shared at .* races with a write by thread", -32),
+    ("store_shared at .* races with a read by thread", 32),
+    ("load_shared at 80 reads what nothing has written", -32),
+    ("load_shared at .* is outside the 1024 bytes", -32),
+    ("load_shared at .* is not aligned to 16 bytes", -32),
+    ("store_global writes an address again", -32),
+    ("lanes of a warp call __.* and __.* together", -32),
+    ("deadlock", -32),
+]
+
+
+@pytest.mark.parametrize("mistake", range(len(MISTAKES)), ids=lambda i: str(MISTAKES[i][0]))
+def test_the_emulator_notices(emulated, mistake):
+    message, distance = MISTAKES[mistake]
+    values, out = torch.arange(256, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
+    error = emulated.run_exercise(ctypes.byref(Exercise(values.data_ptr(), out.data_ptr(), distance, mistake)))
+    if message is None:
+        assert error is None
+        assert torch.equal(out, values[:128].repeat(2))
+    else:
+        assert re.match(message, error.decode())
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    """The compiler of a toolkit that has headers; one on PATH may be a wrapper without."""
+    folders = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    folders += sorted(Path("/usr/local").glob("cuda*"))
+    for folder in folders:
+        if (folder / "include" / "cuda_runtime.h").is_file() and (folder / "bin" / "nvcc").is_file():
+            return folder / "bin" / "nvcc"
+    pytest.skip(f"no include/cuda_runtime.h in {', '.join(map(str, folders)) or 'CUDA_HOME or /usr/local/cuda*'}")
+
+
+# The oldest and the newest always; each takes ptxas several seconds.
+@pytest.mark.parametrize(
+    "architecture", ["80", "90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("86", "89", "90"))]
+)
+def test_nvcc_spills_no_registers(nvcc, architecture, tmp_path):
+    command = [
+        nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra", "-Werror", "all-warnings",
+        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-c", CUDA_SOURCES / "cross_attention.cu", "-o", tmp_path / "cross_attention.o",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = re.findall(r"Compiling entry function '\w*forward_kernel\w*'", result.stderr)
+    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    # Two element types, five numbers of keys, with and without maps. A stack frame would be an array in memory.
+    assert len(kernels) == 20
+    assert memory == [("0", "0", "0")] * 20

@@ -1,0 +1,39 @@
+"""Every Triton kernel compiles ahead of time for the GPUs it is meant for, without spilling a register."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[1] / "triton_aot.py"
+
+
+def _compile(*arguments):
+    # A process of its own: with TRITON_INTERPRET there are no kernels to compile, and this process may have it.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 failed" in result.stdout
+
+
+def test_usual_kernels_compile_without_spills():
+    _compile("--quick", "--capability", "80", "90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "89", "90", "100"])
+def test_all_kernels_compile_without_spills(capability):
+    _compile("--capability", capability)
+
+
+def test_the_interpreter_is_refused():
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT)], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET is set" in result.stderr

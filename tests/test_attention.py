@@ -1,0 +1,537 @@
+"""Fused attn2 layers in a real UNet: right, exactly removable, text keys made once, maps that are the stock maps."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from sampling import SCHEDULERS, largest, latents, scheduler
+from tolerances import EXACT_FLOAT32, EXACT_FLOAT64
+
+import difffast
+from difffast import EncoderPropagation, attention, ops, patch, patched, unpatch
+
+ALL_KEY = EncoderPropagation(key_steps=1)
+
+
+def layers(pipe):
+    return attention.layers_of(pipe.unet)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_exact_is_stock_up_to_rounding(pipe, pipe64, name):
+    for each, tolerance in ((pipe, EXACT_FLOAT32), (pipe64, EXACT_FLOAT64)):
+        each.scheduler, steps = scheduler(name), SCHEDULERS[name][2]
+        stock = latents(each, steps=steps)
+        with patched(each, "exact") as report:
+            # In units of the latents' standard deviation: 1 in a trained model, up to 25 in this random one.
+            assert largest(latents(each, steps=steps), stock) <= tolerance * max(1.0, float(stock.std()))
+        assert report.last_run.key == report.last_run.total
+        assert not report.last_run.reasons
+
+
+def test_exact_takes_any_number_of_steps(pipe):
+    stock = latents(pipe, steps=2)
+    with patched(pipe, "exact"):
+        assert largest(latents(pipe, steps=2), stock) <= EXACT_FLOAT32
+
+
+def test_without_fused_layers_an_all_key_plan_is_stock_to_the_bit(pipe):
+    stock = latents(pipe)
+    for options in ({"preset": "exact", "fused": False}, {"propagation": ALL_KEY, "fused": False}):
+        with patched(pipe, **options) as report:
+            assert torch.equal(latents(pipe), stock)
+        assert report.last_run.text_keys.total() == 0
+
+
+def test_the_operator_runs_unless_switched_off(pipe, monkeypatch):
+    calls = []
+    original = ops.cross_attention
+    monkeypatch.setattr(ops, "cross_attention", lambda *a, **k: calls.append(a) or original(*a, **k))
+    with patched(pipe, "exact"):
+        latents(pipe, steps=4)
+    assert len(calls) == 4 * len(layers(pipe))
+    with patched(pipe, "exact", fused=False):
+        latents(pipe, steps=4)
+    latents(pipe, steps=4)
+    assert len(calls) == 4 * len(layers(pipe))
+
+
+def test_unpatch_leaves_no_trace(pipe):
+    before = {name: (type(layer), dict(vars(layer)), layer.processor) for name, layer in layers(pipe).items()}
+    patch(pipe)
+    assert all(isinstance(layer, before[name][0]) for name, layer in layers(pipe).items())
+    latents(pipe)
+    unpatch(pipe)
+    for name, layer in layers(pipe).items():
+        cls, attributes, processor = before[name]
+        assert type(layer) is cls
+        assert vars(layer).keys() == attributes.keys()
+        assert layer.processor is processor
+
+
+def test_copies_of_a_patched_pipeline_are_stock(pipe):
+    patch(pipe)
+    clone = copy.deepcopy(pipe.unet)
+    plain = {type(layer) for layer in attention.layers_of(clone).values()}
+    assert plain == {type(layer).__mro__[1] for layer in layers(pipe).values()}
+    unpatch(pipe)
+
+
+# Text keys and values
+
+
+def test_text_keys_are_made_once_a_prompt(pipe):
+    count = len(layers(pipe))
+    with patched(pipe, "exact") as report:
+        for prompt in ("a red circle", "a blue square"):
+            latents(pipe, prompt)
+            assert report.last_run.text_keys == {"computed": count, "reused": 19 * count}
+
+
+def test_text_keys_are_shared_by_parallel_decoders(pipe):
+    with patched(pipe, propagation=EncoderPropagation(max_parallel=4)) as report:
+        latents(pipe)
+    assert max(report.last_run.decode_batches) > 1
+    assert report.last_run.text_keys["computed"] == len(layers(pipe))
+
+
+def _run_with(pipe, change, *, at=10, preset="exact", **options):
+    """Latents when ``change`` is called after step ``at``, with the report's counts."""
+
+    def on_end(_pipe, step, _t, values):
+        if step == at:
+            change()
+        return values
+
+    with patched(pipe, preset, **options) as report:
+        return latents(pipe, callback_on_step_end=on_end), report.last_run
+
+
+def _changed(pipe, make_change):
+    """A change of weights in mid-run has the effect that it has on a stock pipeline."""
+    twin = copy.deepcopy(pipe)
+    ours, stats = _run_with(pipe, make_change(pipe))
+    theirs, _ = _run_with(twin, make_change(twin), fused=False)
+    untouched = latents(copy.deepcopy(twin), callback_on_step_end=None)
+    assert largest(ours, theirs) <= EXACT_FLOAT32
+    return ours, untouched, stats
+
+
+def test_weight_updates_are_seen(pipe):
+    def change(pipe):
+        weight = next(iter(layers(pipe).values())).to_k.weight
+
+        def update():
+            with torch.no_grad():
+                weight.mul_(3)
+
+        return update
+
+    _, _, stats = _changed(pipe, change)
+    assert stats.text_keys["computed"] == len(layers(pipe)) + 1
+
+
+def test_replaced_weights_are_seen(pipe):
+    def change(pipe):
+        layer = next(iter(layers(pipe).values()))
+
+        def update():
+            layer.to_v.weight.data = layer.to_v.weight.data * 3
+
+        return update
+
+    _, _, stats = _changed(pipe, change)
+    assert stats.text_keys["computed"] == len(layers(pipe)) + 1
+
+
+def _add_lora(pipe, name="one", seed=0):
+    from peft import LoraConfig
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second adapter is meant
+        pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_v"], init_lora_weights=False), name)
+    generator = torch.Generator().manual_seed(seed)
+    for key, weight in pipe.unet.named_parameters():
+        if "lora" in key and f".{name}." in key:
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+
+
+@pytest.mark.parametrize("what", ["scale", "disable", "second", "update"])
+def test_lora_changes_are_seen(pipe, what):
+    _add_lora(pipe)
+    if what == "second":
+        _add_lora(pipe, "two", seed=1)
+        pipe.unet.set_adapter("one")
+
+    def change(pipe):
+        def update():
+            if what == "scale":
+                for layer in layers(pipe).values():
+                    layer.to_k.scaling["one"] *= 5
+            elif what == "disable":
+                pipe.unet.disable_adapters()
+            elif what == "second":
+                pipe.unet.set_adapter("two")
+            else:
+                with torch.no_grad():
+                    for layer in layers(pipe).values():
+                        layer.to_v.lora_B["one"].weight.mul_(5)
+
+        return update
+
+    _, _, stats = _changed(pipe, change)
+    assert stats.text_keys["computed"] == 2 * len(layers(pipe))
+
+
+def test_lora_added_after_patching(pipe):
+    patch(pipe, "exact")
+    plain = latents(pipe)
+    _add_lora(pipe)
+    ours = latents(pipe)
+    unpatch(pipe)
+    assert largest(ours, plain) > 1e-3
+    assert largest(ours, latents(pipe)) <= EXACT_FLOAT32
+
+
+def test_a_prompt_changed_in_place_is_seen(pipe):
+    # Outside inference_mode, whose tensors have no version counter.
+    embeddings = pipe.encode_prompt("a red circle", "cpu", 1, False)[0].detach().clone()
+
+    def run():
+        given = embeddings.clone()
+
+        def change(_pipe, step, _t, values):
+            if step == 10:
+                values["prompt_embeds"].mul_(0.5)
+            return values
+
+        with torch.no_grad():
+            return latents(
+                pipe,
+                None,
+                prompt_embeds=given,
+                guidance_scale=1.0,
+                callback_on_step_end=change,
+                callback_on_step_end_tensor_inputs=["prompt_embeds"],
+            )
+
+    stock = run()
+    with patched(pipe, "exact"):
+        assert largest(run(), stock) <= EXACT_FLOAT32
+
+
+def test_unknown_projections_are_not_remembered(pipe):
+    layer = next(iter(layers(pipe).values()))
+    layer.to_k.register_forward_hook(lambda *_: None)
+    with patched(pipe, "exact") as report:
+        latents(pipe)
+    assert report.last_run.text_keys["computed"] == len(layers(pipe)) + 19
+
+
+def test_nothing_is_kept_after_the_run(pipe):
+    with patched(pipe, "exact"):
+        latents(pipe)
+        controller = type(pipe.unet)._difffast_controller
+        assert all(run._text_keys is None for run in controller._runs)
+
+
+# Dispatch on the live processor
+
+
+def _with_ip_adapter(pipe):
+    """What load_ip_adapter leaves behind: a projection of image embeddings and its own processors on attn2."""
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+    torch.manual_seed(1)
+    width = pipe.unet.config.cross_attention_dim
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(16, width, num_image_text_embeds=4)])
+    pipe.unet.config.encoder_hid_dim_type = "ip_image_proj"
+    for layer in layers(pipe).values():
+        layer.set_processor(IPAdapterAttnProcessor2_0(layer.inner_dim, width, num_tokens=(4,), scale=0.7))
+    return {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ip_adapter(pipe, when):
+    if when == "after":
+        patch(pipe, "exact")
+    options = _with_ip_adapter(pipe)
+    report = patch(pipe, "exact") if when == "before" else None
+    ours = latents(pipe, **options)
+    if report is not None:
+        assert report.last_run.text_keys["reused"] > 0
+        assert not report.last_run.reasons
+    unpatch(pipe)
+    stock = latents(pipe, **options)
+    assert largest(ours, stock) <= EXACT_FLOAT32
+    pipe.set_ip_adapter_scale(0.0)
+    assert largest(latents(pipe, **options), stock) > 1e-3, "the image counts"
+
+
+def test_fused_projections(pipe):
+    stock = latents(pipe)
+    patch(pipe, "exact")
+    pipe.unet.fuse_qkv_projections()
+    assert all(isinstance(layer.processor, FusedAttnProcessor2_0) for layer in layers(pipe).values())
+    report = patch(pipe, "exact")
+    assert largest(latents(pipe), stock) <= EXACT_FLOAT32
+    assert report.last_run.text_keys["computed"] == len(layers(pipe))
+    pipe.unet.unfuse_qkv_projections()
+    assert all(isinstance(layer.processor, AttnProcessor2_0) for layer in layers(pipe).values())
+
+
+def test_other_processors_run_stock_and_say_so(pipe):
+    pipe.enable_attention_slicing(1)
+    assert any(isinstance(layer.processor, SlicedAttnProcessor) for layer in layers(pipe).values())
+    stock = latents(pipe)
+    with patched(pipe, "exact") as report, pytest.warns(UserWarning, match="attn2 layers run stock.*SlicedAttnProc"):
+        assert torch.equal(latents(pipe), stock)
+    assert any("SlicedAttnProcessor" in reason for reason in report.last_run.reasons)
+
+
+def test_a_subclassed_processor_is_not_taken_for_the_original(pipe):
+    class Mine(AttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs) * 0
+
+    for layer in layers(pipe).values():
+        layer.set_processor(Mine())
+    stock = latents(pipe)
+    with patched(pipe, "exact"), pytest.warns(UserWarning, match="Mine"):
+        assert torch.equal(latents(pipe), stock)
+
+
+def test_hooks_on_a_layer_see_every_call(pipe):
+    layer, seen = next(iter(layers(pipe).values())), []
+    layer.register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
+    with patched(pipe, "exact"), pytest.warns(UserWarning, match="the layer has hooks"):
+        latents(pipe)
+    assert len(seen) == 20
+
+
+def test_layers_outside_a_run_are_stock(pipe):
+    """Direct calls, training: nothing is remembered and gradients flow."""
+    with patched(pipe, "exact"):
+        sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, pipe.unet.config.cross_attention_dim)
+        with pytest.warns(UserWarning, match="runs unpatched"):
+            ours = pipe.unet(sample, 3, text).sample
+        ours.sum().backward()
+    assert torch.equal(pipe.unet(sample, 3, text).sample, ours)
+    assert next(iter(layers(pipe).values())).to_k.weight.grad.abs().sum() > 0
+
+
+def test_a_compiled_unet_runs_without_graph_breaks(pipe):
+    stock = latents(pipe, steps=4)
+    torch._dynamo.reset()
+    pipe.unet.compile(backend="aot_eager", fullgraph=True)
+    with patched(pipe, "exact"):
+        assert largest(latents(pipe, steps=4), stock) <= EXACT_FLOAT32
+
+
+# Maps
+
+
+class Recorder:
+    """An attention processor that computes what AttnProcessor2_0 does, and keeps the per-head probabilities."""
+
+    def __init__(self, store, name):
+        self.store, self.name = store, name
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        q, k, v = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for x in (
+                attn.to_q(hidden_states),
+                attn.to_k(encoder_hidden_states),
+                attn.to_v(encoder_hidden_states),
+            )
+        )
+        p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        self.store.setdefault(self.name, []).append(p.mean(1))
+        return attn.to_out[0]((p @ v).transpose(1, 2).flatten(2))
+
+
+def stock_maps(pipe, **options):
+    """Per layer: the head-averaged maps of every step of a stock run, [B, N, T]."""
+    twin, store = copy.deepcopy(pipe), {}
+    for name, layer in layers(twin).items():
+        layer.set_processor(Recorder(store, name))
+    latents(twin, **options)
+    return store
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_maps_are_the_stock_maps(pipe64, batch):
+    expected = stock_maps(pipe64, prompt=["a red circle"] * batch)
+    with difffast.collect_maps(pipe64) as maps:
+        latents(pipe64, ["a red circle"] * batch)
+    assert set(maps.layers) == set(expected)
+    for name, recorded in expected.items():
+        assert maps.steps[name] == len(recorded) == 20
+        torch.testing.assert_close(maps.mean(name), torch.stack(recorded).mean(0), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(maps.latest[name], recorded[-1], rtol=1e-6, atol=1e-9)
+    assert not difffast.unpatch(pipe64), "the pipeline was not patched before"
+
+
+def test_chosen_layers_and_tokens(pipe64):
+    expected = stock_maps(pipe64)
+    with difffast.collect_maps(pipe64, layers="up_blocks.*", tokens=[3, 1]) as maps:
+        latents(pipe64)
+    assert maps.layers
+    assert all(name.startswith("up_blocks.") for name in maps.layers)
+    mean = torch.stack([torch.stack(expected[name]).mean(0) for name in maps.layers]).mean(0)
+    torch.testing.assert_close(maps.mean(), mean[..., [3, 1]], rtol=1e-6, atol=1e-9)
+
+
+def test_maps_of_propagated_and_parallel_steps(pipe64):
+    one_at_a_time = EncoderPropagation(parallel=False)
+    with patched(pipe64, propagation=one_at_a_time), difffast.collect_maps(pipe64) as expected:
+        latents(pipe64)
+    with patched(pipe64) as report, difffast.collect_maps(pipe64) as maps:
+        latents(pipe64)
+    assert max(report.last_run.decode_batches) > 1
+    assert maps.steps == expected.steps
+    for name in maps.layers:
+        torch.testing.assert_close(maps.mean(name), expected.mean(name), rtol=1e-9, atol=1e-12)
+        steps = report.last_run.key if name.startswith(("down", "mid")) else 20
+        assert maps.steps[name] == steps
+
+
+def test_maps_do_not_change_the_image(pipe):
+    with patched(pipe):
+        plain = latents(pipe)
+        with difffast.collect_maps(pipe, tokens=[1]):
+            assert torch.equal(latents(pipe), plain)
+        assert torch.equal(latents(pipe), plain)
+
+
+def test_maps_without_fused_layers(pipe):
+    with patched(pipe, "exact", fused=False), difffast.collect_maps(pipe, layers="mid_block.*") as maps:
+        latents(pipe)
+    assert maps.mean().shape == (2, 16, 77)
+
+
+def test_two_collectors_at_once(pipe):
+    with (
+        difffast.collect_maps(pipe, tokens=[2, 1]) as a,
+        difffast.collect_maps(pipe, layers="up_blocks.*", tokens=[5]) as b,
+    ):
+        latents(pipe)
+    with difffast.collect_maps(pipe) as everything:
+        latents(pipe)
+    for maps in (a, b):
+        for name in maps.layers:
+            torch.testing.assert_close(maps.mean(name), everything.mean(name)[..., list(maps.tokens)])
+
+
+def test_a_new_image_starts_afresh(pipe):
+    with difffast.collect_maps(pipe, layers="mid_block.*") as maps:
+        latents(pipe, "a blue square")
+        latents(pipe)
+        twice = maps.mean()
+    with difffast.collect_maps(pipe, layers="mid_block.*") as maps:
+        latents(pipe)
+    assert torch.equal(maps.mean(), twice)
+
+
+def test_grid_of_a_wide_image(pipe):
+    with difffast.collect_maps(pipe, layers="mid_block.*", tokens=[1, 2]) as maps:
+        latents(pipe, height=16, width=32, steps=2)
+    factor = pipe.vae_scale_factor
+    grid = maps.grid()
+    assert grid.shape == (2, 2, 16 // factor // 2, 32 // factor // 2)
+    assert torch.equal(grid[0, 1].flatten(), maps.mean()[0, :, 1])
+
+
+def test_maps_carry_gradients(pipe64):
+    """Guidance differentiates a map with respect to the latents; nothing remembered may cut the graph."""
+    grads = []
+
+    def guide(each, step, t, values):
+        if step == 2:
+            with torch.enable_grad():
+                z = values["latents"].detach().clone().requires_grad_()
+                text = values["prompt_embeds"].detach().clone().requires_grad_()
+                schedule_time = each.scheduler.timesteps[step]
+                with pytest.warns(UserWarning, match="gradients are enabled"):
+                    each.unet(torch.cat([z] * 2), schedule_time, text)
+                loss = sum(m[..., 0].square().sum() for m in maps.latest.values())
+                grads.extend(torch.autograd.grad(loss, (z, text)))
+        return values
+
+    with torch.no_grad(), difffast.collect_maps(pipe64, tokens=[2]) as maps:
+        latents(
+            pipe64, callback_on_step_end=guide, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], steps=8
+        )
+    assert all(bool(grad.abs().sum() > 0) for grad in grads)
+    assert len(grads) == 2
+
+
+def test_errors_of_collect_maps(pipe):
+    for options, message in (
+        ({"layers": "nowhere.*"}, "no cross-attention layer matches 'nowhere.*'; there are: down_blocks"),
+        ({"tokens": []}, "at least one int"),
+        ({"tokens": [-1]}, "at least one int of at least 0"),
+        ({"tokens": [0.5]}, "at least one int of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("*", r"\*")), difffast.collect_maps(pipe, **options):
+            pass
+        assert not unpatch(pipe)
+    with difffast.collect_maps(pipe, tokens=[77]), pytest.raises(ValueError, match=r"0 .. 76, got 77"):
+        latents(pipe)
+    with difffast.collect_maps(pipe) as maps:
+        with pytest.raises(ValueError, match="run the pipeline inside"):
+            maps.mean()
+        latents(pipe, steps=2)
+        with pytest.raises(ValueError, match="differ in size"):
+            maps.mean()
+        with pytest.raises(ValueError, match="layer must be one of"):
+            maps.mean("mid")
+    pipe.enable_attention_slicing(1)
+    with (
+        difffast.collect_maps(pipe),
+        pytest.raises(RuntimeError, match=r"maps of .*attn2 cannot be collected: .*SlicedAttnProcessor"),
+    ):
+        latents(pipe)
+
+
+def test_threads_share_a_unet(pipe):
+    """Each thread's own prompt and collector; text keys belong to runs."""
+    prompts = ["a red circle", "a blue square"]
+    pipes = [_sharing(pipe) for _ in prompts]
+    alone = []
+    for each, prompt in zip(pipes, prompts, strict=True):
+        with patched(each, "exact"):
+            alone.append(latents(each, prompt))
+    for each in pipes:
+        patch(each, "exact")
+    results = {}
+
+    def work(index):
+        results[index] = latents(pipes[index], prompts[index])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for each in pipes:
+        unpatch(each)
+    for index, expected in enumerate(alone):
+        assert torch.equal(results[index], expected)
+
+
+def _sharing(pipe):
+    """A pipeline with the same modules and a scheduler of its own."""
+    components = {**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
+    other = type(pipe)(**components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other

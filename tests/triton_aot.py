@@ -1,0 +1,130 @@
+"""Compile Triton kernels ahead of time, without a GPU, and read from the cubins what they need.
+
+``python tests/triton_aot.py [--quick] [--capability 80 90] [--module cross_attention] [--only TEXT] [--fresh]`` prints
+one line a kernel and fails if one spills registers or needs more shared memory than the GPU has.
+
+A kernel module takes part by a function ``aot_cases(capability, quick)`` that yields
+``(name, kernel, signature, compile-time arguments, compiler options)``; see :data:`MODULES`.  It must run in a process
+without TRITON_INTERPRET, which replaces every kernel when its module is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+MODULES = ("cross_attention",)
+
+#: Shared memory of one block in bytes (CUDA C++ programming guide, table of technical specifications).
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+CAPABILITIES = (80, 89, 90, 100)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel needs on one GPU: registers a thread, bytes of stack a thread, bytes of shared memory a block."""
+
+    name: str
+    capability: int
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    seconds: float
+
+    @property
+    def complaint(self) -> str | None:
+        """Why this kernel must not be shipped, or None."""
+        if self.stack:
+            return f"{self.stack} bytes of registers spilled"
+        if self.shared > SHARED[self.capability]:
+            return f"{self.shared} bytes of shared memory, sm_{self.capability} has {SHARED[self.capability]}"
+        return None
+
+    def __str__(self) -> str:
+        return (
+            f"sm_{self.capability:<4}{self.name:<40}{self.warps:>3} warps{self.registers:>5} registers"
+            f"{self.stack:>6} stack{self.shared:>8} shared{self.seconds:>7.1f} s  {self.complaint or ''}"
+        )
+
+
+def compile_case(case: tuple, capability: int) -> Compiled:
+    """Compile one case; a signature's ``:16`` promises a multiple of 16."""
+    name, kernel, signature, constants, options = case
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if str(kind).endswith(":16")
+    }
+    signature = {argument: kind.removesuffix(":16") for argument, kind in signature.items()}
+    started = time.perf_counter()
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.perf_counter() - started
+    usage = resource_usage(binary.asm["cubin"])
+    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return Compiled(
+        name, capability, registers, stack + local, binary.metadata.shared, binary.metadata.num_warps, seconds
+    )
+
+
+def resource_usage(cubin: bytes) -> str:
+    """The lines about its function that the cuobjdump in Triton's wheel prints."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compiled(
+    modules: Sequence[str] = MODULES,
+    capabilities: Sequence[int] = CAPABILITIES,
+    quick: bool = False,
+    only: str = "",
+) -> Iterator[Compiled]:
+    """Compile all cases of the modules whose names contain ``only``."""
+    for stem in modules:
+        module = importlib.import_module(f"difffast.triton_kernels.{stem}")
+        for capability in capabilities:
+            for name, *rest in module.aot_cases(capability, quick):
+                if only in name:
+                    yield compile_case((f"{stem}: {name}", *rest), capability)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few shapes and dtypes")
+    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES)
+    parser.add_argument("--module", nargs="+", default=MODULES, choices=MODULES)
+    parser.add_argument("--only", default="", help="cases whose names contain this")
+    parser.add_argument("--fresh", action="store_true", help="leave Triton's cache alone, to time the compiler")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: unset it, the interpreter replaces the kernels")
+    with tempfile.TemporaryDirectory() as cache:
+        if options.fresh:
+            triton.knobs.cache.dir = cache
+        failed = total = 0
+        started = time.perf_counter()
+        for result in compiled(options.module, options.capability, options.quick, options.only):
+            print(result, flush=True)
+            total += 1
+            failed += result.complaint is not None
+    print(f"{total} kernels, {failed} failed, {time.perf_counter() - started:.1f} s")
+    return 1 if failed or not total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
