@@ -13,6 +13,8 @@ from setuptools import setup
 
 # torch::stable::parallel_for and torch::stable::empty exist from this version on.
 STABLE_ABI = (2, 10)
+# For which the CUDA sources are checked not to spill; newer GPUs compile the PTX.  TORCH_CUDA_ARCH_LIST replaces it.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
 
 
 def cpp_obstacle():
@@ -69,19 +71,23 @@ def extension():
 
     sources = ["csrc/registration.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     cuda_sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-    kind = CppExtension
-    if cuda_sources:
-        reason = cuda_obstacle()
-        if reason is None:
-            kind, sources = CUDAExtension, sources + cuda_sources
-        else:
-            report("the CUDA kernels", "DIFFFAST_BUILD_CUDA", reason)
     target = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
+    kind, flags = CppExtension, {"cxx": ["-O3", "-std=c++17", target]}
+    reason = cuda_obstacle()
+    if reason is None:
+        kind, sources = CUDAExtension, sources + cuda_sources
+        # USE_CUDA opens the stable ABI's declarations for CUDA streams.
+        flags["cxx"] += ["-DDIFFFAST_WITH_CUDA", "-DUSE_CUDA"]
+        flags["nvcc"] = ["-O3", "-std=c++17"]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    else:
+        report("the CUDA kernels", "DIFFFAST_BUILD_CUDA", reason)
     module = kind(
         "difffast._C",
         sources,
         include_dirs=[str(Path("csrc").resolve())],
-        extra_compile_args={"cxx": ["-O3", "-std=c++17", target]},
+        extra_compile_args=flags,
+        depends=sorted(map(str, Path("csrc").glob("**/*.h"))),
         py_limited_api=True,
     )
     return {

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from interleaved import ratio
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -46,14 +48,59 @@ def demo_table(results: Path = RESULTS) -> str:
     )
 
 
-def _measured_on(info: dict[str, Any]) -> str:
-    return (
-        f"{info['device']}, {info['threads']} threads, {info['dtype']}, torch {info['torch']}, "
-        f"diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
+def attention_table(results: Path = RESULTS) -> str:
+    """Milliseconds of cross-attention, from ``ops_cpu.json``; the C++ kernel against what else there is."""
+    rows = [
+        "| shape | SDPA | C++ | eager, maps | torch.compile, maps | C++, maps | against eager, maps | against SDPA |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    benchmarks = json.loads((results / "ops_cpu.json").read_text())["benchmarks"]
+    found = [each["extra_info"] for each in benchmarks if each["group"] == "cross_attention"]
+    for info in found:
+        seconds = info["seconds"]
+        columns = ("SDPA", "cpp", "eager, maps", "compiled, maps", "cpp, maps")
+        times = (f"{statistics.median(seconds[name]) * 1e3:.2f} ms" for name in columns)
+        ratios = (_quartiles(seconds, *pair) for pair in (("eager, maps", "cpp, maps"), ("SDPA", "cpp")))
+        rows.append(f"| {info['case'].split(':')[0]} | {' | '.join((*times, *ratios))} |")
+    rounds = len(found[0]["seconds"]["cpp"])
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"77 keys, batch 2, maps of 12 tokens. {_machine(found[0])}; {rounds} interleaved rounds, quartiles.",
+        ]
     )
 
 
-TABLES = {"unet": unet_table, "demo": demo_table}
+def entropy_table(results: Path = RESULTS) -> str:
+    """Microseconds of the entropy loss with its gradient, from ``ops_cpu.json``."""
+    rows = ["| maps | eager | torch.compile | C++ | faster than eager |", "|---|---|---|---|---|"]
+    benchmarks = json.loads((results / "ops_cpu.json").read_text())["benchmarks"]
+    found = [each["extra_info"] for each in benchmarks if each["group"] == "attention_entropy"]
+    for info in found:
+        seconds = info["seconds"]
+        times = (f"{statistics.median(seconds[name]) * 1e6:.0f} us" for name in ("eager", "compiled", "cpp"))
+        rows.append(f"| {info['case']} | {' | '.join(times)} | {_quartiles(seconds, 'eager', 'cpp')} |")
+    rounds = len(found[0]["seconds"]["cpp"])
+    return "\n".join(
+        [*rows, "", f"Forward and backward. {_machine(found[0])}; {rounds} interleaved rounds, quartiles."]
+    )
+
+
+def _quartiles(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
+    low, middle, high = ratio(seconds, slow, fast)
+    return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def _machine(info: dict[str, Any]) -> str:
+    return f"{info['device']}, {info['threads']} threads, {info['dtype']}, torch {info['torch']}"
+
+
+def _measured_on(info: dict[str, Any]) -> str:
+    return f"{_machine(info)}, diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
+
+
+TABLES = {"unet": unet_table, "demo": demo_table, "attention": attention_table, "entropy": entropy_table}
 
 
 def render(text: str) -> str:

@@ -10,7 +10,16 @@
 #include <tuple>
 #include <vector>
 
+#ifdef DIFFFAST_WITH_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/cross_attention.h"
+#endif
+
+#include "cpu/attention_entropy.h"
 #include "cpu/cross_attention.h"
+#include "cpu/instruction_set.h"
 #include "cpu/repeat_batch.h"
 
 namespace {
@@ -58,27 +67,32 @@ difffast::View4 view(const Tensor& x) {
   return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
 }
 
-// The sizes and operands of a call; `map_tokens` must outlive the result.
-difffast::CrossAttention cross_attention_on_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                                int64_t sink, const std::vector<int64_t>& map_tokens) {
-  using torch::headeronly::ScalarType;
+void check_cross_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& map_tokens) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, rows, head_dim]");
   STD_TORCH_CHECK(k.size(0) > 0 && q.size(0) % k.size(0) == 0 && k.size(1) == q.size(1) && k.size(3) == q.size(3) &&
                       v.sizes() == k.sizes(),
                   "k and v must have equal sizes, q's heads and head_dim, and a batch that divides q's");
   STD_TORCH_CHECK(k.size(2) >= 1 && k.size(2) <= 128, "1 to 128 keys are supported, got ", k.size(2));
-  const ScalarType dtype = q.scalar_type();
-  STD_TORCH_CHECK(k.scalar_type() == dtype && v.scalar_type() == dtype, "q, k and v must have one dtype");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
-                  "the C++ kernel takes float32, float64 and bfloat16");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "q, k and v must have one dtype");
   for (int64_t token : map_tokens) {
     STD_TORCH_CHECK(token >= 0 && token < k.size(2), "map_tokens must lie in 0 .. ", k.size(2) - 1, ", got ", token);
   }
+}
+
+// The sizes and operands of a call; `map_tokens` must outlive the result.
+difffast::CrossAttention cross_attention_on_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                                int64_t sink, const std::vector<int64_t>& map_tokens, bool backward) {
+  using torch::headeronly::ScalarType;
+  check_cross_attention(q, k, v, map_tokens);
+  const ScalarType dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+                  "the C++ kernel takes float32, float64 and bfloat16");
   const auto scalar = dtype == ScalarType::Float    ? difffast::Scalar::kFloat32
                       : dtype == ScalarType::Double ? difffast::Scalar::kFloat64
                                                     : difffast::Scalar::kBFloat16;
   return {scalar,    q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), q.size(0) / k.size(0), scale, sink,
-          map_tokens.data(), static_cast<int64_t>(map_tokens.size()), view(q), view(k), view(v)};
+          map_tokens.data(), static_cast<int64_t>(map_tokens.size()), backward, view(q), view(k), view(v)};
 }
 
 Tensor packed_keys(const difffast::CrossAttention& p, const Tensor& like) {
@@ -92,7 +106,7 @@ Tensor packed_keys(const difffast::CrossAttention& p, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t sink,
                                            std::vector<int64_t> map_tokens) {
-  const difffast::CrossAttention p = cross_attention_on_cpu(q, k, v, scale, sink, map_tokens);
+  const difffast::CrossAttention p = cross_attention_on_cpu(q, k, v, scale, sink, map_tokens, false);
   const auto sums = p.dtype == difffast::Scalar::kFloat64 ? q.scalar_type() : torch::headeronly::ScalarType::Float;
   Tensor out = empty({p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type(), q);
   Tensor maps = empty({p.batch, p.queries, p.map_count}, sums, q);
@@ -109,7 +123,7 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, con
 std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
     std::optional<Tensor> grad_out, std::optional<Tensor> grad_maps, const Tensor& q, const Tensor& k, const Tensor& v,
     double scale, int64_t sink, std::vector<int64_t> map_tokens, bool need_q, bool need_kv) {
-  const difffast::CrossAttention p = cross_attention_on_cpu(q, k, v, scale, sink, map_tokens);
+  const difffast::CrossAttention p = cross_attention_on_cpu(q, k, v, scale, sink, map_tokens, true);
   Tensor dq = need_q ? empty({p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type(), q) : empty({0}, q.scalar_type(), q);
   const std::vector<int64_t> keys =
       need_kv ? std::vector<int64_t>(k.sizes().begin(), k.sizes().end()) : std::vector<int64_t>{0};
@@ -134,6 +148,128 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
   return {need_q ? torch::stable::transpose(dq, 1, 2) : dq, dk, dv};
 }
 
+// The sizes and operands of a call; `anchors` must outlive the result.
+difffast::AttentionEntropy attention_entropy_on_cpu(const Tensor& maps, const std::vector<int64_t>& anchors,
+                                                    int64_t n_tokens, double tau, double eps, double weight,
+                                                    bool detach_min) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(maps.dim() == 3 && maps.size(1) >= 1, "maps must be [batch, pixels, columns] with pixels >= 1");
+  const ScalarType dtype = maps.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "the kernel takes float32 and float64");
+  STD_TORCH_CHECK(n_tokens >= 1 && n_tokens < maps.size(2), "n_tokens must lie in 1 .. ", maps.size(2) - 1, ", got ",
+                  n_tokens);
+  STD_TORCH_CHECK(!anchors.empty(), "at least one anchor is needed");
+  int64_t previous = 0;
+  for (int64_t anchor : anchors) {
+    STD_TORCH_CHECK(anchor > previous && anchor <= n_tokens, "anchors must increase within 1 .. ", n_tokens, ", got ",
+                    anchor, " after ", previous);
+    previous = anchor;
+  }
+  return {dtype == ScalarType::Double,
+          maps.size(0),
+          maps.size(1),
+          maps.size(2),
+          n_tokens,
+          anchors.data(),
+          static_cast<int64_t>(anchors.size()),
+          tau,
+          eps,
+          weight,
+          detach_min,
+          maps.const_data_ptr(),
+          {maps.stride(0), maps.stride(1), maps.stride(2)}};
+}
+
+// Blocks of a thread, at least: with fewer it would cost more than it saves.
+int64_t entropy_grain(const difffast::AttentionEntropy& p) { return 1 + 1024 / p.tokens; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_entropy(const Tensor& maps, std::vector<int64_t> anchors,
+                                                             int64_t n_tokens, double tau, double eps, double weight,
+                                                             bool detach_min) {
+  const difffast::AttentionEntropy p = attention_entropy_on_cpu(maps, anchors, n_tokens, tau, eps, weight, detach_min);
+  Tensor loss = empty({p.batch}, maps.scalar_type(), maps);
+  Tensor shares = empty({p.batch, p.subjects, p.pixels}, maps.scalar_type(), maps);
+  Tensor stats = empty({p.batch, p.subjects, difffast::kEntropyStats}, maps.scalar_type(), maps);
+  Tensor argmin = empty({p.batch, p.subjects}, torch::headeronly::ScalarType::Long, maps);
+  void *shares_data = shares.mutable_data_ptr(), *stats_data = stats.mutable_data_ptr();
+  int64_t* argmin_data = static_cast<int64_t*>(argmin.mutable_data_ptr());
+  torch::stable::parallel_for(0, difffast::entropy_blocks(p), entropy_grain(p), [&](int64_t begin, int64_t end) {
+    difffast::entropy_columns(p, shares_data, begin, end);
+  });
+  torch::stable::parallel_for(0, p.batch * p.subjects, 1 + 4096 / p.pixels, [&](int64_t begin, int64_t end) {
+    difffast::entropy_sums(p, shares_data, stats_data, argmin_data, begin, end);
+  });
+  difffast::entropy_loss(p, stats_data, loss.mutable_data_ptr(), 0, p.batch);
+  return {loss, shares, stats, argmin};
+}
+
+Tensor attention_entropy_backward(const Tensor& grad_loss, const Tensor& maps, const Tensor& shares,
+                                  const Tensor& stats, const Tensor& argmin, std::vector<int64_t> anchors,
+                                  int64_t n_tokens, double tau, double eps, double weight) {
+  const difffast::AttentionEntropy p = attention_entropy_on_cpu(maps, anchors, n_tokens, tau, eps, weight, false);
+  const auto saved = [&](const Tensor& x, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
+    STD_TORCH_CHECK(x.sizes().vec() == sizes && x.scalar_type() == dtype,
+                    "the forward pass has other outputs for these maps");
+    return torch::stable::contiguous(x);
+  };
+  const auto dtype = maps.scalar_type();
+  const Tensor grad = saved(grad_loss, {p.batch}, dtype);
+  const Tensor p_of = saved(shares, {p.batch, p.subjects, p.pixels}, dtype);
+  const Tensor sums = saved(stats, {p.batch, p.subjects, difffast::kEntropyStats}, dtype);
+  const Tensor lowest = saved(argmin, {p.batch, p.subjects}, torch::headeronly::ScalarType::Long);
+  Tensor out = empty({p.batch, p.pixels, p.columns}, maps.scalar_type(), maps);
+  const difffast::AttentionEntropyGradient g{grad.const_data_ptr(), p_of.const_data_ptr(), sums.const_data_ptr(),
+                                             static_cast<const int64_t*>(lowest.const_data_ptr()),
+                                             out.mutable_data_ptr()};
+  torch::stable::parallel_for(0, difffast::entropy_blocks(p), entropy_grain(p),
+                              [&](int64_t begin, int64_t end) { difffast::entropy_backward(p, g, begin, end); });
+  return out;
+}
+
+#ifdef DIFFFAST_WITH_CUDA
+difffast::cuda::CrossAttentionStrides outer_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+std::tuple<Tensor, Tensor> cross_attention_on_cuda(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                                   int64_t sink, std::vector<int64_t> map_tokens) {
+  using torch::headeronly::ScalarType;
+  check_cross_attention(q, k, v, map_tokens);
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16,
+                  "the CUDA kernel takes float16 and bfloat16");
+  for (const Tensor* x : {&q, &k, &v}) STD_TORCH_CHECK(x->stride(3) == 1, "elements of a head must be neighbours");
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Tensor out = torch::stable::transpose(empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type(), q), 1, 2);
+  Tensor maps = empty({q.size(0), q.size(2), static_cast<int64_t>(map_tokens.size())}, ScalarType::Float, q);
+
+  difffast::cuda::CrossAttentionArgs args{};
+  args.q = q.const_data_ptr();
+  args.k = k.const_data_ptr();
+  args.v = v.const_data_ptr();
+  args.out = const_cast<void*>(out.const_data_ptr());
+  args.maps = map_tokens.empty() ? nullptr : static_cast<float*>(maps.mutable_data_ptr());
+  args.q_strides = outer_strides(q);
+  args.k_strides = outer_strides(k);
+  args.v_strides = outer_strides(v);
+  args.out_strides = outer_strides(out);
+  for (int64_t token : map_tokens) args.map_mask[token / 64] |= uint64_t{1} << token % 64;
+  args.batch = static_cast<int32_t>(q.size(0));
+  args.heads = static_cast<int32_t>(q.size(1));
+  args.queries = static_cast<int32_t>(q.size(2));
+  args.keys = static_cast<int32_t>(k.size(2));
+  args.head_dim = static_cast<int32_t>(q.size(3));
+  args.kv_repeats = static_cast<int32_t>(q.size(0) / k.size(0));
+  args.sink = static_cast<int32_t>(sink);
+  args.map_count = static_cast<int32_t>(map_tokens.size());
+  args.scale = static_cast<float>(scale);
+  args.dtype = q.scalar_type() == ScalarType::Half ? difffast::cuda::ElementType::kFloat16
+                                                   : difffast::cuda::ElementType::kBFloat16;
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  const char* error = difffast::cuda::cross_attention_forward(args, stream);
+  STD_TORCH_CHECK(error == nullptr, "cross_attention on CUDA: ", error);
+  return {out, maps};
+}
+#endif
+
 }  // namespace
 
 // What the library was built with; read through ctypes.
@@ -148,6 +284,14 @@ extern "C" int difffast_has_cuda() {
 
 STABLE_TORCH_LIBRARY_IMPL(difffast, CPU, m) {
   m.impl("repeat_batch", TORCH_BOX(&repeat_batch));
+  m.impl("attention_entropy.cpp", TORCH_BOX(&attention_entropy));
+  m.impl("attention_entropy_backward.cpp", TORCH_BOX(&attention_entropy_backward));
   m.impl("cross_attention.cpp", TORCH_BOX(&cross_attention));
   m.impl("cross_attention_backward.cpp", TORCH_BOX(&cross_attention_backward));
 }
+
+#ifdef DIFFFAST_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(difffast, CUDA, m) {
+  m.impl("cross_attention.cuda", TORCH_BOX(&cross_attention_on_cuda));
+}
+#endif

@@ -86,10 +86,35 @@ def _info(_arguments: argparse.Namespace) -> int:
         table.add_row("cuda", f"none: {build}")
     for backend in ops.BACKENDS:
         table.add_row(f"backend {backend}", ops.missing(backend) or "available")
+    if ops.INSTRUCTION_SET is not None:
+        table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
     table.add_row("pipelines", "\n".join(SUPPORTED_PIPELINES))
     table.add_row("presets", "\n".join(PRESETS))
     console.print(table)
+    console.print(_proof_table())
+    console.print(
+        "A kernel without a proving run is never a default; difffast.ops.use_backend or DIFFFAST_BACKEND run it."
+    )
     return 0
+
+
+def _proof_table() -> Table:
+    """For every operator and backend, the runs that proved it."""
+    from . import ops
+
+    table = Table("operator", "backend", "proved on", "dtypes", "by", title="kernels")
+    for operator, backends in ops.OPERATORS.items():
+        for backend in backends:
+            if backend in ("reference", "sdpa"):
+                table.add_row(operator, backend, "plain PyTorch", "", "")
+                continue
+            rows = [proof for proof in ops.PROVED if (proof.operator, proof.backend) == (operator, backend)]
+            for proof in rows:
+                names = sorted(str(dtype).removeprefix("torch.") for dtype in proof.dtypes)
+                table.add_row(operator, backend, proof.architecture, ", ".join(names), proof.run)
+            if not rows:
+                table.add_row(operator, backend, "no hardware yet: opt-in only", "", "")
+    return table
 
 
 def _version(package: str) -> str:

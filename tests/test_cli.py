@@ -20,6 +20,21 @@ def test_info_names_versions_backends_and_pipelines(capsys):
         assert word in text
 
 
+def test_info_says_which_kernels_are_proved(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "console", cli.Console(width=200))
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {tuple(cell.strip() for cell in line.split("│")[1:4]) for line in lines if "│" in line}
+    for operator, backends in difffast.ops.OPERATORS.items():
+        for backend in backends:
+            (state,) = [row[2] for row in rows if row[:2] == (operator, backend)]
+            proved = [p.architecture for p in difffast.ops.PROVED if (p.operator, p.backend) == (operator, backend)]
+            plain = ["plain PyTorch"] if backend in ("reference", "sdpa") else ["no hardware yet: opt-in only"]
+            assert state in (proved or plain)
+    assert ("cross_attention", "cuda", "no hardware yet: opt-in only") in rows
+    assert "never a default" in "\n".join(lines)
+
+
 def test_info_gives_the_reason_for_a_missing_backend(capsys, monkeypatch):
     monkeypatch.setattr(difffast.ops, "missing", lambda backend: "no compiler was found")
     assert cli.main(["info"]) == 0

@@ -22,6 +22,7 @@ struct CrossAttention {
   int64_t sink;  // keys with logit 0 and value 0 that are not stored
   const int64_t* map_tokens;  // increasing
   int64_t map_count;
+  bool backward;  // which direction the keys and values are packed for
   View4 q, k, v;
 };
 
@@ -46,8 +47,5 @@ struct CrossAttentionGradients {
 };
 // Stage 2: count = batch / repeats * heads.
 void backward(const CrossAttention& p, const CrossAttentionGradients& g, const void* packed, int64_t begin, int64_t end);
-
-// The instruction set in use: "avx512", "avx2", or "baseline".
-const char* instruction_set();
 
 }  // namespace difffast

@@ -38,7 +38,7 @@ constexpr int64_t round_up(int64_t n) {
 
 template <class T>
 int64_t pack_elements(const CrossAttention& p) {
-  return 2 * (p.head_dim * round_up<T>(p.keys) + p.keys * round_up<T>(p.head_dim));
+  return (p.backward ? 2 : 1) * (p.head_dim * round_up<T>(p.keys) + p.keys * round_up<T>(p.head_dim));
 }
 
 template <class T>
@@ -71,11 +71,21 @@ DIFFFAST_TARGET void copy_rows(const View4& from, int64_t b, int64_t h, int64_t 
   }
 }
 
-template <class T>
-DIFFFAST_TARGET void transpose(const T* from, int64_t rows, int64_t columns, int64_t from_row, T* to, int64_t to_row) {
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = 0; r < rows; ++r) to[c * to_row + r] = from[r * from_row + c];
-    for (int64_t r = rows; r < to_row; ++r) to[c * to_row + r] = 0;
+// to[head_dim][to_row] = from[b, h, :, :] transposed, zero beyond the keys up to to_row.
+template <class S, class T>
+DIFFFAST_TARGET void copy_columns(const View4& from, int64_t b, int64_t h, int64_t keys, int64_t head_dim, T* to,
+                                  int64_t to_row) {
+  const S* base = static_cast<const S*>(from.data) + b * from.stride[0] + h * from.stride[1];
+  // A few columns at a time: their lines of `from` stay in the cache from one column to the next.
+  for (int64_t first = 0; first < keys; first += 16) {
+    const int64_t stop = std::min(first + 16, keys);
+    for (int64_t c = 0; c < head_dim; ++c) {
+      const S* x = base + c * from.stride[3];
+      for (int64_t t = first; t < stop; ++t) to[c * to_row + t] = widen(x[t * from.stride[2]]);
+    }
+  }
+  for (int64_t c = 0; c < head_dim; ++c) {
+    for (int64_t t = keys; t < to_row; ++t) to[c * to_row + t] = 0;
   }
 }
 
@@ -84,10 +94,13 @@ DIFFFAST_TARGET void pack_keys(const CrossAttention& p, void* base, int64_t begi
   using T = typename Compute<S>::type;
   for (int64_t item = begin; item < end; ++item) {
     const Packed<T> to(p, base, item);
-    copy_rows<S, T>(p.k, item / p.heads, item % p.heads, 0, p.keys, p.head_dim, T{1}, to.k, to.dim);
-    copy_rows<S, T>(p.v, item / p.heads, item % p.heads, 0, p.keys, p.head_dim, T{1}, to.v, to.dim);
-    transpose(to.k, p.keys, p.head_dim, to.dim, to.kt, to.keys);
-    transpose(to.v, p.keys, p.head_dim, to.dim, to.vt, to.keys);
+    const int64_t b = item / p.heads, h = item % p.heads;
+    copy_columns<S>(p.k, b, h, p.keys, p.head_dim, to.kt, to.keys);
+    copy_rows<S, T>(p.v, b, h, 0, p.keys, p.head_dim, T{1}, to.v, to.dim);
+    if (p.backward) {
+      copy_rows<S, T>(p.k, b, h, 0, p.keys, p.head_dim, T{1}, to.k, to.dim);
+      copy_columns<S>(p.v, b, h, p.keys, p.head_dim, to.vt, to.keys);
+    }
   }
 }
 

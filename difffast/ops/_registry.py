@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ BACKENDS = ("reference", "sdpa", "cpp", "triton", "cuda")
 
 #: Operator -> its backends, in the order in which they are tried.
 OPERATORS: dict[str, tuple[str, ...]] = {
+    "attention_entropy": ("cpp", "triton", "reference"),
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
     "repeat_batch": ("cpp", "reference"),
 }
@@ -58,6 +60,7 @@ PROVED: tuple[Proof, ...] = (
     Proof(
         "repeat_batch", "cpp", "cpu", frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64}), _ON_CPU
     ),
+    Proof("attention_entropy", "cpp", "cpu", frozenset({torch.float32, torch.float64}), _ON_CPU),
     Proof("cross_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
 )
 
@@ -181,6 +184,21 @@ def proved(operator: str, backend: str, device: torch.device, dtype: torch.dtype
         return False
     major, minor = torch.cuda.get_device_capability(device)
     return any(p.architecture == f"sm_{major}{minor}" and dtype in p.dtypes for p in rows)
+
+
+def refuse_second_derivative(operator: str, backward: str) -> None:
+    """Make differentiating the backward operator ``backward`` of ``operator`` an error.
+
+    Without a formula PyTorch would take the gradient for a constant.
+    """
+
+    def refuse(_ctx: Any, *_grads: Any) -> None:
+        raise RuntimeError(
+            f"{operator}: the kernels' gradient cannot be differentiated again; "
+            f"use_backend('reference', '{operator}') can"
+        )
+
+    torch.library.register_autograd(f"difffast::{backward}", refuse, lib=LIBRARY)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def cross_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over text keys, with the head-averaged map of chosen tokens on request.
 
-    Differentiable once in q, k and v, from both outputs.
+    Differentiable once in q, k and v, from both outputs (the reference and sdpa backends as often as PyTorch can).
 
     Args:
         q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
@@ -173,7 +173,7 @@ def _checked_tokens(map_tokens: Sequence[int], keys: int) -> list[int]:
     return tokens
 
 
-def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, map_tokens: Sequence[int]) -> str | None:
+def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str | None:
     """Why a backend that exists here cannot serve these operands, or None."""
     if backend == "sdpa" and map_tokens:
         return "PyTorch's fused attention returns no maps"
@@ -186,25 +186,30 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, map_tokens: Sequence
     if backend == "cuda":
         if q.dtype not in (torch.float16, torch.bfloat16):
             return f"it takes float16 and bfloat16, got {q.dtype}"
+        if scale <= 0:
+            return f"scale must be positive, got {scale}"
         if q.shape[3] % 8:
             return f"head_dim must be a multiple of 8, got {q.shape[3]}"
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.stride(3) != 1 or any(x.stride(i) % 8 for i in range(3)):
-                return f"{name} needs 16-byte aligned rows (strides a multiple of 8, the last 1), got {x.stride()}"
+            if x.stride(3) != 1 or x.storage_offset() % 8 or any(x.stride(i) % 8 for i in range(3)):
+                return (
+                    f"{name} needs rows of neighbours at multiples of 16 bytes, got strides {x.stride()} "
+                    f"and storage offset {x.storage_offset()}"
+                )
     return None
 
 
-def _backend(q: Tensor, k: Tensor, v: Tensor, map_tokens: Sequence[int]) -> str:
+def _backend(q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str:
     forced = _registry.forced("cross_attention", q.device)
     if forced is not None:
-        reason = obstacle(forced, q, k, v, map_tokens)
+        reason = obstacle(forced, q, k, v, scale, map_tokens)
         if reason is not None:
             raise _registry.cannot_run("cross_attention", forced, reason)
         return forced
     for backend in _registry.OPERATORS["cross_attention"]:
         if (
             _registry.default("cross_attention", backend, q.device, q.dtype)
-            and obstacle(backend, q, k, v, map_tokens) is None
+            and obstacle(backend, q, k, v, scale, map_tokens) is None
             and not _loses(backend, q, k, map_tokens)
         ):
             return backend
@@ -221,7 +226,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int, map_tokens: list[int]
 ) -> tuple[Tensor, Tensor | None]:
     """-> (out, maps), by the backend of choice; ``map_tokens`` increase."""
-    backend = _backend(q, k, v, map_tokens)
+    backend = _backend(q, k, v, scale, map_tokens)
     if backend == "reference":
         return reference(q, k, v, scale, sink, map_tokens)
     if backend == "sdpa":
@@ -295,6 +300,7 @@ def _define(backend: str, backward: str) -> None:
             f"difffast::cross_attention_backward.{backend}", _fake_backward, lib=_registry.LIBRARY
         )
         _BACKWARD[backend] = getattr(torch.ops.difffast.cross_attention_backward, backend)
+        _registry.refuse_second_derivative("cross_attention", f"cross_attention_backward.{backend}")
     torch.library.register_autograd(
         f"difffast::cross_attention.{backend}", _differentiate(backward), setup_context=_save, lib=_registry.LIBRARY
     )

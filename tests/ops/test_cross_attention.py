@@ -175,6 +175,15 @@ def test_gradcheck(backend, leaf, wanted):
         assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
+@needs_cpp
+def test_a_second_derivative_is_refused():
+    q, k, v = (x.requires_grad_() for x in operands((1, 1, 1, 3, 4, 2), torch.float64))
+    with ops.use_backend("cpp"):
+        (grad,) = torch.autograd.grad(ops.cross_attention(q, k, v).sin().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_closed_form_is_autograd(shape):
     q, k, v = (x.requires_grad_() for x in operands(shape, torch.float64))
@@ -402,3 +411,34 @@ def test_every_instruction_set(instruction_set):
     order = ("baseline", "avx2", "avx512")
     best = min(order.index(instruction_set), order.index(ops.INSTRUCTION_SET))
     assert result.stdout.startswith(order[best])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sink", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.usefixtures("_nan_memory")
+def test_gpu_kernels(backend, shape, dtype, sink):
+    """What a row of the proof table stands for."""
+    if ops.missing(backend):
+        pytest.fail(str(ops.missing(backend)))
+    q, k, v = (x.cuda().requires_grad_() for x in operands(shape, dtype))
+    if backend == "cuda" and (dtype == torch.float32 or shape[-1] % 8):
+        with ops.use_backend(backend), pytest.raises(RuntimeError, match="was forced but cannot run"):
+            ops.cross_attention(q, k, v)
+        return
+    scale, tokens = 0.9 * shape[-1] ** -0.5, tokens_of(shape[4])
+    results = {}
+    for name, leaves in (
+        ("exact", [x.detach().double().requires_grad_() for x in (q, k, v)]),
+        ("theirs", [q, k, v]),
+    ):
+        out, maps = eager(*leaves, scale, sink, tokens)
+        results[name] = (out, maps, *torch.autograd.grad(out.sum() + maps.sum(), leaves))
+    with ops.use_backend(backend):
+        out, maps = ops.cross_attention(q, k, v, scale=scale, sink=sink, map_tokens=tokens)
+        ours = (out, maps, *torch.autograd.grad(out.sum() + maps.sum(), (q, k, v)))
+    for a, b, c in zip(ours, results["theirs"], results["exact"], strict=True):
+        assert_as_good(a.detach(), b.detach(), c.detach())

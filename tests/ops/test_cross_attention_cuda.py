@@ -450,3 +450,15 @@ def test_nvcc_spills_no_registers(nvcc, architecture, tmp_path):
     # Two element types, five numbers of keys, with and without maps. A stack frame would be an array in memory.
     assert len(kernels) == 20
     assert memory == [("0", "0", "0")] * 20
+
+
+def test_the_bindings_compile_with_cuda():
+    """The half of registration.cpp that a CPU build of PyTorch leaves out."""
+    include = Path(torch.__file__).parent / "include"
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    flags = ["-fsyntax-only", "-Wall", "-Werror", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-DDIFFFAST_WITH_CUDA", "-DUSE_CUDA", f"-I{CUDA_SOURCES.parent}", f"-isystem{include}"]
+    source = CUDA_SOURCES.parent / "registration.cpp"
+    result = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
