@@ -17,9 +17,8 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def unet_table(results: Path = RESULTS) -> str:
-    """Seconds inside the UNet, from ``unet_cpu.json`` (pytest-benchmark's format)."""
-    (benchmark,) = json.loads((results / "unet_cpu.json").read_text())["benchmarks"]
-    info = benchmark["extra_info"]
+    """Seconds inside the UNet."""
+    (info,) = _measured(results, "unet")
     rows = ["| provider | UNet seconds, median | against stock | quartiles |", "|---|---|---|---|"]
     for name, seconds in info["unet_seconds"].items():
         low, middle, high = statistics.quantiles(info["against_stock"][name], n=4)
@@ -49,13 +48,12 @@ def demo_table(results: Path = RESULTS) -> str:
 
 
 def attention_table(results: Path = RESULTS) -> str:
-    """Milliseconds of cross-attention, from ``ops_cpu.json``; the C++ kernel against what else there is."""
+    """Milliseconds of cross-attention; the C++ kernel against what else there is."""
     rows = [
         "| shape | SDPA | C++ | eager, maps | torch.compile, maps | C++, maps | against eager, maps | against SDPA |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    benchmarks = json.loads((results / "ops_cpu.json").read_text())["benchmarks"]
-    found = [each["extra_info"] for each in benchmarks if each["group"] == "cross_attention"]
+    found = _measured(results, "cross_attention")
     for info in found:
         seconds = info["seconds"]
         columns = ("SDPA", "cpp", "eager, maps", "compiled, maps", "cpp, maps")
@@ -73,10 +71,9 @@ def attention_table(results: Path = RESULTS) -> str:
 
 
 def entropy_table(results: Path = RESULTS) -> str:
-    """Microseconds of the entropy loss with its gradient, from ``ops_cpu.json``."""
+    """Microseconds of the entropy loss with its gradient."""
     rows = ["| maps | eager | torch.compile | C++ | faster than eager |", "|---|---|---|---|---|"]
-    benchmarks = json.loads((results / "ops_cpu.json").read_text())["benchmarks"]
-    found = [each["extra_info"] for each in benchmarks if each["group"] == "attention_entropy"]
+    found = _measured(results, "attention_entropy")
     for info in found:
         seconds = info["seconds"]
         times = (f"{statistics.median(seconds[name]) * 1e6:.0f} us" for name in ("eager", "compiled", "cpp"))
@@ -85,6 +82,12 @@ def entropy_table(results: Path = RESULTS) -> str:
     return "\n".join(
         [*rows, "", f"Forward and backward. {_machine(found[0])}; {rounds} interleaved rounds, quartiles."]
     )
+
+
+def _measured(results: Path, group: str) -> list[dict[str, Any]]:
+    """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's."""
+    benchmarks = json.loads((results / "cpu.json").read_text())["benchmarks"]
+    return [each["extra_info"] for each in benchmarks if each["group"] == group]
 
 
 def _quartiles(seconds: dict[str, list[float]], slow: str, fast: str) -> str:

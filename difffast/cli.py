@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .plan import PRESETS
 
@@ -102,7 +102,7 @@ def _proof_table() -> Table:
     """For every operator and backend, the runs that proved it."""
     from . import ops
 
-    table = Table("operator", "backend", "proved on", "dtypes", "by", title="kernels")
+    table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
     for operator, backends in ops.OPERATORS.items():
         for backend in backends:
             if backend in ("reference", "sdpa"):

@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import difffast
 from difffast import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +48,16 @@ def test_commands_exist():
             cli._parser().parse_args(words[1:])
 
 
-def test_the_quickstart_runs(pipe):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    names = {"pipe": pipe, "prompt": "a red circle"}
-    exec(code, names)
+def test_the_examples_run(pipe):
+    names = {"pipe": pipe, "prompt": "a red circle", "difffast": difffast}
+    names.update(zip("qkv", (torch.randn(2, 4, n, 32) for n in (64, 77, 77)), strict=True))
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 4
+    try:
+        for code in blocks:
+            exec(code, names)
+    finally:
+        difffast.unpatch(pipe)
     assert names["image"].size == (32, 32)
+    assert names["picture"].shape[1] == 2
+    assert names["loss"].shape == (2,)

@@ -6,20 +6,18 @@ functions, so that trained weights can take the place of random ones without tou
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
 TINY_PIPELINES = ("sd",)
-_TEXT_WIDTH = 64
 _HEAD_WIDTH = 32  # of the UNet's attention; published UNets have 40 to 160
-_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def tiny_pipeline(
@@ -28,6 +26,9 @@ def tiny_pipeline(
     channels: Sequence[int] = (64, 128, 192),
     sample_size: int = 32,
     in_channels: int = 4,
+    text_width: int = 64,
+    text_layers: int = 2,
+    tokenizer: CLIPTokenizer | None = None,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
     """Build a complete pipeline with random weights: tokenizer, text encoder, UNet, VAE and DDIM scheduler.
@@ -38,6 +39,9 @@ def tiny_pipeline(
             ``sample_size / 2**i``.  All levels but the deepest have cross-attention, as in SD 1.x.
         sample_size: latent height and width; images are four times as large.
         in_channels: 4, or 9 for the inpainting layout (latents, mask, masked latents).
+        text_width: width of the text encoder, a multiple of 4.
+        text_layers: its depth.
+        tokenizer: None: one token per letter.
         seed: of the random weights; the global generator's state is left as it was.
 
     Raises:
@@ -57,7 +61,7 @@ def tiny_pipeline(
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = _tokenizer()
+    tokenizer = tokenizer or clip_tokenizer()
     shallow = len(channels) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,7 +71,7 @@ def tiny_pipeline(
             block_out_channels=tuple(channels),
             down_block_types=("CrossAttnDownBlock2D",) * shallow + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * shallow,
-            cross_attention_dim=_TEXT_WIDTH,
+            cross_attention_dim=text_width,
             attention_head_dim=tuple(max(2, c // _HEAD_WIDTH) for c in channels),  # in Diffusers: the number of heads
         )
         vae = AutoencoderKL(
@@ -80,11 +84,11 @@ def tiny_pipeline(
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=_TEXT_WIDTH,
-                intermediate_size=4 * _TEXT_WIDTH,
-                num_hidden_layers=2,
+                hidden_size=text_width,
+                intermediate_size=4 * text_width,
+                num_hidden_layers=text_layers,
                 num_attention_heads=4,
-                projection_dim=_TEXT_WIDTH,
+                projection_dim=text_width,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
@@ -114,37 +118,3 @@ def load_pipeline(directory: str | Path) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(directory, local_files_only=True)
-
-
-def _tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer with a vocabulary of single characters: any text is one token per letter."""
-    from transformers import CLIPTokenizer
-
-    letters = _byte_alphabet()
-    tokens = [*letters, *(c + "</w>" for c in letters), _BOS, _EOS]
-    with tempfile.TemporaryDirectory() as folder:
-        # from_pretrained reads the files on transformers 4 and 5 alike; 5 ignores the constructor's vocab_file.
-        files = {
-            "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}),
-            "merges.txt": "#version: 0.2\n",
-            "tokenizer_config.json": json.dumps(
-                {
-                    "tokenizer_class": "CLIPTokenizer",
-                    "model_max_length": 77,
-                    "bos_token": _BOS,
-                    "eos_token": _EOS,
-                    "unk_token": _EOS,
-                    "pad_token": _EOS,
-                }
-            ),
-        }
-        for file, text in files.items():
-            Path(folder, file).write_text(text, encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder)
-
-
-def _byte_alphabet() -> list[str]:
-    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's byte-level BPE, in byte order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    spare = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
