@@ -8,7 +8,7 @@ BUILT  := $(VENV)/.difffast
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-slow bench lint readme clean
+.PHONY: install demo test test-slow bench fidelity lint readme clean
 
 install: $(BUILT)
 
@@ -19,7 +19,7 @@ $(DEPS): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" "$$(grep '^setuptools==' constraints.txt)"
 	$(BIN)/python -c 'import tomllib' 2>/dev/null || $(BIN)/python -m pip install --quiet tomli
-	$(BIN)/python -c 'import sys; t = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli"); p = t.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"]))' > $(VENV)/requirements.txt
+	$(BIN)/python -c 'import sys; t = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli"); p = t.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"] + p["optional-dependencies"]["bench"]))' > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
 
@@ -41,6 +41,9 @@ test-slow: install
 bench: install
 	mkdir -p out
 	$(BIN)/python -m pytest bench -W default --benchmark-enable --benchmark-json=out/bench.json -s
+
+fidelity: install
+	$(BIN)/python bench/bench_fidelity.py --out bench/results
 
 lint: install
 	$(BIN)/ruff check .

@@ -101,6 +101,6 @@ setup(
     # Never a top-level `triton_kernels`: vLLM and the Triton project detect one by that name.
     packages=["difffast", "difffast.models", "difffast.ops", "difffast.triton_kernels"],
     package_dir={"difffast.triton_kernels": "triton_kernels"},
-    package_data={"difffast": ["py.typed"]},
+    package_data={"difffast": ["py.typed", "models/embedded/**/*"]},
     **extension(),
 )

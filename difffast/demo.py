@@ -20,7 +20,7 @@ from .patch import PatchReport, patched
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PROMPTS = ("a red circle on a blue square", "two green triangles", "a yellow star in the night")
+PROMPTS = ("a green star wearing a hat", "a yellow square and a blue ring", "a red triangle above a dotted purple circle")
 
 
 @dataclass(frozen=True)

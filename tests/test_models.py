@@ -5,6 +5,8 @@ from sampling import latents
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from difffast import models
+from difffast.models.embedded import CHECKSUMS, write_checksums
+from difffast.models.tokenizer import clip_tokenizer, learn_merges
 
 
 def test_tiny_pipeline_is_a_real_stable_diffusion(pipe):
@@ -24,6 +26,19 @@ def test_tokenizer_reads_any_text(pipe):
     assert tokens[-1] == pipe.tokenizer.eos_token_id
     assert pipe.tokenizer.unk_token_id not in tokens[1:-1]
     assert tokens != pipe.tokenizer("a blue çat 猫!").input_ids
+
+
+def test_learned_merges_write_each_word_as_one_token():
+    tokenizer = clip_tokenizer(learn_merges(["red", "ring", "circle", "red", "a", ","]))
+    assert tokenizer.tokenize("a red circle, a ring") == [
+        "a</w>",
+        "red</w>",
+        "circle</w>",
+        ",</w>",
+        "a</w>",
+        "ring</w>",
+    ]
+    assert "".join(tokenizer.tokenize("zebra 猫")).startswith("zebra</w>")
 
 
 def test_saved_and_loaded_back(pipe, tmp_path):
@@ -96,3 +111,21 @@ def test_if_ii_l_is_near_the_published_size():
 def test_unknown_unets():
     with pytest.raises(ValueError, match="unknown UNet 'sd3'; published configurations: sd15, sd21"):
         models.unet("sd3")
+
+
+def test_a_missing_or_damaged_embedded_model_is_named(pipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no embedded model in .*: {CHECKSUMS} is missing; reinstall"):
+        models.embedded_pipeline(tmp_path / "nowhere")
+    pipe.save_pretrained(tmp_path)
+    write_checksums(tmp_path)
+    loaded = models.embedded_pipeline(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(loaded), latents(pipe))
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is damaged: its SHA-256"):
+        models.embedded_pipeline(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks .*diffusion_pytorch_model\.safetensors; reinstall"):
+        models.embedded_pipeline(tmp_path)

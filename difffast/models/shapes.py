@@ -93,11 +93,13 @@ class Scene:
         things: one to three, of different shapes.
         background: one of ``BACKGROUNDS``; "gradient" goes from white at the top to grey.
         caption: the prompt.
+        relation: what the caption says of where the first thing is to the second, one of ``RELATIONS``, or None.
     """
 
     things: tuple[Thing, ...]
     background: str
     caption: str
+    relation: str | None = None
 
 
 def draw_scene(rng: np.random.Generator, *, things: int | None = None, relation: bool | None = None) -> Scene:
@@ -125,7 +127,7 @@ def draw_scene(rng: np.random.Generator, *, things: int | None = None, relation:
         if placed is not None:
             break
     background = str(rng.choice(BACKGROUNDS, p=(0.5, 0.25, 0.25)))
-    return Scene(placed, background, _caption(rng, placed, how, background))
+    return Scene(placed, background, _caption(rng, placed, how, background), how)
 
 
 def _things(rng: np.random.Generator, count: int) -> list[Thing]:

@@ -1,7 +1,7 @@
 """A small but real Stable Diffusion pipeline, built offline in seconds.
 
 Building (random weights, here) and loading (``from_pretrained`` on a folder in Diffusers format) are two
-functions, so that trained weights can take the place of random ones without touching anything else.
+functions, so that trained weights take the place of random ones without touching anything else.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def tiny_pipeline(
     channels: Sequence[int] = (64, 128, 192),
     sample_size: int = 32,
     in_channels: int = 4,
+    norm_groups: int = 32,
     text_width: int = 64,
     text_layers: int = 2,
     tokenizer: CLIPTokenizer | None = None,
@@ -35,10 +36,11 @@ def tiny_pipeline(
 
     Args:
         name: the layout; only ``"sd"`` so far.
-        channels: UNet width per level, each a multiple of 32 (GroupNorm has 32 groups); level i works at
+        channels: UNet width per level, each a multiple of 32 (a head's); level i works at
             ``sample_size / 2**i``.  All levels but the deepest have cross-attention, as in SD 1.x.
         sample_size: latent height and width; images are four times as large.
         in_channels: 4, or 9 for the inpainting layout (latents, mask, masked latents).
+        norm_groups: groups of the UNet's GroupNorms, a divisor of every width.
         text_width: width of the text encoder, a multiple of 4.
         text_layers: its depth.
         tokenizer: None: one token per letter.
@@ -51,7 +53,9 @@ def tiny_pipeline(
     if name not in TINY_PIPELINES:
         raise ValueError(f"unknown tiny pipeline {name!r}; available: {', '.join(TINY_PIPELINES)}")
     if not channels or any(c % 32 for c in channels):
-        raise ValueError(f"channels must be multiples of 32 (GroupNorm's groups), got {tuple(channels)}")
+        raise ValueError(f"channels must be multiples of 32 (a head's width), got {tuple(channels)}")
+    if norm_groups < 1 or any(c % norm_groups for c in channels):
+        raise ValueError(f"norm_groups must divide the channels {tuple(channels)}, got {norm_groups}")
     if sample_size % 2 ** (len(channels) - 1) or sample_size >> (len(channels) - 1) < 2:
         raise ValueError(
             f"sample_size must leave the deepest of {len(channels)} levels at least 2x2 and divide evenly, "
@@ -71,6 +75,7 @@ def tiny_pipeline(
             block_out_channels=tuple(channels),
             down_block_types=("CrossAttnDownBlock2D",) * shallow + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * shallow,
+            norm_num_groups=norm_groups,
             cross_attention_dim=text_width,
             attention_head_dim=tuple(max(2, c // _HEAD_WIDTH) for c in channels),  # in Diffusers: the number of heads
         )
@@ -80,6 +85,7 @@ def tiny_pipeline(
             up_block_types=("UpDecoderBlock2D",) * 3,
             latent_channels=4,
             sample_size=4 * sample_size,
+            norm_num_groups=8,  # 4 channels each, as in published ones; 1 each would lose every colour's mean
         )
         text_encoder = CLIPTextModel(
             CLIPTextConfig(

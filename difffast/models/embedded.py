@@ -1,0 +1,59 @@
+"""The embedded model: a small Stable Diffusion that draws captioned shapes, trained by ``bench/train_shapes.py``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+FOLDER = Path(__file__).parent / "embedded"
+CHECKSUMS = "checksums.json"
+
+
+def embedded_pipeline(folder: str | Path = FOLDER) -> StableDiffusionPipeline:
+    """The embedded model, 64 x 64 pictures, in float32; no network is used.
+
+    Args:
+        folder: another export of ``bench/train_shapes.py``.
+
+    Raises:
+        FileNotFoundError: the model or one of its files is missing.
+        ValueError: a file is damaged: its SHA-256 is not the recorded one.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    folder = Path(folder)
+    check(folder)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    # Cast after loading: the name of from_pretrained's dtype argument differs between Diffusers versions.
+    return pipe.to(dtype=torch.float32)
+
+
+def check(folder: Path) -> None:
+    """Compare the files of a model with their recorded SHA-256 sums; raises as :func:`embedded_pipeline`."""
+    remedy = "reinstall difffast, or export the model again (bench/train_shapes.py --export)"
+    record = folder / CHECKSUMS
+    if not record.is_file():
+        raise FileNotFoundError(f"no embedded model in {folder}: {CHECKSUMS} is missing; {remedy}")
+    for name, expected in json.loads(record.read_text()).items():
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"the embedded model lacks {file}; {remedy}")
+        if _sha256(file) != expected:
+            raise ValueError(f"{file} is damaged: its SHA-256 is not the recorded {expected[:12]}...; {remedy}")
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the SHA-256 of every file of an exported model."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
+    sums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
