@@ -16,13 +16,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..demo import psnr
+from ..demo import psnr as psnr  # one of the metrics of pairs
 from .shapes import COLOURS, PARTS, SHAPES, SIDE, Scene, Thing, draw_scene, holds, render
 
-__all__ = ["Found", "Verdict", "accuracy", "degrade", "detect", "distance", "features", "frechet"]
-__all__ += ["judge", "psnr", "summary"]
-
-#: The least IoU at which a thing has a shape: more for those that blobs are like, less for those that a blur wears down.
+#: The least IoU at which a thing has a shape: more for those that blobs are like, less for those that blurs wear down.
 MIN_SCORE = {"circle": 0.83, "square": 0.83, "triangle": 0.77, "star": 0.72, "cross": 0.74, "ring": 0.72}
 _MIN_AREA = 0.006  # of the picture; the smallest thing drawn covers 0.017
 _RADII = 0.08, 0.34  # of what can have a shape; those drawn are 0.12 to 0.26
@@ -217,25 +214,30 @@ def _fit(layers: _Layers, mask: np.ndarray) -> _Fit:
         cells = _template(shape)
         radius = math.sqrt(colour.sum() / cells.sum()) / _CELL
         below = (cells.sum(1) @ _edges(_CELLS)[:-1] / cells.sum() + _CELL / 2) * radius
-        fits.append(_search(planes, _Fit(shape, x, y - below, radius), 0.12))
-    fits.sort(key=lambda fit: -fit.lead)
-    best = max((_search(planes, _search(planes, fit, 0.06), 0.03) for fit in fits[:3]), key=lambda fit: fit.lead)
+        fits.append(_search(planes, _Fit(shape, x, y - below, radius), 0.12, stretches=(1.0,)))
+    fits = sorted(fits, key=lambda fit: -fit.lead)[:3]
+    for step in (0.06, 0.03):
+        fits = [_search(planes, fit, step, stretches=(1 - step, 1.0, 1 + step)) for fit in fits]
+    best = max(fits, key=lambda fit: fit.lead)
     return replace(best, x=best.x + left, y=best.y + top)
 
 
-def _search(planes: np.ndarray, start: _Fit, step: float) -> _Fit:
-    """The best of 27 places and radii; ``planes`` are colour and black, [2, H, W].  What black hides does not count."""
+def _search(planes: np.ndarray, start: _Fit, step: float, stretches: Sequence[float]) -> _Fit:
+    """The best of 3x3 places at some radii; ``planes`` are colour and black, [2, H, W].
+
+    What black hides does not count.
+    """
     template = _template(start.shape)
     moves = np.array((-step, 0, step))
     best = start
-    for radius in start.radius * (1 + moves):
+    for radius in (start.radius * stretch for stretch in stretches):
         ys, xs = start.y + moves * radius, start.x + moves * radius
         # Every place down at once with every place to the right: [2, 3 * _CELLS, 3 * _CELLS].
         sampled = _sampler(ys, radius, planes.shape[1]) @ planes @ _sampler(xs, radius, planes.shape[2]).T
         colour, black = sampled.reshape(2, 3, _CELLS, 3, _CELLS).swapaxes(2, 3)
-        colour = _sharp(colour)
-        both, either = (((1 - black) * of(colour, template)).sum((2, 3)) for of in (np.minimum, np.maximum))
-        scores = both / np.maximum(either, 1e-9)
+        colour, seen = _sharp(colour), 1 - black
+        both = (seen * np.minimum(colour, template)).sum((2, 3))
+        scores = both / np.maximum((seen * (colour + template)).sum((2, 3)) - both, 1e-9)
         i, j = np.unravel_index(scores.argmax(), scores.shape)
         if scores[i, j] > best.score:
             best = _Fit(start.shape, xs[j], ys[i], radius, scores[i, j])
@@ -309,11 +311,14 @@ def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
     """What a picture shows of a scene's caption; where things are matters only as far as a relation was said.
 
     Raises:
-        ValueError: see :func:`detect`; or the scene has no thing, or two of one shape, which cannot be told apart.
+        ValueError: see :func:`detect`; or the scene has no thing, two of one shape, which cannot be told apart, or a
+            relation without two things.
     """
     things = scene.things
     if not things or len({thing.shape for thing in things}) < len(things):
         raise ValueError(f"things must be of different shapes, and one at least, got {[t.shape for t in things]}")
+    if scene.relation is not None and len(things) != 2:
+        raise ValueError(f"only two things can be in a relation, got {len(things)}")
     found = detect(image)
     matches = [_match(thing, found) for thing in things]
     pairs = [(_looks(thing), _looks(match)) for thing, match in zip(things, matches, strict=True) if match]
@@ -341,13 +346,12 @@ def _looks(thing: Thing | Found) -> tuple[str, str, str | None]:
 def _match(thing: Thing, found: Sequence[Found]) -> Found | None:
     """The one found of the thing's shape; of several, the one most like it, colour first."""
     same = [f for f in found if f.shape == thing.shape]
-    return max(
-        same, key=lambda f: (*map(str.__eq__, map(str, _looks(f)), map(str, _looks(thing))), f.score), default=None
-    )
+    own = _looks(thing)
+    return max(same, key=lambda f: ([a == b for a, b in zip(_looks(f), own, strict=True)], f.score), default=None)
 
 
-def _leaks(own: tuple, seen: tuple, things: Sequence[Thing]) -> bool:
-    """Whether something seen is not the thing's own but said of another, which it then must be of."""
+def _leaks(own: tuple[str | None, ...], seen: tuple[str | None, ...], things: Sequence[Thing]) -> bool:
+    """Whether something seen is not the thing's own, but said of another."""
     said = [{look for look in looks if look not in ("plain", None)} for looks in zip(*map(_looks, things), strict=True)]
     return any(b != a and b in words for a, b, words in zip(own, seen, said, strict=True))
 
@@ -457,7 +461,8 @@ def accuracy(scenes: int = 2000, seed: int = 0, *, degraded: bool = False) -> di
         image = render(scene)
         seen = detect(degrade(image, rng) if degraded else image)
         pairs = [(thing, _match(thing, seen)) for thing in scene.things]
-        right = [(a, b) for a, b in pairs if b and a.colour == b.colour and _apart(a, b) < a.radius / 4]
+        near = ((a, b) for a, b in pairs if b and math.dist((a.x, a.y), (b.x, b.y)) < a.radius / 4)
+        right = [(a, b) for a, b in near if a.colour == b.colour]
         things += len(pairs)
         found += len(right)
         texture += sum(a.texture == b.texture for a, b in right)
@@ -465,7 +470,3 @@ def accuracy(scenes: int = 2000, seed: int = 0, *, degraded: bool = False) -> di
         extra += len(seen) - len(right)
     of_found = {"texture": texture / max(found, 1), "part": part / max(found, 1)}
     return {"things": things, "found": found / things, **of_found, "extra": extra / scenes}
-
-
-def _apart(a: Thing, b: Found) -> float:
-    return math.hypot(a.x - b.x, a.y - b.y)
