@@ -132,10 +132,10 @@ class Training:
 
     def __init__(self, name: str, model: nn.Module, rate: float, warmup: int, decay: float, out: Path) -> None:
         self.accelerator = Accelerator(mixed_precision="bf16")
-        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / warmup))
         self.model, self.optimiser, self.schedule = self.accelerator.prepare(model, optimiser, schedule)
-        self.average = EMAModel(model.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
+        self.average = EMAModel(model.parameters(), decay=decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.average.to(self.accelerator.device)
         self.losses: list[float] = []
         self._out, self._name = out, name
