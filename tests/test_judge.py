@@ -136,6 +136,14 @@ def test_a_thing_in_two_colours_is_one_thing():
     assert (found.shape, found.colour) == ("square", "red")
 
 
+def test_a_seam_of_a_third_colour_is_no_thing():
+    seamed = _drawn(
+        ("red", _box(80, 80, 120, 176)), ("purple", _box(120, 80, 136, 176)), ("blue", _box(136, 80, 176, 176))
+    )
+    (found,) = detect(seamed)
+    assert found.shape == "square"
+
+
 def test_two_things_that_touch_are_two():
     found = detect(_drawn(("red", _box(30, 80, 120, 170)), ("blue", _box(120, 90, 190, 160))))
     assert _looks(found) == [("square", "red", "plain", None), ("square", "blue", "plain", None)]

@@ -87,7 +87,8 @@ def test_things_neither_touch_nor_leave_the_picture():
             left, top, right, bottom = (64 * edge for edge in thing.box())
             assert left - 1 < x.min() <= x.max() < right + 1, "box() is of everything drawn"
             assert top - 1 < y.min() <= y.max() < bottom + 1
-            assert not (mask[[0, -1]].any() or mask[:, [0, -1]].any()), "leaves the picture"
+            assert not mask[[0, -1]].any(), "leaves the picture"
+            assert not mask[:, [0, -1]].any(), "leaves the picture"
         # One pixel between the edges at least, each of which may be half covered.
         assert (sum(masks) <= 1).all(), "things touch"
 
@@ -148,5 +149,5 @@ def test_a_relation_takes_two(things):
 
 
 def test_an_unknown_relation():
-    with pytest.raises(ValueError, match="relation must be one of .*, got 'behind'"):
+    with pytest.raises(ValueError, match=r"relation must be one of .*, got 'behind'"):
         holds("behind", Thing("circle", "red"), Thing("star", "red"))

@@ -95,18 +95,21 @@ def detect(image: Image.Image | np.ndarray) -> tuple[Found, ...]:
         ValueError: an array of another shape or type, or a picture that is not square.
     """
     layers = _layers(_pixels(image))
-    things: list[tuple[np.ndarray, _Fit]] = []
-    for mask in _components(np.where(layers.colour > 0.5, layers.hue, -1)):
-        fit = _fit(layers, mask)
+    masks = _components(np.where(layers.colour > 0.5, layers.hue, -1))
+    waiting, things = [(mask, _fit(layers, mask)) for mask in masks], []
+    while waiting:
+        mask, fit = waiting.pop(0)
         for i, (other, other_fit) in enumerate(things):
-            # A generated thing may be in two colours, or torn: fragments that fit better together are one.
-            if (_grown(mask) & _grown(other)).any():
+            # A generated thing may be in two colours with a seam of a third, or torn: what fits as well as one is one.
+            if (_grown(_grown(mask)) & _grown(other)).any():
                 joined = _fit(layers, mask | other)
-                if joined.lead > max(fit.lead, other_fit.lead):
-                    things[i] = mask | other, joined
+                if joined.lead > max(fit.lead, other_fit.lead) - 0.02:
+                    del things[i]
+                    waiting.insert(0, (mask | other, joined))
                     break
         else:
             things.append((mask, fit))
+    things.sort(key=lambda thing: -thing[0].sum())
     return tuple(_found(layers, mask, fit) for mask, fit in things)
 
 
