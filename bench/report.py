@@ -18,13 +18,18 @@ RESULTS = ROOT / "bench" / "results"
 
 def unet_table(results: Path = RESULTS) -> str:
     """Seconds inside the UNet."""
-    (info,) = _measured(results, "unet")
-    rows = ["| provider | UNet seconds, median | against stock | quartiles |", "|---|---|---|---|"]
-    for name, seconds in info["unet_seconds"].items():
-        low, middle, high = statistics.quantiles(info["against_stock"][name], n=4)
-        rows.append(f"| {name} | {statistics.median(seconds):.2f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
-    rounds = len(info["unet_seconds"]["stock"])
-    return "\n".join([*rows, "", f"{info['case']}. {_measured_on(info)}; {rounds} interleaved rounds."])
+    found = _measured(results, "unet")
+    head = "| provider |" + "".join(f" {info['case'].split(' at ')[0]}, seconds | against stock |" for info in found)
+    rows = [head, "|" + "---|" * (1 + 2 * len(found))]
+    for name in found[0]["unet_seconds"]:
+        cells = [name]
+        for info in found:
+            low, middle, high = statistics.quantiles(info["against_stock"][name], n=4)
+            cells += [f"{statistics.median(info['unet_seconds'][name]):.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+        rows.append(f"| {' | '.join(cells)} |")
+    rounds = " and ".join(str(len(info["unet_seconds"]["stock"])) for info in found)
+    case = found[0]["case"].split(" at ")[1]
+    return "\n".join([*rows, "", f"At {case}. {_measured_on(found[0])}; {rounds} interleaved rounds, quartiles."])
 
 
 def demo_table(results: Path = RESULTS) -> str:

@@ -45,6 +45,26 @@ def test_accuracy_on_degraded_scenes():
     _check(accuracy(300, seed=8, degraded=True), found=0.99, texture=0.985, part=0.985, extra=0.01)
 
 
+def test_heavy_noise_hides_few_things():
+    rng = np.random.default_rng(5)
+    missed = 0
+    for _ in range(40):
+        scene = draw_scene(rng)
+        seen = {(f.shape, f.colour) for f in detect(degrade(render(scene), rng, noise=32))}
+        missed += sum((thing.shape, thing.colour) not in seen for thing in scene.things)
+    assert missed <= 4  # of 77
+
+
+@pytest.mark.parametrize("part", [None, "hat"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_squeezed_thing_keeps_its_shape(shape, part):
+    picture = render(_scene(Thing(shape, "green", part=part)), 256).resize((64, 52), Image.Resampling.BOX)
+    squeezed = Image.new("RGB", (64, 64), (250, 250, 250))
+    squeezed.paste(picture, (0, 4))
+    (found,) = detect(squeezed)
+    assert (found.shape, found.part) == (shape, part)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("degraded", [False, True])
 def test_accuracy_on_many_scenes(degraded):
