@@ -12,6 +12,7 @@ theirs with stand-ins for norm1, conv1 and conv_shortcut, which work on views of
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,9 @@ def resnet_obstacle(resnet: nn.Module) -> str | None:
 
 def _is_wrapped(module: nn.Module) -> bool:
     own = vars(module)
-    return "forward" in own or "parametrizations" in own["_modules"] or any(own[name] for name in _HOOKS)
+    # accelerate leaves the class's own method behind on the instance when its hooks go.
+    plain = own.get("forward") in (None, types.MethodType(type(module).forward, module))
+    return not plain or "parametrizations" in own["_modules"] or any(own[name] for name in _HOOKS)
 
 
 def up_blocks(
