@@ -127,9 +127,6 @@ class _Resnet:
         self._name, self._resnet, self._skip, self._shared = name, resnet, skip, shared
         self._repeats, self._view = repeats, view
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._resnet, name)
-
     def _each(self, x: Tensor) -> Tensor:
         """[B, ...] for every time step."""
         return repeat_batch(x, self._repeats) if self._repeats > 1 else x

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from difffast import demo
 from difffast.models import judge as judging
-from difffast.models.judge import accuracy, degrade, detect, distance, features, frechet, judge, summary
+from difffast.models.judge import accuracy, degrade, detect, judge, summary
+from difffast.models.likeness import distance, features, frechet
 from difffast.models.shapes import COLOURS, PARTS, SHAPES, TEXTURES, Scene, Thing, draw_scene, render
 
 RED = Thing("circle", "red", x=0.25, y=0.5)
@@ -283,10 +283,6 @@ def test_summary_weighs_things_alike():
 
 
 # Metrics of pairs and of sets.
-
-
-def test_psnr_is_the_demos():
-    assert judging.psnr is demo.psnr
 
 
 def test_features_say_what_is_where():

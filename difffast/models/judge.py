@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..demo import psnr as psnr  # one of the metrics of pairs
+from .likeness import HUES, LIGHTNESS, STRENGTH, pixels_of
 from .shapes import COLOURS, PARTS, SHAPES, SIDE, Scene, Thing, draw_scene, holds, render
 
 #: The least IoU at which a thing has a shape: more for those that blobs are like, less for those that blurs wear down.
@@ -27,12 +27,6 @@ _MIN_TEXTURE = 0.1  # amplitude of the shade; 0.28 as drawn
 _MIN_PART = 0.4  # share of a part's place that is black
 _CELL = 0.1  # a template's resolution, in radii
 _CELLS, _PART_CELLS = 24, 32  # a template's side: of a shape's, and with room for a hat
-
-_RGB = np.array(list(COLOURS.values())) / 255
-_LIGHTNESS = _RGB.mean(1)
-_CHROMA = _RGB - _LIGHTNESS[:, None]
-_STRENGTH = np.linalg.norm(_CHROMA, axis=1)
-_HUES = _CHROMA / _STRENGTH[:, None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ def detect(image: Image.Image | np.ndarray) -> tuple[Found, ...]:
     Raises:
         ValueError: an array of another shape or type, or a picture that is not square.
     """
-    layers = _layers(_pixels(image))
+    layers = _layers(pixels_of(image))
     masks = _components(np.where(layers.colour > 0.5, layers.hue, -1))
     waiting, things = [(mask, _fit(layers, mask)) for mask in masks], []
     while waiting:
@@ -113,21 +107,6 @@ def detect(image: Image.Image | np.ndarray) -> tuple[Found, ...]:
     return tuple(_found(layers, mask, fit) for mask, fit in things)
 
 
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """[SIDE, SIDE, 3], float64 in 0..1."""
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-            raise ValueError(f"image must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
-        image = Image.fromarray(array)
-    if image.width != image.height:
-        raise ValueError(f"image must be square, got {image.width}x{image.height}")
-    if image.width != SIDE:
-        resampling = Image.Resampling.BOX if image.width > SIDE else Image.Resampling.BILINEAR
-        image = image.resize((SIDE, SIDE), resampling)
-    return np.asarray(image.convert("RGB")) / 255
-
-
 @dataclass(frozen=True)
 class _Layers:
     """What pixels are made of, [side, side] each: shares of colour and of black, the colour's shade and its index."""
@@ -143,9 +122,9 @@ def _layers(pixels: np.ndarray) -> _Layers:
     lightness = pixels.mean(2)
     chroma = pixels - lightness[..., None]
     # The neighbours have their say in the hue, or noise would push the background's pixels towards some colour.
-    hue = (_smooth(chroma) @ _HUES.T).argmax(2)
-    lit = (chroma * _HUES[hue]).sum(2) / _STRENGTH[hue]
-    covered = 1 - (lightness - lit * _LIGHTNESS[hue]) / _background(lightness, chroma)
+    hue = (_smooth(chroma) @ HUES.T).argmax(2)
+    lit = (chroma * HUES[hue]).sum(2) / STRENGTH[hue]
+    covered = 1 - (lightness - lit * LIGHTNESS[hue]) / _background(lightness, chroma)
     shade = lit / np.maximum(covered, 0.1)
     colour = np.clip((shade - 0.15) / 0.25, 0, 1) * np.clip(covered, 0, 1)
     return _Layers(colour, np.clip(covered - colour, 0, 1), shade, hue)
@@ -384,58 +363,6 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
         "relations": sum(v.relation is not None for v in verdicts),
         **{name: mean(name) for name in ("relation", "count", "extra")},
     }
-
-
-def features(image: Image.Image | np.ndarray) -> np.ndarray:
-    """What is where, roughly: float64 [160], each 0 to 1, for :func:`distance` and :func:`frechet`.
-
-    In each of 4x4 cells: the share of each colour, softly assigned, and the lightness' mean and standard deviation.
-
-    Raises:
-        ValueError: see :func:`detect`.
-    """
-    pixels = _pixels(image)
-    lightness = pixels.mean(2, keepdims=True)
-    chroma = pixels - lightness
-    strength = np.linalg.norm(chroma, axis=2, keepdims=True)
-    alike = np.exp(30 * (chroma @ _HUES.T / np.maximum(strength, 1e-9) - 1))  # 1/10 for orange and yellow
-    shares = alike / alike.sum(2, keepdims=True) * np.minimum(strength / _STRENGTH, 1)
-    cells = np.concatenate((shares, lightness), 2).reshape(4, SIDE // 4, 4, SIDE // 4, -1)
-    return np.concatenate((cells.mean((1, 3)), cells[..., -1:].std((1, 3))), 2).ravel()
-
-
-def distance(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> float:
-    """How unlike two pictures look: the root mean square difference of their features, 0 (identical) to 1.
-
-    Raises:
-        ValueError: see :func:`detect`.
-    """
-    return float(np.sqrt(np.mean((features(a) - features(b)) ** 2)))
-
-
-def frechet(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features, [n, d] and [m, d] (arXiv:1706.08500).
-
-    Covariances may be singular, as with n <= d.  Few samples bias it upwards: compare only at equal n and m.
-
-    Raises:
-        ValueError: fewer than two samples, not 2-D, different d, or values that are not finite.
-    """
-    a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
-    for name, values in (("features_a", a), ("features_b", b)):
-        if values.ndim != 2 or len(values) < 2:
-            raise ValueError(f"{name} must be [samples, features] with at least 2 samples, got {list(values.shape)}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features_a and features_b must be equally long, got {a.shape[1]} and {b.shape[1]}")
-    cov_a, cov_b = (np.atleast_2d(np.cov(values, rowvar=False)) for values in (a, b))
-    # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), of a symmetric matrix; rounding may make eigenvalues negative.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    mixed = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    squared = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed
-    return max(0.0, float(squared))
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, *, blur: float = 0.7, noise: float = 8.0) -> Image.Image:
