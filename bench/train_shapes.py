@@ -71,7 +71,7 @@ class Recipe:
 
 
 RECIPES = {
-    "cpu": Recipe((64, 128, 192), 128, 4, scenes=60_000, vae_steps=4_000, vae_batch=16, steps=9_000, batch=32),
+    "cpu": Recipe((64, 128, 192), 128, 4, scenes=60_000, vae_steps=4_000, vae_batch=16, steps=8_000, batch=32),
     "gpu": Recipe((64, 128, 192), 128, 4, scenes=400_000, vae_steps=20_000, vae_batch=64, steps=60_000, batch=256),
     "test": Recipe(
         (32, 64, 96), 32, 2, scenes=64, vae_steps=4, vae_batch=4, steps=4, batch=4, warmup=2, precision="no"
@@ -347,6 +347,8 @@ def export(recipe: Recipe, pipe: Any, folder: Path, out: Path) -> None:
     }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     (folder / "README.md").write_text(card(record))
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes them for their owner only, and packages keep that
     write_checksums(folder)
 
 
