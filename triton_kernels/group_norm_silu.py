@@ -7,8 +7,8 @@ Not one program per group: 32 groups of 2 samples would leave half of a GPU idle
 are a few bytes long.  ``moments_kernel`` takes tiles of channels and pixels (in channels_last whole cache lines) and
 leaves mean and M2, the sum of squared differences from it, of every channel in every span of pixels.  A small kernel
 joins them to groups (Chan, Golub and LeVeque, 1979) and makes coefficients of every channel, with which
-``apply_kernel`` goes over the pixels again.  An addend of one number per channel only moves the means, so that the first
-kernel does not know of it; channels of skip_norm_silu that k steps share have their moments taken once.
+``apply_kernel`` goes over the pixels again.  An addend of one number per channel only moves the means: the first kernel
+does not know of it.  Channels of skip_norm_silu that k steps share have their moments taken once.
 Reductions have a fixed order and there are no atomics: the same bits in every run.
 """
 

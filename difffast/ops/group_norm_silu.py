@@ -116,10 +116,10 @@ def reference_backward(
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     z = x.to(compute) if addend is None else _added(x.to(compute), addend.to(compute))
-    grouped = z.reshape(z.shape[0], groups, z.shape[1] // groups, -1)
-    var, mean = torch.var_mean(grouped, (2, 3), correction=0, keepdim=True)
-    rstd = (var + eps).rsqrt()
-    n = ((grouped - mean) * rstd).flatten(1, 2)
+    grouped = z.flatten(2).unflatten(1, (groups, z.shape[1] // groups))
+    centered = grouped - grouped.mean((2, 3), keepdim=True)
+    rstd = (centered.square().mean((2, 3), keepdim=True) + eps).rsqrt()
+    n = (centered * rstd).flatten(1, 2)
     y = n * weight.to(compute)[:, None] + bias.to(compute)[:, None]
     factor = 1 if scale is None else 1 + scale.to(compute)[..., None]
     du = grad_out.to(compute).flatten(2)
