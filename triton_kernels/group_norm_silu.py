@@ -29,9 +29,8 @@ from torch import Tensor
 _PROGRAMS = 1024
 #: Elements of a tile.
 _TILE = 2048
-#: Compiler options.  Unasked, ptxas spills two registers of the gradient's to keep to 64.
-OPTIONS = {"num_warps": 4}
-_GRADIENT_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+#: Compiler options.  Unasked, ptxas now and then spills two registers to keep to 64.
+OPTIONS = {"num_warps": 4, "maxnreg": 255}
 
 
 @triton.jit
@@ -536,7 +535,7 @@ def backward(
         means = (sums * coefficients[1]).unflatten(2, (groups, size)).sum(3) / (size * pixels)
         means[1] *= coefficients[3, :, ::size].square()
         gradient_kernel[(triton.cdiv(pixels, tile["PIXELS"]), blocks, batch)](
-            *operands, means, dx, *strides(x), repeats, channels, pixels, groups, size, **constants, **_GRADIENT_OPTIONS
+            *operands, means, dx, *strides(x), repeats, channels, pixels, groups, size, **constants, **OPTIONS
         )
     return dx, sums
 
@@ -592,8 +591,7 @@ def aot_cases(capability: int, quick: bool = False) -> Iterator[tuple]:
                     ):
                         signature, unit = _signature(kernel, constants, kind, channels_last, aligned)
                         label = f"{kernel.__name__.removesuffix('_kernel')} {name}{' added' if added else ''}"
-                        options = _GRADIENT_OPTIONS if kernel is gradient_kernel else OPTIONS
-                        yield label, kernel, signature, {**constants, **unit}, options
+                        yield label, kernel, signature, {**constants, **unit}, OPTIONS
 
 
 def _signature(
