@@ -116,13 +116,15 @@ def reference_backward(
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     z = x.to(compute) if addend is None else _added(x.to(compute), addend.to(compute))
-    grouped = z.flatten(2).unflatten(1, (groups, z.shape[1] // groups))
+    # In NCHW, where PyTorch's sums round less; and centered twice, for what the first mean rounds away.
+    grouped = z.contiguous().flatten(2).unflatten(1, (groups, z.shape[1] // groups))
     centered = grouped - grouped.mean((2, 3), keepdim=True)
+    centered = centered - centered.mean((2, 3), keepdim=True)
     rstd = (centered.square().mean((2, 3), keepdim=True) + eps).rsqrt()
     n = (centered * rstd).flatten(1, 2)
     y = n * weight.to(compute)[:, None] + bias.to(compute)[:, None]
     factor = 1 if scale is None else 1 + scale.to(compute)[..., None]
-    du = grad_out.to(compute).flatten(2)
+    du = grad_out.to(compute).contiguous().flatten(2)
     if silu:
         u = y if scale is None else y * factor + shift.to(compute)[..., None]
         s = u.sigmoid()
@@ -134,8 +136,8 @@ def reference_backward(
     dx = dz.reshape(x.shape)
     return (
         dx.to(x.dtype).contiguous(memory_format=memory_format(x)),
-        (dy * n).sum((0, 2)).to(weight.dtype),
-        dy.sum((0, 2)).to(bias.dtype),
+        (dy * n).sum(2).sum(0).to(weight.dtype),
+        dy.sum(2).sum(0).to(bias.dtype),
         None if addend is None else _summed(dx, addend),
         None if scale is None else (du * y).sum(2).to(scale.dtype),
         None if shift is None else du.sum(2).to(shift.dtype),
