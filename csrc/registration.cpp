@@ -289,9 +289,8 @@ void run_norm(const difffast::GroupNormSilu& p, const Tensor& like) {
   const int64_t blocks = difffast::norm_blocks(p), grain = 1 + kEnough * blocks / (p.batch * p.channels * p.pixels);
   torch::stable::parallel_for(0, blocks, grain,
                               [&](int64_t begin, int64_t end) { difffast::norm_moments(p, data, begin, end); });
-  torch::stable::parallel_for(0, p.batch * p.groups, 1 + kEnough / (p.channels / p.groups), [&](int64_t begin, int64_t end) {
-    difffast::norm_coefficients(p, data, begin, end);
-  });
+  torch::stable::parallel_for(0, p.batch * p.groups, 1 + kEnough * p.groups / p.channels,
+                              [&](int64_t begin, int64_t end) { difffast::norm_coefficients(p, data, begin, end); });
   torch::stable::parallel_for(0, blocks, grain,
                               [&](int64_t begin, int64_t end) { difffast::norm_pixels(p, data, begin, end); });
 }
@@ -334,8 +333,8 @@ Tensor group_norm_silu(const Tensor& input, int64_t groups, const Tensor& weight
   return out;
 }
 
-std::tuple<Tensor, Tensor> skip_norm_silu(const Tensor& hidden, const Tensor& skip, int64_t groups, const Tensor& weight,
-                                          const Tensor& bias, double eps, bool silu) {
+std::tuple<Tensor, Tensor> skip_norm_silu(const Tensor& hidden, const Tensor& skip, int64_t groups,
+                                          const Tensor& weight, const Tensor& bias, double eps, bool silu) {
   STD_TORCH_CHECK(skip.dim() == hidden.dim() && skip.scalar_type() == hidden.scalar_type() && hidden.size(1) >= 1 &&
                       skip.size(1) >= 1,
                   "hidden and skip must have the same rank and dtype, and channels");

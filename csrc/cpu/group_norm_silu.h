@@ -1,4 +1,5 @@
-// group_norm_silu and skip_norm_silu on the CPU; raw pointers only, so that it compiles and can be tested without PyTorch.
+// group_norm_silu and skip_norm_silu on the CPU; raw pointers only, so that it compiles and can be tested without
+// PyTorch.
 // The caller splits [0, count) of each stage over its threads; stages run one after the other.  Items do not depend on
 // the number of threads and no two share a sum: results are the same to the last bit for any split.
 #pragma once
@@ -11,8 +12,8 @@ namespace difffast {
 
 // The norm's channels are those of x, then those of the skip, of which `repeats` neighbouring rows of x share one row.
 // Channels up to `kept` (own rounded up to whole groups) go to out, the others, which do not depend on x, to shared.
-// Without a skip: own = kept = channels.  All tensors dense: [batch, channels, pixels] or, channels_last, [batch, pixels,
-// channels].
+// Without a skip: own = kept = channels.  All tensors dense: [batch, channels, pixels] or, if channels_last,
+// [batch, pixels, channels].
 struct GroupNormSilu {
   Scalar dtype;
   bool channels_last, silu;

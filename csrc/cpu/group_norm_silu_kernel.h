@@ -330,7 +330,8 @@ DIFFFAST_INLINE void apply_pixel(const S* x, const S* addend, int64_t channels, 
     apply_vector(x + c, later(addend, c), load(center + c), load(gain + c), load(offset + c), silu, out + c);
   }
   if (c < channels) {
-    apply_rest(x + c, later(addend, c), load(center + c), load(gain + c), load(offset + c), silu, out + c, channels - c);
+    apply_rest(x + c, later(addend, c), load(center + c), load(gain + c), load(offset + c), silu, out + c,
+               channels - c);
   }
 }
 
