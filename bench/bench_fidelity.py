@@ -29,7 +29,8 @@ from difffast import EncoderPropagation, patched
 from difffast.demo import device_name, psnr
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
-from difffast.models.judge import distance, features, frechet, judge, summary
+from difffast.models.judge import judge, summary
+from difffast.models.likeness import distance, features, frechet
 from difffast.models.shapes import Scene, draw_scene, render
 from difffast.plan import PRESETS
 

@@ -18,9 +18,11 @@ import torch
 
 from difffast import EncoderPropagation, models, patched
 
-STEPS, ROUNDS = 50, 11
+STEPS = 50
+#: Interleaved rounds per UNet, by its widths.
+ROUNDS = {(64, 128, 192): 11}
 LATENT_TOLERANCE = 1e-4
-#: Bar of the encoder-propagation issue: UNet time with parallel decoding against stock.
+#: UNet time of preset "balanced" against stock: the encoder-propagation issue's.
 BAR = 0.66
 
 
@@ -65,12 +67,13 @@ class Provider:
         return latents, timed.seconds
 
 
-def providers() -> dict[str, Provider]:
-    pipe = models.tiny_pipeline("sd", channels=(64, 128, 192), sample_size=32)
+def providers(channels: tuple[int, ...]) -> dict[str, Provider]:
+    pipe = models.tiny_pipeline("sd", channels=channels, sample_size=32)
     pipe.set_progress_bar_config(disable=True)
     compiled = copy.deepcopy(pipe)
     compiled.unet = torch.compile(compiled.unet)
-    step_by_step = EncoderPropagation(parallel=False)
+    step_by_step = EncoderPropagation(parallel=False, share_skips=False)
+    parallel, shared = EncoderPropagation(share_skips=False), EncoderPropagation()
     return {
         provider.name: provider
         for provider in (
@@ -80,7 +83,8 @@ def providers() -> dict[str, Provider]:
             Provider(
                 "propagation alone, step by step", pipe, lambda: patched(pipe, propagation=step_by_step, fused=False)
             ),
-            Provider("propagation alone, parallel", pipe, lambda: patched(pipe, fused=False)),
+            Provider("propagation alone, parallel", pipe, lambda: patched(pipe, propagation=parallel, fused=False)),
+            Provider("the same with shared skips", pipe, lambda: patched(pipe, propagation=shared, fused=False)),
             Provider("difffast balanced", pipe, lambda: patched(pipe, preset="balanced")),
         )
     }
@@ -90,9 +94,10 @@ def _gap(a: Provider, b: Provider) -> float:
     return float((a.run()[0] - b.run()[0]).abs().max())
 
 
+@pytest.mark.parametrize("channels", ROUNDS, ids=str)
 @pytest.mark.benchmark(group="unet")
-def test_unet_time(benchmark, environment):
-    everyone = providers()
+def test_unet_time(benchmark, environment, channels):
+    everyone = providers(channels)
     balanced = everyone["difffast balanced"]
     gaps = {
         "exact against stock": _gap(everyone["difffast exact"], everyone["stock"]),
@@ -113,12 +118,12 @@ def test_unet_time(benchmark, environment):
     def ours() -> None:
         seconds[balanced.name].append(balanced.run()[1])
 
-    benchmark.pedantic(ours, setup=others, rounds=ROUNDS, iterations=1)
+    benchmark.pedantic(ours, setup=others, rounds=ROUNDS[channels], iterations=1)
 
     ratios = {name: [a / b for a, b in zip(s, seconds["stock"], strict=True)] for name, s in seconds.items()}
     benchmark.extra_info.update(
         environment,
-        case=f"UNet (64, 128, 192) at 32x32, {STEPS} DDIM steps, guidance on, one image",
+        case=f"UNet {channels} at 32x32, {STEPS} DDIM steps, guidance on, one image",
         dtype="float32",
         gate=", ".join(f"{pair}: {gap:.1e}" for pair, gap in gaps.items()) + ", on latents",
         unet_seconds=seconds,

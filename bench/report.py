@@ -18,13 +18,18 @@ RESULTS = ROOT / "bench" / "results"
 
 def unet_table(results: Path = RESULTS) -> str:
     """Seconds inside the UNet."""
-    (info,) = _measured(results, "unet")
-    rows = ["| provider | UNet seconds, median | against stock | quartiles |", "|---|---|---|---|"]
-    for name, seconds in info["unet_seconds"].items():
-        low, middle, high = statistics.quantiles(info["against_stock"][name], n=4)
-        rows.append(f"| {name} | {statistics.median(seconds):.2f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
-    rounds = len(info["unet_seconds"]["stock"])
-    return "\n".join([*rows, "", f"{info['case']}. {_measured_on(info)}; {rounds} interleaved rounds."])
+    found = _measured(results, "unet")
+    head = "| provider |" + "".join(f" {info['case'].split(' at ')[0]}, seconds | against stock |" for info in found)
+    rows = [head, "|" + "---|" * (1 + 2 * len(found))]
+    for name in found[0]["unet_seconds"]:
+        cells = [name]
+        for info in found:
+            low, middle, high = statistics.quantiles(info["against_stock"][name], n=4)
+            cells += [f"{statistics.median(info['unet_seconds'][name]):.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+        rows.append(f"| {' | '.join(cells)} |")
+    rounds = " and ".join(str(len(info["unet_seconds"]["stock"])) for info in found)
+    case = found[0]["case"].split(" at ")[1]
+    return "\n".join([*rows, "", f"At {case}. {_measured_on(found[0])}; {rounds} interleaved rounds, quartiles."])
 
 
 def demo_table(results: Path = RESULTS) -> str:
@@ -84,6 +89,28 @@ def entropy_table(results: Path = RESULTS) -> str:
     )
 
 
+def fidelity_table(results: Path = RESULTS) -> str:
+    """What every way to be faster costs in pictures, from ``fidelity.json`` (``bench/bench_fidelity.py``)."""
+    record = json.loads((results / "fidelity.json").read_text())
+    columns = "| way | seconds a picture | one thing right | two things | three | points lost (95%) | PSNR | Frechet |"
+    lines = [columns, "|" + "---|" * 8]
+    for name, row in record["rows"].items():
+        right = " | ".join(f"{100 * row[f'{count} things']['binding']:.1f}%" for count in (1, 2, 3))
+        lost, low, high = row["binding_points_lost"]
+        psnr = "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+        seconds = statistics.median(row["seconds"])
+        spread = f"{lost:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(f"| {name} | {seconds:.2f} | {right} | {spread} | {psnr} | {row['frechet']:.3f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{record['prompts']} prompts, the same seeds in every row; right: found in its own shape and colour; "
+            f"points lost and PSNR: against stock with 50 steps; Frechet: to drawn scenes. {_machine(record)}.",
+        ]
+    )
+
+
 def _measured(results: Path, group: str) -> list[dict[str, Any]]:
     """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's."""
     benchmarks = json.loads((results / "cpu.json").read_text())["benchmarks"]
@@ -103,7 +130,13 @@ def _measured_on(info: dict[str, Any]) -> str:
     return f"{_machine(info)}, diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
 
 
-TABLES = {"unet": unet_table, "demo": demo_table, "attention": attention_table, "entropy": entropy_table}
+TABLES = {
+    "unet": unet_table,
+    "demo": demo_table,
+    "fidelity": fidelity_table,
+    "attention": attention_table,
+    "entropy": entropy_table,
+}
 
 
 def render(text: str) -> str:

@@ -67,20 +67,24 @@ class Recipe:
     drop_text: float = 0.1
     snr_gamma: float = 5.0
     ema_decay: float = 0.999
+    precision: str = "bf16"
 
 
 RECIPES = {
-    "cpu": Recipe((64, 128, 192), 128, 4, scenes=60_000, vae_steps=4_000, vae_batch=16, steps=40_000, batch=32),
+    "cpu": Recipe((64, 128, 192), 128, 4, scenes=60_000, vae_steps=4_000, vae_batch=16, steps=9_000, batch=32),
     "gpu": Recipe((64, 128, 192), 128, 4, scenes=400_000, vae_steps=20_000, vae_batch=64, steps=60_000, batch=256),
-    "test": Recipe((32, 64, 96), 32, 2, scenes=64, vae_steps=4, vae_batch=4, steps=4, batch=4, warmup=2),
+    "test": Recipe(
+        (32, 64, 96), 32, 2, scenes=64, vae_steps=4, vae_batch=4, steps=4, batch=4, warmup=2, precision="no"
+    ),
 }
 
 
 class Budget:
-    """Tells when a run has used up its minutes or its steps (None: any number)."""
+    """Tells when a run has used up its minutes or its steps (None: any number), and logs all runs' minutes."""
 
-    def __init__(self, minutes: float | None, steps: int | None) -> None:
+    def __init__(self, minutes: float | None, steps: int | None, log: Path) -> None:
         self._start, self._minutes, self._steps = time.monotonic(), minutes, steps
+        self._log, self._earlier = log, json.loads(log.read_text()) if log.is_file() else []
 
     @property
     def minutes(self) -> float:
@@ -92,6 +96,9 @@ class Budget:
         if self._steps is not None:
             self._steps -= 1
         return (self._steps is None or self._steps >= 0) and (self._minutes is None or self.minutes < self._minutes)
+
+    def record(self) -> None:
+        self._log.write_text(json.dumps([*self._earlier, round(self.minutes, 1)]))
 
 
 def pictures(recipe: Recipe, out: Path) -> tuple[np.ndarray, list[str]]:
@@ -127,18 +134,25 @@ def build(recipe: Recipe, captions: list[str]) -> Any:
     )
 
 
+def rate_at(step: int, count: int, warmup: int) -> float:
+    """Share of the learning rate: rises over ``warmup`` steps, falls linearly to 0 over the last fifth of ``count``."""
+    return min(1.0, (step + 1) / warmup, max(0.0, 5 * (1 - step / count)))
+
+
 class Training:
     """Steps of one model with everything that a resumed run needs: optimiser, averages, position, losses."""
 
-    def __init__(self, name: str, model: nn.Module, rate: float, warmup: int, decay: float, out: Path) -> None:
-        self.accelerator = Accelerator(mixed_precision="bf16")
-        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / warmup))
+    def __init__(self, name: str, model: nn.Module, recipe: Recipe, rate: float, count: int, out: Path) -> None:
+        self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_at(step, count, recipe.warmup))
         self.model, self.optimiser, self.schedule = self.accelerator.prepare(model, optimiser, schedule)
-        self.average = EMAModel(model.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
+        self.average = EMAModel(
+            model.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75, foreach=True
+        )
         self.average.to(self.accelerator.device)
         self.losses: list[float] = []
-        self._out, self._name = out, name
+        self._out, self._name, self._count = out, name, count
         self.accelerator.register_for_checkpointing(self.average)
         if self._log.is_file():
             self.accelerator.load_state(str(self._checkpoint))
@@ -152,15 +166,20 @@ class Training:
     def _log(self) -> Path:
         return self._out / f"{self._name}-losses.json"
 
-    def steps(self, count: int, budget: Budget) -> Iterator[int]:
+    @property
+    def finished(self) -> bool:
+        return len(self.losses) >= self._count
+
+    def steps(self, budget: Budget) -> Iterator[int]:
         """Positions still to do; saves every 500 steps and at the end."""
-        with tqdm(total=count, initial=len(self.losses), desc=self._name) as bar:
-            while len(self.losses) < count and budget.spend():
+        with tqdm(total=self._count, initial=len(self.losses), desc=self._name) as bar:
+            while not self.finished and budget.spend():
                 yield len(self.losses)
                 bar.update()
                 bar.set_postfix(loss=f"{np.mean(self.losses[-100:]):.4f}")
                 if len(self.losses) % 500 == 0:
                     self.save()
+                    budget.record()
         self.save()
 
     def step(self, loss: Tensor) -> None:
@@ -201,9 +220,9 @@ class Autoencoding(nn.Module):
 
 def train_vae(recipe: Recipe, vae: nn.Module, images: np.ndarray, out: Path, budget: Budget) -> bool:
     """-> whether it is finished; then ``vae`` holds the averaged weights and its latents have a deviation of 1."""
-    training = Training("vae", Autoencoding(vae), recipe.vae_learning_rate, recipe.warmup, recipe.ema_decay, out)
+    training = Training("vae", Autoencoding(vae), recipe, recipe.vae_learning_rate, recipe.vae_steps, out)
     device = training.accelerator.device
-    for step in training.steps(recipe.vae_steps, budget):
+    for step in training.steps(budget):
         rng = np.random.default_rng([DATA_SEED, 1, step])
         chosen = np.sort(rng.choice(len(images), recipe.vae_batch, replace=False))
         batch = to_pixels(images[chosen])
@@ -212,7 +231,7 @@ def train_vae(recipe: Recipe, vae: nn.Module, images: np.ndarray, out: Path, bud
             top, left = rng.integers(0, SIDE // 2 + 1, 2)
             batch = batch[..., top : top + SIDE // 2, left : left + SIDE // 2]
         training.step(training.model(batch.to(device)))
-    if len(training.losses) < recipe.vae_steps:
+    if not training.finished:
         return False
     training.averaged()
     with torch.no_grad():
@@ -220,8 +239,8 @@ def train_vae(recipe: Recipe, vae: nn.Module, images: np.ndarray, out: Path, bud
         latents = vae.encode(sample).latent_dist.mode()
         vae.register_to_config(scaling_factor=1 / float(latents.std()))
         made = vae.decode(latents[:8]).sample
-    show = [to_picture(x) for pair in zip(sample[:8], made, strict=False) for x in pair]
-    make_image_grid(show, rows=len(show) // 4, cols=4, resize=128).save(out / "vae.png")
+    pairs = [to_picture(x) for pair in zip(sample[:8], made, strict=False) for x in pair]
+    make_image_grid(pairs, rows=len(pairs) // 4, cols=4, resize=128).save(out / "vae.png")
     return True
 
 
@@ -257,7 +276,7 @@ def latents_of(vae: nn.Module, images: np.ndarray, out: Path, device: torch.devi
 def train_unet(recipe: Recipe, pipe: Any, latents: Tensor, captions: list[str], out: Path, budget: Budget) -> None:
     noise_schedule = pipe.scheduler
     ids = pipe.tokenizer(["", *captions], padding="max_length", max_length=77, return_tensors="pt").input_ids
-    training = Training("unet", Denoising(pipe), recipe.learning_rate, recipe.warmup, recipe.ema_decay, out)
+    training = Training("unet", Denoising(pipe), recipe, recipe.learning_rate, recipe.steps, out)
     device = training.accelerator.device
     if device.type == "cpu":
         # PyTorch's fused attention has a slow backward pass there.
@@ -266,7 +285,7 @@ def train_unet(recipe: Recipe, pipe: Any, latents: Tensor, captions: list[str], 
     training.model.train()
     total = noise_schedule.config.num_train_timesteps
     snr = compute_snr(noise_schedule, torch.arange(total))
-    for step in training.steps(recipe.steps, budget):
+    for step in training.steps(budget):
         rng = np.random.default_rng([DATA_SEED, 2, step])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         chosen = torch.from_numpy(rng.choice(len(latents), recipe.batch, replace=False))
@@ -372,8 +391,8 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write the pipeline (float16) here once the autoencoder is trained")
     arguments = parser.parse_args()
     recipe, out = RECIPES[arguments.preset], arguments.out
-    budget = Budget(arguments.minutes, arguments.stop_after)
     out.mkdir(parents=True, exist_ok=True)
+    budget = Budget(arguments.minutes, arguments.stop_after, out / "minutes.json")
 
     images, captions = pictures(recipe, out)
     set_seed(DATA_SEED)
@@ -385,9 +404,7 @@ def main() -> None:
         latents = latents_of(pipe.vae, images, out, pipe.vae.device)
         train_unet(recipe, pipe, latents, captions, out, budget)
 
-    log = out / "minutes.json"
-    earlier = json.loads(log.read_text()) if log.is_file() else []
-    log.write_text(json.dumps([*earlier, round(budget.minutes, 1)]))
+    budget.record()
     if arguments.export and finished:
         export(recipe, pipe, arguments.export, out)
 

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, and each backend with the reason where it is missing")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="the embedded model, stock against patched: images, seconds, PSNR, plan")
+    demo = commands.add_parser("demo", help="the tiny pipeline, stock against patched: images, seconds, PSNR, plan")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for grid.png and demo.json")
     demo.add_argument("--steps", type=_positive, default=50)
     demo.add_argument("--seeds", type=_positive, default=2, help="how many seeds per prompt")
@@ -138,8 +138,8 @@ def _progress() -> Progress:
 def _demo(arguments: argparse.Namespace) -> int:
     from . import demo, models
 
-    with console.status("loading the embedded model"):
-        pipe = models.embedded_pipeline()
+    with console.status("building the tiny pipeline"):
+        pipe = models.tiny_pipeline("sd")
     pipe.set_progress_bar_config(disable=True)
     seeds = range(arguments.seeds)
     images = 1 + 2 * len(demo.PROMPTS) * len(seeds)
@@ -155,11 +155,12 @@ def _demo(arguments: argparse.Namespace) -> int:
         )
     grid, numbers = arguments.out / "grid.png", arguments.out / "demo.json"
     demo.draw_grid(results, grid)
-    demo.write_json(results, numbers, steps=arguments.steps, preset=arguments.preset, model="the embedded model")
+    demo.write_json(results, numbers, steps=arguments.steps, preset=arguments.preset, model="tiny sd, random weights")
 
     console.print(str(report), highlight=False)
     console.print(str(report.plan(report.last_run.total)), highlight=False)
     console.print(_comparison_table(results))
+    console.print("The weights are random: the pictures show how close the two are, and nothing about quality.")
     console.print(f"written: {grid}, {numbers}", highlight=False, soft_wrap=True)
     return 0
 

@@ -20,7 +20,11 @@ from .patch import PatchReport, patched
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PROMPTS = ("a green star wearing a hat", "a yellow square and a blue ring", "a red triangle above a dotted purple circle")
+PROMPTS = (
+    "a green star wearing a hat",
+    "a yellow square and a blue ring",
+    "a red triangle above a dotted purple circle",
+)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class EncoderPropagation:
         parallel: decode all steps up to the next key step as one batch; False decodes one step at a time.
         max_parallel: most steps decoded in one batch (memory grows with it); None: ``DEFAULT_MAX_PARALLEL`` of the
             device.
+        share_skips: compute what depends on the encoder's features alone once for all steps that share them (exact).
         prior_noise: strength of the initial noise that is added back to the latents in the second half of the
             schedule; the paper uses 0.003.  None: off.
 
@@ -58,12 +59,14 @@ class EncoderPropagation:
     key_steps: Iterable[int] | int | Callable[[int, int], bool] | None = None
     parallel: bool = True
     max_parallel: int | None = None
+    share_skips: bool = True
     prior_noise: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key_steps", _checked_key_steps(self.key_steps))
-        if not isinstance(self.parallel, bool):
-            raise TypeError(f"parallel must be True or False, got {self.parallel!r}")
+        for name in ("parallel", "share_skips"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.max_parallel is not None and _as_int("max_parallel", self.max_parallel) < 1:
             raise ValueError(f"max_parallel must be at least 1 (or None), got {self.max_parallel}")
         if self.prior_noise is not None:

@@ -39,6 +39,7 @@ class RunStats:
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
         forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
         decode_batches: sizes of the decoder batches, in order.
+        unshared: up-resnets whose skip parts were computed at every step, with the reason.
         text_keys: how often an attn2 layer's text keys and values were "computed" and "reused".
     """
 
@@ -48,6 +49,7 @@ class RunStats:
     stock: int = 0
     forced: int = 0
     decode_batches: list[int] = field(default_factory=list)
+    unshared: dict[str, str] = field(default_factory=dict)
     text_keys: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
 
@@ -57,7 +59,8 @@ class RunStats:
             f"of {self.total}; decoder batches {self.decode_batches}; text keys and values computed "
             f"{self.text_keys['computed']} times, reused {self.text_keys['reused']} times"
         )
-        return "\n  ".join([text, *self.reasons])
+        unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())
+        return "\n  ".join([text, *self.reasons, *unshared])
 
 
 class Settings:
@@ -279,7 +282,9 @@ class _Run:
 
     def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int) -> None:
         together = self.plan.batch(order)
-        outputs = split.decode(unet, self._features, call, self.timesteps()[together.start : together.stop])
+        times = self.timesteps()[together.start : together.stop]
+        unshared = self.stats.unshared.__setitem__ if self.settings[0].propagation.share_skips else None
+        outputs = split.decode(unet, self._features, call, times, unshared)
         self._queue.update(zip(together, outputs, strict=True))
         self.stats.decode_batches.append(len(together))
         if together.stop == self.plan.segment_end(order):

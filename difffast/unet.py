@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, decoder
 from .ops import repeat_batch
 
 _ENCODER = ("conv_in", "down_blocks", "mid_block")
@@ -50,6 +50,27 @@ class Features:
         if repeats > 1:
             return tile(self.outputs, self.batch, repeats)
         return {name: tree_map(torch.clone, out) if name == "mid_block" else out for name, out in self.outputs.items()}
+
+    @functools.cached_property
+    def shared(self) -> decoder.SharedSkips:
+        """The skips, for decodes that share what depends on them alone."""
+        blocks = [out[1] for name, out in self.outputs.items() if name.startswith("down_blocks.")]
+        return decoder.SharedSkips([self.outputs["conv_in"], *(skip for block in blocks for skip in block)])
+
+    def without_channels(self, repeats: int) -> Mapping[str, Any]:
+        """The outputs for up blocks that know the skips: those for ``repeats`` time steps but without channels.
+
+        The last skip meets the bottleneck, which is not repeated yet.
+        """
+        last = self.shared.skips[-1]
+
+        def empty(skip: Tensor) -> Tensor:
+            return skip.new_empty((self.batch * (1 if skip is last else repeats), 0, *skip.shape[2:]))
+
+        return {
+            name: (out[0], tree_map(empty, out[1])) if name.startswith("down_blocks.") else out
+            for name, out in self.outputs.items()
+        } | {"conv_in": empty(self.outputs["conv_in"])}
 
 
 def bind(unet: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +137,13 @@ def encode(unet: nn.Module, call: Mapping[str, Any]) -> Features:
     return Features(outputs, call["sample"].shape[0])
 
 
-def decode(unet: nn.Module, features: Features, call: Mapping[str, Any], timesteps: Tensor) -> tuple[Tensor, ...]:
+def decode(
+    unet: nn.Module,
+    features: Features,
+    call: Mapping[str, Any],
+    timesteps: Tensor,
+    unshared: Callable[[str, str], None] | None = None,
+) -> tuple[Tensor, ...]:
     """Run the decoder half for one or several time steps as one batch.
 
     The batch is batch-major (all time steps of the first sample, then of the second, ...), so that layers which
@@ -127,6 +154,8 @@ def decode(unet: nn.Module, features: Features, call: Mapping[str, Any], timeste
         features: from :func:`encode`.
         call: the arguments of the call; ``sample`` gives shape, dtype and device, its values are never read.
         timesteps: [k], the time of each step to decode.
+        unshared: given, what depends on the skips alone is computed once for all decodes of these features
+            (:mod:`difffast.decoder`), and it is told (name, reason) of what cannot.
 
     Returns:
         k tensors [B, C_out, H, W]: what ``unet.forward`` returns for each time step, given these features.
@@ -135,12 +164,20 @@ def decode(unet: nn.Module, features: Features, call: Mapping[str, Any], timeste
         ValueError: a conditioning tensor cannot be repeated over the steps.
     """
     batch, repeats = features.batch, timesteps.numel()
-    outputs = features.tiled(repeats)
+    children: dict[str, Any] = {}
+    reason = "" if unshared is None else decoder.obstacle(unet, call)
+    if reason is None:
+        outputs = features.without_channels(repeats)
+        children["up_blocks"] = decoder.up_blocks(unet, features.shared, repeats, _view, unshared)
+    else:
+        outputs = features.tiled(repeats)
+        if reason:
+            unshared("up_blocks", reason)
 
     def replay(name: str, _child: nn.Module) -> Callable[..., Any]:
         return lambda *_args, **_kwargs: outputs[name]
 
-    view = _view(unet, _stand_ins(unet, _ENCODER, replay))
+    view = _view(unet, {**_stand_ins(unet, _ENCODER, replay), **children})
     conditioning = {name: value for name, value in call.items() if name not in ("sample", "timestep", *_ENCODER_ONLY)}
     if repeats > 1:
         tiled = tile(conditioning, batch, repeats)

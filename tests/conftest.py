@@ -45,3 +45,12 @@ def pipe64(_built):
 def inpaint_pipe64(_built_inpaint):
     """The nine-channel inpainting layout in float64."""
     return copy.deepcopy(_built_inpaint).to(dtype=torch.float64)
+
+
+@pytest.fixture
+def _nan_memory():
+    """Uninitialised memory is NaN (integers: their largest), whoever allocates it: Python or C++."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

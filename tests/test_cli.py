@@ -10,7 +10,7 @@ from difffast.demo import PROMPTS, psnr
 
 @pytest.fixture
 def small_demo(monkeypatch, pipe):
-    monkeypatch.setattr(difffast.models, "embedded_pipeline", lambda: pipe)
+    monkeypatch.setattr(difffast.models, "tiny_pipeline", lambda name: pipe)
 
 
 def test_info_names_versions_backends_and_pipelines(capsys):
@@ -51,7 +51,7 @@ def test_demo_writes_a_grid_and_the_numbers(small_demo, tmp_path, capsys):
     assert all(row["psnr_db"] > 20 and row["stock_s"] > 0 and row["patched_s"] > 0 for row in numbers["rows"])
     assert numbers["steps"] == 10
     text = capsys.readouterr().out
-    for word in ("speed-up", "PSNR", "6 of 10 steps run the encoder"):
+    for word in ("speed-up", "PSNR", "6 of 10 steps run the encoder", "weights are random"):
         assert word in text
 
 

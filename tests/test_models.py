@@ -41,6 +41,14 @@ def test_learned_merges_write_each_word_as_one_token():
     assert "".join(tokenizer.tokenize("zebra 猫")).startswith("zebra</w>")
 
 
+def test_the_same_words_give_the_same_merges():
+    # A resumed training depends on it: another order is another number for each word.
+    words = ["red", "rind", "ring", "redder"]
+    merges = learn_merges(words)
+    assert merges[:4] == [("i", "n"), ("r", "e"), ("r", "in"), ("d", "d")]  # twice, twice, twice, once
+    assert merges == learn_merges(reversed(words)) == learn_merges(words * 2)
+
+
 def test_saved_and_loaded_back(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = models.load_pipeline(tmp_path)

@@ -265,9 +265,12 @@ def test_cpu_offload_hooks(pipe64, kind, when):
     report = patch(pipe)
     if when == "after":
         offload()
-    assert torch.equal(latents(pipe), expected)
+    assert largest(latents(pipe), expected) <= LATENTS_FLOAT64
     assert report.last_run.propagated == 13
     assert report.last_run.stock == 0
+    # A layer whose weights are away cannot share its skip.
+    resnets = sum(len(block.resnets) for block in pipe.unet.up_blocks)
+    assert len(report.last_run.unshared) == (0 if kind == "model" else resnets)
     if kind == "model":
         # the whole UNet at the three lone key steps, an encoder at the other four, and every batch of decoders
         assert len(loads) == 3 + 4 + len(report.last_run.decode_batches)

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import bits, on_device_of
 
 LOG2_E = 1 / math.log(2)
 STATS = tl.constexpr(4)
@@ -248,9 +249,9 @@ def forward(
     argmin = maps.new_empty([batch, subjects], dtype=torch.int64)
     if batch:
         constants, options = forward_launch(n_tokens, maps.dtype)
-        with _device(maps):
+        with on_device_of(maps):
             forward_kernel[(batch,)](
-                maps, loss, shares, stats, argmin, *maps.stride(), *_bits(anchors), subjects, pixels, n_tokens,
+                maps, loss, shares, stats, argmin, *maps.stride(), *bits(anchors), subjects, pixels, n_tokens,
                 LOG2_E / tau, eps, weight, int(detach_min), **constants, **options,
             )  # fmt: skip
     return loss, shares, stats, argmin
@@ -277,27 +278,15 @@ def backward(
     grad = maps.new_empty(maps.shape)
     if batch:
         constants, options = backward_launch(n_tokens, maps.dtype)
-        with _device(maps):
+        with on_device_of(maps):
             backward_kernel[(triton.cdiv(pixels, constants["ROWS"]), batch)](
-                grad_loss, maps, shares, stats, argmin, grad, *grad_loss.stride(), *maps.stride(), *_bits(anchors),
+                grad_loss, maps, shares, stats, argmin, grad, *grad_loss.stride(), *maps.stride(), *bits(anchors),
                 len(anchors), pixels, columns, n_tokens, LOG2_E / tau, eps, weight, 1 / tau, **constants, **options,
             )  # fmt: skip
     return grad
 
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def _bits(anchors: Sequence[int]) -> tuple[int, int]:
-    """Two signed 64-bit words with a bit for every anchor."""
-    bits = sum(1 << anchor for anchor in anchors)
-    low, high = bits & (2**64 - 1), bits >> 64
-    return low - ((low >> 63) << 64), high - ((high >> 63) << 64)
-
-
-def _device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def aot_cases(capability: int, quick: bool = False) -> Iterator[tuple]:

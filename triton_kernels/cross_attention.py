@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import bits, on_device_of
 
 LOG2_E = tl.constexpr(1 / math.log(2))
 
@@ -714,13 +715,6 @@ def _strides(x: Tensor, vector: int) -> tuple[int, int, int, int]:
     return b // vector, h // vector, n // vector, 1 if x.shape[3] == 1 else d
 
 
-def _bits(map_tokens: Sequence[int]) -> tuple[int, int]:
-    """Two signed 64-bit words with a bit for every chosen key."""
-    bits = sum(1 << token for token in map_tokens)
-    low, high = bits & (2**64 - 1), bits >> 64
-    return low - ((low >> 63) << 64), high - ((high >> 63) << 64)
-
-
 def _head_groups(batch: int, heads: int, queries: int) -> int:
     """Heads of one program that writes maps: all, unless too few programs would be left to fill a large GPU.
 
@@ -765,11 +759,11 @@ def forward(
     if out.numel():
         constants, options = forward_launch(d, n_keys, q.dtype, n_maps > 0)
         vector = _vector(q, k, v)
-        with _device(q):
+        with on_device_of(q):
             forward_kernel[(triton.cdiv(queries, constants["BLOCK"]) * groups, batch)](
                 q, k, v, out, maps,
                 *_strides(q, vector), *_strides(k, vector), *_strides(v, vector),
-                scale * LOG2_E.value, sink, *_bits(map_tokens), n_maps, heads, queries, n_keys, batch // k.shape[0],
+                scale * LOG2_E.value, sink, *bits(map_tokens), n_maps, heads, queries, n_keys, batch // k.shape[0],
                 group, VECTOR=vector, **constants, **options,
             )  # fmt: skip
     return out.transpose(1, 2), _summed(maps)
@@ -817,8 +811,8 @@ def backward(
     # A pointer that a kernel does not follow: an operand that is there anyway.
     inputs = (grad_out if with_out else q, grad_maps if with_maps else statistics, q, k, v, statistics)
     scales = (scale, scale * LOG2_E.value)
-    rest = (*_bits(map_tokens), heads, queries, n_keys, batch // key_batch)
-    with _device(q):
+    rest = (*bits(map_tokens), heads, queries, n_keys, batch // key_batch)
+    with on_device_of(q):
         constants, options = backward_q_launch(d, n_keys, q.dtype, with_out, with_maps)
         backward_q_kernel[(triton.cdiv(queries, constants["BLOCK"]) * heads, batch)](
             *inputs, dq if need_q else q, *strides, *scales, sink, *rest,
@@ -846,11 +840,6 @@ def backward(
 def _summed(parts: Tensor) -> Tensor:
     """parts [n, ...] summed over n, without a launch when there is one."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
-
-
-def _device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def aot_cases(capability: int, quick: bool = False) -> Iterator[tuple]:

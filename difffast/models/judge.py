@@ -16,13 +16,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..demo import psnr
+from .likeness import HUES, LIGHTNESS, STRENGTH, pixels_of
 from .shapes import COLOURS, PARTS, SHAPES, SIDE, Scene, Thing, draw_scene, holds, render
 
-__all__ = ["Found", "Verdict", "accuracy", "degrade", "detect", "distance", "features", "frechet"]
-__all__ += ["judge", "psnr", "summary"]
-
-#: The least IoU at which a thing has a shape: more for those that blobs are like, less for those that a blur wears down.
+#: The least IoU at which a thing has a shape: more for those that blobs are like, less for those that blurs wear down.
 MIN_SCORE = {"circle": 0.83, "square": 0.83, "triangle": 0.77, "star": 0.72, "cross": 0.74, "ring": 0.72}
 _MIN_AREA = 0.006  # of the picture; the smallest thing drawn covers 0.017
 _RADII = 0.08, 0.34  # of what can have a shape; those drawn are 0.12 to 0.26
@@ -30,12 +27,6 @@ _MIN_TEXTURE = 0.1  # amplitude of the shade; 0.28 as drawn
 _MIN_PART = 0.4  # share of a part's place that is black
 _CELL = 0.1  # a template's resolution, in radii
 _CELLS, _PART_CELLS = 24, 32  # a template's side: of a shape's, and with room for a hat
-
-_RGB = np.array(list(COLOURS.values())) / 255
-_LIGHTNESS = _RGB.mean(1)
-_CHROMA = _RGB - _LIGHTNESS[:, None]
-_STRENGTH = np.linalg.norm(_CHROMA, axis=1)
-_HUES = _CHROMA / _STRENGTH[:, None]
 
 
 @dataclass(frozen=True)
@@ -97,35 +88,23 @@ def detect(image: Image.Image | np.ndarray) -> tuple[Found, ...]:
     Raises:
         ValueError: an array of another shape or type, or a picture that is not square.
     """
-    layers = _layers(_pixels(image))
-    things: list[tuple[np.ndarray, _Fit]] = []
-    for mask in _components(np.where(layers.colour > 0.5, layers.hue, -1)):
-        fit = _fit(layers, mask)
+    layers = _layers(pixels_of(image))
+    masks = _components(np.where(layers.colour > 0.5, layers.hue, -1))
+    waiting, things = [(mask, _fit(layers, mask)) for mask in masks], []
+    while waiting:
+        mask, fit = waiting.pop(0)
         for i, (other, other_fit) in enumerate(things):
-            # A generated thing may be in two colours, or torn: fragments that fit better together are one.
-            if (_grown(mask) & _grown(other)).any():
+            # A generated thing may be in two colours with a seam of a third, or torn: what fits as well as one is one.
+            if (_grown(_grown(mask)) & _grown(other)).any():
                 joined = _fit(layers, mask | other)
-                if joined.lead > max(fit.lead, other_fit.lead):
-                    things[i] = mask | other, joined
+                if joined.lead > max(fit.lead, other_fit.lead) - 0.02:
+                    del things[i]
+                    waiting.insert(0, (mask | other, joined))
                     break
         else:
             things.append((mask, fit))
+    things.sort(key=lambda thing: -thing[0].sum())
     return tuple(_found(layers, mask, fit) for mask, fit in things)
-
-
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """[SIDE, SIDE, 3], float64 in 0..1."""
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-            raise ValueError(f"image must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
-        image = Image.fromarray(array)
-    if image.width != image.height:
-        raise ValueError(f"image must be square, got {image.width}x{image.height}")
-    if image.width != SIDE:
-        resampling = Image.Resampling.BOX if image.width > SIDE else Image.Resampling.BILINEAR
-        image = image.resize((SIDE, SIDE), resampling)
-    return np.asarray(image.convert("RGB")) / 255
 
 
 @dataclass(frozen=True)
@@ -143,9 +122,9 @@ def _layers(pixels: np.ndarray) -> _Layers:
     lightness = pixels.mean(2)
     chroma = pixels - lightness[..., None]
     # The neighbours have their say in the hue, or noise would push the background's pixels towards some colour.
-    hue = (_smooth(chroma) @ _HUES.T).argmax(2)
-    lit = (chroma * _HUES[hue]).sum(2) / _STRENGTH[hue]
-    covered = 1 - (lightness - lit * _LIGHTNESS[hue]) / _background(lightness, chroma)
+    hue = (_smooth(chroma) @ HUES.T).argmax(2)
+    lit = (chroma * HUES[hue]).sum(2) / STRENGTH[hue]
+    covered = 1 - (lightness - lit * LIGHTNESS[hue]) / _background(lightness, chroma)
     shade = lit / np.maximum(covered, 0.1)
     colour = np.clip((shade - 0.15) / 0.25, 0, 1) * np.clip(covered, 0, 1)
     return _Layers(colour, np.clip(covered - colour, 0, 1), shade, hue)
@@ -217,25 +196,30 @@ def _fit(layers: _Layers, mask: np.ndarray) -> _Fit:
         cells = _template(shape)
         radius = math.sqrt(colour.sum() / cells.sum()) / _CELL
         below = (cells.sum(1) @ _edges(_CELLS)[:-1] / cells.sum() + _CELL / 2) * radius
-        fits.append(_search(planes, _Fit(shape, x, y - below, radius), 0.12))
-    fits.sort(key=lambda fit: -fit.lead)
-    best = max((_search(planes, _search(planes, fit, 0.06), 0.03) for fit in fits[:3]), key=lambda fit: fit.lead)
+        fits.append(_search(planes, _Fit(shape, x, y - below, radius), 0.12, stretches=(1.0,)))
+    fits = sorted(fits, key=lambda fit: -fit.lead)[:3]
+    for step in (0.06, 0.03):
+        fits = [_search(planes, fit, step, stretches=(1 - step, 1.0, 1 + step)) for fit in fits]
+    best = max(fits, key=lambda fit: fit.lead)
     return replace(best, x=best.x + left, y=best.y + top)
 
 
-def _search(planes: np.ndarray, start: _Fit, step: float) -> _Fit:
-    """The best of 27 places and radii; ``planes`` are colour and black, [2, H, W].  What black hides does not count."""
+def _search(planes: np.ndarray, start: _Fit, step: float, stretches: Sequence[float]) -> _Fit:
+    """The best of 3x3 places at some radii; ``planes`` are colour and black, [2, H, W].
+
+    What black hides does not count.
+    """
     template = _template(start.shape)
     moves = np.array((-step, 0, step))
     best = start
-    for radius in start.radius * (1 + moves):
+    for radius in (start.radius * stretch for stretch in stretches):
         ys, xs = start.y + moves * radius, start.x + moves * radius
         # Every place down at once with every place to the right: [2, 3 * _CELLS, 3 * _CELLS].
         sampled = _sampler(ys, radius, planes.shape[1]) @ planes @ _sampler(xs, radius, planes.shape[2]).T
         colour, black = sampled.reshape(2, 3, _CELLS, 3, _CELLS).swapaxes(2, 3)
-        colour = _sharp(colour)
-        both, either = (((1 - black) * of(colour, template)).sum((2, 3)) for of in (np.minimum, np.maximum))
-        scores = both / np.maximum(either, 1e-9)
+        colour, seen = _sharp(colour), 1 - black
+        both = (seen * np.minimum(colour, template)).sum((2, 3))
+        scores = both / np.maximum((seen * (colour + template)).sum((2, 3)) - both, 1e-9)
         i, j = np.unravel_index(scores.argmax(), scores.shape)
         if scores[i, j] > best.score:
             best = _Fit(start.shape, xs[j], ys[i], radius, scores[i, j])
@@ -309,11 +293,14 @@ def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
     """What a picture shows of a scene's caption; where things are matters only as far as a relation was said.
 
     Raises:
-        ValueError: see :func:`detect`; or the scene has no thing, or two of one shape, which cannot be told apart.
+        ValueError: see :func:`detect`; or the scene has no thing, two of one shape, which cannot be told apart, or a
+            relation without two things.
     """
     things = scene.things
     if not things or len({thing.shape for thing in things}) < len(things):
         raise ValueError(f"things must be of different shapes, and one at least, got {[t.shape for t in things]}")
+    if scene.relation is not None and len(things) != 2:
+        raise ValueError(f"only two things can be in a relation, got {len(things)}")
     found = detect(image)
     matches = [_match(thing, found) for thing in things]
     pairs = [(_looks(thing), _looks(match)) for thing, match in zip(things, matches, strict=True) if match]
@@ -341,13 +328,12 @@ def _looks(thing: Thing | Found) -> tuple[str, str, str | None]:
 def _match(thing: Thing, found: Sequence[Found]) -> Found | None:
     """The one found of the thing's shape; of several, the one most like it, colour first."""
     same = [f for f in found if f.shape == thing.shape]
-    return max(
-        same, key=lambda f: (*map(str.__eq__, map(str, _looks(f)), map(str, _looks(thing))), f.score), default=None
-    )
+    own = _looks(thing)
+    return max(same, key=lambda f: ([a == b for a, b in zip(_looks(f), own, strict=True)], f.score), default=None)
 
 
-def _leaks(own: tuple, seen: tuple, things: Sequence[Thing]) -> bool:
-    """Whether something seen is not the thing's own but said of another, which it then must be of."""
+def _leaks(own: tuple[str | None, ...], seen: tuple[str | None, ...], things: Sequence[Thing]) -> bool:
+    """Whether something seen is not the thing's own, but said of another."""
     said = [{look for look in looks if look not in ("plain", None)} for looks in zip(*map(_looks, things), strict=True)]
     return any(b != a and b in words for a, b, words in zip(own, seen, said, strict=True))
 
@@ -379,58 +365,6 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
     }
 
 
-def features(image: Image.Image | np.ndarray) -> np.ndarray:
-    """What is where, roughly: float64 [160], each 0 to 1, for :func:`distance` and :func:`frechet`.
-
-    In each of 4x4 cells: the share of each colour, softly assigned, and the lightness' mean and standard deviation.
-
-    Raises:
-        ValueError: see :func:`detect`.
-    """
-    pixels = _pixels(image)
-    lightness = pixels.mean(2, keepdims=True)
-    chroma = pixels - lightness
-    strength = np.linalg.norm(chroma, axis=2, keepdims=True)
-    alike = np.exp(30 * (chroma @ _HUES.T / np.maximum(strength, 1e-9) - 1))  # 1/10 for orange and yellow
-    shares = alike / alike.sum(2, keepdims=True) * np.minimum(strength / _STRENGTH, 1)
-    cells = np.concatenate((shares, lightness), 2).reshape(4, SIDE // 4, 4, SIDE // 4, -1)
-    return np.concatenate((cells.mean((1, 3)), cells[..., -1:].std((1, 3))), 2).ravel()
-
-
-def distance(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> float:
-    """How unlike two pictures look: the root mean square difference of their features, 0 (identical) to 1.
-
-    Raises:
-        ValueError: see :func:`detect`.
-    """
-    return float(np.sqrt(np.mean((features(a) - features(b)) ** 2)))
-
-
-def frechet(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features, [n, d] and [m, d] (arXiv:1706.08500).
-
-    Covariances may be singular, as with n <= d.  Few samples bias it upwards: compare only at equal n and m.
-
-    Raises:
-        ValueError: fewer than two samples, not 2-D, different d, or values that are not finite.
-    """
-    a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
-    for name, values in (("features_a", a), ("features_b", b)):
-        if values.ndim != 2 or len(values) < 2:
-            raise ValueError(f"{name} must be [samples, features] with at least 2 samples, got {list(values.shape)}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features_a and features_b must be equally long, got {a.shape[1]} and {b.shape[1]}")
-    cov_a, cov_b = (np.atleast_2d(np.cov(values, rowvar=False)) for values in (a, b))
-    # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), of a symmetric matrix; rounding may make eigenvalues negative.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    mixed = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    squared = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed
-    return max(0.0, float(squared))
-
-
 def degrade(image: Image.Image, rng: np.random.Generator, *, blur: float = 0.7, noise: float = 8.0) -> Image.Image:
     """A picture with a Gaussian blur and Gaussian noise, their sigmas in pixels and in steps of 1/255."""
     soft = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float64)
@@ -457,7 +391,8 @@ def accuracy(scenes: int = 2000, seed: int = 0, *, degraded: bool = False) -> di
         image = render(scene)
         seen = detect(degrade(image, rng) if degraded else image)
         pairs = [(thing, _match(thing, seen)) for thing in scene.things]
-        right = [(a, b) for a, b in pairs if b and a.colour == b.colour and _apart(a, b) < a.radius / 4]
+        near = ((a, b) for a, b in pairs if b and math.dist((a.x, a.y), (b.x, b.y)) < a.radius / 4)
+        right = [(a, b) for a, b in near if a.colour == b.colour]
         things += len(pairs)
         found += len(right)
         texture += sum(a.texture == b.texture for a, b in right)
@@ -465,7 +400,3 @@ def accuracy(scenes: int = 2000, seed: int = 0, *, degraded: bool = False) -> di
         extra += len(seen) - len(right)
     of_found = {"texture": texture / max(found, 1), "part": part / max(found, 1)}
     return {"things": things, "found": found / things, **of_found, "extra": extra / scenes}
-
-
-def _apart(a: Thing, b: Found) -> float:
-    return math.hypot(a.x - b.x, a.y - b.y)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,15 +49,27 @@ def clip_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> CLIPTokenizer:
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Merges that write every one of some lower-case ASCII words as one token: byte-pair encoding without a limit."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Merges that write every one of some lower-case ASCII words as one token: byte-pair encoding without a limit.
 
-    learner = Tokenizer(models.BPE(end_of_word_suffix=_END))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator(
-        sorted(set(words)), trainers.BpeTrainer(vocab_size=1 << 20, end_of_word_suffix=_END, show_progress=False)
-    )
-    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    The same words give the same merges; the trainer of ``tokenizers`` breaks ties as its hash maps please.
+    """
+    spelled = [[*word[:-1], word[-1] + _END] for word in sorted(set(words))]
+    merges = []
+    while pairs := Counter(pair for parts in spelled for pair in pairwise(parts)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = [_merge(parts, best) for parts in spelled]
+    return merges
+
+
+def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
 
 
 def _byte_alphabet() -> list[str]:

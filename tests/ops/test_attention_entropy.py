@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils import deterministic
 
 from difffast import ops
 from difffast.ops import _registry
@@ -63,15 +62,6 @@ def run_backend(backend, *arguments, **options):
 
 def weights(batch):
     return torch.linspace(-1, 2, batch, dtype=torch.float64)
-
-
-@pytest.fixture
-def _nan_memory():
-    """Uninitialised memory is NaN (integers: their largest), whoever allocates it: Python or C++."""
-    assert deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

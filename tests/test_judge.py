@@ -1,0 +1,359 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from difffast.models import judge as judging
+from difffast.models.judge import accuracy, degrade, detect, judge, summary
+from difffast.models.likeness import distance, features, frechet
+from difffast.models.shapes import COLOURS, PARTS, SHAPES, TEXTURES, Scene, Thing, draw_scene, render
+
+RED = Thing("circle", "red", x=0.25, y=0.5)
+BLUE = Thing("square", "blue", x=0.75, y=0.5)
+GREEN = Thing("star", "green", x=0.5, y=0.2, radius=0.13)
+
+
+def _scene(*things, relation=None, background="white"):
+    return Scene(things, background, "", relation)
+
+
+def _judge(prompt, shown):
+    return judge(render(shown), prompt)
+
+
+def _looks(found):
+    return [(f.shape, f.colour, f.texture, f.part) for f in found]
+
+
+# The detector.
+
+
+def _check(rates, *, found, texture, part, extra):
+    assert rates["found"] >= found
+    assert rates["texture"] >= texture
+    assert rates["part"] >= part
+    assert rates["extra"] <= extra
+
+
+def test_accuracy_on_drawn_scenes():
+    _check(accuracy(300, seed=7), found=0.995, texture=0.995, part=0.995, extra=0.005)
+
+
+def test_accuracy_on_degraded_scenes():
+    _check(accuracy(300, seed=8, degraded=True), found=0.99, texture=0.985, part=0.985, extra=0.01)
+
+
+def test_heavy_noise_hides_few_things():
+    rng = np.random.default_rng(5)
+    missed = 0
+    for _ in range(40):
+        scene = draw_scene(rng)
+        seen = {(f.shape, f.colour) for f in detect(degrade(render(scene), rng, noise=32))}
+        missed += sum((thing.shape, thing.colour) not in seen for thing in scene.things)
+    assert missed <= 4  # of 77
+
+
+@pytest.mark.parametrize("part", [None, "hat"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_squeezed_thing_keeps_its_shape(shape, part):
+    picture = render(_scene(Thing(shape, "green", part=part)), 256).resize((64, 52), Image.Resampling.BOX)
+    squeezed = Image.new("RGB", (64, 64), (250, 250, 250))
+    squeezed.paste(picture, (0, 4))
+    (found,) = detect(squeezed)
+    assert (found.shape, found.part) == (shape, part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degraded", [False, True])
+def test_accuracy_on_many_scenes(degraded):
+    rates = accuracy(2000, seed=9, degraded=degraded)
+    assert rates["things"] > 3000
+    _check(rates, found=0.995, texture=0.99, part=0.99, extra=0.005)
+
+
+def test_accuracy_counts_what_is_missed(monkeypatch):
+    monkeypatch.setattr(judging, "detect", lambda image: ())
+    rates = accuracy(5)
+    assert rates == {"things": rates["things"], "found": 0, "texture": 0, "part": 0, "extra": 0}
+    with pytest.raises(ValueError, match="scenes must be at least 1, got 0"):
+        accuracy(0)
+
+
+@pytest.mark.parametrize("background", ["white", "grey", "gradient"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_thing_is_found_with_all_it_has(shape, background):
+    for i, colour in enumerate(COLOURS):
+        thing = Thing(shape, colour, TEXTURES[i % 3], part=(None, *PARTS)[i // 3], x=0.45, y=0.55, radius=0.17)
+        (found,) = detect(render(_scene(thing, background=background)))
+        assert (found.shape, found.colour, found.texture, found.part) == (shape, colour, thing.texture, thing.part)
+        assert math.hypot(found.x - thing.x, found.y - thing.y) < 0.012
+        assert found.radius == pytest.approx(thing.radius, rel=0.06)
+        assert 0.85 < found.score <= 1
+
+
+def test_any_size_and_either_type_of_picture():
+    scene = draw_scene(np.random.default_rng(5), things=3)
+    small, large = detect(render(scene)), detect(render(scene, 128))
+    assert _looks(small) == _looks(large)
+    assert [f.x for f in small] == pytest.approx([f.x for f in large], abs=0.01)
+    assert detect(np.asarray(render(scene))) == small
+    assert detect(render(scene).convert("RGBA")) == small
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((64, 64, 3), np.float32), r"image must be uint8 \[H, W, 3\], got float32 \[64, 64, 3\]"),
+        (np.zeros((64, 64), np.uint8), r"image must be uint8 \[H, W, 3\], got uint8 \[64, 64\]"),
+        (np.zeros((64, 32, 3), np.uint8), "image must be square, got 32x64"),
+        (Image.new("RGB", (64, 32)), "image must be square, got 64x32"),
+    ],
+)
+def test_wrong_pictures(image, message):
+    with pytest.raises(ValueError, match=message):
+        detect(image)
+
+
+@pytest.mark.parametrize("grey", [0, 128, 168, 255])
+def test_nothing_is_found_in_a_blank_picture(grey):
+    assert detect(np.full((64, 64, 3), grey, np.uint8)) == ()
+
+
+def test_no_shape_is_found_in_noise():
+    rng = np.random.default_rng(0)
+    assert detect(rng.integers(0, 256, (64, 64, 3), np.uint8)) == ()
+    for _ in range(10):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        assert not any(f.shape for f in detect(coarse))
+
+
+def _drawn(*polygons):
+    image = Image.new("RGB", (256, 256), (250, 250, 250))
+    for colour, corners in polygons:
+        ImageDraw.Draw(image).polygon(corners, fill=COLOURS[colour])
+    return image.reduce(4)
+
+
+def _box(left, top, right, bottom):
+    return [(left, top), (right - 1, top), (right - 1, bottom - 1), (left, bottom - 1)]
+
+
+def test_a_blob_has_a_colour_but_no_shape():
+    blob = [(60, 90), (120, 60), (200, 80), (180, 120), (210, 170), (130, 150), (90, 200), (80, 140)]
+    for picture in (
+        _drawn(("green", blob)),
+        _drawn(("green", _box(60, 100, 200, 150))),
+        _drawn(("green", _box(0, 0, 256, 256))),
+    ):
+        (found,) = detect(picture)
+        assert (found.shape, found.colour) == (None, "green")
+
+
+def test_a_thing_in_two_colours_is_one_thing():
+    (found,) = detect(_drawn(("red", _box(80, 80, 144, 176)), ("blue", _box(144, 80, 176, 176))))
+    assert (found.shape, found.colour) == ("square", "red")
+
+
+def test_a_seam_of_a_third_colour_is_no_thing():
+    seamed = _drawn(
+        ("red", _box(80, 80, 120, 176)), ("purple", _box(120, 80, 136, 176)), ("blue", _box(136, 80, 176, 176))
+    )
+    (found,) = detect(seamed)
+    assert found.shape == "square"
+
+
+def test_two_things_that_touch_are_two():
+    found = detect(_drawn(("red", _box(30, 80, 120, 170)), ("blue", _box(120, 90, 190, 160))))
+    assert _looks(found) == [("square", "red", "plain", None), ("square", "blue", "plain", None)]
+
+
+def test_degrade_blurs_and_adds_noise():
+    rng = np.random.default_rng(0)
+    flat = Image.new("RGB", (64, 64), (128, 128, 128))
+    assert np.asarray(degrade(flat, rng), float).std() == pytest.approx(8, rel=0.05)
+    edge = np.asarray(degrade(render(_scene(RED)), rng, noise=0), float)
+    assert 2 < np.abs(edge - np.asarray(render(_scene(RED)))).max() < 200
+
+
+# Verdicts.
+
+
+def test_a_scene_shown_as_said():
+    scene = _scene(RED, replace(BLUE, texture="dotted", part="hat"), relation="to the left of")
+    verdict = _judge(scene, scene)
+    assert verdict == judging.Verdict(2, 2, 0, True, 1, 1, 1, 0, True)
+
+
+def test_swapped_colours_are_leaks():
+    verdict = _judge(_scene(RED, BLUE), _scene(replace(RED, colour="blue"), replace(BLUE, colour="red")))
+    assert (verdict.presence, verdict.binding, verdict.full_binding, verdict.leakage) == (1, 0, 0, 1)
+    assert verdict.count
+    assert verdict.extra == 0
+
+
+def test_a_colour_that_nobody_said_is_no_leak():
+    verdict = _judge(_scene(RED, BLUE), _scene(replace(RED, colour="green"), BLUE))
+    assert (verdict.presence, verdict.binding, verdict.leakage) == (1, 0.5, 0)
+
+
+@pytest.mark.parametrize("look", [{"texture": "striped"}, {"part": "boots"}])
+def test_a_texture_or_part_at_the_wrong_thing(look):
+    verdict = _judge(_scene(replace(RED, **look), BLUE), _scene(RED, replace(BLUE, **look)))
+    # The square leaks; the circle is only plain, or bare, which is said of nothing.
+    assert (verdict.presence, verdict.binding, verdict.full_binding, verdict.leakage) == (1, 1, 0, 0.5)
+
+
+def test_a_missing_thing():
+    verdict = _judge(_scene(RED, BLUE, relation="to the left of"), _scene(RED))
+    assert (verdict.presence, verdict.binding, verdict.leakage) == (0.5, 0.5, 0)
+    assert (verdict.count, verdict.extra, verdict.relation) == (False, 0, False)
+
+
+def test_an_extra_thing():
+    verdict = _judge(_scene(RED, BLUE), _scene(RED, BLUE, GREEN))
+    assert (verdict.presence, verdict.full_binding, verdict.extra, verdict.count) == (1, 1, 1, False)
+
+
+def test_another_shape_is_not_the_thing():
+    verdict = _judge(_scene(RED, BLUE), _scene(RED, replace(BLUE, shape="triangle")))
+    assert (verdict.presence, verdict.extra, verdict.count) == (0.5, 1, True)
+
+
+def test_of_two_of_one_shape_the_right_one_counts():
+    twice = _scene(replace(RED, colour="green", radius=0.2), replace(RED, x=0.75))
+    verdict = _judge(_scene(RED), twice)
+    assert (verdict.binding, verdict.extra, verdict.count) == (1, 1, False)
+
+
+def test_relations():
+    shown = _scene(RED, BLUE)
+    said = {
+        how: _judge(_scene(RED, BLUE, relation=how), shown).relation
+        for how in ("to the left of", "to the right of", "above")
+    }
+    assert said == {"to the left of": True, "to the right of": False, "above": False}
+    assert _judge(_scene(RED, BLUE), shown).relation is None
+    # Colours do not matter to it.
+    other = _scene(replace(RED, colour="pink"), BLUE)
+    assert _judge(_scene(RED, BLUE, relation="to the left of"), other).relation is True
+
+
+def test_a_blank_picture_and_noise_show_nothing():
+    scene = _scene(RED, BLUE, relation="above")
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    for picture in (np.full((64, 64, 3), 250, np.uint8), noise):
+        assert judge(picture, scene) == judging.Verdict(2, 0, 0, False, 0, 0, 0, None, False)
+
+
+def test_scenes_that_cannot_be_judged():
+    blank = np.full((64, 64, 3), 250, np.uint8)
+    with pytest.raises(ValueError, match="things must be of different shapes"):
+        judge(blank, _scene(RED, replace(RED, x=0.75)))
+    with pytest.raises(ValueError, match="and one at least, got"):
+        judge(blank, _scene())
+    with pytest.raises(ValueError, match="only two things can be in a relation, got 1"):
+        judge(blank, _scene(RED, relation="above"))
+
+
+def test_summary_weighs_things_alike():
+    whole = judging.Verdict(1, 1, 0, True, 1.0, 1.0, 1.0, 0.0, None)
+    part = judging.Verdict(3, 2, 1, True, 2 / 3, 1 / 3, 0.0, 0.5, False)
+    none = judging.Verdict(2, 0, 0, False, 0.0, 0.0, 0.0, None, True)
+    assert summary([whole, part, none]) == pytest.approx(
+        {
+            "pictures": 3,
+            "things": 6,
+            "presence": 3 / 6,
+            "binding": 2 / 6,
+            "full_binding": 1 / 6,
+            "leakage": 1 / 3,  # of the three things present
+            "relations": 2,
+            "relation": 1 / 2,
+            "count": 2 / 3,
+            "extra": 1 / 3,
+        }
+    )
+    alone = summary([replace(none, relation=None)])
+    assert alone["leakage"] is None
+    assert alone["relation"] is None
+    with pytest.raises(ValueError, match="at least one verdict"):
+        summary([])
+
+
+# Metrics of pairs and of sets.
+
+
+def test_features_say_what_is_where():
+    cells = features(np.full((64, 64, 3), 128, np.uint8)).reshape(4, 4, 10)
+    assert np.allclose(cells[..., :8], 0)
+    assert np.allclose(cells[..., 8], 128 / 255)
+    assert np.allclose(cells[..., 9], 0)
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[16:32, 48:] = COLOURS["cyan"]
+    cells = features(picture).reshape(4, 4, 10)
+    cyan = list(COLOURS).index("cyan")
+    assert cells[1, 3, cyan] > 0.99
+    assert np.delete(cells[..., :8].ravel(), (1 * 4 + 3) * 8 + cyan).max() < 0.01
+
+
+def test_distance_orders_pictures():
+    rng = np.random.default_rng(2)
+    picture, moved = render(_scene(RED)), render(_scene(replace(RED, x=0.75)))
+    recoloured = render(_scene(replace(RED, colour="orange")))
+    assert distance(picture, picture) == 0
+    assert distance(picture, moved) == distance(moved, picture)
+    noisy = distance(picture, degrade(picture, rng))
+    assert 0 < noisy < distance(picture, recoloured) / 3
+    assert noisy < distance(picture, moved) / 3
+    black, white = (np.full((64, 64, 3), grey, np.uint8) for grey in (0, 255))
+    assert distance(black, white) == pytest.approx(math.sqrt(1 / 10))  # the lightness is a tenth of the features
+
+
+def test_frechet_of_equal_sets_is_zero_even_when_singular():
+    rng = np.random.default_rng(0)
+    for n, d in ((500, 6), (5, 40), (2, 160)):
+        values = rng.standard_normal((n, d))
+        assert frechet(values, values) == pytest.approx(0, abs=1e-6)
+    assert frechet(np.zeros((3, 4)), np.zeros((2, 4))) == 0
+    pictures = np.stack([features(render(scene)) for scene in (_scene(RED), _scene(BLUE), _scene(GREEN))])
+    assert frechet(pictures, pictures) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_of_shifted_and_scaled_gaussians():
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((50, 5)) @ rng.standard_normal((5, 5))
+    shift = np.arange(5.0)
+    assert frechet(values, values + shift) == pytest.approx(shift @ shift)
+    # sqrt(A 9A) = 3A, so tr(A + 9A - 6A) = 4 tr A, besides the means.
+    mean = values.mean(0)
+    expected = 4 * np.trace(np.cov(values, rowvar=False)) + 4 * mean @ mean
+    assert frechet(values, 3 * values) == pytest.approx(expected)
+    # In one dimension: (mean difference)^2 + (deviation difference)^2.
+    a, b = rng.normal(0, 1, (30, 1)), rng.normal(2, 3, (40, 1))
+    assert frechet(a, b) == pytest.approx((a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2)
+
+
+def test_frechet_when_covariances_do_not_commute():
+    rng = np.random.default_rng(2)
+    a, b = (rng.standard_normal((200, 3)) @ rng.standard_normal((3, 3)) for _ in range(2))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real)  # of the product, which is not symmetric
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * roots.sum()
+    assert frechet(a, b) == pytest.approx(expected)
+    assert frechet(a, b) == pytest.approx(frechet(b, a))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (np.zeros((1, 4)), np.zeros((5, 4)), r"features_a must be .* at least 2 samples, got \[1, 4\]"),
+        (np.zeros((5, 4)), np.zeros(4), r"features_b must be .* at least 2 samples, got \[4\]"),
+        (np.zeros((5, 4)), np.zeros((5, 3)), "must be equally long, got 4 and 3"),
+        (np.zeros((5, 4)), np.full((5, 4), np.nan), "features_b must be finite"),
+    ],
+)
+def test_frechet_errors(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        frechet(a, b)

@@ -1,0 +1,21 @@
+"""What the launches of several kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def bits(columns: Sequence[int]) -> tuple[int, int]:
+    """Two signed 64-bit words with a bit for every one of the columns 0 .. 127."""
+    mask = sum(1 << column for column in columns)
+    low, high = mask & (2**64 - 1), mask >> 64
+    return low - ((low >> 63) << 64), high - ((high >> 63) << 64)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
