@@ -15,13 +15,13 @@ from .group_norm_silu import (
     apply,
     coefficients_kernel,
     coefficients_launch,
-    device,
     memory_format,
     moments,
     splits,
     sums_dtype,
     tiles,
 )
+from .launch import on_device_of
 
 
 def forward(
@@ -50,7 +50,7 @@ def forward(
     tile = tiles(channels, pixels, layout == torch.channels_last)
     parts, span = splits(batch, channels, pixels, tile)
     coefficients = hidden.new_empty(4, batch, channels, dtype=sums_dtype(hidden))
-    with device(hidden):
+    with on_device_of(hidden):
         weight, bias = weight.contiguous(), bias.contiguous()
         coefficients_kernel[(groups, batch)](
             moments(hidden, parts, span, tile), moments(skip, parts, span, tile), hidden, weight, bias, hidden, hidden,

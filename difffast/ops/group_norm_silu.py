@@ -255,8 +255,11 @@ def choose(operator: str, x: Tensor) -> str:
 
 def _loses(backend: str, x: Tensor) -> bool:
     """Whether a backend that could run is slower than the next (measured, bench/ops)."""
-    # Its exponential of doubles takes one at a time, PyTorch's a vector: 2.5 times slower in all.
-    return backend == "cpp" and x.dtype == torch.float64
+    if backend != "cpp":
+        return False
+    # Its exponential of doubles takes one at a time, PyTorch's a vector: 2.5 times slower in all.  And a call takes
+    # some 20 us, in which PyTorch has done small NCHW operands.
+    return x.dtype == torch.float64 or (x.numel() < 1 << 16 and memory_format(x) is torch.contiguous_format)
 
 
 _ARGUMENTS = (
