@@ -1,6 +1,6 @@
 """What approximations cost in pictures: the embedded model, stock and with every way to be faster, judged.
 
-    python bench/bench_fidelity.py --prompts 240 --out bench/results
+    python bench/bench_fidelity.py --prompts 200 --out bench/results
 
 Writes fidelity.json, fidelity.png and fidelity.svg.  Fewer stock steps are the honest control: an approximation has to
 be better than simply taking fewer steps.  An interrupted run goes on (--cache).
@@ -182,7 +182,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=240)
+    parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--model", type=Path, default=FOLDER, help="another export of bench/train_shapes.py")
     parser.add_argument("--out", type=Path, default=Path("out/fidelity"))
     parser.add_argument("--cache", type=Path, default=Path("out/fidelity"))

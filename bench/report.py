@@ -89,6 +89,19 @@ def entropy_table(results: Path = RESULTS) -> str:
     )
 
 
+def norm_table(results: Path = RESULTS) -> str:
+    """Microseconds of GroupNorm with SiLU; the C++ kernel against eager and compiled PyTorch."""
+    rows = ["| x | eager | torch.compile | C++ | faster than eager | than torch.compile |", "|---|---|---|---|---|---|"]
+    found = _measured(results, "group_norm_silu")
+    for info in found:
+        seconds = info["seconds"]
+        times = (f"{statistics.median(seconds[name]) * 1e6:.0f} us" for name in ("eager", "compiled", "cpp"))
+        ratios = (_quartiles(seconds, slow, "cpp") for slow in ("eager", "compiled"))
+        rows.append(f"| {info['case']} | {' | '.join((*times, *ratios))} |")
+    rounds = len(found[0]["seconds"]["cpp"])
+    return "\n".join([*rows, "", f"{_machine(found[0])}; {rounds} interleaved rounds, quartiles."])
+
+
 def fidelity_table(results: Path = RESULTS) -> str:
     """What every way to be faster costs in pictures, from ``fidelity.json`` (``bench/bench_fidelity.py``)."""
     record = json.loads((results / "fidelity.json").read_text())
@@ -136,6 +149,7 @@ TABLES = {
     "fidelity": fidelity_table,
     "attention": attention_table,
     "entropy": entropy_table,
+    "norms": norm_table,
 }
 
 

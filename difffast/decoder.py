@@ -12,7 +12,6 @@ theirs with stand-ins for norm1, conv1 and conv_shortcut, which work on views of
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import repeat_batch
+from .ops import group_norm_silu, repeat_batch, skip_norm_silu
+from .resnets import StandIn, is_plain, is_wrapped
 from .swap import plain_class
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SharedSkips:
@@ -65,25 +63,17 @@ def resnet_obstacle(resnet: nn.Module) -> str | None:
     """Why a resnet cannot share its skip, or None."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    if type(resnet) is not ResnetBlock2D or _is_wrapped(resnet):
+    if plain_class(resnet) is not ResnetBlock2D or is_wrapped(resnet):
         return f"the {type(resnet).__name__} is wrapped, or another class than ResnetBlock2D"
     if resnet.upsample is not None or resnet.downsample is not None:
         return "it resamples"
     for name, kind in (("norm1", nn.GroupNorm), ("conv1", nn.Conv2d), ("conv_shortcut", nn.Conv2d)):
         module = getattr(resnet, name)
-        plain = type(module) is kind and not _is_wrapped(module) and type(module.weight) is nn.Parameter
-        if not plain or module.weight.is_meta:
+        if not is_plain(module, kind):
             return f"{name} is wrapped, quantised, offloaded, or no plain {kind.__name__}"
         if kind is nn.Conv2d and (module.groups != 1 or module.padding_mode != "zeros"):
             return f"{name} is grouped, or padded with other than zeros"
     return None
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    own = vars(module)
-    # accelerate leaves the class's own method behind on the instance when its hooks go.
-    plain = own.get("forward") in (None, types.MethodType(type(module).forward, module))
-    return not plain or "parametrizations" in own["_modules"] or any(own[name] for name in _HOOKS)
 
 
 def up_blocks(
@@ -151,7 +141,7 @@ class _First(_Resnet):
 
         conv1, shortcut = self._shared.parts(self._name, self._resnet, make)
         stand_ins = {
-            "norm1": lambda x: x[:0],
+            "norm1": StandIn(self._resnet.norm1, lambda x, _: x[:0]),
             "conv1": lambda _: self._each(conv1),
             "conv_shortcut": lambda _: self._each(shortcut),
         }
@@ -173,16 +163,23 @@ class _Split(_Resnet):
             through = _convolve(shortcut, skip, slice(own, None), None)
             if groups == norm.num_groups:
                 return through.new_zeros(()), through
-            normed = _normalise(norm, skip[:, end - own :], slice(end, None), norm.num_groups - groups)
+            normed = F.group_norm(
+                skip[:, end - own :], norm.num_groups - groups, norm.weight[end:], norm.bias[end:], norm.eps
+            )
             return _convolve(conv, resnet.nonlinearity(normed), slice(end, None), None), through
 
         once, through = self._shared.parts(self._name, resnet, make)
 
-        def norm1(x: Tensor) -> Tensor:
-            return _normalise(norm, torch.cat([x, self._each(straddling)], 1) if end > own else x, slice(end), groups)
+        def norm_silu(x: Tensor, silu: bool) -> Tensor:
+            rest = (groups, norm.weight[:end], norm.bias[:end], norm.eps)
+            if silu and end > own:
+                return skip_norm_silu(x, straddling, *rest)[0]
+            if silu:
+                return group_norm_silu(x, *rest)
+            return F.group_norm(torch.cat([x, self._each(straddling)], 1) if end > own else x, *rest)
 
         stand_ins = {
-            "norm1": norm1,
+            "norm1": StandIn(norm, norm_silu),
             "conv1": lambda x: self._sum(_convolve(conv, x, slice(end), conv.bias), once),
             "conv_shortcut": lambda x: self._sum(_convolve(shortcut, x, slice(own), shortcut.bias), through),
         }
@@ -193,11 +190,6 @@ class _Split(_Resnet):
         if once.ndim:
             each.unflatten(0, (-1, self._repeats)).add_(once[:, None])
         return each
-
-
-def _normalise(norm: nn.GroupNorm, x: Tensor, channels: slice, groups: int) -> Tensor:
-    weight, bias = (None if p is None else p[channels] for p in (norm.weight, norm.bias))
-    return F.group_norm(x, groups, weight, bias, norm.eps)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, channels: slice, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import attention, ops
+from . import attention, ops, resnets
 from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
 from .propagation import Controller, RunStats, Settings
 from .swap import is_swapped, plain_class, swap_in, swap_out
@@ -129,6 +129,7 @@ def patch(
         if not is_swapped(unet):
             swap_in(unet, _unet_methods(unet))
         attention.install(unet)
+        resnets.install(unet)
         controller = _controller(unet)
         settings = Settings(pipe, config, fused, kind, force)
         if earlier is not None:
@@ -174,6 +175,7 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
         if _controller(done.unet).remove(done.settings):
             swap_out(done.unet)
             attention.uninstall(done.unet)
+            resnets.uninstall(done.unet)
         done.settings.release_schedulers()
         if done.compiled is not None and pipe.unet is done.unet:
             pipe.unet = done.compiled
@@ -269,10 +271,14 @@ def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool) -> Itera
         how = "decoders in parallel" if config.parallel else "decoders one at a time"
         yield "unet calls", f"encoder propagation, {how}"
         yield "repeat_batch", "C++ on the CPU" if ops.missing("cpp") is None else "PyTorch reference"
+    weight = next(unet.parameters())
     layers = attention.layers_of(unet)
     if fused and layers:
-        weight = next(unet.parameters())
         backend = ops.default_backend("cross_attention", weight.device, weight.dtype)
         yield f"attn2 ({len(layers)} layers)", f"cross_attention ({backend}), text keys and values once a prompt"
+    layers = resnets.resnets_of(unet)
+    backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
+    if fused and layers and backend != "reference":
+        yield f"resnets ({len(layers)} layers)", f"group_norm_silu ({backend})"
     if config.prior_noise:
         yield "scheduler.step", f"prior noise injection, alpha = {config.prior_noise}"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from . import attention
+from . import attention, resnets
 from . import unet as split
 from .conditioning import Conditioning
 from .plan import MIN_STEPS, EncoderPropagation, Plan
@@ -152,7 +152,8 @@ class Controller:
             run.note_stock(reason)
             return stock(*args, **kwargs)
         try:
-            sample = run.answer(unet, call, text, run.order(timestep), lambda: stock(*args, **kwargs)[0])
+            with resnets.fused(run.record if run.fused else None):
+                sample = run.answer(unet, call, text, run.order(timestep), lambda: stock(*args, **kwargs)[0])
         except BaseException:
             run.clear()
             raise
@@ -200,6 +201,7 @@ class _Run:
         timesteps = scheduler.timesteps
         self.settings = settings
         self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps), device)
+        self.fused = settings[0].fused
         self.stats = RunStats(total=len(timesteps))
         for each in settings:
             each.last_run = self.stats
@@ -220,7 +222,7 @@ class _Run:
         if coupled is not None:
             # Attention that mixes samples of a batch would mix time steps as well.
             self.plan = replace(self.plan, max_batch=1)
-            self._note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
+            self.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
 
     def timesteps(self) -> Tensor | None:
         """The schedule while anything but this run still holds it: a new schedule ends the run and frees it."""
@@ -237,7 +239,7 @@ class _Run:
 
     def labelled(self, text: Tensor, sample: Tensor, *, stock: bool) -> Tensor:
         """The text tensor as the attn2 layers of this call shall see it; in a stock call, only maps are collected."""
-        fused = self.settings[0].fused and not stock
+        fused = self.fused and not stock
         collectors = tuple(maps for each in self.settings for maps in each.collectors)
         if not fused and not collectors:
             return text
@@ -245,7 +247,7 @@ class _Run:
             self._text_keys = attention.TextKeys(text, self.stats.text_keys)
         keys = None if torch.is_grad_enabled() else self._text_keys  # remembered ones would cut the graph
         height, width = sample.shape[-2:]
-        return attention.labelled(text, attention.Label(fused, text, 1, keys, collectors, (height, width), self._note))
+        return attention.labelled(text, attention.Label(fused, text, 1, keys, collectors, (height, width), self.note))
 
     def answer(
         self, unet: nn.Module, call: Mapping[str, Any], text: Any, order: int, stock: Callable[[], Tensor]
@@ -299,12 +301,18 @@ class _Run:
     def note_stock(self, reason: str) -> None:
         self.clear()
         self.stats.stock += 1
-        self._note(f"stock forward: {reason}")
+        self.note(f"stock forward: {reason}")
 
-    def _note(self, reason: str) -> None:
-        if reason not in self.stats.reasons:
-            self.stats.reasons.append(reason)
+    def note(self, reason: str) -> None:
+        if self.record(reason):
             warnings.warn(f"difffast: {reason}", stacklevel=6)
+
+    def record(self, reason: str) -> bool:
+        """Put a reason into the report; True if it is new."""
+        new = reason not in self.stats.reasons
+        if new:
+            self.stats.reasons.append(reason)
+        return new
 
 
 def _is_element(timestep: Tensor, timesteps: Tensor | None) -> bool:

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "instruction_set.h"
+#include "scalar.h"
 
 namespace difffast {
 namespace {

@@ -86,13 +86,6 @@ DIFFFAST_INLINE Vec<T> keep_some(int64_t count, Vec<T> v) {
 }
 
 template <class T>
-DIFFFAST_INLINE double add_lanes(Vec<T> v) {
-  double sum = 0;
-  for (int i = 0; i < lanes<T>; ++i) sum += v[i];
-  return sum;
-}
-
-template <class T>
 DIFFFAST_TARGET void sums(const AttentionEntropy& p, T* shares, T* stats, int64_t* argmin, int64_t begin, int64_t end) {
   const T eps = static_cast<T>(p.eps);
   for (int64_t item = begin; item < end; ++item) {

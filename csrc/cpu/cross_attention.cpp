@@ -11,10 +11,6 @@
 namespace difffast {
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
 #define DIFFFAST_KERNELS "cross_attention_kernel.h"
 #include "every_set.h"
 

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace difffast {
+#include "scalar.h"
 
-enum class Scalar { kFloat32, kFloat64, kBFloat16 };
+namespace difffast {
 
 // [batch, heads, rows, head_dim] with element strides.
 struct View4 {

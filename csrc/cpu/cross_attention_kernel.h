@@ -4,33 +4,6 @@
 // all logits at once, and the backward pass makes the probabilities anew, as exact as the first time.  Packed, per key batch and head, with keys and head_dim rounded up to whole vectors and zero there:
 // K^T [head_dim][keys], V [keys][head_dim], and for the backward pass K [keys][head_dim], V^T [head_dim][keys].
 
-template <class S>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
-
-DIFFFAST_INLINE float widen(float x) { return x; }
-DIFFFAST_INLINE double widen(double x) { return x; }
-DIFFFAST_INLINE float widen(BFloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-DIFFFAST_INLINE void narrow(float x, float* to) { *to = x; }
-DIFFFAST_INLINE void narrow(double x, double* to) { *to = x; }
-DIFFFAST_INLINE void narrow(float x, BFloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7FC0);
-}
-
 template <class T>
 constexpr int64_t round_up(int64_t n) {
   return (n + lanes<T> - 1) / lanes<T> * lanes<T>;

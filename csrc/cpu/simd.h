@@ -24,6 +24,45 @@ DIFFFAST_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Vector<T>::loose*>(p) = v;
 }
 
+DIFFFAST_INLINE float widen(float x) { return x; }
+DIFFFAST_INLINE double widen(double x) { return x; }
+DIFFFAST_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+DIFFFAST_INLINE void narrow(float x, float* to) { *to = x; }
+DIFFFAST_INLINE void narrow(double x, double* to) { *to = x; }
+DIFFFAST_INLINE void narrow(float x, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7FC0);
+}
+
+// As many elements as fit a vector of what they are computed in.
+DIFFFAST_INLINE Vec<float> load_wide(const float* p) { return load(p); }
+DIFFFAST_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+DIFFFAST_INLINE Vec<float> load_wide(const BFloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(DIFFFAST_VECTOR_BYTES / 2)));
+  typedef uint32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  Half bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Int) << 16);
+}
+
+DIFFFAST_INLINE void store_narrow(Vec<float> v, float* to) { store(to, v); }
+DIFFFAST_INLINE void store_narrow(Vec<double> v, double* to) { store(to, v); }
+DIFFFAST_INLINE void store_narrow(Vec<float> v, BFloat16* to) {
+  typedef uint16_t Half __attribute__((vector_size(DIFFFAST_VECTOR_BYTES / 2)));
+  typedef uint32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  const Int bits = (Int)v, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // as narrow()
+  const Half half = __builtin_convertvector(v == v ? rounded : rounded * 0 + 0x7FC0, Half);
+  std::memcpy(to, &half, sizeof half);
+}
+
 template <class T>
 DIFFFAST_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
@@ -34,11 +73,16 @@ DIFFFAST_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// 2^x for x <= 0, NaN for NaN; results below 2^-125 become 2^-125, not zero.
-DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
+template <class T>
+DIFFFAST_INLINE double add_lanes(Vec<T> v) {
+  double sum = 0;
+  for (int i = 0; i < lanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+// 2^x for -125 <= x <= 126.
+DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
   typedef int32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
-  const Vec<float> lowest = broadcast(-125.0f);
-  x = x < lowest ? lowest : x;
   // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
   const Vec<float> shifted = x + 12582912.0f;
   const Vec<float> f = x - (shifted - 12582912.0f);
@@ -51,8 +95,13 @@ DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
   p = p * f + 2.402265069591007e-1f;
   p = p * f + 6.931471805599453e-1f;
   p = p * f + 1.0f;
-  const Int exponent = ((Int)shifted - 0x4B400000) << 23;
-  return x == x ? (Vec<float>)((Int)p + exponent) : x;
+  return (Vec<float>)((Int)p + (((Int)shifted - 0x4B400000) << 23));
+}
+
+// 2^x for x <= 0, NaN for NaN; results below 2^-125 become 2^-125, not zero.
+DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
+  const Vec<float> lowest = broadcast(-125.0f);
+  return x == x ? exp2_within(x < lowest ? lowest : x) : x;
 }
 
 DIFFFAST_INLINE Vec<double> exp2_of(Vec<double> x) {

@@ -3,7 +3,9 @@
 from ._registry import BACKENDS, INSTRUCTION_SET, OPERATORS, PROVED, Proof, default_backend, missing, use_backend
 from .attention_entropy import attention_entropy
 from .cross_attention import cross_attention
+from .group_norm_silu import group_norm_silu
 from .repeat_batch import repeat_batch
+from .skip_norm_silu import skip_norm_silu
 
 __all__ = [
     "BACKENDS",
@@ -14,7 +16,9 @@ __all__ = [
     "attention_entropy",
     "cross_attention",
     "default_backend",
+    "group_norm_silu",
     "missing",
     "repeat_batch",
+    "skip_norm_silu",
     "use_backend",
 ]

@@ -29,7 +29,9 @@ BACKENDS = ("reference", "sdpa", "cpp", "triton", "cuda")
 OPERATORS: dict[str, tuple[str, ...]] = {
     "attention_entropy": ("cpp", "triton", "reference"),
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
+    "group_norm_silu": ("cpp", "triton", "reference"),
     "repeat_batch": ("cpp", "reference"),
+    "skip_norm_silu": ("cpp", "triton", "reference"),
 }
 
 
@@ -62,6 +64,8 @@ PROVED: tuple[Proof, ...] = (
     ),
     Proof("attention_entropy", "cpp", "cpu", frozenset({torch.float32, torch.float64}), _ON_CPU),
     Proof("cross_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
+    Proof("group_norm_silu", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
+    Proof("skip_norm_silu", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
 )
 
 

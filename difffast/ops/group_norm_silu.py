@@ -1,0 +1,361 @@
+"""group_norm_silu: GroupNorm and SiLU in one pass, with the time embedding before or after the norm.
+
+    z = x + addend,  n = (z - mean) / sqrt(var + eps) over each group,
+    u = (n * weight + bias) * (1 + scale) + shift,  out = u * sigmoid(u)
+
+Shapes: x, out [B, C, H, W] or [B, C, N]; weight, bias [C]; addend [Ba, C] or [Ba, C, H, W], B = Ba * r, row b of x uses
+row b // r; scale, shift [B, C].  The norms of Diffusers' ResnetBlock2D: ``addend`` is its time embedding
+(time_embedding_norm="default") or anything that all time steps of a parallel decoder share, ``scale`` and ``shift`` its
+"scale_shift".  The variance is the mean of squared differences from the mean (Wu and He, arXiv 1803.08494), never
+E[z^2] - mean^2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _registry
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    addend: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """SiLU of the GroupNorm of ``x``, in the memory format of ``x``.
+
+    Differentiable in every tensor: once with the Triton kernels, else as often as PyTorch can.
+
+    Args:
+        x: [B, C, H, W] or [B, C, N], float16, bfloat16, float32 or float64; the dtype of all others too.  Contiguous or
+            channels_last; any other layout is copied first.
+        groups: divides C.
+        weight, bias: [C].
+        eps: added to the variance.
+        addend: added to x before the norm; [Ba, C] (trailing dimensions of size 1 may follow) or [Ba, C, H, W].  Ba
+            divides B, and row b of x uses row b // (B / Ba): Ba = B is one row each, Ba = B / k one row for k
+            neighbours, the batch-major layout of parallel decoding.
+        scale, shift: [B, C], both or none (trailing dimensions of size 1 may follow); applied after the norm.
+        silu: False leaves the SiLU out.
+
+    Returns:
+        In the shape, dtype and memory format of x (channels_last stays, unlike ``F.group_norm`` on GPUs).
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or values.
+        RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
+    """
+    check_norm("x", x, groups, {"weight": weight, "bias": bias}, eps)
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together, got only " + ("scale" if shift is None else "shift"))
+    addend, scale, shift = _addend(x, addend), _rows("scale", x, scale), _rows("shift", x, shift)
+    arguments = (x, groups, weight, bias, float(eps), addend, scale, shift, bool(silu))
+    backend = choose("group_norm_silu", x)
+    if backend == "reference":
+        return reference(*arguments)
+    return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
+
+
+def reference(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    addend: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """The definition in plain PyTorch, in the dtype of ``x`` (its group_norm has float32 statistics for half)."""
+    layout = memory_format(x)
+    if addend is not None:
+        x = _added(x, addend)
+    # Not in channels_last: PyTorch's kernel for it on CPUs takes E[z^2] - mean^2, and GPUs have none.
+    out = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
+    if scale is not None:
+        out = out * (1 + _broadcast(scale, x)) + _broadcast(shift, x)
+    if silu:
+        out = F.silu(out)
+    return out.contiguous(memory_format=layout)
+
+
+def reference_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    addend: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The closed-form gradients in plain PyTorch, in float32 or float64; differentiable itself.
+
+    With du = dout * s (1 + u (1 - s)), s = sigmoid(u), and dn = du * weight * (1 + scale):
+    dz = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps), means over each group; the others are sums of du and du n.
+
+    Returns:
+        dx, dweight, dbias, daddend, dscale, dshift; None for what was not given.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z = x.to(compute) if addend is None else _added(x.to(compute), addend.to(compute))
+    # In NCHW, where PyTorch's sums round less; and centered twice, for what the first mean rounds away.
+    grouped = z.contiguous().flatten(2).unflatten(1, (groups, z.shape[1] // groups))
+    centered = grouped - grouped.mean((2, 3), keepdim=True)
+    centered = centered - centered.mean((2, 3), keepdim=True)
+    rstd = (centered.square().mean((2, 3), keepdim=True) + eps).rsqrt()
+    n = (centered * rstd).flatten(1, 2)
+    y = n * weight.to(compute)[:, None] + bias.to(compute)[:, None]
+    factor = 1 if scale is None else 1 + scale.to(compute)[..., None]
+    du = grad_out.to(compute).contiguous().flatten(2)
+    if silu:
+        u = y if scale is None else y * factor + shift.to(compute)[..., None]
+        s = u.sigmoid()
+        du = du * s * (1 + u * (1 - s))
+    dy = du * factor
+    dn = (dy * weight.to(compute)[:, None]).view_as(grouped)
+    n_ = n.view_as(grouped)
+    dz = rstd * (dn - dn.mean((2, 3), keepdim=True) - n_ * (dn * n_).mean((2, 3), keepdim=True))
+    dx = dz.reshape(x.shape)
+    return (
+        dx.to(x.dtype).contiguous(memory_format=memory_format(x)),
+        (dy * n).sum(2).sum(0).to(weight.dtype),
+        dy.sum(2).sum(0).to(bias.dtype),
+        None if addend is None else _summed(dx, addend),
+        None if scale is None else (du * y).sum(2).to(scale.dtype),
+        None if shift is None else du.sum(2).to(shift.dtype),
+    )
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format that the result has for this operand: channels_last where its channels are neighbours."""
+    if x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def check_norm(name: str, x: Tensor, groups: int, others: dict[str, Tensor], eps: float, channels: int = 0) -> None:
+    """Check an operand and the norm's ``others``, of which ``weight`` and ``bias`` have ``channels`` (0: as x)."""
+    if x.ndim not in (3, 4):
+        raise ValueError(f"{name} must be [B, C, H, W] or [B, C, N], got {tuple(x.shape)}")
+    if not math.prod(x.shape[1:]):
+        raise ValueError(f"{name} must have at least one channel and one pixel, got {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    channels = channels or x.shape[1]
+    if type(groups) is not int or groups < 1 or channels % groups:
+        raise ValueError(f"groups must be an int that divides channels, got {groups!r} and {channels}")
+    for other, tensor in others.items():
+        if other in ("weight", "bias") and tensor.shape != (channels,):
+            raise ValueError(f"{other} must be [{channels}], got {tuple(tensor.shape)}")
+        _check_like(other, tensor, name, x)
+    # A comparison, which NaN fails too: torch.compile traces it for symbolic numbers, unlike math.isfinite.
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+
+
+def _check_like(other: str, tensor: Tensor, name: str, x: Tensor) -> None:
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ValueError(f"{other} must be {x.dtype} on {x.device} like {name}, got {tensor.dtype} on {tensor.device}")
+
+
+def _addend(x: Tensor, addend: Tensor | None) -> Tensor | None:
+    """Checked, as [Ba, C] or in the shape of x but for the batch."""
+    if addend is None:
+        return None
+    _check_like("addend", addend, "x", x)
+    shape = addend.shape
+    by_row = addend.ndim >= 2 and math.prod(shape[2:]) == 1
+    if addend.ndim < 2 or shape[1] != x.shape[1] or not (by_row or shape[2:] == x.shape[2:]):
+        raise ValueError(
+            f"addend must be [Ba, {x.shape[1]}] or [Ba, {', '.join(map(str, x.shape[1:]))}], got {tuple(shape)}"
+        )
+    if shape[0] != x.shape[0] and (not shape[0] or x.shape[0] % shape[0]):
+        raise ValueError(f"addend's batch must divide x's, got {shape[0]} and {x.shape[0]}")
+    return addend.reshape(shape[:2]) if by_row else addend
+
+
+def _rows(name: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
+    """Checked, as [B, C]."""
+    if rows is None:
+        return None
+    _check_like(name, rows, "x", x)
+    if rows.shape[:2] != x.shape[:2] or math.prod(rows.shape[2:]) != 1:
+        raise ValueError(f"{name} must be {list(x.shape[:2])}, got {tuple(rows.shape)}")
+    return rows.reshape(x.shape[:2])
+
+
+def _broadcast(rows: Tensor, x: Tensor) -> Tensor:
+    """[B, C] with the rank of x."""
+    return rows.reshape(*rows.shape, *(1 for _ in x.shape[2:]))
+
+
+def _added(x: Tensor, addend: Tensor) -> Tensor:
+    if addend.ndim == 2:
+        addend = _broadcast(addend, x)
+    if addend.shape[0] == x.shape[0]:
+        return x + addend
+    by_row = x.unflatten(0, (addend.shape[0], x.shape[0] // addend.shape[0]))
+    return (by_row + addend.unsqueeze(1)).flatten(0, 1)
+
+
+def _summed(dz: Tensor, addend: Tensor) -> Tensor:
+    """The gradient of an addend from that of the sum."""
+    if addend.ndim == 2:
+        dz = dz.flatten(2).sum(2)
+    if addend.shape[0] != dz.shape[0]:
+        dz = dz.unflatten(0, (addend.shape[0], dz.shape[0] // addend.shape[0])).sum(1)
+    return dz.to(addend.dtype)
+
+
+def obstacle(backend: str, x: Tensor) -> str | None:
+    """Why a backend that exists here cannot serve this operand, or None."""
+    if backend == "cpp" and x.dtype == torch.float16:
+        return "it takes float32, float64 and bfloat16, got float16"
+    if backend == "triton" and x.dtype == torch.float64 and not _registry.INTERPRETED:
+        # A compiled Triton kernel takes eps as float32.
+        return "it takes float64 in the interpreter only"
+    return None
+
+
+def choose(operator: str, x: Tensor) -> str:
+    """The backend of this operator or of skip_norm_silu for this operand."""
+    forced = _registry.forced(operator, x.device)
+    if forced is not None:
+        reason = obstacle(forced, x)
+        if reason is not None:
+            raise _registry.cannot_run(operator, forced, reason)
+        return forced
+    for backend in _registry.OPERATORS[operator]:
+        if (
+            _registry.default(operator, backend, x.device, x.dtype)
+            and obstacle(backend, x) is None
+            and not _loses(backend, x)
+        ):
+            return backend
+    raise AssertionError("the reference always runs")
+
+
+def _loses(backend: str, x: Tensor) -> bool:
+    """Whether a backend that could run is slower than the next (measured, bench/ops)."""
+    if backend != "cpp":
+        return False
+    # Its exponential of doubles takes one at a time, PyTorch's a vector: 2.5 times slower in all.  And a call takes
+    # some 20 us, in which PyTorch has done small NCHW operands.
+    return x.dtype == torch.float64 or (x.numel() < 1 << 16 and memory_format(x) is torch.contiguous_format)
+
+
+_ARGUMENTS = (
+    "(Tensor x, int groups, Tensor weight, Tensor bias, float eps, Tensor? addend, Tensor? scale, Tensor? shift, "
+    "bool silu)"
+)
+# coefficients [4, B, C]: center, gain, offset, with which u = (x + addend - center) * gain + offset (center contains an
+# addend of one number per channel), and 1 / sqrt(var + eps).  sums [2, B, C]: of du and of du * (x + addend - center).
+_RETURNS = {"cpp": "Tensor", "triton": "(Tensor out, Tensor coefficients)"}
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor x, Tensor coefficients, int groups, Tensor? addend, bool silu) "
+    "-> (Tensor dx, Tensor sums)"
+)
+_OPERATORS: dict[str, Any] = {}
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _fake_triton(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _fake(x), x.new_empty(4, *x.shape[:2], dtype=compute)
+
+
+def _fake_triton_backward(
+    grad_out: Tensor, x: Tensor, coefficients: Tensor, groups: int, addend: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    return _fake(x), coefficients.new_empty(2, *x.shape[:2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, ctx.groups, weight, bias, ctx.eps, addend, scale, shift, ctx.silu = inputs
+    coefficients = None
+    if isinstance(output, tuple):
+        coefficients = output[1]
+        ctx.mark_non_differentiable(coefficients)
+    ctx.save_for_backward(x, weight, bias, addend, scale, shift, coefficients)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    x, weight, bias, *modulation, _ = ctx.saved_tensors
+    dx, dweight, dbias, *rest = reference_backward(
+        grad_out, x, ctx.groups, weight, bias, ctx.eps, *modulation, ctx.silu
+    )
+    return dx, None, dweight, dbias, None, *rest, None
+
+
+def _differentiate_triton(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    x, weight, bias, addend, scale, _shift, coefficients = ctx.saved_tensors
+    full = addend if addend is not None and addend.ndim > 2 else None
+    dx, (du, du_z) = torch.ops.difffast.group_norm_silu_backward.triton(
+        grad_out, x, coefficients, ctx.groups, full, ctx.silu
+    )
+    du_n = du_z * coefficients[3]
+    daddend = None if addend is None else _summed(dx.to(du.dtype), addend)
+    dscale = dshift = None
+    dy, dy_n = du, du_n
+    if scale is not None:
+        dscale, dshift = (du_n * weight + du * bias).to(x.dtype), du.to(x.dtype)
+        dy, dy_n = du * (1 + scale), du_n * (1 + scale)
+    dweight, dbias = dy_n.sum(0).to(x.dtype), dy.sum(0).to(x.dtype)
+    return dx, None, dweight, dbias, None, daddend, dscale, dshift, None
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from difffast.triton_kernels import group_norm_silu as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from difffast.triton_kernels import group_norm_silu as kernels
+
+    return kernels.backward(*arguments)
+
+
+def _define(backend: str, fake: Any, differentiate: Any) -> None:
+    """Schema, fake and autograd of one backend's operator."""
+    name = f"group_norm_silu.{backend}"
+    _registry.LIBRARY.define(f"{name}{_ARGUMENTS} -> {_RETURNS[backend]}")
+    torch.library.register_fake(f"difffast::{name}", fake, lib=_registry.LIBRARY)
+    torch.library.register_autograd(f"difffast::{name}", differentiate, setup_context=_save, lib=_registry.LIBRARY)
+    _OPERATORS[backend] = getattr(torch.ops.difffast.group_norm_silu, backend)
+
+
+_define("cpp", _fake, _differentiate)
+_define("triton", _fake_triton, _differentiate_triton)
+_registry.LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")
+torch.library.register_fake("difffast::group_norm_silu_backward.triton", _fake_triton_backward, lib=_registry.LIBRARY)
+_registry.refuse_second_derivative("group_norm_silu", "group_norm_silu_backward.triton")
+for _device in ("CPU", "CUDA"):
+    _registry.LIBRARY.impl("group_norm_silu.triton", _triton_forward, _device)
+    _registry.LIBRARY.impl("group_norm_silu_backward.triton", _triton_backward, _device)

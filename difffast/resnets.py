@@ -1,0 +1,150 @@
+"""Fused norms in a stock UNet: ResnetBlock2D with GroupNorm, time embedding and SiLU in one operator.
+
+A resnet is fused inside :func:`fused` only, which the patched UNet's call enters; elsewhere it is stock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .swap import is_swapped, plain_class, swap_in, swap_out
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+#: Inside :func:`fused`: who is told why a resnet runs stock.
+_note: ContextVar[Callable[[str], object] | None] = ContextVar("difffast_fused_resnets", default=None)
+
+
+@contextlib.contextmanager
+def fused(note: Callable[[str], object] | None) -> Iterator[None]:
+    """Let this thread's resnets use the operators inside the block; ``note`` is told why one does not.  None: stock."""
+    token = _note.set(note)
+    try:
+        yield
+    finally:
+        _note.reset(token)
+
+
+def install(unet: nn.Module) -> None:
+    """Put :func:`_call` in front of every resnet that can be fused; outside :func:`fused` nothing changes."""
+    for resnet in resnets_of(unet).values():
+        if not is_swapped(resnet):
+            swap_in(resnet, {"__call__": _call(plain_class(resnet).__call__)})
+
+
+def uninstall(unet: nn.Module) -> None:
+    """Undo :func:`install`."""
+    for resnet in resnets_of(unet).values():
+        swap_out(resnet)
+
+
+def resnets_of(unet: nn.Module) -> dict[str, nn.Module]:
+    """The resnets that can be fused, by name."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if plain_class(module) is ResnetBlock2D
+        and type(module.nonlinearity) is nn.SiLU
+        and module.upsample is None
+        and module.downsample is None
+        and module.time_embedding_norm in ("default", "scale_shift")
+    }
+
+
+def _call(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: nn.Module, hidden: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        note = None if torch.compiler.is_compiling() else _note.get()
+        if note is None or temb is None or _backend(hidden) == "reference":
+            return plain(self, hidden, temb, *args, **kwargs)
+        reason = "it was called with more than two arguments" if args or kwargs else _obstacle(self, hidden)
+        if reason is not None:
+            note(f"resnets run stock: {reason}")
+            return plain(self, hidden, temb, *args, **kwargs)
+        return _forward(self, hidden, temb)
+
+    return call
+
+
+def _backend(x: Tensor) -> str:
+    return ops.default_backend("group_norm_silu", x.device, x.dtype)
+
+
+def _obstacle(resnet: Any, hidden: Tensor) -> str | None:
+    """Why a resnet cannot be fused in this call, or None."""
+    if is_wrapped(resnet):
+        return "one has hooks, or a forward of its own"
+    if resnet.time_emb_proj is None:
+        return "one has no time projection"
+    if torch.is_autocast_enabled(hidden.device.type):
+        return "autocast chooses the norms' dtype"
+    for norm in (resnet.norm1, resnet.norm2):
+        if isinstance(norm, StandIn):
+            norm = norm.norm
+        if not is_plain(norm, nn.GroupNorm):
+            return "a norm is wrapped, quantised, offloaded, without weights, or no plain GroupNorm"
+        if norm.weight.dtype != hidden.dtype:
+            return f"a norm's weights are {norm.weight.dtype}, its input {hidden.dtype}"
+    return None
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is just a ``kind`` whose weights are there to be used."""
+    if type(module) is not kind or is_wrapped(module):
+        return False
+    return type(module.weight) is nn.Parameter and not module.weight.is_meta
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module does anything else than its class's forward when called."""
+    own = vars(module)
+    # accelerate leaves the class's own method behind on the instance when its hooks go.
+    plain = own.get("forward") in (None, types.MethodType(type(module).forward, module))
+    return not plain or "parametrizations" in own["_modules"] or any(own[name] for name in _HOOKS)
+
+
+class StandIn:
+    """In place of a resnet's norm1: makes norm and SiLU, or the norm alone for a resnet that runs stock.
+
+    Args:
+        norm: the norm in whose place it is.
+        norm_silu: makes norm and, if the second argument says so, SiLU of hidden channels.
+    """
+
+    def __init__(self, norm: nn.Module, norm_silu: Callable[[Tensor, bool], Tensor]) -> None:
+        self.norm, self.norm_silu = norm, norm_silu
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.norm_silu(hidden, False)
+
+
+def _forward(resnet: Any, hidden: Tensor, temb: Tensor) -> Tensor:
+    """What ResnetBlock2D.forward computes, through the operator."""
+    norm1, norm2 = resnet.norm1, resnet.norm2
+    if isinstance(norm1, StandIn):
+        x = norm1.norm_silu(hidden, True)
+    else:
+        x = ops.group_norm_silu(hidden, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps)
+    x = resnet.conv1(x)
+
+    temb = resnet.time_emb_proj(temb if resnet.skip_time_act else resnet.nonlinearity(temb)).expand(x.shape[0], -1)
+    if resnet.time_embedding_norm == "default":
+        modulation = {"addend": temb}
+    else:
+        modulation = dict(zip(("scale", "shift"), temb.chunk(2, 1), strict=True))
+    x = ops.group_norm_silu(x, norm2.num_groups, norm2.weight, norm2.bias, norm2.eps, **modulation)
+
+    x = resnet.conv2(resnet.dropout(x))
+    if resnet.conv_shortcut is not None:
+        hidden = resnet.conv_shortcut(hidden)
+    out = hidden + x
+    return out if resnet.output_scale_factor == 1 else out / resnet.output_scale_factor

@@ -1,0 +1,126 @@
+"""Fused resnets against stock ones."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from difffast import ops, patch, resnets, unpatch
+from difffast.swap import is_swapped
+
+pytestmark = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+
+SIZE = (3, 48, 34, 33)  # large enough for the C++ kernel to be chosen
+
+
+def make(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    options = {"in_channels": 48, "out_channels": 32, "temb_channels": 24, "groups": 8, **options}
+    resnet = ResnetBlock2D(**options).to(dtype).eval()
+    for parameter in resnet.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return nn.ModuleDict({"resnet": resnet})
+
+
+def run(holder, dtype=torch.float32, *, fused=True, layout=torch.contiguous_format):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(SIZE, generator=generator).to(dtype).contiguous(memory_format=layout)
+    temb = torch.randn(3, 24, generator=generator).to(dtype)
+    reasons = []
+    with torch.no_grad(), resnets.fused(reasons.append if fused else None):
+        return holder["resnet"](hidden, temb), reasons
+
+
+KINDS = {
+    "plain": {},
+    "no shortcut": {"out_channels": 48},
+    "scale_shift": {"time_embedding_norm": "scale_shift"},
+    "time activation elsewhere": {"skip_time_act": True},
+    "output scale": {"output_scale_factor": 2**0.5},
+    "group counts differ": {"groups_out": 4},
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_stock(kind, layout, monkeypatch):
+    holder = make(**KINDS[kind])
+    exact, _ = run(copy.deepcopy(holder).double(), torch.float64, fused=False)
+    stock, _ = run(holder, fused=False, layout=layout)
+    resnets.install(holder)
+    calls = []
+    plain = ops.group_norm_silu
+    monkeypatch.setattr(ops, "group_norm_silu", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    fused, reasons = run(holder, layout=layout)
+    assert (len(calls), reasons) == (2, [])
+    assert fused.is_contiguous(memory_format=layout)
+    assert float((fused - exact).norm()) <= 1.2 * float((stock - exact).norm())
+    calls.clear()
+    assert torch.equal(run(holder, fused=False, layout=layout)[0], stock)
+    assert not calls
+
+
+def test_half_precision_is_no_worse():
+    holder = make(torch.bfloat16)
+    exact, _ = run(copy.deepcopy(holder).double(), torch.float64, fused=False)
+    stock, _ = run(holder, torch.bfloat16, fused=False)
+    resnets.install(holder)
+    fused, reasons = run(holder, torch.bfloat16)
+    assert not reasons
+    assert float((fused - exact).norm()) <= 1.1 * float((stock - exact).norm())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r.register_forward_hook(lambda *_: None), "one has hooks"),
+        (lambda r: setattr(r, "forward", lambda *a: ResnetBlock2D.forward(r, *a)), "one has hooks"),
+        (lambda r: r.norm2.register_forward_hook(lambda *_: None), "a norm is wrapped"),
+        (lambda r: setattr(r, "norm1", nn.GroupNorm(8, 48, affine=False)), "a norm is wrapped"),
+        (lambda r: setattr(r, "norm1", nn.Identity()), "a norm is wrapped"),
+        (lambda r: setattr(r, "norm1", r.norm1.double()), "a norm's weights are torch.float64"),
+    ],
+)
+def test_what_cannot_be_fused_runs_stock_and_says_why(change, reason):
+    holder = make()
+    change(holder["resnet"])
+    if "float64" in reason:  # stock refuses that as well
+        resnets.install(holder)
+        with pytest.raises(RuntimeError):
+            run(holder)
+        return
+    stock, _ = run(holder, fused=False)
+    resnets.install(holder)
+    fused, reasons = run(holder)
+    assert torch.equal(fused, stock)
+    assert len(reasons) == 1
+    assert reasons[0].startswith(f"resnets run stock: {reason}")
+
+
+def test_autocast_runs_stock():
+    holder = make()
+    resnets.install(holder)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, reasons = run(holder)
+    assert reasons == ["resnets run stock: autocast chooses the norms' dtype"]
+
+
+@pytest.mark.parametrize("options", [{"non_linearity": "mish"}, {"up": True}, {"down": True}], ids=str)
+def test_other_kinds_are_left_alone(options):
+    holder = make(**options)
+    resnets.install(holder)
+    assert not is_swapped(holder["resnet"])
+
+
+def test_a_patched_pipeline_uses_them_and_unpatch_takes_them_out(pipe):
+    found = resnets.resnets_of(pipe.unet)
+    assert found
+    report = patch(pipe, "exact")
+    assert all(map(is_swapped, found.values()))
+    assert f"resnets ({len(found)} layers)  group_norm_silu (cpp)" in " ".join(str(report).split("\n"))
+    unpatch(pipe)
+    assert not any(map(is_swapped, found.values()))
+    assert "resnets (" not in str(patch(pipe, "exact", fused=False))
+    unpatch(pipe)
