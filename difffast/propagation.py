@@ -96,7 +96,7 @@ class Settings:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
         plan = self.propagation.plan(total, kind=self.kind, device=device.type)
-        if steps < MIN_STEPS and not self.force and self.propagation.key_steps != 1:
+        if steps < MIN_STEPS and not self.force and len(plan.keys) < plan.total:
             raise ValueError(
                 f"encoder propagation needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
                 "neighbouring steps differ too much to share features and images degrade. "

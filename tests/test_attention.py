@@ -66,7 +66,7 @@ def test_the_operator_runs_unless_switched_off(pipe, monkeypatch):
 
 def test_unpatch_leaves_no_trace(pipe):
     before = {name: (type(layer), dict(vars(layer)), layer.processor) for name, layer in layers(pipe).items()}
-    patch(pipe)
+    patch(pipe, "faster-diffusion")
     assert all(isinstance(layer, before[name][0]) for name, layer in layers(pipe).items())
     latents(pipe)
     unpatch(pipe)
@@ -78,7 +78,7 @@ def test_unpatch_leaves_no_trace(pipe):
 
 
 def test_copies_of_a_patched_pipeline_are_stock(pipe):
-    patch(pipe)
+    patch(pipe, "faster-diffusion")
     clone = copy.deepcopy(pipe.unet)
     plain = {type(layer) for layer in attention.layers_of(clone).values()}
     assert plain == {type(layer).__mro__[1] for layer in layers(pipe).values()}
@@ -395,7 +395,7 @@ def test_maps_of_propagated_and_parallel_steps(pipe64):
     one_at_a_time = EncoderPropagation(parallel=False)
     with patched(pipe64, propagation=one_at_a_time), difffast.collect_maps(pipe64) as expected:
         latents(pipe64)
-    with patched(pipe64) as report, difffast.collect_maps(pipe64) as maps:
+    with patched(pipe64, "faster-diffusion") as report, difffast.collect_maps(pipe64) as maps:
         latents(pipe64)
     assert max(report.last_run.decode_batches) > 1
     assert maps.steps == expected.steps
@@ -406,7 +406,7 @@ def test_maps_of_propagated_and_parallel_steps(pipe64):
 
 
 def test_maps_do_not_change_the_image(pipe):
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         plain = latents(pipe)
         with difffast.collect_maps(pipe, tokens=[1]):
             assert torch.equal(latents(pipe), plain)

@@ -42,7 +42,8 @@ def test_info_gives_the_reason_for_a_missing_backend(capsys, monkeypatch):
 
 
 def test_demo_writes_a_grid_and_the_numbers(small_demo, tmp_path, capsys):
-    assert cli.main(["demo", "--out", str(tmp_path), "--steps", "10", "--seeds", "2"]) == 0
+    options = ("--steps", "10", "--seeds", "2", "--preset", "faster-diffusion")
+    assert cli.main(["demo", "--out", str(tmp_path), *options]) == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size[0] > 6 * 160
         assert grid.size[1] > 3 * 160
@@ -61,7 +62,7 @@ def test_psnr():
     assert psnr(black, grey) == pytest.approx(0.0)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "stock"])
+@pytest.mark.parametrize("preset", ["faster-diffusion", "stock"])
 def test_generate_from_a_folder(pipe, tmp_path, capsys, preset):
     pipe.save_pretrained(tmp_path / "model")
     out = tmp_path / "deep" / "image.png"
@@ -70,7 +71,7 @@ def test_generate_from_a_folder(pipe, tmp_path, capsys, preset):
     with Image.open(out) as image:
         assert image.size == (32, 32)
     text = capsys.readouterr().out
-    assert ("propagated" in text) == (preset == "balanced")
+    assert ("propagated" in text) == (preset != "stock")
 
 
 def test_errors_are_one_line_and_a_status(tmp_path, pipe, capsys):
@@ -78,9 +79,9 @@ def test_errors_are_one_line_and_a_status(tmp_path, pipe, capsys):
     assert cli.main(["generate", "--model", str(missing), "--prompt", "x"]) == 2
     assert "error" in capsys.readouterr().out
     pipe.save_pretrained(tmp_path / "model")
-    few = ["generate", "--model", str(tmp_path / "model"), "--prompt", "x", "--steps", "4", "--device", "cpu"]
-    assert cli.main(few) == 2
-    assert "at least 8 denoising steps, got 4" in " ".join(capsys.readouterr().out.split())
+    few = ["generate", "--model", str(tmp_path / "model"), "--prompt", "x", "--steps", "7", "--device", "cpu"]
+    assert cli.main([*few, "--preset", "faster-diffusion"]) == 2
+    assert "at least 8 denoising steps, got 7" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--steps", "0"], ["demo", "--preset", "fastest"]])

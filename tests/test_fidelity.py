@@ -23,9 +23,9 @@ def test_every_way_works_and_leaves_the_pipeline_as_it_was(pipe64):
     pixels = {name: np.asarray(image).tobytes() for name, image in made.items()}
     stock = pixels[bench_fidelity.CONTROL]
     changed = {name for name, image in pixels.items() if image != stock}
-    # 12 steps each: only 10 steps, and what approximates, can differ.
-    assert changed >= {"stock, 10 steps", "difffast balanced", "DeepCache 3", "tomesd 50%"}
-    assert changed.isdisjoint({"stock, 15 steps", "stock, 20 steps", "difffast exact"})
+    # 12 steps each: only 10 steps, and what approximates, can differ; "balanced" approximates from 34 steps on.
+    assert changed >= {"stock, 10 steps", "difffast faster-diffusion", "DeepCache 3", "tomesd 50%"}
+    assert changed.isdisjoint({"stock, 15 steps", "stock, 20 steps", "difffast exact", "difffast balanced"})
 
 
 def test_the_judged_scenes_are_mixed_and_not_those_trained_on():

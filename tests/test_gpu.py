@@ -30,7 +30,7 @@ def test_look_ahead_is_step_by_step(pipe, name, dtype, tolerance):
     pipe.scheduler, steps = scheduler(name), SCHEDULERS[name][2]
     with patched(pipe, propagation=EncoderPropagation(parallel=False)):
         one_at_a_time = latents(pipe, steps=steps)
-    with patched(pipe) as report:
+    with patched(pipe, "faster-diffusion") as report:
         assert largest(latents(pipe, steps=steps), one_at_a_time) <= tolerance
     assert report.last_run.propagated > 0
 
@@ -55,7 +55,7 @@ class _SyncsForbidden:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_no_synchronisation_inside_the_unet(pipe, dtype):
     pipe = pipe.to("cuda", dtype)
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         latents(pipe)
         vars(pipe)["unet"] = _SyncsForbidden(pipe.unet)
         try:

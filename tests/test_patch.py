@@ -100,7 +100,7 @@ def test_saves_as_the_stock_pipeline_while_patched(pipe, tmp_path):
 
 
 def test_a_patched_unet_still_looks_like_its_class(pipe):
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         assert isinstance(pipe.unet, UNet2DConditionModel)
         assert type(pipe.unet).__name__ == "UNet2DConditionModel"
         assert type(pipe.unet).__module__ == UNet2DConditionModel.__module__
@@ -117,7 +117,7 @@ def test_new_objects_of_a_patched_class_are_plain(pipe):
 
 
 def test_patching_again_replaces_the_first_patch(pipe):
-    first = patch(pipe)
+    first = patch(pipe, "faster-diffusion")
     second = patch(pipe, propagation=EncoderPropagation(key_steps=2))
     latents(pipe)
     assert first.last_run is None
@@ -133,7 +133,7 @@ def test_patched_puts_an_earlier_patch_back(pipe):
         raise KeyError
     assert torch.equal(latents(pipe), expected)
     unpatch(pipe)
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         pass
     assert not is_swapped(pipe.unet)
 
@@ -145,7 +145,7 @@ def test_the_patch_does_not_keep_a_pipeline_alive(pipe):
     del own
     assert alive() is None
     assert latents(pipe).isfinite().all()
-    patch(pipe)
+    patch(pipe, "faster-diffusion")
     unpatch(pipe)
     assert not is_swapped(pipe.unet)
 
@@ -179,7 +179,12 @@ def _dit():
         (lambda pipe: "a string", {}, TypeError, "must be a diffusers.DiffusionPipeline, got str"),
         (lambda pipe: pipe.unet, {}, TypeError, "got UNet2DConditionModel"),
         (lambda pipe: _dit(), {}, ValueError, "DiTPipeline has no UNet .other denoisers: transformer."),
-        (lambda pipe: pipe, {"preset": "fastest"}, ValueError, "unknown preset 'fastest'; available: exact, balanced"),
+        (
+            lambda pipe: pipe,
+            {"preset": "fastest"},
+            ValueError,
+            "unknown preset 'fastest'; available: exact, balanced, faster-diffusion",
+        ),
         (lambda pipe: pipe, {"propagation": [0, 5]}, TypeError, "EncoderPropagation, got list"),
     ],
 )
@@ -188,7 +193,7 @@ def test_bad_input_changes_nothing(pipe, target, options, error, message):
     with pytest.raises(error, match=message):
         patch(target(pipe), **options)
     assert_same(before, snapshot(pipe))
-    patch(pipe)
+    patch(pipe, "faster-diffusion")
     with pytest.raises(error, match=message):
         patch(target(pipe), **options)
     assert is_swapped(pipe.unet), "a refused patch leaves the earlier one in force"
@@ -197,7 +202,7 @@ def test_bad_input_changes_nothing(pipe, target, options, error, message):
 def test_unknown_unets_are_refused(pipe):
     pipe.unet = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="unet is a Linear; supported: UNet2DConditionModel"):
-        patch(pipe)
+        patch(pipe, "faster-diffusion")
 
 
 def test_a_compiled_unet_is_unwrapped_and_put_back(pipe):
@@ -208,18 +213,18 @@ def test_a_compiled_unet_is_unwrapped_and_put_back(pipe):
     assert any("torch.compile" in note for note in report.notes)
     assert pipe.unet is plain
     assert torch.equal(latents(pipe), stock)
-    patch(pipe)
+    patch(pipe, "faster-diffusion")
     unpatch(pipe)
     assert pipe.unet is compiled
     assert not is_swapped(plain)
 
 
 def test_a_compiled_unet_patched_twice(pipe):
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         expected = latents(pipe)
     compiled = pipe.unet = torch.compile(pipe.unet, backend="eager")
-    patch(pipe)
-    report = patch(pipe)
+    patch(pipe, "faster-diffusion")
+    report = patch(pipe, "faster-diffusion")
     assert torch.equal(latents(pipe), expected)
     assert report.last_run.propagated == 13
     unpatch(pipe)
@@ -228,7 +233,7 @@ def test_a_compiled_unet_patched_twice(pipe):
 
 def test_a_unet_compiled_in_place_is_noted(pipe):
     pipe.unet.compile(backend="eager")
-    report = patch(pipe)
+    report = patch(pipe, "faster-diffusion")
     assert any("unet.compile()" in note for note in report.notes)
     with patched(pipe, propagation=EncoderPropagation(parallel=False)):
         expected = latents(pipe)
@@ -243,7 +248,7 @@ def test_a_unet_compiled_in_place_is_noted(pipe):
 def test_cpu_offload_hooks(pipe64, kind, when):
     pipe = pipe64
     expected_stock = latents(pipe)
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         expected = latents(pipe)
 
     loads = []
@@ -262,7 +267,7 @@ def test_cpu_offload_hooks(pipe64, kind, when):
 
     if when == "before":
         offload()
-    report = patch(pipe)
+    report = patch(pipe, "faster-diffusion")
     if when == "after":
         offload()
     assert largest(latents(pipe), expected) <= LATENTS_FLOAT64
@@ -280,7 +285,7 @@ def test_cpu_offload_hooks(pipe64, kind, when):
     assert torch.equal(latents(pipe), expected_stock)
     assert type(pipe.unet) is UNet2DConditionModel
     assert "forward" in vars(pipe.unet), "accelerate leaves the plain method behind on the instance"
-    report = patch(pipe)
+    report = patch(pipe, "faster-diffusion")
     assert torch.equal(latents(pipe), expected)
     assert report.last_run.stock == 0
 
@@ -291,12 +296,12 @@ def test_lora(pipe64, when):
     plain = latents(pipe)
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "conv1"], init_lora_weights=False)
     if when == "after":
-        patch(pipe)
+        patch(pipe, "faster-diffusion")
         latents(pipe)
     torch.manual_seed(0)
     pipe.unet.add_adapter(config, adapter_name="style")
     if when == "before":
-        patch(pipe)
+        patch(pipe, "faster-diffusion")
 
     ahead, all_key, scales = {}, {}, (1.0, 0.3)
     for scale in scales:
@@ -327,7 +332,7 @@ def test_layerwise_casting(pipe):
     assert not torch.equal(cast, stock)
     with patched(pipe, propagation=EncoderPropagation(key_steps=1), fused=False):
         assert torch.equal(latents(pipe), cast)
-    with patched(pipe) as report:
+    with patched(pipe, "faster-diffusion") as report:
         ahead = latents(pipe)
     assert (report.last_run.stock, report.last_run.propagated) == (0, 13)
     with patched(pipe, propagation=EncoderPropagation(parallel=False)):
@@ -341,7 +346,10 @@ def test_hooks_of_diffusers_on_the_unet_itself_run_stock(pipe):
 
     HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(Doubling(), "doubling")
     stock = latents(pipe)
-    with patched(pipe) as report, pytest.warns(UserWarning, match="forward has been replaced on the instance"):
+    with (
+        patched(pipe, "faster-diffusion") as report,
+        pytest.warns(UserWarning, match="forward has been replaced on the instance"),
+    ):
         assert torch.equal(latents(pipe), stock)
     assert report.last_run.stock == 20
 

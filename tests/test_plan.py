@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difffast import EncoderPropagation, Plan
-from difffast.plan import PUBLISHED_KEY_STEPS, published_key_steps
+from difffast.plan import PRESETS, PUBLISHED_KEY_STEPS, published_key_steps
 
 
 def test_published_lists_are_exact():
@@ -59,6 +59,11 @@ def test_forms_of_key_steps():
     assert EncoderPropagation(key_steps=1).plan(3).keys == (0, 1, 2)
 
 
+@pytest.mark.parametrize(("total", "interval"), [(1, 1), (33, 1), (34, 2), (49, 2), (50, 3), (100, 6)])
+def test_a_share_of_the_schedule_between_key_steps(total, interval):
+    assert PRESETS["balanced"].propagation.plan(total).keys == tuple(range(0, total, interval))
+
+
 def test_step_by_step_and_capped_plans():
     assert EncoderPropagation(parallel=False).plan(50).max_batch == 1
     assert EncoderPropagation(max_parallel=3).plan(50).max_batch == 3
@@ -85,7 +90,9 @@ def test_prints_as_a_table():
         ({"key_steps": []}, ValueError, r"must contain 0"),
         ({"key_steps": [-1, 0]}, ValueError, r"no negative, got \(-1, 0\)"),
         ({"key_steps": 0}, ValueError, "at least 1, got 0"),
-        ({"key_steps": 2.5}, TypeError, "integers, got 2.5"),
+        ({"key_steps": 2.5}, ValueError, "between 0 and 1, got 2.5"),
+        ({"key_steps": 0.0}, ValueError, "between 0 and 1, got 0.0"),
+        ({"key_steps": float("nan")}, ValueError, "between 0 and 1, got nan"),
         ({"key_steps": True}, TypeError, "integers, got True"),
         ({"key_steps": [0, 1.5]}, TypeError, "integers, got 1.5"),
         ({"key_steps": "0,1"}, TypeError, "got '0,1'"),

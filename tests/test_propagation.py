@@ -31,7 +31,7 @@ def both_ways(pipe, run):
     """``run(pipe)`` with look-ahead and step by step; asserts that they agree and returns the former's report."""
     with patched(pipe, propagation=STEP_BY_STEP):
         one_at_a_time = run(pipe)
-    with patched(pipe) as report:
+    with patched(pipe, "faster-diffusion") as report:
         ahead = run(pipe)
     assert largest(ahead, one_at_a_time) <= LATENTS_FLOAT64
     return report
@@ -141,7 +141,7 @@ def test_custom_timesteps_and_return_dict(pipe64):
     report = both_ways(pipe64, lambda pipe: latents(pipe, timesteps=list(range(901, 0, -100))))
     assert report.last_run.total == 10
     assert report.last_run.propagated > 0
-    with patched(pipe64), torch.no_grad():
+    with patched(pipe64, "faster-diffusion"), torch.no_grad():
         pipe64.scheduler.set_timesteps(20)
         call = (torch.zeros(2, 4, 8, 8, dtype=torch.float64), pipe64.scheduler.timesteps[0])
         text = torch.zeros(2, 77, 64, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_custom_timesteps_and_return_dict(pipe64):
 
 
 def test_inference_mode(pipe):
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         expected = latents(pipe)
         with torch.inference_mode():
             assert torch.equal(latents(pipe), expected)
@@ -164,7 +164,7 @@ class StopRunError(Exception):
 
 
 def test_a_run_that_raises_or_is_interrupted_leaves_nothing_behind(pipe):
-    with patched(pipe) as report:
+    with patched(pipe, "faster-diffusion") as report:
         expected = latents(pipe)
 
         def interrupt(pipe, step, timestep, tensors):
@@ -186,7 +186,7 @@ def test_a_run_that_raises_or_is_interrupted_leaves_nothing_behind(pipe):
 
 
 def test_an_error_inside_the_unet_leaves_nothing_behind(pipe, monkeypatch):
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         expected = latents(pipe)
         with monkeypatch.context() as patching:
             calls = []
@@ -210,7 +210,7 @@ def test_a_nested_run_does_not_disturb_the_outer_one(pipe):
         **{**pipe.components, "scheduler": scheduler("Euler")}, requires_safety_checker=False
     )
     inner_pipe.set_progress_bar_config(disable=True)
-    with patched(pipe), patched(inner_pipe):
+    with patched(pipe, "faster-diffusion"), patched(inner_pipe, "faster-diffusion"):
         outer, inner = latents(pipe), latents(inner_pipe, "a cat")
         seen = []
 
@@ -226,7 +226,7 @@ def test_a_nested_run_does_not_disturb_the_outer_one(pipe):
 
 def test_re_entering_the_same_pipeline(pipe):
     """DDIM keeps no state in the scheduler but its schedule, so that stock survives re-entrance, and so must we."""
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         outer, inner = latents(pipe), latents(pipe, "a cat", steps=20)
         seen = []
 
@@ -273,7 +273,7 @@ def test_one_pipeline_in_two_threads(pipe):
     """Whoever sets the schedule last is propagated, the other may run stock: nobody gets the other's features."""
     prompts = ["a red circle", "a blue square"]
     stock = [latents(pipe, prompt) for prompt in prompts]
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         fast = [latents(pipe, prompt) for prompt in prompts]
         results = {}
 
@@ -293,7 +293,7 @@ def test_two_pipelines_sharing_a_unet_keep_their_own_settings(pipe):
     )
     other.set_progress_bar_config(disable=True)
     stock_other = latents(other)
-    first = patch(pipe)
+    first = patch(pipe, "faster-diffusion")
     with pytest.warns(UserWarning, match="runs unpatched"):
         assert torch.equal(latents(other), stock_other), "an unpatched pipeline stays stock"
     second = patch(other, propagation=EncoderPropagation(key_steps=4))
@@ -310,11 +310,11 @@ def test_two_pipelines_sharing_a_unet_keep_their_own_settings(pipe):
 
 def test_sharing_unet_and_scheduler_needs_equal_settings(pipe):
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         with pytest.raises(ValueError, match="shares this pipeline's scheduler, which needs equal settings"):
             patch(other, propagation=EncoderPropagation(key_steps=4))
         assert latents(pipe).isfinite().all()
-        theirs = patch(other)
+        theirs = patch(other, "faster-diffusion")
         other.set_progress_bar_config(disable=True)
         latents(other, image=picture())
         assert theirs.last_run.propagated > 0
@@ -333,15 +333,15 @@ def test_changed_prompt_and_size_between_calls(pipe):
     ]
     fresh = []
     for options in runs:
-        with patched(pipe):
+        with patched(pipe, "faster-diffusion"):
             fresh.append(latents(pipe, **options))
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         for options, expected in zip(runs, fresh, strict=True):
             assert torch.equal(latents(pipe, **options), expected)
 
 
 def test_dtype_change_between_calls(pipe):
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         latents(pipe)
         pipe.to(torch.float64)
         assert latents(pipe).dtype == torch.float64
@@ -393,7 +393,7 @@ def test_callbacks_see_every_step_and_may_edit_latents(pipe64):
 
 
 def test_invalidate_makes_the_next_step_a_key(pipe):
-    with patched(pipe) as report:
+    with patched(pipe, "faster-diffusion") as report:
         latents(pipe, callback_on_step_end=lambda p, step, t, x: (step == 11 and report.invalidate(), x)[1])
         assert report.last_run.forced == 1
         assert report.last_run.key == 8
@@ -414,7 +414,7 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
         return x
 
     steps.set_timesteps(20)
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         first, second = loop(0), loop(1)
         assert torch.equal(loop(0), first)
         assert torch.equal(loop(1), second)
@@ -430,7 +430,7 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
 
 
 def test_memory_is_released_at_the_end_of_a_run(pipe):
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         latents(pipe)
         assert_nothing_kept(pipe)
         for steps in (20, 12, 9):
@@ -469,7 +469,7 @@ def test_no_device_synchronisation_is_added(pipe):
 
 def assert_stock(pipe, run, reason):
     stock = run()
-    with patched(pipe) as report, pytest.warns(UserWarning, match=reason):
+    with patched(pipe, "faster-diffusion") as report, pytest.warns(UserWarning, match=reason):
         assert torch.equal(run(), stock)
     return report
 
@@ -500,7 +500,7 @@ def test_hooks_on_the_unet_run_stock(pipe):
     pipe.unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert_stock(pipe, lambda: latents(pipe), "replaced on the instance")
     del pipe.unet.forward
-    with patched(pipe) as report:
+    with patched(pipe, "faster-diffusion") as report:
         latents(pipe)
     assert report.last_run.stock == 0
 
@@ -516,7 +516,7 @@ def test_residuals_run_stock_and_controlnet_pipelines_are_refused(pipe):
     # The UNet and the scheduler are shared with a patched pipeline: still stock, never stale.
     run = lambda: latents(control_pipe, image=picture(), height=32, width=32)  # noqa: E731
     stock = run()
-    with patched(pipe), pytest.warns(UserWarning, match="residuals is given"):
+    with patched(pipe, "faster-diffusion"), pytest.warns(UserWarning, match="residuals is given"):
         assert torch.equal(run(), stock)
 
 
@@ -528,7 +528,10 @@ def test_foreign_attention_processors_decode_one_step_at_a_time(pipe):
     with patched(pipe, propagation=STEP_BY_STEP, fused=False):
         expected = latents(pipe)
     pipe.unet.set_attn_processor(_Foreign())
-    with patched(pipe, fused=False) as report, pytest.warns(UserWarning, match="attention processor _Foreign"):
+    with (
+        patched(pipe, "faster-diffusion", fused=False) as report,
+        pytest.warns(UserWarning, match="attention processor _Foreign"),
+    ):
         assert torch.equal(latents(pipe), expected)
     assert set(report.last_run.decode_batches) == {1}
 
@@ -539,20 +542,27 @@ def test_unknown_timesteps_run_stock(pipe):
     for timestep in (500, torch.tensor(500), pipe.scheduler.timesteps[3:5]):
         with torch.no_grad():
             stock = pipe.unet(timestep=timestep, **call).sample
-            with patched(pipe), pytest.warns(UserWarning, match="position in the schedule is unknown"):
+            with (
+                patched(pipe, "faster-diffusion"),
+                pytest.warns(UserWarning, match="position in the schedule is unknown"),
+            ):
                 assert torch.equal(pipe.unet(timestep=timestep, **call).sample, stock)
 
 
 def test_few_steps_are_refused_unless_forced(pipe):
-    with patched(pipe):
+    sparse = EncoderPropagation(key_steps=3)
+    with patched(pipe, propagation=sparse):
         with pytest.raises(ValueError, match="at least 8 denoising steps, got 4"):
             latents(pipe, steps=4)
         assert latents(pipe, steps=8).isfinite().all()
-    with patched(pipe, force=True) as report:
+    with patched(pipe, propagation=sparse, force=True) as report:
         assert latents(pipe, steps=4).isfinite().all()
     assert report.last_run.total == 4
+    with patched(pipe) as report:
+        latents(pipe, steps=4)
+    assert report.last_run.key == 4, "nothing is shared, nothing to refuse"
     pipe.scheduler = scheduler("Heun")  # 7 UNet calls but only 4 steps
-    with patched(pipe), pytest.raises(ValueError, match="got 4"):
+    with patched(pipe, propagation=sparse), pytest.raises(ValueError, match="got 4"):
         latents(pipe, steps=4)
 
 
@@ -564,7 +574,7 @@ def test_key_steps_beyond_the_schedule(pipe):
 
 
 def test_scheduler_replaced_after_patching(pipe64):
-    with patched(pipe64) as report:
+    with patched(pipe64, "faster-diffusion") as report:
         latents(pipe64)
         pipe64.scheduler = scheduler("Euler")
         latents(pipe64)
@@ -605,9 +615,9 @@ def test_any_run_decodes_ahead_as_it_does_step_by_step(pipe64, data):
 
 def test_a_copy_of_a_patched_pipeline_is_stock(pipe):
     stock = latents(pipe)
-    with patched(pipe):
+    with patched(pipe, "faster-diffusion"):
         twin = copy.deepcopy(pipe)
         assert not is_swapped(twin.unet)
         assert torch.equal(latents(twin), stock)
-        difffast.patch(twin)
+        difffast.patch(twin, "faster-diffusion")
         assert torch.equal(latents(twin), latents(pipe))

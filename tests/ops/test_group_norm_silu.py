@@ -469,10 +469,12 @@ def test_forced_backends(monkeypatch, operator):
 @pytest.mark.parametrize("operator", ["group_norm_silu", "skip_norm_silu"])
 def test_the_default(operator):
     cpp = "reference" if ops.missing("cpp") else "cpp"
-    assert [choose(operator, x) for x in (X, X.bfloat16())] == [cpp, cpp]
-    assert [choose(operator, x) for x in (X.half(), X.double(), X.to("meta"))] == ["reference"] * 3
+    large, small = torch.zeros(1, 64, 32, 32), torch.zeros(2, 64, 8, 8)
+    chosen = (large, large.bfloat16(), small.to(memory_format=torch.channels_last))
+    assert [choose(operator, x) for x in chosen] == [cpp] * 3
+    assert [choose(operator, x) for x in (small, large.half(), large.double(), large.to("meta"))] == ["reference"] * 4
     with ops.use_backend("reference"):
-        assert choose(operator, X) == "reference"
+        assert choose(operator, large) == "reference"
 
 
 @needs_cpp
