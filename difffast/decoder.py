@@ -12,7 +12,7 @@ theirs with stand-ins for norm1, conv1 and conv_shortcut, which work on views of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,28 +22,7 @@ from torch import Tensor, nn
 from .ops import group_norm_silu, repeat_batch, skip_norm_silu
 from .resnets import StandIn, is_plain, is_wrapped
 from .swap import plain_class
-
-
-class SharedSkips:
-    """One key step's skips, and the parts of the decoder that depend on them alone: made when first needed, then kept.
-
-    Args:
-        skips: the encoder's skip tensors [B, C, H, W] in the order in which it made them.
-    """
-
-    def __init__(self, skips: Sequence[Tensor]) -> None:
-        self.skips = tuple(skips)
-        self._parts: dict[str, tuple[list[tuple[Tensor, int]], tuple[Tensor, Tensor]]] = {}
-
-    def parts(self, name: str, resnet: nn.Module, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What ``make`` made for a resnet; made anew if its weights have changed since."""
-        modules = (resnet.norm1, resnet.conv1, resnet.conv_shortcut)
-        weights = [w for module in modules for w in (module.weight, module.bias) if w is not None]
-        state = [(weight, 0 if weight.is_inference() else weight._version) for weight in weights]
-        held = self._parts.get(name)
-        if held is None or any(a is not b or v != w for (a, v), (b, w) in zip(held[0], state, strict=True)):
-            held = self._parts[name] = (state, make())
-        return held[1]
+from .view import view
 
 
 def obstacle(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
@@ -57,6 +36,77 @@ def obstacle(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
     if any(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2")):
         return "FreeU changes the skips"
     return None
+
+
+def shareable(unet: nn.Module, call: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of the up-resnets that can share their skips in a decode call, and why the others cannot."""
+    reason = obstacle(unet, call)
+    if reason is not None:
+        return (), {"up_blocks": reason}
+    reasons = {name: resnet_obstacle(resnet) for name, resnet in _resnets(unet)}
+    unshared = {name: reason for name, reason in reasons.items() if reason is not None}
+    return tuple(name for name in reasons if name not in unshared), unshared
+
+
+def _resnets(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The up blocks' resnets in the order in which they run; the last skip is the first's."""
+    blocks = enumerate(unet.up_blocks)
+    return [(f"up_blocks.{i}.resnets.{j}", resnet) for i, block in blocks for j, resnet in enumerate(block.resnets)]
+
+
+def weights_state(unet: nn.Module, names: Sequence[str]) -> list[tuple[Tensor, int]]:
+    """The weights that shared parts depend on, with their versions; compared with :func:`same_weights`."""
+    modules = [
+        getattr(unet.get_submodule(name), part) for name in names for part in ("norm1", "conv1", "conv_shortcut")
+    ]
+    weights = [weight for module in modules for weight in (module.weight, module.bias) if weight is not None]
+    return [(weight, 0 if weight.is_inference() else weight._version) for weight in weights]
+
+
+def same_weights(a: Sequence[tuple[Tensor, int]], b: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether two states are of the same weights, unchanged."""
+    return len(a) == len(b) and all(x is y and v == w for (x, v), (y, w) in zip(a, b, strict=True))
+
+
+def share(
+    unet: nn.Module, skips: Sequence[Tensor], bottleneck: Tensor, names: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What depends on the skips alone, per resnet in ``names``: its parts of conv1's and conv_shortcut's outputs.
+
+    Args:
+        skips: the encoder's skip tensors [B, C, H, W] in the order in which it made them.
+        bottleneck: what the mid block returned.
+    """
+    parts = {}
+    for i, ((name, resnet), skip) in enumerate(zip(_resnets(unet), reversed(skips), strict=True)):
+        if name in names:
+            parts[name] = _shared_part(resnet, skip) if i else _whole_part(resnet, bottleneck, skip)
+    return parts
+
+
+def _whole_part(resnet: Any, hidden: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """The first resnet's: up to the time embedding everything is shared."""
+    both = torch.cat([hidden, skip], 1)
+    return resnet.conv1(resnet.nonlinearity(resnet.norm1(both))), resnet.conv_shortcut(both)
+
+
+def _shared_part(resnet: Any, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """Any other's: the skip's channels but for those in a norm group with some of the hidden channels."""
+    norm = resnet.norm1
+    own = norm.num_channels - skip.shape[1]
+    groups, end = _cut(norm, own)
+    through = _convolve(resnet.conv_shortcut, skip, slice(own, None), None)
+    if groups == norm.num_groups:
+        return through.new_zeros(()), through
+    normed = F.group_norm(skip[:, end - own :], norm.num_groups - groups, norm.weight[end:], norm.bias[end:], norm.eps)
+    return _convolve(resnet.conv1, resnet.nonlinearity(normed), slice(end, None), None), through
+
+
+def _cut(norm: nn.GroupNorm, own: int) -> tuple[int, int]:
+    """Norm groups that contain some of the first ``own`` channels, and where the last of them ends."""
+    size = norm.num_channels // norm.num_groups
+    groups = -(-own // size)
+    return groups, groups * size
 
 
 def resnet_obstacle(resnet: nn.Module) -> str | None:
@@ -78,10 +128,9 @@ def resnet_obstacle(resnet: nn.Module) -> str | None:
 
 def up_blocks(
     unet: nn.Module,
-    shared: SharedSkips,
+    skips: Sequence[Tensor],
+    parts: Mapping[str, tuple[Tensor, Tensor]],
     repeats: int,
-    view: Callable[[nn.Module, Mapping[str, Any]], nn.Module],
-    unshared: Callable[[str, str], None],
 ) -> list[nn.Module]:
     """Views of the up blocks whose resnets share the skips.
 
@@ -89,33 +138,26 @@ def up_blocks(
     the bottleneck and a skip without channels for [B, ...], not yet repeated.
 
     Args:
+        skips: the encoder's skip tensors [B, C, H, W] in the order in which it made them.
+        parts: from :func:`share`; resnets that are not in it run as they are.
         repeats: time steps in the batch, batch-major.
-        view: ``view(module, children)`` makes an object that is ``module`` in all but the given children.
-        unshared: told (name, reason) of each resnet that runs as it is.
     """
-    waiting = list(shared.skips)
-    blocks = []
+    waiting, blocks = list(skips), []
     for i, block in enumerate(unet.up_blocks):
         stand_ins = []
         for j, resnet in enumerate(block.resnets):
-            name = f"up_blocks.{i}.resnets.{j}"
-            reason = resnet_obstacle(resnet)
-            if reason is not None:
-                unshared(name, reason)
-            kind = _Whole if reason is not None else _Split if i or j else _First
-            stand_ins.append(kind(name, resnet, waiting.pop(), shared, repeats, view))
+            part = parts.get(f"up_blocks.{i}.resnets.{j}")
+            kind = _Whole if part is None else _Split if i or j else _First
+            stand_ins.append(kind(resnet, waiting.pop(), part, repeats))
         blocks.append(view(block, {"resnets": stand_ins}))
     return blocks
 
 
 class _Resnet:
-    """In place of an up block's resnet: called with the hidden channels only, it knows the skip."""
+    """In place of an up block's resnet: called with the hidden channels only, it knows the skip and its parts."""
 
-    def __init__(
-        self, name: str, resnet: Any, skip: Tensor, shared: SharedSkips, repeats: int, view: Callable[..., Any]
-    ) -> None:
-        self._name, self._resnet, self._skip, self._shared = name, resnet, skip, shared
-        self._repeats, self._view = repeats, view
+    def __init__(self, resnet: Any, skip: Tensor, part: tuple[Tensor, Tensor] | None, repeats: int) -> None:
+        self._resnet, self._skip, self._part, self._repeats = resnet, skip, part, repeats
 
     def _each(self, x: Tensor) -> Tensor:
         """[B, ...] for every time step."""
@@ -132,43 +174,27 @@ class _Whole(_Resnet):
 
 
 class _First(_Resnet):
-    """The first resnet: up to the time embedding everything is shared."""
+    """The first resnet: only what follows the first convolution is left to do."""
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        def make() -> tuple[Tensor, Tensor]:
-            resnet, both = self._resnet, torch.cat([hidden, self._skip], 1)
-            return resnet.conv1(resnet.nonlinearity(resnet.norm1(both))), resnet.conv_shortcut(both)
-
-        conv1, shortcut = self._shared.parts(self._name, self._resnet, make)
+        conv1, shortcut = self._part
         stand_ins = {
             "norm1": StandIn(self._resnet.norm1, lambda x, _: x[:0]),
             "conv1": lambda _: self._each(conv1),
             "conv_shortcut": lambda _: self._each(shortcut),
         }
-        return self._view(self._resnet, stand_ins)(hidden, *args, **kwargs)
+        return view(self._resnet, stand_ins)(hidden, *args, **kwargs)
 
 
 class _Split(_Resnet):
-    """Any other: the skip's channels are shared, but for those in a norm group with hidden channels."""
+    """Any other: hidden channels, and the skip's channels in a norm group with them."""
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        resnet, skip = self._resnet, self._skip
+        resnet, own = self._resnet, hidden.shape[1]
         norm, conv, shortcut = resnet.norm1, resnet.conv1, resnet.conv_shortcut
-        size, own = norm.num_channels // norm.num_groups, hidden.shape[1]
-        groups = -(-own // size)  # that contain hidden channels
-        end = groups * size
-        straddling = skip[:, : end - own]
-
-        def make() -> tuple[Tensor, Tensor]:
-            through = _convolve(shortcut, skip, slice(own, None), None)
-            if groups == norm.num_groups:
-                return through.new_zeros(()), through
-            normed = F.group_norm(
-                skip[:, end - own :], norm.num_groups - groups, norm.weight[end:], norm.bias[end:], norm.eps
-            )
-            return _convolve(conv, resnet.nonlinearity(normed), slice(end, None), None), through
-
-        once, through = self._shared.parts(self._name, resnet, make)
+        groups, end = _cut(norm, own)
+        straddling = self._skip[:, : end - own]
+        once, through = self._part
 
         def norm_silu(x: Tensor, silu: bool) -> Tensor:
             rest = (groups, norm.weight[:end], norm.bias[:end], norm.eps)
@@ -183,7 +209,7 @@ class _Split(_Resnet):
             "conv1": lambda x: self._sum(_convolve(conv, x, slice(end), conv.bias), once),
             "conv_shortcut": lambda x: self._sum(_convolve(shortcut, x, slice(own), shortcut.bias), through),
         }
-        return self._view(resnet, stand_ins)(hidden, *args, **kwargs)
+        return view(resnet, stand_ins)(hidden, *args, **kwargs)
 
     def _sum(self, each: Tensor, once: Tensor) -> Tensor:
         """Add a shared part [B, ...] (or a scalar) to each time step's [B * repeats, ...], in place."""

@@ -273,7 +273,9 @@ class _Run:
                 if self.plan.segment_end(order) == order + 1:
                     self._conditioning = conditioning
                     return self._finish(order, stock())
-                self._features = split.encode(unet, call)
+                share = self.settings[0].propagation.share_skips
+                self._features = split.encode(unet, call, share=share)
+                self.stats.unshared.update(self._features.unshared)
             else:
                 self.stats.propagated += 1
             self._conditioning = conditioning
@@ -285,8 +287,7 @@ class _Run:
     def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int) -> None:
         together = self.plan.batch(order)
         times = self.timesteps()[together.start : together.stop]
-        unshared = self.stats.unshared.__setitem__ if self.settings[0].propagation.share_skips else None
-        outputs = split.decode(unet, self._features, call, times, unshared)
+        outputs = split.decode(unet, self._features, call, times)
         self._queue.update(zip(together, outputs, strict=True))
         self.stats.decode_batches.append(len(together))
         if together.stop == self.plan.segment_end(order):

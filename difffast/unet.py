@@ -1,9 +1,9 @@
 """Run any Diffusers UNet in two halves: the encoder (down and mid blocks) and the decoder (up blocks and output).
 
-No block is re-implemented.  Each half is the class's own ``forward``, run on a *view* of the UNet: an object with
-the same attributes except that the children of the other half are stand-ins.  While encoding, encoder children
-record what they return and decoder children hand their input on.  While decoding, encoder children return what was
-recorded and decoder children run.  The UNet itself is never written to, so that threads can share it, and
+No block is re-implemented.  Each half is the class's own ``forward``, run on a *view* of the UNet (:mod:`.view`): an
+object with the same attributes except that the children of the other half are stand-ins.  While encoding, encoder
+children record what they return and decoder children hand their input on.  While decoding, encoder children return
+what was recorded and decoder children run.  The UNet itself is never written to, so that threads can share it, and
 whatever lives in its children (LoRA layers, offload hooks, attention processors) works as ever.
 """
 
@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,56 +21,85 @@ from torch import Tensor, nn
 
 from . import attention, decoder
 from .ops import repeat_batch
+from .view import view
 
 _ENCODER = ("conv_in", "down_blocks", "mid_block")
 _DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
+
+#: What runs a function of this module on its arguments: directly, or as a compiled program (:mod:`.programs`).
+Run = Callable[..., Any]
+
+
+def directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function as it is."""
+    return function(*arguments)
+
 
 #: Arguments that the encoder consumes; at a decode call they have done their work.
 _ENCODER_ONLY = ("down_intrablock_additional_residuals",)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Features:
     """What the encoder half leaves for the decoder half.
 
     Attributes:
         outputs: per encoder child (``"conv_in"``, ``"down_blocks.0"``, ..., ``"mid_block"``) what it returned.
         batch: first size of the sample they belong to, guidance included.
+        parts: what depends on the skips alone, per up-resnet that shares it among all decodes (:mod:`.decoder`).
+        unshared: per up-resnet that does not, the reason; empty where sharing was not asked for.
     """
 
     outputs: Mapping[str, Any]
     batch: int
+    parts: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    unshared: Mapping[str, str] = field(default_factory=dict)
+    _weights: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
 
-    def tiled(self, repeats: int) -> Mapping[str, Any]:
-        """The outputs for ``repeats`` time steps, batch-major; the bottleneck is always a fresh tensor.
+    def refresh(self, unet: nn.Module) -> None:
+        """Make the parts anew if the weights that they depend on have changed since."""
+        weights = decoder.weights_state(unet, tuple(self.parts))
+        if not decoder.same_weights(weights, self._weights):
+            self.parts = decoder.share(unet, skips_of(self.outputs), _bottleneck(self.outputs), tuple(self.parts))
+            self._weights = weights
 
-        FreeU and ControlNet-XS write into the bottleneck; every tensor is copied once, however often it occurs
-        (a down block returns its last skip tensor twice).
-        """
-        if repeats > 1:
-            return tile(self.outputs, self.batch, repeats)
-        return {name: tree_map(torch.clone, out) if name == "mid_block" else out for name, out in self.outputs.items()}
 
-    @functools.cached_property
-    def shared(self) -> decoder.SharedSkips:
-        """The skips, for decodes that share what depends on them alone."""
-        blocks = [out[1] for name, out in self.outputs.items() if name.startswith("down_blocks.")]
-        return decoder.SharedSkips([self.outputs["conv_in"], *(skip for block in blocks for skip in block)])
+def skips_of(outputs: Mapping[str, Any]) -> list[Tensor]:
+    """The skip tensors [B, C, H, W] in the order in which the encoder made them."""
+    blocks = [out[1] for name, out in outputs.items() if name.startswith("down_blocks.")]
+    return [outputs["conv_in"], *(skip for block in blocks for skip in block)]
 
-    def without_channels(self, repeats: int) -> Mapping[str, Any]:
-        """The outputs for up blocks that know the skips: those for ``repeats`` time steps but without channels.
 
-        The last skip meets the bottleneck, which is not repeated yet.
-        """
-        last = self.shared.skips[-1]
+def _bottleneck(outputs: Mapping[str, Any]) -> Tensor:
+    """What the up blocks begin with: the mid block's output, or the last down block's where there is no mid block."""
+    return outputs["mid_block"] if "mid_block" in outputs else list(outputs.values())[-1][0]
 
-        def empty(skip: Tensor) -> Tensor:
-            return skip.new_empty((self.batch * (1 if skip is last else repeats), 0, *skip.shape[2:]))
 
-        return {
-            name: (out[0], tree_map(empty, out[1])) if name.startswith("down_blocks.") else out
-            for name, out in self.outputs.items()
-        } | {"conv_in": empty(self.outputs["conv_in"])}
+def _tiled(outputs: Mapping[str, Any], batch: int, repeats: int) -> Mapping[str, Any]:
+    """The outputs for ``repeats`` time steps, batch-major; the bottleneck is always a fresh tensor.
+
+    FreeU and ControlNet-XS write into the bottleneck; every tensor is copied once, however often it occurs (a down
+    block returns its last skip tensor twice).
+    """
+    if repeats > 1:
+        return tile(outputs, batch, repeats)
+    return {name: tree_map(torch.clone, out) if name == "mid_block" else out for name, out in outputs.items()}
+
+
+def _without_channels(outputs: Mapping[str, Any], batch: int, repeats: int) -> Mapping[str, Any]:
+    """The outputs for up blocks that know the skips: those for ``repeats`` time steps but without channels.
+
+    The last skip meets the bottleneck, which is not repeated yet.
+    """
+    last = skips_of(outputs)[-1]
+
+    def empty(skip: Tensor) -> Tensor:
+        return skip.new_empty((batch * (1 if skip is last else repeats), 0, *skip.shape[2:]))
+
+    return {
+        name: (out[0], tree_map(empty, out[1])) if name.startswith("down_blocks.") else out
+        for name, out in outputs.items()
+    } | {"conv_in": empty(outputs["conv_in"])}
 
 
 def bind(unet: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,16 +136,28 @@ def obstacle(unet: nn.Module) -> str | None:
     return f"unet.forward has been replaced on the instance by {getattr(own, '__qualname__', own)!s}"
 
 
-def encode(unet: nn.Module, call: Mapping[str, Any]) -> Features:
+def encode(unet: nn.Module, call: Mapping[str, Any], *, share: bool = False, run: Run = directly) -> Features:
     """Run the encoder half.
 
     Args:
         unet: a Diffusers UNet whose children are named conv_in, down_blocks, mid_block, up_blocks, conv_out.
         call: its arguments by name (see :func:`bind`); ``sample`` is [B, C, H, W].
+        share: make what depends on the skips alone once, for all decodes (:mod:`.decoder`).
+        run: runs :func:`run_encoder`.
 
     Returns:
         The features that :func:`decode` needs, ControlNet residuals and adapters not yet added.
     """
+    names, unshared = decoder.shareable(unet, call) if share else ((), {})
+    weights = decoder.weights_state(unet, names)
+    outputs, parts = run(run_encoder, unet, call, names)
+    return Features(outputs, call["sample"].shape[0], parts, unshared, weights)
+
+
+def run_encoder(
+    unet: nn.Module, call: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
+    """What every encoder child returned, and the shared parts of the up-resnets in ``names``."""
     outputs: dict[str, Any] = {}
 
     def record(name: str, child: nn.Module) -> Callable[..., Any]:
@@ -129,20 +170,16 @@ def encode(unet: nn.Module, call: Mapping[str, Any]) -> Features:
     def hand_on(_name: str, _child: nn.Module) -> Callable[..., Any]:
         return lambda hidden_states, *_args, **_kwargs: hidden_states
 
-    view = _view(unet, {**_stand_ins(unet, _ENCODER, record), **_stand_ins(unet, _DECODER, hand_on)})
+    half = view(unet, {**_stand_ins(unet, _ENCODER, record), **_stand_ins(unet, _DECODER, hand_on)})
     # Adapters' lists are popped by forward; the caller's list must survive.
     arguments = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
     arguments["return_dict"] = False
-    view.forward(**arguments)
-    return Features(outputs, call["sample"].shape[0])
+    half.forward(**arguments)
+    return outputs, decoder.share(unet, skips_of(outputs), _bottleneck(outputs), names)
 
 
 def decode(
-    unet: nn.Module,
-    features: Features,
-    call: Mapping[str, Any],
-    timesteps: Tensor,
-    unshared: Callable[[str, str], None] | None = None,
+    unet: nn.Module, features: Features, call: Mapping[str, Any], timesteps: Tensor, *, run: Run = directly
 ) -> tuple[Tensor, ...]:
     """Run the decoder half for one or several time steps as one batch.
 
@@ -154,8 +191,7 @@ def decode(
         features: from :func:`encode`.
         call: the arguments of the call; ``sample`` gives shape, dtype and device, its values are never read.
         timesteps: [k], the time of each step to decode.
-        unshared: given, what depends on the skips alone is computed once for all decodes of these features
-            (:mod:`difffast.decoder`), and it is told (name, reason) of what cannot.
+        run: runs :func:`run_decoder`.
 
     Returns:
         k tensors [B, C_out, H, W]: what ``unet.forward`` returns for each time step, given these features.
@@ -163,28 +199,38 @@ def decode(
     Raises:
         ValueError: a conditioning tensor cannot be repeated over the steps.
     """
-    batch, repeats = features.batch, timesteps.numel()
+    features.refresh(unet)
+    return run(run_decoder, unet, features.outputs, features.parts, features.batch, call, timesteps)
+
+
+def run_decoder(
+    unet: nn.Module,
+    outputs: Mapping[str, Any],
+    parts: Mapping[str, tuple[Tensor, Tensor]],
+    batch: int,
+    call: Mapping[str, Any],
+    timesteps: Tensor,
+) -> tuple[Tensor, ...]:
+    """:func:`decode` from the encoder's outputs and the shared parts."""
+    repeats = timesteps.numel()
     children: dict[str, Any] = {}
-    reason = "" if unshared is None else decoder.obstacle(unet, call)
-    if reason is None:
-        outputs = features.without_channels(repeats)
-        children["up_blocks"] = decoder.up_blocks(unet, features.shared, repeats, _view, unshared)
+    if parts:
+        children["up_blocks"] = decoder.up_blocks(unet, skips_of(outputs), parts, repeats)
+        outputs = _without_channels(outputs, batch, repeats)
     else:
-        outputs = features.tiled(repeats)
-        if reason:
-            unshared("up_blocks", reason)
+        outputs = _tiled(outputs, batch, repeats)
 
     def replay(name: str, _child: nn.Module) -> Callable[..., Any]:
         return lambda *_args, **_kwargs: outputs[name]
 
-    view = _view(unet, {**_stand_ins(unet, _ENCODER, replay), **children})
+    half = view(unet, {**_stand_ins(unet, _ENCODER, replay), **children})
     conditioning = {name: value for name, value in call.items() if name not in ("sample", "timestep", *_ENCODER_ONLY)}
     if repeats > 1:
         tiled = tile(conditioning, batch, repeats)
         attention.relabel(conditioning.get("encoder_hidden_states"), tiled.get("encoder_hidden_states"), repeats)
         conditioning = tiled
     sample = call["sample"]
-    result = view.forward(
+    result = half.forward(
         **{
             **conditioning,
             "sample": sample.new_zeros(()).expand(batch * repeats, *sample.shape[1:]),
@@ -257,33 +303,8 @@ def _stand_ins(
     result: dict[str, Any] = {}
     for name in names:
         child = getattr(unet, name, None)
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, (nn.ModuleList, list)):
             result[name] = [_StandIn(c, make(f"{name}.{i}", c)) for i, c in enumerate(child)]
         elif child is not None:
             result[name] = _StandIn(child, make(name, child))
     return result
-
-
-def _view(unet: nn.Module, children: Mapping[str, Any]) -> nn.Module:
-    """An object that is ``unet`` in all but the given children.
-
-    Attributes found in the instance dict win over registered children, so that the shared ``_modules`` need not
-    be touched.  accelerate's offload hooks replace ``forward`` on the instance by functions bound to the UNet:
-    these are bound to the view instead.
-    """
-    view = object.__new__(type(unet))
-    attributes = vars(view)
-    attributes.update(vars(unet))
-    for name in ("forward", "_old_forward"):
-        if name in attributes:
-            attributes[name] = _rebound(attributes[name], unet, view)
-    attributes.update(children)
-    return view
-
-
-def _rebound(function: Any, old: nn.Module, new: nn.Module) -> Any:
-    if isinstance(function, types.MethodType) and function.__self__ is old:
-        return types.MethodType(function.__func__, new)
-    if isinstance(function, functools.partial):
-        return functools.partial(function.func, *(new if a is old else a for a in function.args), **function.keywords)
-    return function

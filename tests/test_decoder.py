@@ -18,9 +18,9 @@ TIMES = torch.tensor([400, 380, 20])
 
 def both(unet, call, times=TIMES):
     """-> (plain outputs, shared outputs, {resnet that did not share: reason})"""
-    features, unshared = split.encode(unet, call), {}
-    plain = split.decode(unet, features, call, times)
-    return plain, split.decode(unet, features, call, times, unshared.__setitem__), unshared
+    plain, shared = split.encode(unet, call), split.encode(unet, call, share=True)
+    assert not plain.parts
+    return split.decode(unet, plain, call, times), split.decode(unet, shared, call, times), shared.unshared
 
 
 def error(outputs, expected):
@@ -56,11 +56,11 @@ def test_half_precision_loses_no_more_than_the_plain_decoder(name, dtype):
         exact.load_state_dict(rounded.state_dict())
         call = call_for(rounded, dtype=dtype)
         in_float64 = split.tree_map(lambda x: x.double() if x.is_floating_point() else x, call)
-        features = split.encode(rounded, call)
+        features, sharing = split.encode(rounded, call), split.encode(rounded, call, share=True)
         in_features = split.Features(split.tree_map(torch.Tensor.double, features.outputs), features.batch)
         expected = split.decode(exact, in_features, in_float64, TIMES)
         plain.append(error(split.decode(rounded, features, call, TIMES), expected))
-        shared.append(error(split.decode(rounded, features, call, TIMES, {}.__setitem__), expected))
+        shared.append(error(split.decode(rounded, sharing, call, TIMES), expected))
     assert sum(shared) <= 1.1 * sum(plain)
 
 
@@ -68,7 +68,7 @@ def test_half_precision_loses_no_more_than_the_plain_decoder(name, dtype):
 @torch.no_grad()
 def test_the_layouts_above_have_straddling_groups_and_aligned_ones(name):
     unet = make(name)
-    skips = split.encode(unet, call_for(unet)).shared.skips
+    skips = split.skips_of(split.encode(unet, call_for(unet)).outputs)
     norms = [resnet.norm1 for block in unet.up_blocks for resnet in block.resnets]
     remainders = [
         (norm.num_channels - skip.shape[1]) % (norm.num_channels // norm.num_groups)
@@ -82,31 +82,34 @@ def test_the_layouts_above_have_straddling_groups_and_aligned_ones(name):
 def test_the_shared_part_is_computed_once():
     unet = make("sd")
     call = call_for(unet)
-    features = split.encode(unet, call)
 
-    def flops(*options):
-        with FlopCounterMode(display=False) as counter:
-            split.decode(unet, features, call, TIMES, *options)
-        return counter.get_total_flops()
+    def flops(share):
+        """-> (of encode, of decode)"""
+        with FlopCounterMode(display=False) as encoding:
+            features = split.encode(unet, call, share=share)
+        with FlopCounterMode(display=False) as decoding:
+            split.decode(unet, features, call, TIMES)
+        return encoding.get_total_flops(), decoding.get_total_flops()
 
     skips = 0  # of convolutions over the skip's channels, one time step
     first = unet.up_blocks[0].resnets[0]
-    for resnet, skip in zip([r for b in unet.up_blocks for r in b.resnets], features.shared.skips[::-1], strict=True):
+    resnets = [resnet for block in unet.up_blocks for resnet in block.resnets]
+    for resnet, skip in zip(resnets, split.skips_of(split.encode(unet, call).outputs)[::-1], strict=True):
         channels = resnet.conv1.in_channels if resnet is first else skip.shape[1]
         pixels = skip.shape[0] * skip.shape[2] * skip.shape[3]
         skips += 2 * pixels * channels * resnet.conv1.out_channels * (9 + 1)
-    plain, first_time, again = flops(), flops({}.__setitem__), flops({}.__setitem__)
-    straddling = first_time - (plain - 2 * skips)  # their channels stay with each step
-    assert 0 <= straddling < 0.05 * skips
-    assert first_time - again == pytest.approx(skips, rel=0.05)
+    (plain_encode, plain_decode), (encode, decode) = flops(False), flops(True)
+    straddling = decode - (plain_decode - 3 * skips)  # their channels stay with each step
+    assert 0 <= straddling < 3 * 0.05 * skips
+    assert encode - plain_encode == pytest.approx(skips, rel=0.05)
 
 
 @torch.no_grad()
 def test_new_weights_are_noticed_between_decodes():
     unet = make("sd")
     call = call_for(unet)
-    features = split.encode(unet, call)
-    before = split.decode(unet, features, call, TIMES, {}.__setitem__)
+    plain_features, features = split.encode(unet, call), split.encode(unet, call, share=True)
+    before = split.decode(unet, features, call, TIMES)
     resnet = unet.up_blocks[1].resnets[0]
     for change in (
         lambda: resnet.conv1.weight.neg_(),
@@ -114,8 +117,8 @@ def test_new_weights_are_noticed_between_decodes():
         lambda: setattr(resnet.conv_shortcut, "weight", torch.nn.Parameter(2 * resnet.conv_shortcut.weight)),
     ):
         change()
-        shared = split.decode(unet, features, call, TIMES, {}.__setitem__)
-        plain = split.decode(unet, features, call, TIMES)
+        shared = split.decode(unet, features, call, TIMES)
+        plain = split.decode(unet, plain_features, call, TIMES)
         assert largest(plain[0], shared[0]) <= OUTPUT_FLOAT32
         assert largest(before[0], shared[0]) > 100 * OUTPUT_FLOAT32
         before = shared
@@ -150,7 +153,7 @@ def test_whole_calls_that_cannot_share_say_why():
     assert torch.equal(plain[0], shared[0])
     assert unshared == {"up_blocks": "FreeU changes the skips"}
     unet.disable_freeu()
-    residuals = [torch.randn_like(skip) for skip in split.encode(unet, call).shared.skips]
+    residuals = [torch.randn_like(skip) for skip in split.skips_of(split.encode(unet, call).outputs)]
     call |= {"down_block_additional_residuals": residuals, "mid_block_additional_residual": torch.zeros(())}
     plain, shared, unshared = both(unet, call)
     assert torch.equal(plain[0], shared[0])
@@ -162,8 +165,8 @@ def test_gradients_pass_through():
     call = call_for(unet, dtype=torch.float64)
     call["encoder_hidden_states"].requires_grad_()
     gradients = []
-    for options in ((), ({}.__setitem__,)):
-        outputs = split.decode(unet, split.encode(unet, call), call, TIMES, *options)
+    for share in (False, True):
+        outputs = split.decode(unet, split.encode(unet, call, share=share), call, TIMES)
         gradients.append(torch.autograd.grad(sum(x.square().sum() for x in outputs), call["encoder_hidden_states"])[0])
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 

@@ -114,7 +114,7 @@ def test_channels_last_stays_channels_last(pipe):
     call["sample"] = call["sample"].to(memory_format=torch.channels_last)
     features = split.encode(unet, call)
     assert features.outputs["conv_in"].is_contiguous(memory_format=torch.channels_last)
-    assert features.tiled(3)["conv_in"].is_contiguous(memory_format=torch.channels_last)
+    assert split.tile(features.outputs, features.batch, 3)["conv_in"].is_contiguous(memory_format=torch.channels_last)
     (halves,) = split.decode(unet, features, call, torch.tensor([400]))
     assert torch.equal(unet(**call).sample, halves)
 
