@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import ops
 from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS
 from .swap import is_swapped, plain_class, swap_in, swap_out
+from .view import replaced
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,13 +39,13 @@ class TextKeys:
     """
 
     def __init__(self, text: Tensor, counts: Counter[str]) -> None:
-        self._text, self._version = text, _version(text)
+        self.text, self._version = text, _version(text)
         self._entries: dict[nn.Module, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
         self._counts = counts
 
     def belong_to(self, text: Any) -> bool:
         """Whether they are of this very tensor, unchanged; under inference_mode an in-place change cannot be seen."""
-        return text is self._text and _version(text) == self._version
+        return text is self.text and _version(text) == self._version
 
     def get(self, layer: nn.Module, project: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]) -> Any:
         """The pair (keys, values) of a layer."""
@@ -53,7 +54,7 @@ class TextKeys:
         if state is not None and entry is not None and _same(entry[0], state):
             self._counts["reused"] += 1
             return entry[1:]
-        keys, values = project(layer, self._text)
+        keys, values = project(layer, self.text)
         self._counts["computed"] += 1
         if state is not None:
             self._entries[layer] = (state, keys, values)
@@ -195,8 +196,51 @@ def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, want
                 # More than MAX_KEYS image tokens are possible; PyTorch's attention takes any number.
                 pair = (_by_head(layer, to(image).flatten(1, -2)) for to in (to_k, to_v))  # [B, images, tokens, C]
                 out = out + scale * nn.functional.scaled_dot_product_attention(query, *pair)
-    out = out.transpose(1, 2).flatten(2)
-    return layer.to_out[1](layer.to_out[0](out))
+    return _to_out(layer, out)
+
+
+def static_keys(unet: nn.Module, call: Mapping[str, Any], keys: TextKeys) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys and values by head of each attn2 layer that a compiled program shall take from its inputs.
+
+    A compiled region cannot follow labels.  Layers that are not named in the result run stock, and so do all where
+    the call has masks or other arguments for them, or where the operator has no kernel for their device and dtype.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    given = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
+    text = keys.text
+    if any(call.get(name) is not None for name in given):
+        return found
+    hidden = text.new_empty(1, 1, 0)  # what _obstacle asks of it is its rank
+    for name, layer in layers_of(unet).items():
+        project = _PROJECTIONS.get(type(layer.processor).__name__)
+        backend = ops.default_backend("cross_attention", text.device, text.dtype)
+        if backend == "reference" or _obstacle(layer, hidden, text, (), {}) is not None:
+            continue
+        pair = keys.get(layer, project)
+        found[name] = tuple(_by_head(layer, x) for x in pair)
+    return found
+
+
+def with_keys(unet: nn.Module, keys: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+    """A view of the UNet whose named attn2 layers take their keys and values from ``keys``."""
+    stand_ins = {name: _Keyed(unet.get_submodule(name), *pair) for name, pair in keys.items()}
+    return replaced(unet, stand_ins) if stand_ins else unet
+
+
+class _Keyed:
+    """In place of an attn2 layer whose text keys and values are known."""
+
+    def __init__(self, layer: Any, keys: Tensor, values: Tensor) -> None:
+        self._layer, self._keys, self._values = layer, keys, values
+
+    def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        layer = self._layer
+        out = ops.cross_attention(_by_head(layer, layer.to_q(hidden_states)), self._keys, self._values)
+        return _to_out(layer, out)
+
+
+def _to_out(layer: Any, out: Tensor) -> Tensor:
+    return layer.to_out[1](layer.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
 def _by_head(layer: Any, x: Tensor) -> Tensor:

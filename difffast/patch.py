@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import attention, ops, resnets
 from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
+from .programs import BATCHES
 from .propagation import Controller, RunStats, Settings
 from .swap import is_swapped, plain_class, swap_in, swap_out
 
@@ -92,6 +93,7 @@ def patch(
     *,
     propagation: EncoderPropagation | None = None,
     fused: bool | None = None,
+    compile: bool = False,
     force: bool = False,
 ) -> PatchReport:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
@@ -101,13 +103,16 @@ def patch(
         preset: a name from ``difffast.plan.PRESETS``.
         propagation: replaces what the preset says about encoder propagation.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
+        compile: run the UNet's halves as programs made by torch.compile, once per shape (:mod:`difffast.programs`); the
+            first image waits for them.
         force: allow schedules with fewer than 8 steps.
 
     Returns:
         A report of what was replaced.  Patching again replaces the first patch.
 
     Raises:
-        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation`, ``fused`` no bool.
+        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation`, ``fused`` or ``compile`` no
+            bool.
         ValueError: no UNet, an unsupported pipeline or UNet, or an unknown preset.  Nothing is changed then.
     """
     _, unet, _ = _checked_target(pipe)
@@ -117,12 +122,14 @@ def patch(
         raise TypeError(f"propagation must be a difffast.EncoderPropagation, got {type(propagation).__name__}")
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"fused must be True, False or None, got {fused!r}")
-    arguments = {"preset": preset, "propagation": propagation, "fused": fused, "force": force}
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be True or False, got {compile!r}")
+    arguments = {"preset": preset, "propagation": propagation, "fused": fused, "compile": compile, "force": force}
     config = propagation or PRESETS[preset].propagation
     fused = PRESETS[preset].fused if fused is None else fused
 
     with _lock:
-        _check_shared(pipe, unet, config, fused)
+        _check_shared(pipe, unet, config, fused, compile)
         earlier = _patches.get(pipe)
         unpatch(pipe)
         kind, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
@@ -131,7 +138,7 @@ def patch(
         attention.install(unet)
         resnets.install(unet)
         controller = _controller(unet)
-        settings = Settings(pipe, config, fused, kind, force)
+        settings = Settings(pipe, config, fused, compile, kind, force)
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
         controller.add(settings)
@@ -139,7 +146,8 @@ def patch(
         if compiled is not None:
             pipe.unet = unet
             notes.append(
-                "pipe.unet was torch.compile'd: the plain UNet runs instead; unpatch puts the compiled one back"
+                "pipe.unet was torch.compile'd: the plain UNet runs instead (patch with compile=True for compiled "
+                "halves); unpatch puts the compiled one back"
             )
         if getattr(unet, "_compiled_call_impl", None) is not None:
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
@@ -155,7 +163,7 @@ def patch(
         preset=preset if arguments["propagation"] is None and arguments["fused"] is None else "custom",
         propagation=config,
         fused=fused,
-        replaced=tuple(_replaced(unet, config, fused)),
+        replaced=tuple(_replaced(unet, config, fused, compile)),
         notes=tuple(notes),
         _settings=settings,
         _controller=controller,
@@ -236,17 +244,18 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     return supported, plain, compiled
 
 
-def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation, fused: bool) -> None:
+def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation, fused: bool, compiled: bool) -> None:
     """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
         if other is pipe or other.scheduler is not pipe.scheduler:
             continue
-        theirs, ours = (done.settings.propagation, done.settings.fused), (config, fused)
+        settings = done.settings
+        theirs, ours = (settings.propagation, settings.fused, settings.compiled), (config, fused, compiled)
         if (done.unet is unet and theirs != ours) or theirs[0].prior_noise or config.prior_noise:
             raise ValueError(
                 f"another patched {type(other).__name__} shares this pipeline's scheduler, which needs equal settings "
-                f"without prior noise (there: {theirs[0]}, fused={theirs[1]}; here: {config}, fused={fused}); give one "
-                "of them its own: "
+                f"without prior noise (there: {theirs[0]}, fused={theirs[1]}, "
+                f"compile={theirs[2]}; here: {config}, fused={fused}, compile={compiled}); give one of them its own: "
                 "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
             )
 
@@ -264,13 +273,18 @@ def _controller(unet: nn.Module) -> Controller:
     return type(unet)._difffast_controller
 
 
-def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool) -> Iterator[tuple[str, str]]:
+def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool, compiled: bool) -> Iterator[tuple[str, str]]:
     if config.key_steps == 1:
         yield "unet calls", "whole UNet at every step"
     else:
         how = "decoders in parallel" if config.parallel else "decoders one at a time"
         yield "unet calls", f"encoder propagation, {how}"
         yield "repeat_batch", "C++ on the CPU" if ops.missing("cpp") is None else "PyTorch reference"
+    if compiled:
+        yield (
+            "programs",
+            f"torch.compile, one per shape, decoder batches of {', '.join(map(str, BATCHES))} steps at most",
+        )
     weight = next(unet.parameters())
     layers = attention.layers_of(unet)
     if fused and layers:
@@ -278,7 +292,7 @@ def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool) -> Itera
         yield f"attn2 ({len(layers)} layers)", f"cross_attention ({backend}), text keys and values once a prompt"
     layers = resnets.resnets_of(unet)
     backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
-    if fused and layers and backend != "reference":
+    if fused and layers and backend != "reference" and not compiled:
         yield f"resnets ({len(layers)} layers)", f"group_norm_silu ({backend})"
     if config.prior_noise:
         yield "scheduler.step", f"prior noise injection, alpha = {config.prior_noise}"

@@ -76,13 +76,16 @@ class EncoderPropagation:
             if not (0.0 <= self.prior_noise < math.inf):
                 raise ValueError(f"prior_noise must be finite and not negative, got {self.prior_noise}")
 
-    def plan(self, total: int, *, kind: str = "sd", device: str = "cpu") -> Plan:
+    def plan(
+        self, total: int, *, kind: str = "sd", device: str = "cpu", batches: tuple[int, ...] | None = None
+    ) -> Plan:
         """Resolve to the plan of a schedule.
 
         Args:
             total: UNet calls in the schedule, ``len(scheduler.timesteps)``.
             kind: which published list ``key_steps=None`` takes.
             device: type of the device that the UNet runs on, for ``max_parallel=None``.
+            batches: sizes that decoder batches may have; None: any.
 
         Raises:
             ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, unknown ``kind``.
@@ -102,7 +105,8 @@ class EncoderPropagation:
                 raise ValueError(f"key_steps contains {keys[-1]}, but the schedule has orders 0 .. {total - 1}")
             resolved = keys
         default = DEFAULT_MAX_PARALLEL["cpu" if device == "cpu" else "accelerator"]
-        return Plan(total=total, keys=resolved, max_batch=(self.max_parallel or default) if self.parallel else 1)
+        most = (self.max_parallel or default) if self.parallel else 1
+        return Plan(total=total, keys=resolved, max_batch=most, batches=batches)
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,17 @@ class Plan:
         total: UNet calls in the schedule.
         keys: sorted orders of the key steps, the first being 0.
         max_batch: most steps decoded in one batch; 1 decodes step by step.
+        batches: sizes that a batch may have, ascending from 1, so that few programs serve all; None: any.
     """
 
     total: int
     keys: tuple[int, ...]
     max_batch: int
+    batches: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.batches is not None and (self.batches[:1] != (1,) or list(self.batches) != sorted(self.batches)):
+            raise ValueError(f"batches must ascend from 1, got {self.batches}")
         if not self.keys or self.keys[0] != 0 or self.keys[-1] >= self.total or self.max_batch < 1:
             raise ValueError(f"invalid plan: {self.total} steps, keys {self.keys}, max_batch {self.max_batch}")
         if any(a >= b for a, b in pairwise(self.keys)):
@@ -146,9 +154,12 @@ class Plan:
     def batch(self, order: int) -> range:
         """The orders decoded in one batch when ``order`` is the first of them that is not decoded yet.
 
-        A segment longer than ``max_batch`` is cut into batches of nearly equal size.
+        A segment longer than ``max_batch`` is cut into batches of nearly equal size, or of the sizes there are.
         """
         left = self.segment_end(order) - order
+        if self.batches is not None:
+            most = min(left, self.max_batch)
+            return range(order, order + max(size for size in self.batches if size <= most))
         batches = -(-left // self.max_batch)
         return range(order, order - (-left // batches))
 

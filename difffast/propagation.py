@@ -25,6 +25,7 @@ from . import unet as split
 from .conditioning import Conditioning
 from .plan import MIN_STEPS, EncoderPropagation, Plan
 from .prior_noise import PriorNoise
+from .programs import BATCHES, Programs
 from .swap import is_swapped, swap_in, swap_out
 
 
@@ -66,9 +67,12 @@ class RunStats:
 class Settings:
     """What one patched pipeline asked for; the controller of its UNet holds it."""
 
-    def __init__(self, pipe: Any, propagation: EncoderPropagation, fused: bool, kind: str, force: bool) -> None:
+    def __init__(
+        self, pipe: Any, propagation: EncoderPropagation, fused: bool, compiled: bool, kind: str, force: bool
+    ) -> None:
         self.pipe = weakref.ref(pipe)
-        self.propagation, self.fused, self.kind, self.force = propagation, fused, kind, force
+        self.propagation, self.fused, self.compiled = propagation, fused, compiled
+        self.kind, self.force = kind, force
         self.collectors: tuple[attention.AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
         self._schedulers: list[Any] = []
@@ -95,7 +99,8 @@ class Settings:
         Raises:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
-        plan = self.propagation.plan(total, kind=self.kind, device=device.type)
+        batches = BATCHES if self.compiled else None
+        plan = self.propagation.plan(total, kind=self.kind, device=device.type, batches=batches)
         if steps < MIN_STEPS and not self.force and len(plan.keys) < plan.total:
             raise ValueError(
                 f"encoder propagation needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
@@ -112,6 +117,7 @@ class Controller:
     """
 
     def __init__(self) -> None:
+        self.programs = Programs()
         self._settings: list[Settings] = []
         self._runs: list[_Run] = []
         self._lock = threading.Lock()
@@ -177,7 +183,7 @@ class Controller:
                     return run
             asking = [s for s in self._settings if _is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
             if asking:
-                run = _Run(asking, unet, device)
+                run = _Run(asking, unet, device, self.programs)
                 self._runs.append(run)
                 return run
         return None
@@ -195,13 +201,14 @@ class Controller:
 class _Run:
     """One pass over a schedule: cached features, decoded outputs waiting, and the conditioning they belong to."""
 
-    def __init__(self, settings: list[Settings], unet: nn.Module, device: torch.device) -> None:
+    def __init__(self, settings: list[Settings], unet: nn.Module, device: torch.device, programs: Programs) -> None:
         """``settings``: of the patched pipelines whose scheduler it is; if several, they want the same."""
         scheduler = settings[0].scheduler()
         timesteps = scheduler.timesteps
         self.settings = settings
         self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps), device)
         self.fused = settings[0].fused
+        self._programs = programs if settings[0].compiled else None
         self.stats = RunStats(total=len(timesteps))
         for each in settings:
             each.last_run = self.stats
@@ -238,13 +245,18 @@ class _Run:
         self._queue.clear()
 
     def labelled(self, text: Tensor, sample: Tensor, *, stock: bool) -> Tensor:
-        """The text tensor as the attn2 layers of this call shall see it; in a stock call, only maps are collected."""
+        """The text tensor as the attn2 layers of this call shall see it; in a stock call, only maps are collected.
+
+        Programs do not see labels: they get text keys and values as inputs.
+        """
         fused = self.fused and not stock
         collectors = tuple(maps for each in self.settings for maps in each.collectors)
         if not fused and not collectors:
             return text
         if self._text_keys is None or not self._text_keys.belong_to(text):
             self._text_keys = attention.TextKeys(text, self.stats.text_keys)
+        if self._programs is not None and not collectors:
+            return text
         keys = None if torch.is_grad_enabled() else self._text_keys  # remembered ones would cut the graph
         height, width = sample.shape[-2:]
         return attention.labelled(text, attention.Label(fused, text, 1, keys, collectors, (height, width), self.note))
@@ -270,11 +282,12 @@ class _Run:
                 self._last = order
                 self.stats.key += 1
                 self.stats.forced += not self.plan.is_key(order)
+                run = self._runner(unet, call)
                 if self.plan.segment_end(order) == order + 1:
                     self._conditioning = conditioning
-                    return self._finish(order, stock())
+                    return self._finish(order, stock() if run is split.directly else run(split.run_whole, unet, call))
                 share = self.settings[0].propagation.share_skips
-                self._features = split.encode(unet, call, share=share)
+                self._features = split.encode(unet, call, share=share, run=run)
                 self.stats.unshared.update(self._features.unshared)
             else:
                 self.stats.propagated += 1
@@ -284,10 +297,20 @@ class _Run:
             self.stats.propagated += 1
         return self._finish(order, self._queue.pop(order))
 
+    def _runner(self, unet: nn.Module, call: Mapping[str, Any]) -> split.Run:
+        """What runs the halves of this call: their programs, or Python where nothing is compiled or maps are wanted."""
+        if self._programs is None:
+            return split.directly
+        if any(each.collectors for each in self.settings):
+            self.note("programs are not used while attention maps are collected")
+            return split.directly
+        keys = attention.static_keys(unet, call, self._text_keys) if self.fused and self._text_keys else {}
+        return functools.partial(self._programs.run, keys, self.note)
+
     def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int) -> None:
         together = self.plan.batch(order)
         times = self.timesteps()[together.start : together.stop]
-        outputs = split.decode(unet, self._features, call, times)
+        outputs = split.decode(unet, self._features, call, times, run=self._runner(unet, call))
         self._queue.update(zip(together, outputs, strict=True))
         self.stats.decode_batches.append(len(together))
         if together.stop == self.plan.segment_end(order):

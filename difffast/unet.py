@@ -136,6 +136,11 @@ def obstacle(unet: nn.Module) -> str | None:
     return f"unet.forward has been replaced on the instance by {getattr(own, '__qualname__', own)!s}"
 
 
+def run_whole(unet: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """The UNet's output [B, C_out, H, W]."""
+    return unet.forward(**{**call, "return_dict": False})[0]
+
+
 def encode(unet: nn.Module, call: Mapping[str, Any], *, share: bool = False, run: Run = directly) -> Features:
     """Run the encoder half.
 
@@ -261,7 +266,7 @@ def tile(value: Any, batch: int, repeats: int) -> Any:
     Raises:
         ValueError: a first size that is no multiple of ``batch``.
     """
-    done: dict[int, tuple[Tensor, Tensor]] = {}
+    done: list[tuple[Tensor, Tensor]] = []  # compared by `is`: a compiled program cannot hold an id
 
     def repeated(tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or (tensor.shape[0] == 1 and batch > 1):
@@ -271,14 +276,16 @@ def tile(value: Any, batch: int, repeats: int) -> Any:
                 f"a tensor of shape {tuple(tensor.shape)} cannot be repeated for a batch of {batch}: "
                 "its first size must be a multiple of the batch"
             )
-        if id(tensor) not in done:
-            rows = tensor.shape[0] // batch
-            if rows == 1:
-                copy = repeat_batch(tensor, repeats)
-            else:
-                copy = repeat_batch(tensor.unflatten(0, (batch, rows)), repeats).flatten(0, 1)
-            done[id(tensor)] = (tensor, copy)
-        return done[id(tensor)][1]
+        for original, copy in done:
+            if original is tensor:
+                return copy
+        rows = tensor.shape[0] // batch
+        if rows == 1:
+            copy = repeat_batch(tensor, repeats)
+        else:
+            copy = repeat_batch(tensor.unflatten(0, (batch, rows)), repeats).flatten(0, 1)
+        done.append((tensor, copy))
+        return copy
 
     return tree_map(repeated, value)
 
