@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from . import ops
 from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS
 from .swap import is_swapped, plain_class, swap_in, swap_out
-from .view import replaced
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -199,44 +198,48 @@ def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, want
     return _to_out(layer, out)
 
 
-def static_keys(unet: nn.Module, call: Mapping[str, Any], keys: TextKeys) -> dict[str, tuple[Tensor, Tensor]]:
+def static_keys(
+    layers: Mapping[str, nn.Module], call: Mapping[str, Any], keys: TextKeys
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Keys and values by head of each attn2 layer that a compiled program shall take from its inputs.
 
     A compiled region cannot follow labels.  Layers that are not named in the result run stock, and so do all where
     the call has masks or other arguments for them, or where the operator has no kernel for their device and dtype.
+
+    Args:
+        layers: from :func:`layers_of`.
+        call: arguments of the UNet call.
+        keys: of the call's text.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    given = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
     text = keys.text
+    given = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
     if any(call.get(name) is not None for name in given):
         return found
+    if ops.default_backend("cross_attention", text.device, text.dtype) == "reference":
+        return found
     hidden = text.new_empty(1, 1, 0)  # what _obstacle asks of it is its rank
-    for name, layer in layers_of(unet).items():
-        project = _PROJECTIONS.get(type(layer.processor).__name__)
-        backend = ops.default_backend("cross_attention", text.device, text.dtype)
-        if backend == "reference" or _obstacle(layer, hidden, text, (), {}) is not None:
-            continue
-        pair = keys.get(layer, project)
-        found[name] = tuple(_by_head(layer, x) for x in pair)
+    for name, layer in layers.items():
+        if _obstacle(layer, hidden, text, (), {}) is None:
+            pair = keys.get(layer, _PROJECTIONS[type(layer.processor).__name__])
+            found[name] = tuple(_by_head(layer, x) for x in pair)
     return found
 
 
-def with_keys(unet: nn.Module, keys: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
-    """A view of the UNet whose named attn2 layers take their keys and values from ``keys``."""
-    stand_ins = {name: _Keyed(unet.get_submodule(name), *pair) for name, pair in keys.items()}
-    return replaced(unet, stand_ins) if stand_ins else unet
+class Keyed:
+    """In place of an attn2 layer whose text keys and values are known.
 
-
-class _Keyed:
-    """In place of an attn2 layer whose text keys and values are known."""
+    Args:
+        layer: the layer.
+        keys, values: [B, heads, T, d]; B divides the batch of the layer's input.
+    """
 
     def __init__(self, layer: Any, keys: Tensor, values: Tensor) -> None:
         self._layer, self._keys, self._values = layer, keys, values
 
     def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        layer = self._layer
-        out = ops.cross_attention(_by_head(layer, layer.to_q(hidden_states)), self._keys, self._values)
-        return _to_out(layer, out)
+        query = _by_head(self._layer, self._layer.to_q(hidden_states))
+        return _to_out(self._layer, ops.cross_attention(query, self._keys, self._values))
 
 
 def _to_out(layer: Any, out: Tensor) -> Tensor:

@@ -1,22 +1,24 @@
 """Static programs: the functions of a UNet's calls, each compiled once for every shape that it meets.
 
-A program's inputs are tensors alone: latents, time steps, text or its keys and values, cached features.  So a new
-prompt, seed, guidance scale or number of steps needs no new program.  What else a program depends on (layers, adapters,
-switches) torch.compile guards: a change compiles it anew, by itself.
+A program's inputs are tensors: latents, time steps, text or its keys and values, cached features, the scales of LoRA
+adapters.  So a new prompt, seed, guidance scale, number of steps or LoRA scale needs no new program.  What else a
+program depends on (layers, switches) torch.compile guards: a change compiles it anew, by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import attention
+from .view import descendant, replaced
 
 #: Most programs that one UNet keeps; beyond, the one that has not run for longest is dropped.
 MAX_PROGRAMS = 16
@@ -24,9 +26,62 @@ MAX_PROGRAMS = 16
 #: Decoder batches that get a program; segments are decoded in batches of these sizes.
 BATCHES = (1, 2, 4, 8)
 
-
 #: torch.compile's backend.
 BACKEND = "inductor"
+
+
+class Inputs:
+    """What a run's programs take as inputs in the place of layers' own state.
+
+    Layers are looked for once a run.  One that is added later is part of the program as it is, which is right, but
+    compiles it anew.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._attention = attention.layers_of(unet)
+        self._adapted = {
+            name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
+        }
+        self._scales: dict[str, dict[str, Tensor]] = {name: {} for name in self._adapted}
+
+    def of(self, unet: nn.Module, call: Mapping[str, Any], keys: attention.TextKeys | None) -> dict[str, Any]:
+        """Per name: keys and values of an attn2 layer, or the scales of a LoRA layer's adapters as tensors [].
+
+        Args:
+            call: arguments of the UNet call, without a LoRA scale (:func:`scaled`).
+            keys: text keys and values of the run; None: attn2 layers run stock.
+        """
+        found: dict[str, Any] = {}
+        if keys is not None:
+            found.update(attention.static_keys(self._attention, call, keys))
+        for name, layer in self._adapted.items():
+            held = self._scales[name]
+            for adapter, scale in layer.scaling.items():
+                if adapter not in held or held[adapter].device != unet.device:
+                    held[adapter] = torch.empty((), device=unet.device)
+                held[adapter].fill_(scale)
+            found[f"{name}.scaling"] = dict(held)
+        return found
+
+
+@contextlib.contextmanager
+def scaled(unet: nn.Module, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside the block LoRA layers have the scale that the call asks for; -> the call without it.
+
+    Diffusers' forward does the same around itself, which would make the scale a constant of the program.
+    """
+    options = dict(call.get("cross_attention_kwargs") or {})
+    weight = options.pop("scale", None)
+    if weight is None:
+        yield dict(call)
+        return
+    from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+
+    scale_lora_layers(unet, weight)
+    try:
+        yield {**call, "cross_attention_kwargs": options or None}
+    finally:
+        unscale_lora_layers(unet, weight)
 
 
 class Programs:
@@ -36,9 +91,12 @@ class Programs:
         self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._compiled)
+
     def run(
         self,
-        keys: Mapping[str, tuple[Tensor, Tensor]],
+        inputs: Mapping[str, Any],
         note: Callable[[str], Any],
         function: Callable[..., Any],
         unet: nn.Module,
@@ -47,19 +105,19 @@ class Programs:
         """``function(unet, *arguments)`` by its program.
 
         Args:
-            keys: text keys and values per attn2 layer that takes them from here (:func:`attention.static_keys`).
+            inputs: from :meth:`Inputs.of`.
             note: told if it cannot be compiled; it runs as it is then.
             function: of :mod:`.unet`.
         """
-        key = (function, _signature((keys, arguments)))
+        key = (function, _signature((inputs, arguments)))
         try:
-            return self._program(key, function)(unet, keys, arguments)
+            return self._program(key, function)(unet, inputs, arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             # The layers have changed too often for one program's cache; a fresh one starts with an empty cache.
-            return self._keep(key, _compiled(function))(unet, keys, arguments)
+            return self._keep(key, _compiled(function))(unet, inputs, arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             note(f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}")
-            return self._keep(key, _uncompiled(function))(unet, keys, arguments)
+            return self._keep(key, _uncompiled(function))(unet, inputs, arguments)
 
     def _program(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         with self._lock:
@@ -74,13 +132,17 @@ class Programs:
                 self._compiled.popitem(last=False)
         return program
 
-    def __len__(self) -> int:
-        return len(self._compiled)
-
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    def program(unet: nn.Module, keys: Mapping[str, tuple[Tensor, Tensor]], arguments: tuple[Any, ...]) -> Any:
-        return function(attention.with_keys(unet, keys), *arguments)
+    def program(unet: nn.Module, inputs: Mapping[str, Any], arguments: tuple[Any, ...]) -> Any:
+        scales = {name: value for name, value in inputs.items() if isinstance(value, Mapping)}
+        unet = replaced(unet, scales)
+        keyed = {
+            name: attention.Keyed(descendant(unet, name), *value)
+            for name, value in inputs.items()
+            if name not in scales
+        }
+        return function(replaced(unet, keyed), *arguments)
 
     return program
 

@@ -25,7 +25,7 @@ from . import unet as split
 from .conditioning import Conditioning
 from .plan import MIN_STEPS, EncoderPropagation, Plan
 from .prior_noise import PriorNoise
-from .programs import BATCHES, Programs
+from .programs import BATCHES, Inputs, Programs, scaled
 from .swap import is_swapped, swap_in, swap_out
 
 
@@ -225,6 +225,7 @@ class _Run:
         self._queue: dict[int, Tensor] = {}
         self._conditioning: Conditioning | None = None
         self._text_keys: attention.TextKeys | None = None
+        self._inputs: Inputs | None = None
         coupled = _coupled_processor(unet)
         if coupled is not None:
             # Attention that mixes samples of a batch would mix time steps as well.
@@ -282,12 +283,13 @@ class _Run:
                 self._last = order
                 self.stats.key += 1
                 self.stats.forced += not self.plan.is_key(order)
-                run = self._runner(unet, call)
+                run, prepared = self._runner(unet, call)
                 if self.plan.segment_end(order) == order + 1:
                     self._conditioning = conditioning
-                    return self._finish(order, stock() if run is split.directly else run(split.run_whole, unet, call))
+                    whole = stock() if run is split.directly else run(split.run_whole, unet, prepared)
+                    return self._finish(order, whole)
                 share = self.settings[0].propagation.share_skips
-                self._features = split.encode(unet, call, share=share, run=run)
+                self._features = split.encode(unet, prepared, share=share, run=run)
                 self.stats.unshared.update(self._features.unshared)
             else:
                 self.stats.propagated += 1
@@ -297,20 +299,34 @@ class _Run:
             self.stats.propagated += 1
         return self._finish(order, self._queue.pop(order))
 
-    def _runner(self, unet: nn.Module, call: Mapping[str, Any]) -> split.Run:
-        """What runs the halves of this call: their programs, or Python where nothing is compiled or maps are wanted."""
+    def _runner(self, unet: nn.Module, call: Mapping[str, Any]) -> tuple[split.Run, Mapping[str, Any]]:
+        """What runs the functions of this call, and the call as they take it.
+
+        Python runs them where nothing is compiled, and where attention maps are wanted, which programs do not give.
+        """
         if self._programs is None:
-            return split.directly
+            return split.directly, call
         if any(each.collectors for each in self.settings):
             self.note("programs are not used while attention maps are collected")
-            return split.directly
-        keys = attention.static_keys(unet, call, self._text_keys) if self.fused and self._text_keys else {}
-        return functools.partial(self._programs.run, keys, self.note)
+            return split.directly, call
+        self._inputs = self._inputs or Inputs(unet)
+        with scaled(unet, call) as call:
+            inputs = self._inputs.of(unet, call, self._text_keys)
+        return functools.partial(self._programs.run, inputs, self.note), call
 
     def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int) -> None:
-        together = self.plan.batch(order)
-        times = self.timesteps()[together.start : together.stop]
-        outputs = split.decode(unet, self._features, call, times, run=self._runner(unet, call))
+        run, prepared = self._runner(unet, call)
+        outputs = None
+        while outputs is None:
+            together = self.plan.batch(order)
+            times = self.timesteps()[together.start : together.stop]
+            try:
+                outputs = split.decode(unet, self._features, prepared, times, run=run)
+            except torch.OutOfMemoryError:
+                if len(together) == 1:
+                    raise
+                self.plan = replace(self.plan, max_batch=len(together) // 2)
+                self.note(f"out of memory decoding {len(together)} steps at once: {self.plan.max_batch} from now on")
         self._queue.update(zip(together, outputs, strict=True))
         self.stats.decode_batches.append(len(together))
         if together.stop == self.plan.segment_end(order):

@@ -45,6 +45,13 @@ def replaced(module: Any, descendants: Mapping[str, Any]) -> Any:
     return view(module, children)
 
 
+def descendant(module: Any, name: str) -> Any:
+    """The descendant of a module or a view, named as by ``named_modules``."""
+    for part in name.split("."):
+        module = module[int(part)] if isinstance(module, (nn.ModuleList, list)) else getattr(module, part)
+    return module
+
+
 def _rebound(function: Any, old: nn.Module, new: nn.Module) -> Any:
     if isinstance(function, types.MethodType) and function.__self__ is old:
         return types.MethodType(function.__func__, new)
