@@ -3,13 +3,14 @@
 from . import models
 from .attention import AttentionMaps, collect_maps
 from .patch import PatchReport, patch, patched, unpatch
-from .plan import EncoderPropagation, Plan
+from .plan import EncoderPropagation, FeatureReuse, Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionMaps",
     "EncoderPropagation",
+    "FeatureReuse",
     "PatchReport",
     "Plan",
     "__version__",

@@ -33,6 +33,11 @@ def obstacle(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
         return f"{plain_class(unet).__name__} is not UNet2DConditionModel"
     if call.get("down_block_additional_residuals") is not None or call.get("mid_block_additional_residual") is not None:
         return "residuals are added to the skips"
+    return freeu_reason(unet)
+
+
+def freeu_reason(unet: nn.Module) -> str | None:
+    """Why the up blocks' inputs are not what the encoder made, or None."""
     if any(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2")):
         return "FreeU changes the skips"
     return None

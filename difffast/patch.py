@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import attention, ops, resnets
-from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
+from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, FeatureReuse, Plan
 from .programs import BATCHES
-from .propagation import Controller, RunStats, Settings
+from .propagation import Controller, RunStats, Settings, prior_noise_of
 from .swap import is_swapped, plain_class, swap_in, swap_out
+from .unet import reentry
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
+
+#: How steps share features.
+Sharing = EncoderPropagation | FeatureReuse
 
 _patches: weakref.WeakKeyDictionary[Any, _Patch] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -49,7 +53,7 @@ class PatchReport:
     pipeline: str
     unet: str
     preset: str
-    propagation: EncoderPropagation
+    propagation: EncoderPropagation | FeatureReuse
     fused: bool
     replaced: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
@@ -65,7 +69,7 @@ class PatchReport:
         """The plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now."""
         pipe = self._settings.pipe()
         device = pipe.device.type if pipe is not None else "cpu"
-        return self.propagation.plan(total, kind=self._settings.kind, device=device)
+        return self._settings.planned(total, device)
 
     def invalidate(self) -> None:
         """Make the next step a key step, e.g. from a callback after a large edit of the latents."""
@@ -91,7 +95,7 @@ def patch(
     pipe: DiffusionPipeline,
     preset: str = "balanced",
     *,
-    propagation: EncoderPropagation | None = None,
+    propagation: EncoderPropagation | FeatureReuse | None = None,
     fused: bool | None = None,
     compile: bool = False,
     force: bool = False,
@@ -101,7 +105,7 @@ def patch(
     Args:
         pipe: a pipeline with a UNet; see ``difffast.plan.SUPPORTED_PIPELINES``.
         preset: a name from ``difffast.plan.PRESETS``.
-        propagation: replaces what the preset says about encoder propagation.
+        propagation: replaces what the preset says about steps that share features.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
         compile: run the UNet's halves as programs made by torch.compile, once per shape (:mod:`difffast.programs`); the
             first image waits for them.
@@ -111,15 +115,18 @@ def patch(
         A report of what was replaced.  Patching again replaces the first patch.
 
     Raises:
-        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation`, ``fused`` or ``compile`` no
+        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or
+            :class:`FeatureReuse`, ``fused`` or ``compile`` no
             bool.
         ValueError: no UNet, an unsupported pipeline or UNet, or an unknown preset.  Nothing is changed then.
     """
     _, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
-    if propagation is not None and not isinstance(propagation, EncoderPropagation):
-        raise TypeError(f"propagation must be a difffast.EncoderPropagation, got {type(propagation).__name__}")
+    if propagation is not None and not isinstance(propagation, (EncoderPropagation, FeatureReuse)):
+        raise TypeError(
+            f"propagation must be a difffast.EncoderPropagation or FeatureReuse, got {type(propagation).__name__}"
+        )
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"fused must be True, False or None, got {fused!r}")
     if not isinstance(compile, bool):
@@ -130,6 +137,8 @@ def patch(
 
     with _lock:
         _check_shared(pipe, unet, config, fused, compile)
+        if isinstance(config, FeatureReuse):
+            reentry(unet, config.branch)
         earlier = _patches.get(pipe)
         unpatch(pipe)
         kind, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
@@ -244,14 +253,14 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     return supported, plain, compiled
 
 
-def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation, fused: bool, compiled: bool) -> None:
+def _check_shared(pipe: Any, unet: nn.Module, config: Sharing, fused: bool, compiled: bool) -> None:
     """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
         if other is pipe or other.scheduler is not pipe.scheduler:
             continue
         settings = done.settings
         theirs, ours = (settings.propagation, settings.fused, settings.compiled), (config, fused, compiled)
-        if (done.unet is unet and theirs != ours) or theirs[0].prior_noise or config.prior_noise:
+        if (done.unet is unet and theirs != ours) or settings.prior_noise or prior_noise_of(config):
             raise ValueError(
                 f"another patched {type(other).__name__} shares this pipeline's scheduler, which needs equal settings "
                 f"without prior noise (there: {theirs[0]}, fused={theirs[1]}, "
@@ -273,8 +282,10 @@ def _controller(unet: nn.Module) -> Controller:
     return type(unet)._difffast_controller
 
 
-def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool, compiled: bool) -> Iterator[tuple[str, str]]:
-    if config.key_steps == 1:
+def _replaced(unet: nn.Module, config: Sharing, fused: bool, compiled: bool) -> Iterator[tuple[str, str]]:
+    if isinstance(config, FeatureReuse):
+        yield "unet calls", f"whole UNet at key steps, outer layers (branch {config.branch}) in between"
+    elif config.key_steps == 1:
         yield "unet calls", "whole UNet at every step"
     else:
         how = "decoders in parallel" if config.parallel else "decoders one at a time"
@@ -294,5 +305,5 @@ def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool, compiled
     backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
     if fused and layers and backend != "reference" and not compiled:
         yield f"resnets ({len(layers)} layers)", f"group_norm_silu ({backend})"
-    if config.prior_noise:
+    if prior_noise_of(config):
         yield "scheduler.step", f"prior noise injection, alpha = {config.prior_noise}"

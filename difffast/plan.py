@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 #: Published key orders per kind of pipeline and schedule length; other lengths are scaled from the nearest list.
 PUBLISHED_KEY_STEPS: dict[str, dict[int, tuple[int, ...]]] = {
@@ -90,32 +91,96 @@ class EncoderPropagation:
         Raises:
             ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, unknown ``kind``.
         """
-        if total < 1:
-            raise ValueError(f"a schedule needs at least one step, got {total}")
-        keys = self.key_steps
-        if keys is None:
+        if self.key_steps is None and total >= 1:
             resolved = published_key_steps(kind, total)
-        elif isinstance(keys, (int, float)):
-            interval = keys if isinstance(keys, int) else max(1, math.floor(keys * total + 1e-9))
-            resolved = tuple(range(0, total, interval))
-        elif callable(keys):
-            resolved = tuple(step for step in range(total) if step == 0 or keys(step, total))
         else:
-            if keys[-1] >= total:
-                raise ValueError(f"key_steps contains {keys[-1]}, but the schedule has orders 0 .. {total - 1}")
-            resolved = keys
+            resolved = _resolved_key_steps("key_steps", self.key_steps, total)
         default = DEFAULT_MAX_PARALLEL["cpu" if device == "cpu" else "accelerator"]
         most = (self.max_parallel or default) if self.parallel else 1
         return Plan(total=total, keys=resolved, max_batch=most, batches=batches)
 
 
 @dataclass(frozen=True)
+class FeatureReuse:
+    """Run the whole UNet at key steps only; in between its outer layers alone, around the key step's deep feature.
+
+    Unlike under :class:`EncoderPropagation`, a reuse step sees the current latents: conv_in and the first ``branch``
+    skips are made anew, the up blocks run from the resnet that takes the last of these on, and that resnet's hidden
+    input is the cached deep feature.
+
+    Sources: DeepCache (arXiv 2312.00858), sections 3.2 (branches), 3.3 (uniform and non-uniform spacing); order > 0:
+    polynomial extrapolation over the last key steps, as in TaylorSeer (arXiv 2503.06923) but through the features
+    themselves instead of their differences.
+
+    Args:
+        interval: an int m: every m-th step is a key step (on average, with ``schedule="quadratic"``).  A sequence: the
+            orders of the key steps, containing 0.  The first step that a run executes is always a key step.
+        branch: skips that a reuse step makes anew besides conv_in's; 0 is the cheapest.
+        schedule: "uniform", or "quadratic": key steps are closer together around ``center``.
+        center: where they are closest, as a share of the schedule.
+        power: of the spacing around it, 1 being even.
+        order: 0 takes the last key step's feature; 1 and 2 extrapolate over the last two or three.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range.
+    """
+
+    interval: int | Iterable[int] = 3
+    branch: int = 0
+    schedule: str = "uniform"
+    center: float = 0.3
+    power: float = 1.4
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        if self.interval is None or isinstance(self.interval, float) or callable(self.interval):
+            raise TypeError(f"interval must be an int or a sequence of ints, got {self.interval!r}")
+        object.__setattr__(self, "interval", _checked_key_steps(self.interval, "interval"))
+        if _as_int("branch", self.branch) < 0:
+            raise ValueError(f"branch must not be negative, got {self.branch}")
+        if self.schedule not in ("uniform", "quadratic"):
+            raise ValueError(f'schedule must be "uniform" or "quadratic", got {self.schedule!r}')
+        if not 0 <= self.center <= 1:
+            raise ValueError(f"center must lie between 0 and 1, got {self.center}")
+        if not 1 <= self.power < math.inf:
+            raise ValueError(f"power must be at least 1, got {self.power}")
+        if _as_int("order", self.order) not in (0, 1, 2):
+            raise ValueError(f"order must be 0, 1 or 2, got {self.order}")
+
+    def plan(self, total: int) -> Plan:
+        """Resolve to the plan of a schedule with ``total`` UNet calls.
+
+        Raises:
+            ValueError: ``total`` < 1, or a key step outside ``0 .. total - 1``.
+        """
+        keys = _resolved_key_steps("interval", self.interval, total)
+        if isinstance(self.interval, int) and self.schedule == "quadratic":
+            keys = _spaced(total, len(keys), self.center * (total - 1), self.power)
+        return Plan(total=total, keys=keys, max_batch=1, reuse=self)
+
+
+def _spaced(total: int, count: int, center: float, power: float) -> tuple[int, ...]:
+    """``count`` orders or fewer, 0 among them, whose distances grow with their distance from ``center``."""
+    first, last = -(center ** (1 / power)), (total - 1 - center) ** (1 / power)
+    even = (first + (last - first) * i / count for i in range(count))
+    return tuple(sorted({0} | {max(0, round(center + math.copysign(abs(x) ** power, x))) for x in even}))
+
+
+@dataclass(frozen=True)
 class PlanStep:
-    """One row of a plan: the step's order, whether it runs the encoder, and the orders decoded in its batch."""
+    """One row of a plan.
+
+    Attributes:
+        order: of the step.
+        key: whether it runs the encoder.
+        decoded_with: the orders decoded in its batch.
+        reuse: whether it runs the outer layers alone.
+    """
 
     order: int
     key: bool
     decoded_with: tuple[int, ...]
+    reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,14 +192,18 @@ class Plan:
         keys: sorted orders of the key steps, the first being 0.
         max_batch: most steps decoded in one batch; 1 decodes step by step.
         batches: sizes that a batch may have, ascending from 1, so that few programs serve all; None: any.
+        reuse: given, steps between key steps run the outer layers alone, and nothing is decoded ahead.
     """
 
     total: int
     keys: tuple[int, ...]
     max_batch: int
     batches: tuple[int, ...] | None = None
+    reuse: FeatureReuse | None = None
 
     def __post_init__(self) -> None:
+        if self.reuse is not None and self.max_batch != 1:
+            raise ValueError(f"reuse steps depend on the latents: max_batch must be 1, got {self.max_batch}")
         if self.batches is not None and (self.batches[:1] != (1,) or list(self.batches) != sorted(self.batches)):
             raise ValueError(f"batches must ascend from 1, got {self.batches}")
         if not self.keys or self.keys[0] != 0 or self.keys[-1] >= self.total or self.max_batch < 1:
@@ -171,7 +240,9 @@ class Plan:
         order = start
         while order < self.total:
             together = self.batch(order)
-            rows += (PlanStep(o, o == start or self.is_key(o), tuple(together)) for o in together)
+            for o in together:
+                key = o == start or self.is_key(o)
+                rows.append(PlanStep(o, key, tuple(together), reuse=self.reuse is not None and not key))
             order = together.stop
         return tuple(rows)
 
@@ -180,8 +251,11 @@ class Plan:
         for row in self.steps():
             first, last = row.decoded_with[0], row.decoded_with[-1]
             together = "alone" if first == last else f"{first}..{last} (batch of {last - first + 1})"
+            if row.reuse:
+                together = f"outer layers alone (branch {self.reuse.branch})"
             lines.append(f"{row.order:4d}  {'key' if row.key else '   '}  {together}")
-        lines.append(f"{len(self.keys)} of {self.total} steps run the encoder")
+        what = "encoder" if self.reuse is None else "whole UNet"
+        lines.append(f"{len(self.keys)} of {self.total} steps run the {what}")
         return "\n".join(lines)
 
 
@@ -204,25 +278,39 @@ def published_key_steps(kind: str, total: int) -> tuple[int, ...]:
     return tuple(sorted(order for order in scaled if order < total))
 
 
+def _resolved_key_steps(name: str, keys: Any, total: int) -> tuple[int, ...]:
+    """The key orders that an interval, a share, a callable or a list means in a schedule with ``total`` UNet calls."""
+    if total < 1:
+        raise ValueError(f"a schedule needs at least one step, got {total}")
+    if isinstance(keys, (int, float)):
+        interval = keys if isinstance(keys, int) else max(1, math.floor(keys * total + 1e-9))
+        return tuple(range(0, total, interval))
+    if callable(keys):
+        return tuple(step for step in range(total) if step == 0 or keys(step, total))
+    if keys[-1] >= total:
+        raise ValueError(f"{name} contains {keys[-1]}, but the schedule has orders 0 .. {total - 1}")
+    return keys
+
+
 def _checked_key_steps(
-    keys: Iterable[int] | int | float | Callable[[int, int], bool] | None,
+    keys: Iterable[int] | int | float | Callable[[int, int], bool] | None, name: str = "key_steps"
 ) -> tuple[int, ...] | int | float | Callable[[int, int], bool] | None:
     if keys is None or callable(keys):
         return keys
     if isinstance(keys, (str, bytes)):
-        raise TypeError(f"key_steps must be None, an int, a float, a sequence of ints or a callable, got {keys!r}")
+        raise TypeError(f"{name} must be None, an int, a float, a sequence of ints or a callable, got {keys!r}")
     if isinstance(keys, float):
         if not 0 < keys < 1:
-            raise ValueError(f"key_steps as a share of the schedule must lie between 0 and 1, got {keys}")
+            raise ValueError(f"{name} as a share of the schedule must lie between 0 and 1, got {keys}")
         return keys
     if not isinstance(keys, Iterable):
-        interval = _as_int("key_steps", keys)
+        interval = _as_int(name, keys)
         if interval < 1:
-            raise ValueError(f"key_steps as an interval must be at least 1, got {interval}")
+            raise ValueError(f"{name} as an interval must be at least 1, got {interval}")
         return interval
-    orders = tuple(sorted({_as_int("key_steps", order) for order in keys}))
+    orders = tuple(sorted({_as_int(name, order) for order in keys}))
     if not orders or orders[0] != 0:
-        raise ValueError(f"key_steps must contain 0 (the first step runs the encoder) and no negative, got {orders}")
+        raise ValueError(f"{name} must contain 0 (the first step runs the encoder) and no negative, got {orders}")
     return orders
 
 
@@ -240,11 +328,11 @@ class Preset:
     """What one word stands for.
 
     Attributes:
-        propagation: which steps run the encoder.
+        propagation: which steps run the encoder, or the whole UNet.
         fused: fused layers, and text keys and values computed once a prompt.
     """
 
-    propagation: EncoderPropagation
+    propagation: EncoderPropagation | FeatureReuse
     fused: bool = True
 
 

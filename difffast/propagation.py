@@ -1,18 +1,20 @@
-"""The controller behind ``unet.__call__``: encoder propagation and parallel decoding under a stock sampling loop.
+"""The controller behind ``unet.__call__``: steps that share features under a stock sampling loop.
 
-The stock loop keeps guidance, scheduler, callbacks and progress bar.  At a key step the encoder runs, and the whole
-segment up to the next key step is decoded and queued; the following calls are served from the queue.
-Source: Faster Diffusion (arXiv 2312.09608), section 3.2.
+The stock loop keeps guidance, scheduler, callbacks and progress bar.  Encoder propagation: at a key step the encoder
+runs, and the whole segment up to the next key step is decoded and queued; the following calls are served from the
+queue.  Feature reuse: at a key step the whole UNet runs, at the others its outer layers.
+Sources: Faster Diffusion (arXiv 2312.09608), section 3.2; DeepCache (arXiv 2312.00858), section 3.2.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from . import attention, resnets
+from . import attention, decoder, resnets
 from . import unet as split
 from .conditioning import Conditioning
-from .plan import MIN_STEPS, EncoderPropagation, Plan
+from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, Plan
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Inputs, Programs, scaled
 from .swap import is_swapped, swap_in, swap_out
@@ -37,6 +39,7 @@ class RunStats:
         total: UNet calls in the schedule.
         key: calls that ran the encoder.
         propagated: calls answered from cached encoder features.
+        reused: calls that ran the outer layers alone.
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
         forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
         decode_batches: sizes of the decoder batches, in order.
@@ -47,6 +50,7 @@ class RunStats:
     total: int
     key: int = 0
     propagated: int = 0
+    reused: int = 0
     stock: int = 0
     forced: int = 0
     decode_batches: list[int] = field(default_factory=list)
@@ -56,23 +60,35 @@ class RunStats:
 
     def __str__(self) -> str:
         text = (
-            f"{self.key} key steps ({self.forced} forced), {self.propagated} propagated, {self.stock} stock "
-            f"of {self.total}; decoder batches {self.decode_batches}; text keys and values computed "
+            f"{self.key} key steps ({self.forced} forced), {self.propagated} propagated, {self.reused} reused, "
+            f"{self.stock} stock of {self.total}; decoder batches {self.decode_batches}; text keys and values computed "
             f"{self.text_keys['computed']} times, reused {self.text_keys['reused']} times"
         )
         unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())
         return "\n  ".join([text, *self.reasons, *unshared])
 
 
+def prior_noise_of(propagation: EncoderPropagation | FeatureReuse) -> float | None:
+    """Strength of prior noise injection; feature reuse has none."""
+    return propagation.prior_noise if isinstance(propagation, EncoderPropagation) else None
+
+
 class Settings:
     """What one patched pipeline asked for; the controller of its UNet holds it."""
 
     def __init__(
-        self, pipe: Any, propagation: EncoderPropagation, fused: bool, compiled: bool, kind: str, force: bool
+        self,
+        pipe: Any,
+        propagation: EncoderPropagation | FeatureReuse,
+        fused: bool,
+        compiled: bool,
+        kind: str,
+        force: bool,
     ) -> None:
         self.pipe = weakref.ref(pipe)
         self.propagation, self.fused, self.compiled = propagation, fused, compiled
         self.kind, self.force = kind, force
+        self.prior_noise = prior_noise_of(propagation)
         self.collectors: tuple[attention.AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
         self._schedulers: list[Any] = []
@@ -80,8 +96,8 @@ class Settings:
     def adopt_scheduler(self) -> None:
         """Put prior noise injection behind the pipeline's scheduler as of now, if it is on and not there yet."""
         scheduler = self.scheduler()
-        if self.propagation.prior_noise and not is_swapped(scheduler):
-            swap_in(scheduler, PriorNoise(self.propagation.prior_noise).methods(scheduler))
+        if self.prior_noise and not is_swapped(scheduler):
+            swap_in(scheduler, PriorNoise(self.prior_noise).methods(scheduler))
             self._schedulers.append(scheduler)
 
     def release_schedulers(self) -> None:
@@ -93,18 +109,24 @@ class Settings:
         """The pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
         return getattr(self.pipe(), "scheduler", None)
 
+    def planned(self, total: int, device: str) -> Plan:
+        """The plan of a schedule with ``total`` UNet calls on a type of device."""
+        if isinstance(self.propagation, FeatureReuse):
+            return self.propagation.plan(total)
+        batches = BATCHES if self.compiled else None
+        return self.propagation.plan(total, kind=self.kind, device=device, batches=batches)
+
     def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
         """The plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
 
         Raises:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
-        batches = BATCHES if self.compiled else None
-        plan = self.propagation.plan(total, kind=self.kind, device=device.type, batches=batches)
+        plan = self.planned(total, device.type)
         if steps < MIN_STEPS and not self.force and len(plan.keys) < plan.total:
             raise ValueError(
-                f"encoder propagation needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
-                "neighbouring steps differ too much to share features and images degrade. "
+                f"sharing features between steps needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
+                "neighbouring steps differ too much and images degrade. "
                 "Use difffast.unpatch(pipe), more steps, or difffast.patch(pipe, force=True)"
             )
         return plan
@@ -223,6 +245,7 @@ class _Run:
         self._last: int | None = None
         self._features: split.Features | None = None
         self._queue: dict[int, Tensor] = {}
+        self._deep: list[tuple[int, Tensor]] = []  # (order, deep feature) of the last key steps, latest first
         self._conditioning: Conditioning | None = None
         self._text_keys: attention.TextKeys | None = None
         self._inputs: Inputs | None = None
@@ -244,6 +267,7 @@ class _Run:
     def clear(self) -> None:
         self._features, self._conditioning, self._last = None, None, None
         self._queue.clear()
+        self._deep.clear()
 
     def labelled(self, text: Tensor, sample: Tensor, *, stock: bool) -> Tensor:
         """The text tensor as the attn2 layers of this call shall see it; in a stock call, only maps are collected.
@@ -276,6 +300,8 @@ class _Run:
             self.clear()
             self.restart = False
         self._last = order
+        if self.plan.reuse is not None:
+            return self._finish(order, self._whole_or_reuse(unet, call, conditioning, order, stock))
 
         if order not in self._queue:
             if self._features is None or self.plan.is_key(order):
@@ -298,6 +324,34 @@ class _Run:
         else:
             self.stats.propagated += 1
         return self._finish(order, self._queue.pop(order))
+
+    def _whole_or_reuse(
+        self,
+        unet: nn.Module,
+        call: Mapping[str, Any],
+        conditioning: Conditioning,
+        order: int,
+        stock: Callable[[], Tensor],
+    ) -> Tensor:
+        reason = decoder.freeu_reason(unet)
+        if reason is not None:
+            self.note_stock(f"features cannot be reused: {reason}")
+            return stock()
+        reuse = self.plan.reuse
+        run, prepared = self._runner(unet, call)
+        self._conditioning = conditioning
+        if self._deep and not self.plan.is_key(order):
+            self.stats.reused += 1
+            deep = [feature for _, feature in self._deep]
+            weights = _extrapolation([held for held, _ in self._deep], order, deep[0].device)
+            return run(split.run_reuse, unet, prepared, deep, weights, reuse.branch)
+        self.stats.key += 1
+        self.stats.forced += not self.plan.is_key(order)
+        if len(self.plan.keys) == self.plan.total:
+            return stock() if run is split.directly else run(split.run_whole, unet, prepared)
+        output, feature = run(split.run_recording, unet, prepared, reuse.branch)
+        self._deep = [(order, feature), *self._deep[: reuse.order]]
+        return output
 
     def _runner(self, unet: nn.Module, call: Mapping[str, Any]) -> tuple[split.Run, Mapping[str, Any]]:
         """What runs the functions of this call, and the call as they take it.
@@ -353,6 +407,15 @@ class _Run:
         if new:
             self.stats.reasons.append(reason)
         return new
+
+
+def _extrapolation(known: Sequence[int], order: int, device: torch.device) -> Tensor:
+    """Lagrange's weights [n] with which values at ``known`` orders make the value at ``order``."""
+    weights = torch.empty(len(known), device=device)
+    for weight, a in zip(weights, known, strict=True):
+        # Filled, not copied: a copy to a GPU would make the sampling loop wait for it.
+        weight.fill_(math.prod((order - b) / (a - b) for b in known if b != a))
+    return weights
 
 
 def _is_element(timestep: Tensor, timesteps: Tensor | None) -> bool:

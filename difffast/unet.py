@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import attention, decoder
 from .ops import repeat_batch
-from .view import view
+from .view import replaced, view
 
 _ENCODER = ("conv_in", "down_blocks", "mid_block")
 _DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
@@ -139,6 +139,93 @@ def obstacle(unet: nn.Module) -> str | None:
 def run_whole(unet: nn.Module, call: Mapping[str, Any]) -> Tensor:
     """The UNet's output [B, C_out, H, W]."""
     return unet.forward(**{**call, "return_dict": False})[0]
+
+
+def skips_in(unet: nn.Module) -> int:
+    """How many skip tensors the encoder makes, conv_in's included; as many as the up blocks have resnets."""
+    return sum(len(block.resnets) for block in unet.up_blocks)
+
+
+def reentry(unet: nn.Module, branch: int) -> tuple[int, int]:
+    """Up block, and resnet in it, that takes the skip with this index.
+
+    Raises:
+        ValueError: there is no such skip.
+    """
+    skips = skips_in(unet)
+    if not 0 <= branch < skips:
+        raise ValueError(f"branch must lie in 0 .. {skips - 1} for this {type(unet).__name__}, got {branch}")
+    places = [(i, j) for i, block in enumerate(unet.up_blocks) for j in range(len(block.resnets))]
+    return places[skips - 1 - branch]
+
+
+def run_recording(unet: nn.Module, call: Mapping[str, Any], branch: int) -> tuple[Tensor, Tensor]:
+    """The UNet's output, and the deep feature [B, C, H, W] that :func:`run_reuse` needs."""
+    deep: list[Tensor] = []
+    i, j = reentry(unet, branch)
+    resnet = unet.up_blocks[i].resnets[j]
+    own = resnet.in_channels - _skip_channels(unet, branch)
+
+    def run(both: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        deep.append(both[:, :own].contiguous())
+        return resnet(both, *args, **kwargs)
+
+    whole = replaced(unet, {f"up_blocks.{i}.resnets.{j}": _StandIn(resnet, run)})
+    return run_whole(whole, call), deep[0]
+
+
+def _skip_channels(unet: nn.Module, branch: int) -> int:
+    """Channels of the skip with this index."""
+    makers = [unet.conv_in]
+    for block in unet.down_blocks:
+        makers += [*block.resnets, *(block.downsamplers or ())]
+    return makers[branch].out_channels
+
+
+def run_reuse(unet: nn.Module, call: Mapping[str, Any], deep: Sequence[Tensor], weights: Tensor, branch: int) -> Tensor:
+    """The UNet's output [B, C_out, H, W] from its outer layers and deep features of key steps.
+
+    Args:
+        deep: from :func:`run_recording`, one or several.
+        weights: [len(deep)], of which the feature is the sum.
+        branch: skips made anew besides conv_in's.
+    """
+    feature = deep[0] if len(deep) == 1 else sum(w * x for w, x in zip(weights.to(deep[0].dtype), deep, strict=True))
+    down: list[Any] = []
+    left = branch
+    for block in unet.down_blocks:
+        made = len(block.resnets) + len(block.downsamplers or ())
+        if left < made:
+            if left:
+                down.append(_cut(block, slice(left), downsamplers=None))
+            break
+        down.append(block)
+        left -= made
+    i, j = reentry(unet, branch)
+    children = {
+        "down_blocks": down,
+        "mid_block": _Deep(feature),
+        "up_blocks": [_cut(unet.up_blocks[i], slice(j, None)), *list(unet.up_blocks)[i + 1 :]],
+    }
+    return run_whole(view(unet, children), call)
+
+
+def _cut(block: nn.Module, layers: slice, **children: Any) -> Any:
+    """A view of a down or up block with some of its layers."""
+    lists = (name for name in ("resnets", "attentions") if hasattr(block, name))
+    return view(block, {**{name: list(getattr(block, name))[layers] for name in lists}, **children})
+
+
+class _Deep:
+    """In place of the mid block: returns a feature."""
+
+    has_cross_attention = False
+
+    def __init__(self, feature: Tensor) -> None:
+        self._feature = feature
+
+    def __call__(self, *_: Any, **__: Any) -> Tensor:
+        return self._feature
 
 
 def encode(unet: nn.Module, call: Mapping[str, Any], *, share: bool = False, run: Run = directly) -> Features:
