@@ -7,7 +7,6 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import deterministic
 
 from difffast import ops
 from difffast.ops import _registry
@@ -86,15 +85,6 @@ def doubled(arguments, options):
     return (x.double(), groups, *(t.double() for t in rest)), {
         name: value.double() if torch.is_tensor(value) else value for name, value in options.items()
     }
-
-
-@pytest.fixture
-def _nan_memory():
-    """Uninitialised memory is NaN, whoever allocates it: Python or C++."""
-    assert deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_definition(backend, shape, fused, layout, silu=True):

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import deterministic
 
 from difffast import ops
 from difffast.ops.skip_norm_silu import own_channels
@@ -74,15 +73,6 @@ def run_backend(backend, *arguments, **options):
 
 def doubled(arguments):
     return [t.double() if torch.is_tensor(t) else t for t in arguments]
-
-
-@pytest.fixture
-def _nan_memory():
-    """Uninitialised memory is NaN, whoever allocates it: Python or C++."""
-    assert deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_definition(backend, shape, layout, silu=True):
