@@ -478,13 +478,18 @@ __device__ __forceinline__ void join(
     return left <= 0 ? 0.0f : static_cast<float>(left < layout.span ? left : layout.span);
   };
   for (int group = warp; group < groups; group += warps) {
+    // Differences of the means are as small as the group's spread; the first part always has pixels.
+    const float first = moment(0, group, 0);
     float mean = 0.0f;
-    for (int part = lane; part < layout.parts; part += kWarp) mean += pixels_of(part) * moment(part, group, 0);
-    mean = warp_sum(mean) / pixels;
+    for (int part = lane; part < layout.parts; part += kWarp) {
+      const float some = pixels_of(part);
+      if (some > 0.0f) mean += some * (moment(part, group, 0) - first);
+    }
+    mean = first + warp_sum(mean) / pixels;
     float squares = 0.0f;
     for (int part = lane; part < layout.parts; part += kWarp) {
-      const float apart = moment(part, group, 0) - mean;
-      squares += moment(part, group, 1) + size * pixels_of(part) * apart * apart;
+      const float some = pixels_of(part), apart = moment(part, group, 0) - mean;
+      if (some > 0.0f) squares += moment(part, group, 1) + size * some * apart * apart;
     }
     squares = warp_sum(squares);
     if (lane == 0) {
@@ -730,7 +735,8 @@ Layout plan(const GroupNormSilu& args, const Device& device) {
     set_span(layout, args, span);
     layout.parts = divide_up(args.pixels, layout.span);
     if (span <= least || layout.tile_bytes < 2 * kWorthwhileTile) break;
-    if (layout.tile_bytes <= kSplitTile && all * layout.parts >= 2 * device.multiprocessors) break;
+    const bool fits = layout.tile_bytes <= kSplitTile && layout.shared_bytes <= device.shared_bytes;
+    if (fits && all * layout.parts >= 2 * device.multiprocessors) break;
   }
   return layout;
 }

@@ -65,7 +65,7 @@ void exercise(Exercise e) {
     cluster_wait();
   }
   const float value = load_cluster_float(thread * 4, e.mistake == kOutside ? 2 : 1 - rank);
-  if (e.mistake == kEarlyWrite) store_shared(thread * 4, 0);
+  if (e.mistake == kEarlyWrite && rank == 0) store_shared(thread * 4, 0);
   store_global(e.out + blockIdx.x * blockDim.x + thread, value);
   if (e.mistake == kEarlyEnd) return;
   cluster_arrive();
@@ -275,7 +275,7 @@ LARGE = [
     # In NHWC columns are more than one vector, in NCHW rows of pixels are split among the blocks of a cluster.
     Case(1, 20, (40, 30), 2, device="sm_90"),
     Case(1, 20, (40, 30), 2, addend="pixels", device="sm_90"),
-    Case(2, 40, (16, 20), 4, addend="rows", scaled=True, device="sm_90", mean=30.0),
+    Case(2, 40, (32, 20), 4, addend="rows", scaled=True, device="sm_90", mean=30.0),
     # More than one launch: too much for one block and too few blocks for the device.
     Case(1, 20, (40, 30), 1, device="sm_89"),
     Case(1, 20, (41, 31), 1, addend="rows", device="sm_80", mean=30.0),
@@ -418,10 +418,10 @@ def layout_of(emulated, device, *sizes, **options):
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_layouts_of_published_shapes(emulated, layout):
-    """Pixels are read once, by blocks for at least 6 of 7 processors, wherever clusters exist and there is work."""
+    """Pixels are read once where they fit into the cluster's memory, by blocks for at least 6 of 7 processors."""
     for batch, channels, pixels in PUBLISHED:
         plan = layout_of(emulated, "sm_90", batch, channels, pixels, torch.float16, layout)
-        assert plan.one_pass
+        assert plan.one_pass or plan.slab_groups * channels // 32 * pixels * 2 > 8 * DEVICES["sm_90"][1]
         blocks = batch * plan.own_slabs * plan.parts
         assert blocks >= 132 * 6 / 7 or plan.tile_bytes < 16 << 10
         if layout == "NHWC":
