@@ -126,7 +126,11 @@ __device__ __forceinline__ float load_shared_float(uint32_t from) {
   return value;
 }
 
-// ---- Clusters: blocks that run together and read each other's shared memory. From sm_90 on, where the launch asks. ----
+__device__ __forceinline__ void store_shared_float(uint32_t to, float value) {
+  store_shared(to, __float_as_uint(value));
+}
+
+// ---- Clusters: blocks that run together and read each other's shared memory. From sm_90 on, if the launch asks. ----
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 

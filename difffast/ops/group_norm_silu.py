@@ -359,8 +359,8 @@ def _define(backend: str, fake: Any, differentiate: Any) -> None:
     _OPERATORS[backend] = getattr(torch.ops.difffast.group_norm_silu, backend)
 
 
-# "cuda", of the signature of "cpp", comes last: when PyTorch takes operators out of its table at exit, in this order, it
-# finds the second one of a signature no more, and would stumble over what is left of it with the next one.
+# "cuda", of the signature of "cpp", comes last: at exit PyTorch takes operators out of its table in this order, does
+# not find the second one of a signature any more, and aborts when another one follows.
 _define("cpp", _fake, _differentiate)
 _define("triton", _fake_triton, _differentiate_triton)
 _define("cuda", _fake, _differentiate)

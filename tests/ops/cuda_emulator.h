@@ -423,6 +423,8 @@ inline void store_shared(uint32_t to, uint32_t value) {
   emulator::record_write(to, &value, 1);
 }
 
+inline void store_shared_float(uint32_t to, float value) { store_shared(to, __float_as_uint(value)); }
+
 inline float load_shared_float(uint32_t from) {
   uint32_t value = 0;
   emulator::read(*emulator::self, from, &value, 4, "load_shared_float");
@@ -603,6 +605,7 @@ namespace emulator {
 inline int multiprocessors = 108;
 inline size_t max_shared_bytes = 99 << 10;
 inline bool clusters = false;
+inline int ptx_version = 80;
 inline std::unordered_map<const void*, size_t> allowed_shared_bytes;
 }  // namespace emulator
 
@@ -628,6 +631,16 @@ template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
   if (bytes < 0 || static_cast<size_t>(bytes) > emulator::max_shared_bytes) return cudaErrorInvalidValue;
   emulator::allowed_shared_bytes[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = emulator::ptx_version;
   return cudaSuccess;
 }
 

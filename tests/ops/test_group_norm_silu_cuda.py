@@ -26,10 +26,11 @@ LAUNCHER = """
 
 using namespace difffast::cuda;
 
-extern "C" void use_device(int multiprocessors, int shared_bytes, bool clusters) {
+extern "C" void use_device(int multiprocessors, int shared_bytes, bool clusters, int ptx_version) {
   emulator::multiprocessors = multiprocessors;
   emulator::max_shared_bytes = shared_bytes;
   emulator::clusters = clusters;
+  emulator::ptx_version = ptx_version;
 }
 
 extern "C" const char* obstacle(const GroupNormSilu* args) { return group_norm_silu_obstacle(*args); }
@@ -58,7 +59,7 @@ enum { kNone, kNoBarrier, kUnwritten, kEarlyWrite, kNoWaitAtEnd, kEarlyEnd, kOut
 
 void exercise(Exercise e) {
   const int thread = threadIdx.x, rank = blockIdx.x % 2;
-  if (e.mistake != kUnwritten || thread != 5) store_shared(thread * 4, __float_as_uint(thread + 100.0f * rank));
+  if (e.mistake != kUnwritten || thread != 5) store_shared_float(thread * 4, thread + 100.0f * rank);
   if (e.mistake == kTwoArrivals) cluster_arrive();
   if (e.mistake != kNoBarrier) {
     cluster_arrive();
@@ -82,8 +83,12 @@ extern "C" const char* run_exercise(const Exercise* e) {
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-#: name -> (multiprocessors, shared memory of a block, clusters)
-DEVICES = {"sm_80": (108, 163 << 10, False), "sm_89": (128, 99 << 10, False), "sm_90": (132, 227 << 10, True)}
+#: name -> (multiprocessors, shared memory of a block, clusters, version of the instructions that were compiled)
+DEVICES = {
+    "sm_80": (108, 163 << 10, False, 80),
+    "sm_89": (128, 99 << 10, False, 80),
+    "sm_90": (132, 227 << 10, True, 90),
+}
 
 
 class Args(ctypes.Structure):
@@ -433,7 +438,7 @@ def test_layouts_of_all_sizes(emulated):
     for size, pixels, batch, device, layout, dtype in sizes:
         for addend in (False, True):
             plan = layout_of(emulated, device, batch, 32 * size, pixels, dtype, layout, addend=addend)
-            _, shared_bytes, clusters = DEVICES[device]
+            _, shared_bytes, clusters, _ = DEVICES[device]
             assert plan.shared_bytes <= shared_bytes
             assert plan.threads % 32 == 0
             assert 64 <= plan.threads <= 512
@@ -443,6 +448,15 @@ def test_layouts_of_all_sizes(emulated):
                 assert plan.parts in ((1, 2, 4, 8) if clusters else (1,))
             else:
                 assert (plan.parts - 1) * plan.span < pixels
+
+
+def test_no_clusters_where_they_cannot_run(emulated, monkeypatch):
+    """In a small partition of a device, and in kernels that were compiled for an older one."""
+    devices = {(132, 227 << 10, True, 90): True, (15, 227 << 10, True, 90): False, (132, 227 << 10, True, 86): False}
+    for device, cluster in devices.items():
+        monkeypatch.setitem(DEVICES, "this", device)
+        plan = layout_of(emulated, "this", 2, 320, 4096, torch.float16, "NCHW")
+        assert (plan.one_pass and plan.parts > 1) == cluster
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
