@@ -45,7 +45,7 @@ struct Shared {
   uint32_t centers;     // [channels]: what is subtracted from x, less the group's part while that is not known
   uint32_t gains;       // [channels]
   uint32_t offsets;     // [channels]
-  uint32_t warps;       // [two uses, warps or groups if they are more]: sums of warps
+  uint32_t warps;       // [warps, or groups if they are more]: sums of warps
   uint32_t references;  // [groups]: first one of the group's numbers, then the mean of the block's
   uint32_t moments;     // [groups, 2]: mean and M2 of the block's pixels
   uint32_t statistics;  // [groups, 2]: mean and 1 / sqrt(var + eps)
@@ -53,7 +53,7 @@ struct Shared {
 
 // How many floats the arrays from `centers` on have.
 constexpr int small_floats(int channels, int groups, int warps) {
-  return 3 * channels + 2 * (warps > groups ? warps : groups) + 5 * groups;
+  return 3 * channels + (warps > groups ? warps : groups) + 5 * groups;
 }
 
 __device__ __forceinline__ Shared places(const Layout& layout, int size, bool added) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ Shared places(const Layout& layout, int size, bool ad
   shared.gains = shared.centers + 4 * channels;
   shared.offsets = shared.gains + 4 * channels;
   shared.warps = shared.offsets + 4 * channels;
-  shared.references = shared.warps + 8 * max(warps, layout.slab_groups);
+  shared.references = shared.warps + 4 * max(warps, layout.slab_groups);
   shared.moments = shared.references + 4 * layout.slab_groups;
   shared.statistics = shared.moments + 8 * layout.slab_groups;
   return shared;
@@ -148,7 +148,7 @@ __device__ __forceinline__ int warps_of_group(int groups) {
 // From what accumulate() leaves to sums of warps, for group_sum().
 template <typename Element, bool CHANNELS_LAST>
 __device__ __forceinline__ void reduce(
-    const Shared& shared, uint32_t warp_sums, const Tile& tile, int size, int groups, float total) {
+    const Shared& shared, const Tile& tile, int size, int groups, float total) {
   constexpr int V = kVector<Element>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if constexpr (CHANNELS_LAST) {
@@ -170,20 +170,20 @@ __device__ __forceinline__ void reduce(
       }
       total = warp_sum(total);
       if (lane == 0) {
-        store_shared_float(warp_sums + (group * together + warp % together) * 4, total);
+        store_shared_float(shared.warps + (group * together + warp % together) * 4, total);
       }
     }
   } else {
     total = warp_sum(total);
-    if (lane == 0) store_shared_float(warp_sums + warp * 4, total);
+    if (lane == 0) store_shared_float(shared.warps + warp * 4, total);
   }
   __syncthreads();
 }
 
-__device__ __forceinline__ float group_sum(uint32_t warp_sums, int group, int groups) {
+__device__ __forceinline__ float group_sum(const Shared& shared, int group, int groups) {
   const int together = warps_of_group(groups);
   float total = 0.0f;
-  for (int i = 0; i < together; ++i) total += load_shared_float(warp_sums + (group * together + i) * 4);
+  for (int i = 0; i < together; ++i) total += load_shared_float(shared.warps + (group * together + i) * 4);
   return total;
 }
 
@@ -204,19 +204,18 @@ __device__ __forceinline__ void take_moments(
   const float count = static_cast<float>(size) * static_cast<float>(CHANNELS_LAST ? tile.rows : tile.columns);
   const float share = count > 0.0f ? 1.0f / count : 0.0f;
   float total = accumulate<Element, CHANNELS_LAST, false>(shared, tile, size, added);
-  reduce<Element, CHANNELS_LAST>(shared, shared.warps, tile, size, groups, total);
+  reduce<Element, CHANNELS_LAST>(shared, tile, size, groups, total);
   for (int group = threadIdx.x; group < groups; group += blockDim.x) {
     const float mean =
-        load_shared_float(shared.references + group * 4) + group_sum(shared.warps, group, groups) * share;
+        load_shared_float(shared.references + group * 4) + group_sum(shared, group, groups) * share;
     store_shared_float(shared.references + group * 4, mean);
   }
   __syncthreads();
   total = accumulate<Element, CHANNELS_LAST, true>(shared, tile, size, added);
-  const uint32_t second = shared.warps + (shared.references - shared.warps) / 2;
-  reduce<Element, CHANNELS_LAST>(shared, second, tile, size, groups, total);
+  reduce<Element, CHANNELS_LAST>(shared, tile, size, groups, total);
   for (int group = threadIdx.x; group < groups; group += blockDim.x) {
     store_shared_float(shared.moments + group * 8, load_shared_float(shared.references + group * 4));
-    store_shared_float(shared.moments + group * 8 + 4, group_sum(second, group, groups));
+    store_shared_float(shared.moments + group * 8 + 4, group_sum(shared, group, groups));
   }
 }
 
