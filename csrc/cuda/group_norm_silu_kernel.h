@@ -345,7 +345,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2) norm_kernel(const Problem prob
     rows = more;
   }
   if (from_x > 0) rows = rows_of(args.x, slab.row, args.own, slab.channel);
-  if (from_x == slab.channels) more = rows;
   const Rows out = slab.shared ? rows_of(args.shared, slab.row, args.channels - args.kept, slab.channel - args.kept)
                                : rows_of(args.out, slab.row, args.kept, slab.channel);
   const uint64_t columns_bits = static_cast<uint64_t>(tile.columns) * kElementBytes<Element>;
@@ -387,7 +386,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) norm_kernel(const Problem prob
     cluster_wait();
   }
   join(problem, shared.statistics, slab.groups, [&](int part, int group, int which) {
-    if (problem.stage == Stage::kApply) return of_slab[(part * layout.slab_groups + group) * 2 + which];
+    if (problem.stage == Stage::kApply) {
+      return load_global(of_slab + (part * layout.slab_groups + group) * 2 + which);
+    }
     const uint32_t place = shared.moments + group * 8 + which * 4;
     return cluster ? load_cluster_float(place, part) : load_shared_float(place);
   });

@@ -153,7 +153,7 @@ __device__ __forceinline__ void copy_elements(
         if (column < tile.columns) {
           const char* place =
               (second ? more.data : rows.data) + row * (second ? more.stride : rows.stride) + 2 * column;
-          value |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(place)) << (16 * half);
+          value |= static_cast<uint32_t>(load_global(reinterpret_cast<const uint16_t*>(place))) << (16 * half);
         }
       }
       store_shared(to + (row * width + word) * 4, value);
@@ -210,9 +210,9 @@ __device__ __forceinline__ uint4 pack_vector(const float (&values)[kVector<Eleme
 template <typename Element>
 __device__ __forceinline__ float number(const void* data, int64_t index) {
   if constexpr (kElementBytes<Element> == 4) {
-    return static_cast<const float*>(data)[index];
+    return load_global(static_cast<const float*>(data) + index);
   } else {
-    return unpack(Element{}, static_cast<const uint16_t*>(data)[index]).x;
+    return unpack(Element{}, load_global(static_cast<const uint16_t*>(data) + index)).x;
   }
 }
 

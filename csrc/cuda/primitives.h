@@ -163,6 +163,11 @@ __device__ __forceinline__ float load_cluster_float(uint32_t, uint32_t) {
 #endif
 
 template <typename T>
+__device__ __forceinline__ T load_global(const T* from) {
+  return *from;
+}
+
+template <typename T>
 __device__ __forceinline__ void store_global(T* to, T value) {
   *to = value;
 }

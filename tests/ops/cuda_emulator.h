@@ -12,7 +12,7 @@
 // - a block reads a word of another one's shared memory with no barrier of the cluster between that and the write, or
 //   while the block may have ended or the cluster may not exist;
 // - shared memory is read that nothing has written, or an access is misaligned or out of bounds;
-// - an element of global memory is written twice;
+// - an element of global memory is written twice, or read although it is outside of what the test has said;
 // - the lanes of a warp disagree on what they call, or not all of them come (a deadlock on a GPU);
 // - more shared memory is asked for than cudaFuncSetAttribute has allowed, or than compute capability 8.6 has.
 #pragma once
@@ -30,6 +30,7 @@
 #include <type_traits>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -159,6 +160,7 @@ struct Cluster {
 inline Cluster* cluster;
 inline Block* block;
 inline Thread* self;
+inline std::vector<std::pair<uintptr_t, uintptr_t>> readable;  // from, to; all if empty
 inline std::unordered_set<uintptr_t> written;  // pairs of bytes of global memory, by this launch
 
 inline void yield() {
@@ -462,6 +464,24 @@ inline uint4 load_shared(uint32_t from) {
   return {values[0], values[1], values[2], values[3]};
 }
 
+namespace emulator {
+
+inline void check_global_read(const void* from, size_t bytes, const char* what) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+  if (begin % bytes != 0) fail("%s reads an unaligned address", what);
+  bool inside = readable.empty();
+  for (const auto& range : readable) inside = inside || (range.first <= begin && begin + bytes <= range.second);
+  if (!inside) fail("%s reads outside of the operands", what);
+}
+
+}  // namespace emulator
+
+template <typename T>
+T load_global(const T* from) {
+  emulator::check_global_read(from, sizeof(T), "load_global");
+  return emulator::failure[0] == 0 ? *from : T{};
+}
+
 template <typename T>
 void store_global(T* to, T value) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(to);
@@ -479,7 +499,7 @@ void store_global(T* to, T value) {
 template <int BYTES = 16>
 void copy_async(uint32_t to, const void* from, bool zero) {
   emulator::check_write(to, BYTES, "copy_async");
-  if (reinterpret_cast<uintptr_t>(from) % BYTES != 0 && !zero) emulator::fail("copy_async reads an unaligned address");
+  if (!zero) emulator::check_global_read(from, BYTES, "copy_async");
   for (uint32_t i = 0; i < BYTES / 4 && to / 4 + i < emulator::block->words.size(); ++i) {
     emulator::block->words[to / 4 + i].copying = emulator::self->index;
   }
@@ -495,7 +515,7 @@ void wait_copies() {
   while (groups.size() > PENDING + 1) {
     for (const emulator::Copy& copy : groups.front()) {
       uint32_t values[4] = {};
-      if (!copy.zero) std::memcpy(values, copy.from, copy.bytes);
+      if (!copy.zero && emulator::failure[0] == 0) std::memcpy(values, copy.from, copy.bytes);
       emulator::record_write(copy.to, values, copy.bytes / 4);
     }
     groups.erase(groups.begin());

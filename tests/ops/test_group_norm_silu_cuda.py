@@ -33,6 +33,12 @@ extern "C" void use_device(int multiprocessors, int shared_bytes, bool clusters,
   emulator::ptx_version = ptx_version;
 }
 
+extern "C" void let_read(const void* from, int64_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+  if (from == nullptr) emulator::readable.clear();
+  if (from != nullptr) emulator::readable.push_back({begin, begin + bytes});
+}
+
 extern "C" const char* obstacle(const GroupNormSilu* args) { return group_norm_silu_obstacle(*args); }
 
 extern "C" const char* workspace(const GroupNormSilu* args, int64_t* floats) {
@@ -55,7 +61,7 @@ struct Exercise {
   int mistake;
 };
 
-enum { kNone, kNoBarrier, kUnwritten, kEarlyWrite, kNoWaitAtEnd, kEarlyEnd, kOutside, kTwoArrivals };
+enum { kNone, kNoBarrier, kUnwritten, kEarlyWrite, kNoWaitAtEnd, kEarlyEnd, kOutside, kTwoArrivals, kForeign };
 
 void exercise(Exercise e) {
   const int thread = threadIdx.x, rank = blockIdx.x % 2;
@@ -68,6 +74,7 @@ void exercise(Exercise e) {
   const float value = load_cluster_float(thread * 4, e.mistake == kOutside ? 2 : 1 - rank);
   if (e.mistake == kEarlyWrite && rank == 0) store_shared(thread * 4, 0);
   store_global(e.out + blockIdx.x * blockDim.x + thread, value);
+  if (e.mistake == kForeign) load_global(e.out + 256 + thread);
   if (e.mistake == kEarlyEnd) return;
   cluster_arrive();
   if (e.mistake != kNoWaitAtEnd) cluster_wait();
@@ -135,6 +142,7 @@ def emulated(tmp_path_factory):
     for function in (loaded.obstacle, loaded.forward, loaded.workspace, loaded.run_exercise):
         function.restype = ctypes.c_char_p
     loaded.describe.restype = loaded.use_device.restype = None
+    loaded.let_read.restype, loaded.let_read.argtypes = None, [ctypes.c_void_p, ctypes.c_int64]
     loaded.forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return loaded
 
@@ -223,6 +231,13 @@ class Call:
         if error is not None:
             return error
         workspace = torch.full((floats.value,), float("nan"))
+        emulated.let_read(None, 0)
+        for name in ("x", "skip", "weight", "bias", "addend", "scale", "shift"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                emulated.let_read(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+        if floats.value:
+            emulated.let_read(workspace.data_ptr(), floats.value * 4)
         return emulated.forward(ctypes.byref(args), workspace.data_ptr() if floats.value else None)
 
     def definition(self, dtype):
@@ -354,12 +369,12 @@ def test_same_arguments_same_bits(emulated):
 def test_nan_stays_in_its_group(emulated):
     for layout, device in itertools.product(FORMATS, DEVICES):
         call = Call(Case(2, 12, (20, 30), 6, device=device), torch.float32, layout)
-        # The group's first number, which its differences are taken from, and any other.
-        for place in ((0, 2, 0, 0), (1, 9, 13, 7)):
+        # A group's first number, which its differences are taken from, the slab's first, and any other.
+        for place in ((0, 0, 0, 0), (0, 4, 0, 0), (1, 9, 13, 7)):
             call.x[place] = float("nan")
         assert call.run(emulated) is None
         expected = torch.zeros(call.out.shape, dtype=torch.bool)
-        expected[0, 2:4] = expected[1, 8:10] = True
+        expected[0, :2] = expected[0, 4:6] = expected[1, 8:10] = True
         assert torch.equal(call.out.isnan(), expected)
 
 
@@ -444,6 +459,8 @@ def test_layouts_of_all_sizes(emulated):
             assert 64 <= plan.threads <= 512
             assert plan.own_slabs * plan.slab_groups >= 32 > (plan.own_slabs - 1) * plan.slab_groups
             assert plan.parts * plan.span >= pixels
+            # All parts begin where a vector does.
+            assert layout == "NHWC" or plan.span * dtype.itemsize % 16 == 0
             if plan.one_pass:
                 assert plan.parts in ((1, 2, 4, 8) if clusters else (1,))
             else:
@@ -509,6 +526,7 @@ MISTAKES = [
     "load_cluster_float from a block of which threads have ended",
     "load_cluster_float from block 2 of a cluster of 2",
     "cluster_arrive without cluster_wait before it",
+    "load_global reads outside of the operands",
 ]
 
 
@@ -516,6 +534,8 @@ MISTAKES = [
 def test_the_emulator_notices(emulated, mistake):
     out = torch.zeros(4, 64)
     emulated.use_device(*DEVICES["sm_90"])
+    emulated.let_read(None, 0)
+    emulated.let_read(out.data_ptr(), out.numel() * 4)
     error = emulated.run_exercise(ctypes.byref(Exercise(out.data_ptr(), mistake)))
     if MISTAKES[mistake] is None:
         assert error is None
