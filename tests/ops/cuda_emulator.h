@@ -29,7 +29,6 @@
 #include <memory>
 #include <type_traits>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -161,7 +160,8 @@ inline Cluster* cluster;
 inline Block* block;
 inline Thread* self;
 inline std::vector<std::pair<uintptr_t, uintptr_t>> readable;  // from, to; all if empty
-inline std::unordered_set<uintptr_t> written;  // pairs of bytes of global memory, by this launch
+// By this launch: words of global memory, and a bit for each of their halves.
+inline std::unordered_map<uintptr_t, unsigned> written;
 
 inline void yield() {
   if (_setjmp(self->resume) == 0) _longjmp(cluster->scheduler, 1);
@@ -489,8 +489,11 @@ void store_global(T* to, T value) {
     emulator::fail("store_global is not aligned to %zu bytes", sizeof(T));
     return;
   }
-  for (uintptr_t pair = address / 2; pair < (address + sizeof(T)) / 2; ++pair) {
-    if (!emulator::written.insert(pair).second) emulator::fail("store_global writes an address again");
+  for (uintptr_t word = address / 4; word < (address + sizeof(T) + 3) / 4; ++word) {
+    const unsigned halves = sizeof(T) >= 4 ? 3u : 1u << (address / 2 % 2);
+    unsigned& before = emulator::written[word];
+    if (before & halves) emulator::fail("store_global writes an address again");
+    before |= halves;
   }
   *to = value;
 }
