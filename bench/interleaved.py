@@ -56,3 +56,11 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> tuple[flo
     """Quartiles of ``slow`` / ``fast`` over the rounds: how many times faster ``fast`` is."""
     low, middle, high = statistics.quantiles((a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)), n=4)
     return low, middle, high
+
+
+def copy_bandwidth() -> float:
+    """Bytes that a large device-to-device copy reads and writes a second: the ceiling of whatever only moves memory."""
+    x = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    y = torch.empty_like(x)
+    seconds = measure({"copy": lambda: y.copy_(x)}, rounds=11, device="cuda")["copy"]
+    return 2 * x.numel() / statistics.median(seconds)

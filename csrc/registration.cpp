@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/cross_attention.h"
+#include "cuda/group_norm_silu.h"
 #endif
 
 #include "cpu/attention_entropy.h"
@@ -243,12 +244,25 @@ Tensor empty_norm(const Tensor& x, int64_t rows, int64_t channels, torch::header
   return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
 }
 
-// What both norms have in common; x must have the format, and `channels` contains those of a skip.
-difffast::GroupNormSilu norm_on_cpu(const Tensor& x, int64_t channels, int64_t groups, const Tensor& weight,
-                                    const Tensor& bias, double eps, bool silu,
-                                    torch::headeronly::MemoryFormat format) {
-  difffast::GroupNormSilu p{};
-  p.dtype = scalar_of(x);
+void set_dtype(difffast::GroupNormSilu& p, const Tensor& x) { p.dtype = scalar_of(x); }
+#ifdef DIFFFAST_WITH_CUDA
+void set_dtype(difffast::cuda::GroupNormSilu& p, const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+                  "the CUDA kernel takes float16, bfloat16 and float32");
+  p.dtype = dtype == ScalarType::Half       ? difffast::cuda::ElementType::kFloat16
+            : dtype == ScalarType::BFloat16 ? difffast::cuda::ElementType::kBFloat16
+                                            : difffast::cuda::ElementType::kFloat32;
+}
+#endif
+
+// What both norms have in common, for either device; x must have the format, and `channels` contains those of a skip.
+template <typename Norm>
+Norm norm_of(const Tensor& x, int64_t channels, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
+             bool silu, torch::headeronly::MemoryFormat format) {
+  Norm p{};
+  set_dtype(p, x);
   p.channels_last = format == torch::headeronly::MemoryFormat::ChannelsLast;
   p.silu = silu;
   p.batch = x.size(0);
@@ -295,6 +309,27 @@ void run_norm(const difffast::GroupNormSilu& p, const Tensor& like) {
                               [&](int64_t begin, int64_t end) { difffast::norm_pixels(p, data, begin, end); });
 }
 
+#ifdef DIFFFAST_WITH_CUDA
+void* current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+
+void run_norm(const difffast::cuda::GroupNormSilu& p, const Tensor& like) {
+  if (p.batch == 0 || p.pixels == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  int64_t floats = 0;
+  const char* error = difffast::cuda::group_norm_silu_workspace(p, &floats);
+  STD_TORCH_CHECK(error == nullptr, "group_norm_silu on CUDA: ", error);
+  Tensor workspace = empty({floats}, torch::headeronly::ScalarType::Float, like);
+  float* data = floats > 0 ? static_cast<float*>(workspace.mutable_data_ptr()) : nullptr;
+  error = difffast::cuda::group_norm_silu_forward(p, data, current_stream(like));
+  STD_TORCH_CHECK(error == nullptr, "group_norm_silu on CUDA: ", error);
+}
+#endif
+
+template <typename Norm>
 Tensor group_norm_silu(const Tensor& input, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
                        std::optional<Tensor> addend, std::optional<Tensor> scale, std::optional<Tensor> shift,
                        bool silu) {
@@ -302,7 +337,7 @@ Tensor group_norm_silu(const Tensor& input, int64_t groups, const Tensor& weight
   const auto format = norm_format(input);
   const Tensor x = torch::stable::contiguous(input, format);
   const Tensor gain = torch::stable::contiguous(weight), offset = torch::stable::contiguous(bias);
-  difffast::GroupNormSilu p = norm_on_cpu(x, x.size(1), groups, gain, offset, eps, silu, format);
+  Norm p = norm_of<Norm>(x, x.size(1), groups, gain, offset, eps, silu, format);
   Tensor out = empty_norm(x, p.batch, p.channels, format);
   p.out = out.mutable_data_ptr();
   if (addend) {
@@ -333,6 +368,7 @@ Tensor group_norm_silu(const Tensor& input, int64_t groups, const Tensor& weight
   return out;
 }
 
+template <typename Norm>
 std::tuple<Tensor, Tensor> skip_norm_silu(const Tensor& hidden, const Tensor& skip, int64_t groups,
                                           const Tensor& weight, const Tensor& bias, double eps, bool silu) {
   STD_TORCH_CHECK(skip.dim() == hidden.dim() && skip.scalar_type() == hidden.scalar_type() && hidden.size(1) >= 1 &&
@@ -348,7 +384,7 @@ std::tuple<Tensor, Tensor> skip_norm_silu(const Tensor& hidden, const Tensor& sk
   const auto format = norm_format(hidden);
   const Tensor x = torch::stable::contiguous(hidden, format), more = torch::stable::contiguous(skip, format);
   const Tensor gain = torch::stable::contiguous(weight), offset = torch::stable::contiguous(bias);
-  difffast::GroupNormSilu p = norm_on_cpu(x, channels, groups, gain, offset, eps, silu, format);
+  Norm p = norm_of<Norm>(x, channels, groups, gain, offset, eps, silu, format);
   const int64_t size = channels / groups;
   p.kept = (p.own + size - 1) / size * size;
   p.skip = more.const_data_ptr();
@@ -396,9 +432,7 @@ std::tuple<Tensor, Tensor> cross_attention_on_cuda(const Tensor& q, const Tensor
   args.scale = static_cast<float>(scale);
   args.dtype = q.scalar_type() == ScalarType::Half ? difffast::cuda::ElementType::kFloat16
                                                    : difffast::cuda::ElementType::kBFloat16;
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
-  const char* error = difffast::cuda::cross_attention_forward(args, stream);
+  const char* error = difffast::cuda::cross_attention_forward(args, current_stream(q));
   STD_TORCH_CHECK(error == nullptr, "cross_attention on CUDA: ", error);
   return {out, maps};
 }
@@ -422,12 +456,14 @@ STABLE_TORCH_LIBRARY_IMPL(difffast, CPU, m) {
   m.impl("attention_entropy_backward.cpp", TORCH_BOX(&attention_entropy_backward));
   m.impl("cross_attention.cpp", TORCH_BOX(&cross_attention));
   m.impl("cross_attention_backward.cpp", TORCH_BOX(&cross_attention_backward));
-  m.impl("group_norm_silu.cpp", TORCH_BOX(&group_norm_silu));
-  m.impl("skip_norm_silu.cpp", TORCH_BOX(&skip_norm_silu));
+  m.impl("group_norm_silu.cpp", TORCH_BOX(&group_norm_silu<difffast::GroupNormSilu>));
+  m.impl("skip_norm_silu.cpp", TORCH_BOX(&skip_norm_silu<difffast::GroupNormSilu>));
 }
 
 #ifdef DIFFFAST_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(difffast, CUDA, m) {
   m.impl("cross_attention.cuda", TORCH_BOX(&cross_attention_on_cuda));
+  m.impl("group_norm_silu.cuda", TORCH_BOX(&group_norm_silu<difffast::cuda::GroupNormSilu>));
+  m.impl("skip_norm_silu.cuda", TORCH_BOX(&skip_norm_silu<difffast::cuda::GroupNormSilu>));
 }
 #endif

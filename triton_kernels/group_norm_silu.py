@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difffast.ops.group_norm_silu import memory_format
+
 from .launch import on_device_of
 
 #: Programs of the kernels that reduce over pixels, at least, if there are pixels enough: some on every multiprocessor.
@@ -546,13 +548,6 @@ ACC = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.
 
 def sums_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """As in ``difffast/ops``: channels_last where channels are neighbours."""
-    if x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def or_any(operand: Tensor | None, x: Tensor) -> Tensor:

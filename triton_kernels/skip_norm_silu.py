@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from difffast.ops.group_norm_silu import memory_format
+
 from .group_norm_silu import (
     OPTIONS,
     apply,
     coefficients_kernel,
     coefficients_launch,
-    memory_format,
     moments,
     splits,
     sums_dtype,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from interleaved import measure, ratio
+from interleaved import copy_bandwidth, measure, ratio
 
 from difffast import ops
 
@@ -103,7 +103,7 @@ def test_forward(benchmark, environment, shape, batch, dtype):
         assert ratio(seconds, "SDPA", "cpp")[1] >= 1.0, "a kernel that loses on a shape must not be chosen for it"
         return
     copied = sum(x.numel() * x.element_size() for x in (q, q))
-    benchmark.extra_info["copy_gb_per_s"] = _copy_bandwidth() / 1e9
+    benchmark.extra_info["copy_gb_per_s"] = copy_bandwidth() / 1e9
     for backend in ours:
         benchmark.extra_info[f"{backend}_gb_per_s"] = copied / statistics.median(seconds[backend]) / 1e9
         assert ratio(seconds, "SDPA", backend)[1] >= 1.0
@@ -111,14 +111,6 @@ def test_forward(benchmark, environment, shape, batch, dtype):
         assert ratio(seconds, f"{backend}, maps", backend)[1] <= 1.15
         if copied > torch.cuda.get_device_properties(0).L2_cache_size:
             assert benchmark.extra_info[f"{backend}_gb_per_s"] >= 0.8 * benchmark.extra_info["copy_gb_per_s"]
-
-
-def _copy_bandwidth() -> float:
-    """Bytes read and written a second by a large device copy."""
-    x = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    y = torch.empty_like(x)
-    seconds = measure({"copy": lambda: y.copy_(x)}, rounds=11, device="cuda")["copy"]
-    return 2 * x.numel() / statistics.median(seconds)
 
 
 @pytest.mark.benchmark(group="overhead")

@@ -13,7 +13,6 @@
 #include "primitives.h"
 
 #include <cmath>
-#include <cstdio>
 #include <limits>
 
 namespace difffast::cuda {
@@ -426,8 +425,6 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) forward_kernel(const Proble
 
 // ---- Host ----
 
-int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 bool wants_maps(const CrossAttentionArgs& args) { return args.maps != nullptr && args.map_count > 0; }
 
 // The layout for a device with this many multiprocessors.
@@ -510,13 +507,6 @@ cudaError_t launch(const CrossAttentionArgs& args, cudaStream_t stream) {
   Problem problem = {args, plan(args, multiprocessors)};
   return args.dtype == ElementType::kFloat16 ? launch_for_maps<Float16>(problem, stream)
                                              : launch_for_maps<BFloat16>(problem, stream);
-}
-
-template <typename... Values>
-const char* message(const char* format, Values... values) {
-  static thread_local char text[192];
-  std::snprintf(text, sizeof text, format, values...);
-  return text;
 }
 
 int count_bits(uint64_t word) {

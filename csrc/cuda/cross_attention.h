@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace difffast::cuda {
+#include "launcher.h"
 
-enum class ElementType : int32_t { kFloat16 = 0, kBFloat16 = 1 };
+namespace difffast::cuda {
 
 // Distances between neighbouring indices, in elements; the innermost one (along head_dim) is always 1.
 struct CrossAttentionStrides {

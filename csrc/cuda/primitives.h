@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #else
 #include "cuda_emulator.h"  // tests/ops: the same functions on the host, one fiber per thread
@@ -13,11 +14,12 @@
 namespace difffast::cuda {
 namespace {
 
-// Tags: elements are only ever moved, packed from float32, or handed to tensor cores.
+// Tags: elements are only ever moved, packed from and unpacked to float32, or handed to tensor cores.
 template <int EXPONENT_BITS>
 struct Format {};
 using Float16 = Format<5>;
 using BFloat16 = Format<8>;
+struct Float32 {};
 
 #ifdef __CUDACC__
 
@@ -28,9 +30,16 @@ __device__ __forceinline__ uint32_t shared_base() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(storage));
 }
 
-// Copies 16 bytes from global to shared memory, or writes 16 zero bytes, until this thread waits for its group.
+// Copies 16, 8 or 4 bytes from global to shared memory, or writes as many zeros, until this thread waits for its group.
+template <int BYTES = 16>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool zero) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zero ? 0 : 16) : "memory");
+  const int read = zero ? 0 : BYTES;
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
+  } else {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(read) : "memory");
+  }
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -88,6 +97,16 @@ __device__ __forceinline__ uint32_t pack(BFloat16, float low, float high) {
   return packed;
 }
 
+// The two elements of a word.
+__device__ __forceinline__ float2 unpack(Float16, uint32_t word) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+
+// bfloat16 is the upper half of float32.
+__device__ __forceinline__ float2 unpack(BFloat16, uint32_t word) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
@@ -99,6 +118,53 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
                : "r"(from)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ float load_shared_float(uint32_t from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared_float(uint32_t to, float value) {
+  store_shared(to, __float_as_uint(value));
+}
+
+// ---- Clusters: blocks that run together and read each other's shared memory. From sm_90 on, if the launch asks. ----
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// What this thread wrote before is seen by all threads of the cluster that have waited for this arrival.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// Waits until all threads of the cluster have arrived as often as this one.
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// From the same place in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float load_cluster_float(uint32_t from, uint32_t rank) {
+  uint32_t place;
+  float value;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(from), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(place) : "memory");
+  return value;
+}
+
+#else
+
+__device__ __forceinline__ void cluster_arrive() { __trap(); }
+__device__ __forceinline__ void cluster_wait() { __trap(); }
+__device__ __forceinline__ float load_cluster_float(uint32_t, uint32_t) {
+  __trap();
+  return 0.0f;
+}
+
+#endif
+
+template <typename T>
+__device__ __forceinline__ T load_global(const T* from) {
+  return *from;
 }
 
 template <typename T>

@@ -29,9 +29,9 @@ BACKENDS = ("reference", "sdpa", "cpp", "triton", "cuda")
 OPERATORS: dict[str, tuple[str, ...]] = {
     "attention_entropy": ("cpp", "triton", "reference"),
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
-    "group_norm_silu": ("cpp", "triton", "reference"),
+    "group_norm_silu": ("cuda", "cpp", "triton", "reference"),
     "repeat_batch": ("cpp", "reference"),
-    "skip_norm_silu": ("cpp", "triton", "reference"),
+    "skip_norm_silu": ("cuda", "cpp", "triton", "reference"),
 }
 
 

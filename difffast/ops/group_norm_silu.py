@@ -64,7 +64,7 @@ def group_norm_silu(
         raise ValueError("scale and shift must be given together, got only " + ("scale" if shift is None else "shift"))
     addend, scale, shift = _addend(x, addend), _rows("scale", x, scale), _rows("shift", x, shift)
     arguments = (x, groups, weight, bias, float(eps), addend, scale, shift, bool(silu))
-    backend = choose("group_norm_silu", x)
+    backend = choose("group_norm_silu", x, x.shape[1] // groups)
     if backend == "reference":
         return reference(*arguments)
     return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
@@ -225,28 +225,36 @@ def _summed(dz: Tensor, addend: Tensor) -> Tensor:
     return dz.to(addend.dtype)
 
 
-def obstacle(backend: str, x: Tensor) -> str | None:
-    """Why a backend that exists here cannot serve this operand, or None."""
+#: Of a group, in the CUDA kernel (kMaxGroupChannels of csrc/cuda/group_norm_silu.h).
+_CUDA_CHANNELS = 2048
+
+
+def obstacle(backend: str, x: Tensor, size: int) -> str | None:
+    """Why a backend that exists here cannot serve this operand, whose groups have ``size`` channels, or None."""
     if backend == "cpp" and x.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
     if backend == "triton" and x.dtype == torch.float64 and not _registry.INTERPRETED:
         # A compiled Triton kernel takes eps as float32.
         return "it takes float64 in the interpreter only"
+    if backend == "cuda" and x.dtype == torch.float64:
+        return "it takes float16, bfloat16 and float32, got float64"
+    if backend == "cuda" and size > _CUDA_CHANNELS:
+        return f"it takes groups of at most {_CUDA_CHANNELS} channels, got {size}"
     return None
 
 
-def choose(operator: str, x: Tensor) -> str:
-    """The backend of this operator or of skip_norm_silu for this operand."""
+def choose(operator: str, x: Tensor, size: int) -> str:
+    """The backend of this operator or of skip_norm_silu for this operand, whose groups have ``size`` channels."""
     forced = _registry.forced(operator, x.device)
     if forced is not None:
-        reason = obstacle(forced, x)
+        reason = obstacle(forced, x, size)
         if reason is not None:
             raise _registry.cannot_run(operator, forced, reason)
         return forced
     for backend in _registry.OPERATORS[operator]:
         if (
             _registry.default(operator, backend, x.device, x.dtype)
-            and obstacle(backend, x) is None
+            and obstacle(backend, x, size) is None
             and not _loses(backend, x)
         ):
             return backend
@@ -268,7 +276,7 @@ _ARGUMENTS = (
 )
 # coefficients [4, B, C]: center, gain, offset, with which u = (x + addend - center) * gain + offset (center contains an
 # addend of one number per channel), and 1 / sqrt(var + eps).  sums [2, B, C]: of du and of du * (x + addend - center).
-_RETURNS = {"cpp": "Tensor", "triton": "(Tensor out, Tensor coefficients)"}
+_RETURNS = {"cpp": "Tensor", "cuda": "Tensor", "triton": "(Tensor out, Tensor coefficients)"}
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor x, Tensor coefficients, int groups, Tensor? addend, bool silu) "
     "-> (Tensor dx, Tensor sums)"
@@ -351,8 +359,11 @@ def _define(backend: str, fake: Any, differentiate: Any) -> None:
     _OPERATORS[backend] = getattr(torch.ops.difffast.group_norm_silu, backend)
 
 
+# "cuda", of the signature of "cpp", comes last: at exit PyTorch takes operators out of its table in this order, does
+# not find the second one of a signature any more, and aborts when another one follows.
 _define("cpp", _fake, _differentiate)
 _define("triton", _fake_triton, _differentiate_triton)
+_define("cuda", _fake, _differentiate)
 _registry.LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")
 torch.library.register_fake("difffast::group_norm_silu_backward.triton", _fake_triton_backward, lib=_registry.LIBRARY)
 _registry.refuse_second_derivative("group_norm_silu", "group_norm_silu_backward.triton")

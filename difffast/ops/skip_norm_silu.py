@@ -58,7 +58,7 @@ def skip_norm_silu(
     if not skip.shape[0] or not hidden.shape[0] or hidden.shape[0] % skip.shape[0]:
         raise ValueError(f"skip's batch must divide hidden's, got {skip.shape[0]} and {hidden.shape[0]}")
     arguments = (hidden, skip, groups, weight, bias, float(eps), bool(silu))
-    backend = choose("skip_norm_silu", hidden)
+    backend = choose("skip_norm_silu", hidden, channels // groups)
     return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)
 
 
@@ -144,7 +144,7 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     return kernels.forward(*arguments)
 
 
-for _name in ("cpp", "triton"):
+for _name in ("cpp", "cuda", "triton"):
     _registry.LIBRARY.define(f"skip_norm_silu.{_name}{_SCHEMA}")
     torch.library.register_fake(f"difffast::skip_norm_silu.{_name}", _fake, lib=_registry.LIBRARY)
     torch.library.register_autograd(

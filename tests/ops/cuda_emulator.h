@@ -1,15 +1,18 @@
 // Runs a CUDA source of csrc/cuda on the host: what <cuda_runtime.h> and the file's device primitives are under nvcc,
 // this header is under g++ (C++17). For tests: it is strict where a GPU is silent, and slow.
 //
-// Every thread of a block is a fiber (its own stack, switched by hand); blocks run one after the other. A function
+// Every thread of a block is a fiber (its own stack, switched by hand); the blocks of a cluster run together, a block
+// without a cluster, and clusters, run one after the other. A function
 // that the hardware runs for a whole warp (matrix products, ldmatrix, shuffles) blocks its fiber until all 32 have
 // called it; then the last one computes the results of all from the PTX ISA's fragment layouts, given below.
 //
 // A launch fails, with the first reason as its error text, when
 // - threads read or write a word of shared memory that another thread wrote or read with no barrier in between (a
 //   happens-before check, word by word: independent of the order the fibers run in), or that a copy under way targets;
+// - a block reads a word of another one's shared memory with no barrier of the cluster between that and the write, or
+//   while the block may have ended or the cluster may not exist;
 // - shared memory is read that nothing has written, or an access is misaligned or out of bounds;
-// - an element of global memory is written twice;
+// - an element of global memory is written twice, or read although it is outside of what the test has said;
 // - the lanes of a warp disagree on what they call, or not all of them come (a deadlock on a GPU);
 // - more shared memory is asked for than cudaFuncSetAttribute has allowed, or than compute capability 8.6 has.
 #pragma once
@@ -24,8 +27,9 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <unordered_map>
-#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -35,23 +39,47 @@
 
 struct dim3 {
   unsigned x, y, z;
-  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-inline int min(int a, int b) { return a < b ? a : b; }
+template <typename T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return word;
+}
+inline float __uint_as_float(uint32_t word) {
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
 inline int __popcll(uint64_t word) { return __builtin_popcountll(word); }
 
 namespace emulator {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10;
-constexpr size_t kMaxSharedBytes = 99 << 10;
+constexpr unsigned kMaxCluster = 8;
 constexpr size_t kDefaultSharedBytes = 48 << 10;
 
 // ---- Failures ----
@@ -73,6 +101,7 @@ inline void fail(const char* format, ...) {
 struct Copy {
   uint32_t to;
   const void* from;
+  uint32_t bytes;
   bool zero;
 };
 
@@ -83,7 +112,8 @@ struct Thread {
   const uint64_t* counter = nullptr;
   uint64_t value = 0;
   // Barriers passed.
-  uint64_t block_epoch = 0, warp_epoch = 0;
+  uint64_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
+  uint64_t cluster_arrivals = 0;
   std::vector<std::vector<Copy>> groups = {{}};  // copies under way; the last group is still open
   ucontext_t start;
   jmp_buf resume;
@@ -105,24 +135,36 @@ struct Word {
   int reader = kNone, reading_warp = kNone;
   uint64_t read_block_epoch = 0, read_warp_epoch = 0;
   int copying = kNone;  // the thread a copy to this word is under way for
+  // Barriers of the cluster that the writer and the latest reader in another block had arrived at.
+  uint64_t write_arrivals = 0, remote_read_arrivals = 0;
+  bool remotely_read = false;
 };
 
 struct Block {
+  unsigned index, ended = 0;  // in the grid; threads that have ended
   std::vector<Thread> threads;
   std::vector<Meeting> warps;
   Meeting all;
   std::vector<uint32_t> shared;
   std::vector<Word> words;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  Meeting all;
   const std::function<void()>* body;
   jmp_buf scheduler;
 };
 
+inline Cluster* cluster;
 inline Block* block;
 inline Thread* self;
-inline std::unordered_set<uintptr_t> written;  // words of global memory, by this launch
+inline std::vector<std::pair<uintptr_t, uintptr_t>> readable;  // from, to; all if empty
+// By this launch: words of global memory, and a bit for each of their halves.
+inline std::unordered_map<uintptr_t, unsigned> written;
 
 inline void yield() {
-  if (_setjmp(self->resume) == 0) _longjmp(block->scheduler, 1);
+  if (_setjmp(self->resume) == 0) _longjmp(cluster->scheduler, 1);
 }
 
 inline void wait_while(const uint64_t& counter, uint64_t value) {
@@ -132,39 +174,54 @@ inline void wait_while(const uint64_t& counter, uint64_t value) {
 }
 
 inline void fiber_main() {
-  (*block->body)();
+  (*cluster->body)();
   for (const auto& group : self->groups) {
     if (!group.empty()) fail("a thread ended with copies under way");
   }
+  if (self->cluster_epoch != self->cluster_arrivals) fail("a thread ended between cluster_arrive and cluster_wait");
   self->done = true;
-  _longjmp(block->scheduler, 1);
+  ++block->ended;
+  _longjmp(cluster->scheduler, 1);
+}
+
+// In a function of its own, as getcontext returns twice and spares no local variable.
+inline void __attribute__((noinline)) prepare(Thread& thread, char* stack) {
+  getcontext(&thread.start);
+  thread.start.uc_stack.ss_sp = stack;
+  thread.start.uc_stack.ss_size = kStackBytes;
+  thread.start.uc_link = nullptr;
+  makecontext(&thread.start, fiber_main, 0);
 }
 
 // Runs a fiber until it blocks or ends. In a function of its own, as a jump back spares no local variable.
-inline void __attribute__((noinline)) run(Thread& thread) {
+inline void __attribute__((noinline)) run(Block& of, Thread& thread) {
   thread.counter = nullptr;
+  block = &of;
   self = &thread;
+  blockIdx.x = of.index;
   threadIdx.x = thread.index;
-  if (_setjmp(block->scheduler) != 0) return;
+  if (_setjmp(cluster->scheduler) != 0) return;
   if (self->started) _longjmp(self->resume, 1);
   self->started = true;
   setcontext(&self->start);
 }
 
 // Runs all fibers in turn until all are done.
-inline void run_block() {
+inline void run_cluster() {
   for (;;) {
     bool progress = false, waiting = false;
-    for (Thread& thread : block->threads) {
-      if (thread.done) continue;
-      waiting = true;
-      if (thread.counter != nullptr && *thread.counter == thread.value) continue;
-      progress = true;
-      run(thread);
+    for (Block& of : cluster->blocks) {
+      for (Thread& thread : of.threads) {
+        if (thread.done) continue;
+        waiting = true;
+        if (thread.counter != nullptr && *thread.counter == thread.value) continue;
+        progress = true;
+        run(of, thread);
+      }
     }
     if (!waiting) return;
     if (!progress) {
-      // Their stacks are dropped with the block.
+      // Their stacks are dropped with the cluster.
       fail("deadlock: some threads wait for others that have ended or wait elsewhere");
       return;
     }
@@ -210,6 +267,9 @@ inline void check_write(uint32_t address, uint32_t bytes, const char* what) {
     if (word->writer != Word::kNone && !comes_after(word->writer, word->write_block_epoch, word->write_warp_epoch)) {
       fail("%s at %u races with a write by thread %d", what, address, word->writer);
     }
+    if (word->remotely_read && word->remote_read_arrivals >= self->cluster_epoch) {
+      fail("%s at %u races with a read by another block", what, address);
+    }
     if (word->reader == Word::kNone || word->read_block_epoch < self->block_epoch) continue;
     const bool ordered = word->reader == static_cast<int>(self->index) ||
                          (word->reading_warp == static_cast<int>(self->index / kWarp) &&
@@ -225,6 +285,8 @@ inline void record_write(uint32_t address, const uint32_t* values, uint32_t coun
     word.writer = self->index;
     word.write_block_epoch = self->block_epoch;
     word.write_warp_epoch = self->warp_epoch;
+    word.write_arrivals = self->cluster_arrivals;
+    word.remotely_read = false;
     word.reader = Word::kNone;
     word.copying = Word::kNone;
   }
@@ -319,6 +381,25 @@ inline void __syncthreads() {
   ++emulator::self->warp_epoch;
 }
 
+inline void cluster_arrive() {
+  emulator::Meeting& all = emulator::cluster->all;
+  if (emulator::self->cluster_arrivals++ != emulator::self->cluster_epoch) {
+    emulator::fail("cluster_arrive without cluster_wait before it");
+  }
+  if (++all.arrived < emulator::cluster->blocks.size() * emulator::block->threads.size()) return;
+  all.arrived = 0;
+  ++all.generation;
+}
+
+// What threads of a block write between the two is not ordered by them: they do not count as a barrier of the block.
+inline void cluster_wait() {
+  emulator::Thread& self = *emulator::self;
+  if (self.cluster_arrivals == self.cluster_epoch) emulator::fail("cluster_wait without cluster_arrive");
+  const uint64_t generation = emulator::cluster->all.generation;
+  if (generation < self.cluster_arrivals) emulator::wait_while(emulator::cluster->all.generation, generation);
+  ++self.cluster_epoch;
+}
+
 inline float __shfl_xor_sync(uint32_t mask, float value, int distance) {
   if (mask != 0xffffffffu) emulator::fail("__shfl_xor_sync of less than a warp");
   struct Lane {
@@ -344,10 +425,61 @@ inline void store_shared(uint32_t to, uint32_t value) {
   emulator::record_write(to, &value, 1);
 }
 
+inline void store_shared_float(uint32_t to, float value) { store_shared(to, __float_as_uint(value)); }
+
+inline float load_shared_float(uint32_t from) {
+  uint32_t value = 0;
+  emulator::read(*emulator::self, from, &value, 4, "load_shared_float");
+  return __uint_as_float(value);
+}
+
+inline float load_cluster_float(uint32_t from, uint32_t rank) {
+  using namespace emulator;
+  const char* const what = "load_cluster_float";
+  if (rank >= cluster->blocks.size()) {
+    fail("%s from block %u of a cluster of %zu", what, rank, cluster->blocks.size());
+    return 0.0f;
+  }
+  Block* const running = block;
+  block = &cluster->blocks[rank];
+  Word* const word = word_at(from, 4, what);
+  const float value = word == nullptr ? 0.0f : __uint_as_float(block->shared[from / 4]);
+  if (block->ended > 0) fail("%s from a block of which threads have ended", what);
+  if (word != nullptr) {
+    if (word->writer == Word::kNone) {
+      fail("%s at %u reads what nothing has written", what, from);
+    } else if (word->write_arrivals >= self->cluster_epoch) {
+      fail("%s at %u races with a write by thread %d of block %u", what, from, word->writer, rank);
+    }
+    word->remotely_read = true;
+    word->remote_read_arrivals = self->cluster_arrivals;
+  }
+  block = running;
+  return value;
+}
+
 inline uint4 load_shared(uint32_t from) {
   uint32_t values[4] = {};
   emulator::read(*emulator::self, from, values, 16, "load_shared");
   return {values[0], values[1], values[2], values[3]};
+}
+
+namespace emulator {
+
+inline void check_global_read(const void* from, size_t bytes, const char* what) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+  if (begin % bytes != 0) fail("%s reads an unaligned address", what);
+  bool inside = readable.empty();
+  for (const auto& range : readable) inside = inside || (range.first <= begin && begin + bytes <= range.second);
+  if (!inside) fail("%s reads outside of the operands", what);
+}
+
+}  // namespace emulator
+
+template <typename T>
+T load_global(const T* from) {
+  emulator::check_global_read(from, sizeof(T), "load_global");
+  return emulator::failure[0] == 0 ? *from : T{};
 }
 
 template <typename T>
@@ -357,20 +489,24 @@ void store_global(T* to, T value) {
     emulator::fail("store_global is not aligned to %zu bytes", sizeof(T));
     return;
   }
-  for (uintptr_t word = address / 4; word < (address + sizeof(T)) / 4; ++word) {
-    if (!emulator::written.insert(word).second) emulator::fail("store_global writes an address again");
+  for (uintptr_t word = address / 4; word < (address + sizeof(T) + 3) / 4; ++word) {
+    const unsigned halves = sizeof(T) >= 4 ? 3u : 1u << (address / 2 % 2);
+    unsigned& before = emulator::written[word];
+    if (before & halves) emulator::fail("store_global writes an address again");
+    before |= halves;
   }
   *to = value;
 }
 
-// cp.async: the 16 bytes arrive when this thread waits for their group, and not before.
-inline void copy_async(uint32_t to, const void* from, bool zero) {
-  emulator::check_write(to, 16, "copy_async");
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("copy_async reads an unaligned address");
-  for (uint32_t i = 0; i < 4 && to / 4 + i < emulator::block->words.size(); ++i) {
+// cp.async: the bytes arrive when this thread waits for their group, and not before.
+template <int BYTES = 16>
+void copy_async(uint32_t to, const void* from, bool zero) {
+  emulator::check_write(to, BYTES, "copy_async");
+  if (!zero) emulator::check_global_read(from, BYTES, "copy_async");
+  for (uint32_t i = 0; i < BYTES / 4 && to / 4 + i < emulator::block->words.size(); ++i) {
     emulator::block->words[to / 4 + i].copying = emulator::self->index;
   }
-  emulator::self->groups.back().push_back({to, from, zero});
+  emulator::self->groups.back().push_back({to, from, BYTES, zero});
 }
 
 inline void commit_copies() { emulator::self->groups.emplace_back(); }
@@ -382,8 +518,8 @@ void wait_copies() {
   while (groups.size() > PENDING + 1) {
     for (const emulator::Copy& copy : groups.front()) {
       uint32_t values[4] = {};
-      if (!copy.zero) std::memcpy(values, copy.from, 16);
-      emulator::record_write(copy.to, values, 4);
+      if (!copy.zero && emulator::failure[0] == 0) std::memcpy(values, copy.from, copy.bytes);
+      emulator::record_write(copy.to, values, copy.bytes / 4);
     }
     groups.erase(groups.begin());
   }
@@ -471,6 +607,11 @@ uint32_t pack(Format<EXPONENT_BITS>, float low, float high) {
   return upper << 16 | emulator::encode(EXPONENT_BITS, low);
 }
 
+template <template <int> class Format, int EXPONENT_BITS>
+float2 unpack(Format<EXPONENT_BITS>, uint32_t word) {
+  return {emulator::element<EXPONENT_BITS>(word, 0), emulator::element<EXPONENT_BITS>(word, 1)};
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 
@@ -478,11 +619,16 @@ inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrClusterLaunch
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace emulator {
 inline int multiprocessors = 108;
+inline size_t max_shared_bytes = 99 << 10;
+inline bool clusters = false;
+inline int ptx_version = 80;
 inline std::unordered_map<const void*, size_t> allowed_shared_bytes;
 }  // namespace emulator
 
@@ -491,8 +637,10 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulator::multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int values[] = {
+      emulator::multiprocessors, static_cast<int>(emulator::max_shared_bytes), static_cast<int>(emulator::clusters)};
+  *value = values[attribute];
   return cudaSuccess;
 }
 
@@ -504,45 +652,82 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (bytes < 0 || static_cast<size_t>(bytes) > emulator::max_shared_bytes) return cudaErrorInvalidValue;
   emulator::allowed_shared_bytes[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = emulator::ptx_version;
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
 template <typename Parameter>
-cudaError_t cudaLaunchKernel(
-    void (*kernel)(Parameter), dim3 grid, dim3 threads, void** arguments, size_t shared_bytes, cudaStream_t) {
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameter), const std::remove_const_t<Parameter>& parameter) {
   using namespace emulator;
+  const dim3 grid = config->gridDim, threads = config->blockDim;
+  const size_t shared_bytes = config->dynamicSmemBytes;
+  const unsigned together = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
   const auto allowed = allowed_shared_bytes.find(reinterpret_cast<const void*>(kernel));
   const size_t limit = allowed == allowed_shared_bytes.end() ? kDefaultSharedBytes : allowed->second;
   if (grid.x == 0 || threads.x == 0 || threads.x > 1024 || threads.x % kWarp != 0) return cudaErrorInvalidValue;
   if (shared_bytes > (limit < kDefaultSharedBytes ? kDefaultSharedBytes : limit)) return cudaErrorInvalidValue;
-  const Parameter parameter = *static_cast<const Parameter*>(arguments[0]);
+  if (together == 0 || together > (clusters ? kMaxCluster : 1) || grid.x % together != 0) return cudaErrorInvalidValue;
   const std::function<void()> body = [&] { kernel(parameter); };
   failure[0] = 0;
   written.clear();
   blockDim = threads;
   gridDim = grid;
-  std::vector<std::unique_ptr<char[]>> stacks(threads.x);
+  std::vector<std::unique_ptr<char[]>> stacks(together * threads.x);
   for (auto& stack : stacks) stack.reset(new char[kStackBytes]);
-  for (blockIdx.x = 0; blockIdx.x < grid.x && failure[0] == 0; ++blockIdx.x) {
-    Block state;
-    block = &state;
+  for (unsigned first = 0; first < grid.x && failure[0] == 0; first += together) {
+    Cluster state;
+    cluster = &state;
     state.body = &body;
-    state.threads = std::vector<Thread>(threads.x);
-    state.warps = std::vector<Meeting>(threads.x / kWarp);
-    state.shared.assign(shared_bytes / 4, 0xffffffffu);
-    state.words.assign(shared_bytes / 4, Word{});
-    for (unsigned i = 0; i < threads.x; ++i) {
-      Thread& thread = state.threads[i];
-      thread.index = i;
-      getcontext(&thread.start);
-      thread.start.uc_stack.ss_sp = stacks[i].get();
-      thread.start.uc_stack.ss_size = kStackBytes;
-      thread.start.uc_link = nullptr;
-      makecontext(&thread.start, fiber_main, 0);
+    state.blocks = std::vector<Block>(together);
+    for (unsigned rank = 0; rank < together; ++rank) {
+      Block& of = state.blocks[rank];
+      of.index = first + rank;
+      of.threads = std::vector<Thread>(threads.x);
+      of.warps = std::vector<Meeting>(threads.x / kWarp);
+      of.shared.assign(shared_bytes / 4, 0xffffffffu);
+      of.words.assign(shared_bytes / 4, Word{});
+      for (unsigned i = 0; i < threads.x; ++i) {
+        of.threads[i].index = i;
+        prepare(of.threads[i], stacks[rank * threads.x + i].get());
+      }
     }
-    run_block();
+    run_cluster();
   }
   return failure[0] == 0 ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+template <typename Parameter>
+cudaError_t cudaLaunchKernel(
+    void (*kernel)(Parameter), dim3 grid, dim3 threads, void** arguments, size_t shared_bytes, cudaStream_t stream) {
+  const cudaLaunchConfig_t config = {grid, threads, shared_bytes, stream, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, *static_cast<const std::remove_const_t<Parameter>*>(arguments[0]));
 }

@@ -7,18 +7,15 @@ and reports races, unwritten shared memory and double stores as launch failures.
 import ctypes
 import dataclasses
 import itertools
-import os
 import random
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import cuda_sources
 import pytest
 import torch
-
-HERE = Path(__file__).parent
-CUDA_SOURCES = HERE.parents[1] / "csrc" / "cuda"
 
 # Error against float64 relative to the eager composition's, and what both may lose to the last float32 bits.
 TIMES_EAGER_MEAN = 1.2
@@ -125,18 +122,7 @@ class Exercise(ctypes.Structure):
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """The kernel compiled for the host."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ on PATH")
-    folder = tmp_path_factory.mktemp("emulated")
-    source, library = folder / "launcher.cpp", folder / "launcher.so"
-    source.write_text(LAUNCHER)
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    # Fibers change stacks by jumps, which the fortified longjmp takes for a mistake.
-    flags += ["-U_FORTIFY_SOURCE", f"-I{CUDA_SOURCES}", f"-I{HERE}"]
-    result = subprocess.run([*compiler.split(), *flags, source, "-o", library], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    loaded = ctypes.CDLL(str(library))
+    loaded = cuda_sources.emulated(tmp_path_factory.mktemp("emulated"), LAUNCHER)
     for function in (loaded.obstacle, loaded.forward, loaded.run_exercise):
         function.restype = ctypes.c_char_p
     loaded.describe.restype = None
@@ -422,34 +408,13 @@ def test_the_emulator_notices(emulated, mistake):
         assert re.match(message, error.decode())
 
 
-@pytest.fixture(scope="session")
-def nvcc():
-    """The compiler of a toolkit that has headers; one on PATH may be a wrapper without."""
-    folders = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    folders += sorted(Path("/usr/local").glob("cuda*"))
-    for folder in folders:
-        if (folder / "include" / "cuda_runtime.h").is_file() and (folder / "bin" / "nvcc").is_file():
-            return folder / "bin" / "nvcc"
-    pytest.skip(f"no include/cuda_runtime.h in {', '.join(map(str, folders)) or 'CUDA_HOME or /usr/local/cuda*'}")
-
-
 # The oldest and the newest always; each takes ptxas several seconds.
 @pytest.mark.parametrize(
     "architecture", ["80", "90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("86", "89", "90"))]
 )
-def test_nvcc_spills_no_registers(nvcc, architecture, tmp_path):
-    command = [
-        nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra", "-Werror", "all-warnings",
-        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-        "-c", CUDA_SOURCES / "cross_attention.cu", "-o", tmp_path / "cross_attention.o",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = re.findall(r"Compiling entry function '\w*forward_kernel\w*'", result.stderr)
-    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    # Two element types, five numbers of keys, with and without maps. A stack frame would be an array in memory.
-    assert len(kernels) == 20
-    assert memory == [("0", "0", "0")] * 20
+def test_nvcc_spills_no_registers(architecture, tmp_path):
+    # Two element types, five numbers of keys, with and without maps.
+    assert cuda_sources.memory_of_kernels("cross_attention", architecture, tmp_path) == [("0", "0", "0")] * 20
 
 
 def test_the_bindings_compile_with_cuda():
@@ -458,7 +423,7 @@ def test_the_bindings_compile_with_cuda():
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     flags = ["-fsyntax-only", "-Wall", "-Werror", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags += ["-DDIFFFAST_WITH_CUDA", "-DUSE_CUDA", f"-I{CUDA_SOURCES.parent}", f"-isystem{include}"]
-    source = CUDA_SOURCES.parent / "registration.cpp"
+    flags += ["-DDIFFFAST_WITH_CUDA", "-DUSE_CUDA", f"-I{cuda_sources.FOLDER.parent}", f"-isystem{include}"]
+    source = cuda_sources.FOLDER.parent / "registration.cpp"
     result = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

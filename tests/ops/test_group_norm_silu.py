@@ -7,15 +7,16 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import deterministic
 
 from difffast import ops
 from difffast.ops import _registry
-from difffast.ops.group_norm_silu import choose, reference, reference_backward
+from difffast.ops.group_norm_silu import choose, obstacle, reference, reference_backward
 
+# On CPU tensors; the CUDA kernel is emulated in test_group_norm_silu_cuda.py and runs in tests/test_gpu.py.
 EVERY = [
     pytest.param(b, marks=pytest.mark.skipif(ops.missing(b) is not None, reason=str(ops.missing(b))))
     for b in ops.OPERATORS["group_norm_silu"]
+    if b != "cuda"
 ]
 KERNELS = EVERY[:-1]
 needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
@@ -71,7 +72,7 @@ def run(function, arguments, options, gradients=True):
     out = function(leaves["x"], groups, leaves["weight"], leaves["bias"], **rest)
     if not gradients:
         return (out.detach(),)
-    grad = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).sin().view(out.shape).to(out.dtype)
+    grad = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).sin().view(out.shape).to(out)
     return (out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad))
 
 
@@ -86,15 +87,6 @@ def doubled(arguments, options):
     return (x.double(), groups, *(t.double() for t in rest)), {
         name: value.double() if torch.is_tensor(value) else value for name, value in options.items()
     }
-
-
-@pytest.fixture
-def _nan_memory():
-    """Uninitialised memory is NaN, whoever allocates it: Python or C++."""
-    assert deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_definition(backend, shape, fused, layout, silu=True):
@@ -163,13 +155,15 @@ def eager(x, groups, weight, bias, eps=1e-5, addend=None, scale=None, shift=None
     return F.silu(out if scale is None else out * (1 + spread(scale)) + spread(shift))
 
 
-def check_error(backend, dtype, shapes, layout, mean):
+def check_error(backend, dtype, shapes, layout, mean, fusions=("plain", "shared rows"), device="cpu"):
     """Root mean square of all errors against float64, ours at most 1.2 times eager's."""
     torch.manual_seed(0)
     ours, theirs = [], []
     for shape in shapes:
-        for fused in ("plain", "shared rows"):
-            arguments, options = operands(*shape, fused, dtype=dtype, layout=layout, mean=mean)
+        for fused in fusions:
+            (x, groups, *rest), options = operands(*shape, fused, dtype=dtype, layout=layout, mean=mean)
+            arguments = (x.to(device), groups, *(t.to(device) for t in rest))
+            options = {name: t.to(device) for name, t in options.items()}
             exact = run(eager, *doubled(arguments, options))
             # In NCHW: eager's statistics in channels_last are E[x^2] - mean^2.
             same = (arguments[0].contiguous(), *arguments[1:])
@@ -199,6 +193,43 @@ def test_error_is_no_worse_than_eager(dtype, layout, mean):
 @pytest.mark.usefixtures("_nan_memory")
 def test_error_of_triton_is_no_worse_than_eager(dtype, layout):
     check_error("triton", dtype, [(2, 40, (9, 13), 4)], layout, 3.0)
+
+
+#: Of SD1.x, SDXL and parallel decoding, and one too large for shared memory.
+PUBLISHED = [
+    (2, 320, (64, 64), 32), (2, 2560, (8, 8), 32), (16, 640, (32, 32), 32), (2, 960, (128, 128), 32),
+    (1, 256, (512, 512), 8),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.usefixtures("_nan_memory")
+def test_gpu_kernels(backend, dtype, layout, mean):
+    """What a row of the proof table stands for."""
+    if ops.missing(backend):
+        pytest.fail(str(ops.missing(backend)))
+    # Not that of one number, which is 0 whatever the input.
+    check_error(backend, dtype, SHAPES[1:] + PUBLISHED, layout, mean, FUSED, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("operator", ["group_norm_silu", "skip_norm_silu"])
+def test_opcheck_on_a_gpu(operator):
+    if ops.missing("cuda"):
+        pytest.fail(str(ops.missing("cuda")))
+    for dtype in (torch.float32, torch.float16):
+        x, more = torch.randn(2, 4, 6, 2, 3, device="cuda").to(dtype)
+        weight, bias = torch.randn(2, 12, device="cuda").to(dtype)
+        arguments = (x, 2, weight[:6], bias[:6], 1e-5, more, None, None, True)
+        if operator == "skip_norm_silu":
+            arguments = (x, more, 3, weight, bias, 1e-5, True)
+        torch.library.opcheck(getattr(torch.ops.difffast, operator).cuda, arguments)
 
 
 @may_overflow
@@ -456,14 +487,21 @@ def test_forced_backends(monkeypatch, operator):
         if ops.missing(backend) is None:
             message = f"{operator}: backend '{backend}' was forced but cannot run"
             with ops.use_backend(backend, operator), pytest.raises(RuntimeError, match=message):
-                choose(operator, X.to("meta"))
+                choose(operator, X.to("meta"), 2)
     if ops.missing("cpp") is None:
         with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="float32, float64 and bfloat16, got float16"):
-            choose(operator, X.half())
+            choose(operator, X.half(), 2)
     if ops.missing("triton") is None:
         monkeypatch.setattr(_registry, "INTERPRETED", False)
         with ops.use_backend("triton"), pytest.raises(RuntimeError, match="it takes float64 in the interpreter only"):
-            choose(operator, X.double())
+            choose(operator, X.double(), 2)
+
+
+def test_what_the_cuda_kernel_cannot_take():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert obstacle("cuda", X.to(dtype), 2048) is None
+    assert obstacle("cuda", X, 2049) == "it takes groups of at most 2048 channels, got 2049"
+    assert obstacle("cuda", X.double(), 2) == "it takes float16, bfloat16 and float32, got float64"
 
 
 @pytest.mark.parametrize("operator", ["group_norm_silu", "skip_norm_silu"])
@@ -471,10 +509,11 @@ def test_the_default(operator):
     cpp = "reference" if ops.missing("cpp") else "cpp"
     large, small = torch.zeros(1, 64, 32, 32), torch.zeros(2, 64, 8, 8)
     chosen = (large, large.bfloat16(), small.to(memory_format=torch.channels_last))
-    assert [choose(operator, x) for x in chosen] == [cpp] * 3
-    assert [choose(operator, x) for x in (small, large.half(), large.double(), large.to("meta"))] == ["reference"] * 4
+    assert [choose(operator, x, 2) for x in chosen] == [cpp] * 3
+    others = (small, large.half(), large.double(), large.to("meta"))
+    assert [choose(operator, x, 2) for x in others] == ["reference"] * 4
     with ops.use_backend("reference"):
-        assert choose(operator, large) == "reference"
+        assert choose(operator, large, 2) == "reference"
 
 
 @needs_cpp

@@ -3,14 +3,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import deterministic
 
 from difffast import ops
 from difffast.ops.skip_norm_silu import own_channels
 
+# On CPU tensors; the CUDA kernel is emulated in test_group_norm_silu_cuda.py and runs in tests/test_gpu.py.
 EVERY = [
     pytest.param(b, marks=pytest.mark.skipif(ops.missing(b) is not None, reason=str(ops.missing(b))))
     for b in ops.OPERATORS["skip_norm_silu"]
+    if b != "cuda"
 ]
 KERNELS = EVERY[:-1]
 needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
@@ -62,7 +63,10 @@ def run(function, *arguments, **options):
     """-> both outputs and the four gradients"""
     leaves = [t.detach().requires_grad_() if torch.is_tensor(t) else t for t in arguments]
     outputs = function(*leaves, **options)
-    loss = sum((t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).sin().view(t.shape)).sum() for t in outputs)
+    loss = sum(
+        (t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype, device=t.device).sin().view(t.shape)).sum()
+        for t in outputs
+    )
     gradients = torch.autograd.grad(loss, [t for t in leaves if torch.is_tensor(t)])
     return *(t.detach() for t in outputs), *gradients
 
@@ -74,15 +78,6 @@ def run_backend(backend, *arguments, **options):
 
 def doubled(arguments):
     return [t.double() if torch.is_tensor(t) else t for t in arguments]
-
-
-@pytest.fixture
-def _nan_memory():
-    """Uninitialised memory is NaN, whoever allocates it: Python or C++."""
-    assert deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_definition(backend, shape, layout, silu=True):
@@ -167,24 +162,44 @@ ERROR_CASES += [
 ]
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize(("backend", "dtype", "shape"), ERROR_CASES, ids=str)
-@pytest.mark.usefixtures("_nan_memory")
-def test_error_is_no_worse_than_eager(backend, dtype, shape, layout):
+def check_error(backend, dtype, shape, layout, device="cpu"):
     """Root mean square of all errors against float64, ours at most 1.2 times that of eager in NCHW."""
-    if ops.missing(backend):
-        pytest.skip(str(ops.missing(backend)))
     torch.manual_seed(0)
     arguments = operands(*shape, dtype=dtype, layout=layout, mean=5.0)
+    arguments = [t.to(device) if torch.is_tensor(t) else t for t in arguments]
     exact = run(eager, *doubled(arguments))
     contiguous = [t.contiguous() if torch.is_tensor(t) else t for t in arguments]
 
     def error(result):
         assert all(t.dtype == dtype for t in result)
-        return torch.stack([(a - b).norm() / b.norm() for a, b in zip(result, exact, strict=True)]).norm()
+        return torch.stack([(a - b).norm() / b.norm() for a, b in zip(result, exact, strict=True) if b.numel()]).norm()
 
     ours, theirs = error(run_backend(backend, *arguments)), error(run(eager, *contiguous))
     assert ours <= 1.2 * theirs, f"{float(ours / theirs):.3f} of eager's"
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("backend", "dtype", "shape"), ERROR_CASES, ids=str)
+@pytest.mark.usefixtures("_nan_memory")
+def test_error_is_no_worse_than_eager(backend, dtype, shape, layout):
+    if ops.missing(backend):
+        pytest.skip(str(ops.missing(backend)))
+    check_error(backend, dtype, shape, layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.usefixtures("_nan_memory")
+def test_gpu_kernels(backend, dtype, layout):
+    """What a row of the proof table stands for."""
+    if ops.missing(backend):
+        pytest.fail(str(ops.missing(backend)))
+    for *channels, groups in PUBLISHED:
+        check_error(backend, dtype, (2, 4, *channels, (32, 32), groups), layout, "cuda")
+    check_error(backend, dtype, (2, 2, 22, 20, (41, 31), 2), layout, "cuda")
 
 
 @pytest.mark.parametrize("backend", EVERY)
