@@ -130,7 +130,7 @@ def test_a_new_size_gets_its_own_programs_and_their_number_is_bounded(pipe, monk
     report = patch(pipe, "exact", compile=True)
     held = report._controller.programs
     for height in (64, 80, 64, 96, 64):
-        latents(pipe, height=height)
+        latents(pipe, height=height, width=64)
         assert len(held) <= 2
     assert compilations() == 3  # the size used last stays
 
