@@ -30,7 +30,7 @@ def cases(size: str, model: str | None) -> list[Case]:
         return pipeline(
             f"{name}{'' if full else ' (small)'}",
             lambda: workloads.stages(name, full=full, batch=batch, device=device, dtype=dtype),
-            {"pipeline": name, "steps": steps, "batch": batch},
+            {"pipeline": name, "steps": steps, "batch": batch, "latent": workloads.latent_size(name, full=full)},
             device=device,
             dtype=dtype,
             compiled=full,
@@ -93,7 +93,6 @@ def pipeline(
         trained: the weights are: how far an approximation may be from stock is then for its user to judge.
     """
     steps, batch = shapes["steps"], shapes["batch"]
-    size = f", latents {shapes['latent']}x{shapes['latent']}" if "latent" in shapes else ""
     providers: tuple[Provider, ...] = (
         registry.stock(),
         *registry.presets(),
@@ -116,7 +115,7 @@ def pipeline(
         )
     return Case(
         group="pipelines",
-        name=f"{name}{size}, {steps} steps, batch {batch}",
+        name=f"{name}, {steps} steps, batch {batch}",
         shapes=shapes,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
@@ -131,7 +130,7 @@ def pipeline(
 
 def _resolution(latent: int) -> Case:
     return pipeline(
-        "SD1.5 (small)",
+        f"SD1.5 (small), latents {latent}x{latent}",
         lambda: [workloads.tiny(workloads.TINY, latent)],
         {"pipeline": "SD1.5", "steps": 20, "batch": 1, "latent": latent},
         scaling=True,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interleaved import ratio
 from registry import ROUNDING, Bar, Case, Missing, Provider, Run
 from rich.console import Console
 from rich.markup import escape
@@ -351,6 +352,8 @@ class Session:
 
 def complaints(record: Mapping[str, Any]) -> Iterator[str]:
     """What must not go unseen: our own failures and missed bars; a peer's failure is a row in the table."""
+    if "absent" not in record:
+        return  # an operator's benchmark, which complains itself
     for name, absent in record["absent"].items():
         if absent["status"] == "failed" and record["kinds"][name] != "peer":
             yield f"{record['case']}: {name} failed: {absent['reason']}"
@@ -396,6 +399,4 @@ def share(record: Mapping[str, Any], name: str) -> str:
 
 def against(record: Mapping[str, Any], name: str) -> tuple[float, float, float]:
     """Quartiles of a provider's ratio to the baseline, round by round."""
-    pairs = zip(record["seconds"][name], record["seconds"][record["baseline"]], strict=True)
-    low, middle, high = statistics.quantiles((mine / theirs for mine, theirs in pairs), n=4)
-    return low, middle, high
+    return ratio(record["seconds"], name, record["baseline"])

@@ -26,6 +26,7 @@ TINY = (32, 64, 96)
 
 #: CPU-sized UNets in the layout of the published ones (``models.UNET_CONFIGS``): narrower, shallower, smaller images.
 _SMALL: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 16},  # of the tests' pipeline, which is built elsewhere
     "sd21": {
         "sample_size": 16,
         "block_out_channels": (32, 64, 96),
@@ -265,6 +266,12 @@ def stages(name: str, *, full: bool, batch: int, device: str, dtype: torch.dtype
         return _BUILDERS[name](_Builder(full, batch, torch.device(device), dtype))
 
 
+def latent_size(name: str, *, full: bool) -> int:
+    """Height and width of what the (first) UNet works on."""
+    unet = {"SD2.1": "sd21", "SDXL": "sdxl", "IF-I": "if-i-xl", "IF-II": "if-ii-l", "IF cascade": "if-i-xl"}
+    return (models.UNET_CONFIGS if full else _SMALL)[unet.get(name, "sd15")]["sample_size"]
+
+
 @dataclass(frozen=True)
 class _Builder:
     full: bool
@@ -342,7 +349,7 @@ def _sd15(build: _Builder) -> tuple[Stage, ...]:
     from diffusers import StableDiffusionPipeline
 
     if not build.full:
-        return (tiny(TINY, 16, batch=build.batch),)
+        return (tiny(TINY, latent_size("SD1.5", full=False), batch=build.batch),)
     unet = build.unet("sd15")
     pipe = StableDiffusionPipeline(vae=build.vae(), unet=unet, scheduler=_scheduler(), **_NO_TEXT, **_NO_CHECKER)
     return (Stage(pipe, build.text(unet)),)
