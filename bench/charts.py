@@ -19,14 +19,18 @@ _MISSED = "tab:red"
 
 def figures(records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
     """(name, figure) of every chart that these records allow."""
-    for index, record in enumerate(each for each in records if "kinds" in each and each["seconds"]):
+    timed = [record for record in records if "kinds" in record and record["seconds"]]
+    operators = [record for record in records if "bytes" in record]
+    for index, record in enumerate(timed):
         yield f"latency-{index:02d}", latency(record)
-    if any(COMPILED in record["seconds"] for record in records if "kinds" in record):
-        yield "compiled", against_compiled(records)
-    if any("bytes" in record for record in records):
-        yield "roofline", roofline(records)
-    if any(len(points) > 1 for _, _, points in _curves(records)):
-        yield "scaling", scaling(records)
+    compiled = [record for record in timed if COMPILED in record["seconds"]]
+    if compiled:
+        yield "compiled", against_compiled(compiled)
+    if operators:
+        yield "roofline", roofline(operators)
+    curves = list(_curves(timed))
+    if curves:
+        yield "scaling", scaling(curves)
 
 
 def latency(record: Record) -> Figure:
@@ -69,9 +73,8 @@ def latency(record: Record) -> Figure:
     return figure
 
 
-def against_compiled(records: Sequence[Record]) -> Figure:
+def against_compiled(found: Sequence[Record]) -> Figure:
     """How many times faster than compiled stock everybody is, in every case where that ran."""
-    found = [record for record in records if COMPILED in record["seconds"] and "kinds" in record]
     names = list(dict.fromkeys(name for record in found for name in record["seconds"] if name != COMPILED))
     figure = Figure(figsize=(10, 1.5 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -97,9 +100,8 @@ def _faster(record: Record, name: str) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def roofline(records: Sequence[Record]) -> Figure:
+def roofline(found: Sequence[Record]) -> Figure:
     """Operators under the roof of the machine: what a copy and a matrix product reached in the same run."""
-    found = [record for record in records if "bytes" in record]
     ceilings, dtype = found[0]["ceilings"], found[0]["dtype"]
     bandwidth, peak = ceilings["copy_bytes_per_s"], ceilings[f"matmul_flop_per_s {dtype}"]
     figure = Figure(figsize=(10, 6), layout="constrained")
@@ -142,9 +144,8 @@ def roofline(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def scaling(records: Sequence[Record]) -> Figure:
+def scaling(curves: Sequence[tuple[str, str, dict[Any, Record]]]) -> Figure:
     """Seconds over batch, steps, resolution and decoders together, one panel each, else equal."""
-    curves = [curve for curve in _curves(records) if len(curve[2]) > 1]
     figure = Figure(figsize=(5 * len(curves), 4.8), layout="constrained")
     for axes, (axis, title, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         names = list(dict.fromkeys(name for record in points.values() for name in record["seconds"]))
@@ -166,7 +167,7 @@ def _curves(records: Sequence[Record]) -> Iterator[tuple[str, str, dict[Any, Rec
         families: dict[str, dict[Any, Record]] = {}
         for record in records:
             shapes = record.get("shapes", {})
-            if axis in shapes and record["seconds"]:
+            if axis in shapes:
                 rest = {name: value for name, value in sorted(shapes.items()) if name != axis}
                 families.setdefault(repr((record["group"], rest)), {})[shapes[axis]] = record
         for points in families.values():

@@ -280,7 +280,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     preset = arguments.preset
     with contextlib.nullcontext() if preset == "stock" else patched(pipe, preset), console.status("profiling"):
         found = profile(pipe, generate, arguments.out / "trace.json")
-    table = Table("block", "calls", "host ms", "device ms", "operators", "launches", "synchronisations")
+    table = Table(Column("block", no_wrap=True), "calls", "host ms", "device ms", "operators", "launches", "syncs")
     for row in found.blocks:
         cells = (row.calls, f"{1e3 * row.host_s:.1f}", f"{1e3 * row.device_s:.1f}", row.operators, row.launches)
         table.add_row(row.name, *map(str, cells), str(row.synchronisations))

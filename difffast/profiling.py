@@ -1,4 +1,4 @@
-"""Where the time of one image goes: per block of the UNet, with operators, kernel launches and synchronisations counted.
+"""Where the time of one image goes: per block of the UNet, with operators, launches and synchronisations counted.
 
 A synchronisation inside a UNet call makes the host wait for the device once a step, and nothing can be queued ahead.
 On a GPU the profiler sees it (cudaStreamSynchronize and the like); on a CPU the operators that would cause it are seen.
@@ -98,11 +98,11 @@ def profile(pipe: DiffusionPipeline, generate: Callable[[], object], trace: Path
         ranges.append(record_function(_PREFIX + name))
         ranges[-1].__enter__()
 
+    def leave() -> None:
+        ranges.pop().__exit__(None, None, None)
+
     with torch.profiler.profile(activities=activities) as recorded:
-        with (
-            _watched(pipe, enter, lambda: ranges.pop().__exit__(None, None, None)),
-            record_function(_PREFIX + _OUTSIDE),
-        ):
+        with _watched(pipe, enter, leave), record_function(_PREFIX + _OUTSIDE):
             generate()
         if unet.device.type == "cuda":
             torch.cuda.synchronize()
