@@ -42,6 +42,7 @@ def cases(size: str, model: str | None) -> list[Case]:
             timed="seconds a batch",
             headline="difffast exact, maps",
             rounds=(3, 15),
+            weight=6,
         )
     ]
 

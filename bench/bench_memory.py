@@ -46,6 +46,6 @@ def _memory(title: str, name: str, *, full: bool) -> Case:
         ),
         timed="peak memory",
         rounds=(0, 0),
-        weight=0.5,
+        weight=20,
         bars=(Bar("difffast balanced", STOCK, 1.5, of="peak_bytes", source="the decoder's issue"),),
     )

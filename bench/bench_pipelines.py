@@ -124,6 +124,7 @@ def pipeline(
         timed="seconds a batch",
         headline="difffast balanced",
         rounds=(2, 15),
+        weight=0.5 * steps * (0.5 + batch / 2) * (0.6 if scaling else 1),
         bars=tuple(bars),
     )
 

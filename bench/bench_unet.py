@@ -41,8 +41,8 @@ def cases(size: str, model: str | None) -> list[Case]:
     return [
         *(forward(name, full=False) for name in ("SD2.1", "SDXL", "IF-I")),
         *(decode(NARROW, k) for k in (1, 2, 4, 8)),
-        image(NARROW, weight=12),
-        image(WIDE, weight=30),
+        image(NARROW, weight=210),
+        image(WIDE, weight=250),  # of 750: the rest is for a second run
     ]
 
 
@@ -99,7 +99,7 @@ def forward(name: str, *, full: bool) -> Case:
         timed="seconds inside the UNet",
         headline="difffast exact",
         rounds=(5, 31),
-        weight=0.5,
+        weight=5,
     )
 
 
@@ -138,7 +138,7 @@ def decode(unet: str | Sequence[int], k: int) -> Case:
         baseline="UNet calls",
         headline=f"{together}, shared skips",
         rounds=(5, 31),
-        weight=0.5,
+        weight=4 + 1.5 * k,
     )
 
 

@@ -66,8 +66,7 @@ def latency(record: Record) -> Figure:
             color=_MISSED if name in missed else "black",
         )
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel=f"{record['timed']}: median, quartiles", xlim=(0, 1.45 * longest))
+    axes.set(xlabel=f"{record['timed']}: median, quartiles", xlim=(0, 1.45 * longest), ylim=(len(names) - 0.4, -0.6))
     axes.set_title(record["case"], fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -130,7 +129,7 @@ def roofline(found: Sequence[Record]) -> Figure:
             seen.add(label)
     edge = peak / bandwidth
     reach = [record["flops"] / record["bytes"] for record in found]
-    xs = (0.5 * min(reach), edge, 3 * max(*reach, edge))
+    xs = (0.5 * min(*reach, edge), edge, 2 * max(*reach, edge))
     axes.plot(
         xs,
         [min(peak, x * bandwidth) / 1e9 for x in xs],

@@ -26,6 +26,9 @@ APPROXIMATION = 0.15
 #: The same for stock with fewer steps, which is no approximation of the schedule at all; 15 of 50 steps: 0.27.
 FEWER_STEPS = 0.5
 
+#: Seconds that compiling a UNet takes, roughly: what a budget must have left for it.
+COMPILATION = 60.0
+
 STOCK = "stock"
 COMPILED = "stock compiled"
 
@@ -60,12 +63,14 @@ class Provider:
         enter: makes it ready for a case's subject, what has to be undone going on the stack, and returns the call to
             time.  Raises :class:`Missing`, or ValueError where it refuses the subject.
         gate: what it has to prove.
+        startup: seconds that its first run is expected to take on top of the others', for the budget.
     """
 
     name: str
     kind: str
     enter: Callable[[Any, ExitStack], Callable[[], Run]]
     gate: Gate = field(default_factory=Gate)
+    startup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Case:
         baseline: the provider that ratios refer to.
         headline: whose seconds pytest-benchmark's own tables show.
         rounds: fewest and most interleaved rounds; (0, 0) measures no time.
-        weight: share of the budget among the cases that are left.
+        weight: its share of the budget among the cases that are left; on two CPU cores, seconds that it wants.
         bars: promises.
     """
 
@@ -150,6 +155,7 @@ def on_images(
     gate: Gate,
     *,
     own_weights: bool = False,
+    startup: float = 0.0,
     during: Callable[[], Any] = contextlib.nullcontext,
 ) -> Provider:
     """A provider that prepares its copy once and then makes the images with the stock call.
@@ -169,7 +175,7 @@ def on_images(
 
         return run
 
-    return Provider(name, kind, enter, gate)
+    return Provider(name, kind, enter, gate, startup)
 
 
 def stock() -> Provider:
@@ -193,7 +199,7 @@ def stock_compiled() -> Provider:
         else:  # oneDNN blocks the layout itself; max-autotune would tune for minutes a UNet
             images.compile_unets(fullgraph=True)
 
-    return on_images(COMPILED, "stock", prepare, Gate(), own_weights=True)
+    return on_images(COMPILED, "stock", prepare, Gate(), own_weights=True, startup=COMPILATION)
 
 
 def stock_steps(steps: int, of: int) -> Provider:
@@ -261,7 +267,8 @@ def difffast(
             for layers in without:
                 layers.uninstall(stage.pipe.unet)
 
-    return on_images(name, "difffast", prepare, gate, during=during)
+    startup = COMPILATION if options.get("compile") else 0.0
+    return on_images(name, "difffast", prepare, gate, during=during, startup=startup)
 
 
 #: What propagation with balanced's key steps computes, in the plainest way: it is what the faster ways must equal.

@@ -200,7 +200,9 @@ def test_the_last_are_left_out_where_the_time_ends():
     others = [Provider(f"peer {n}", "peer", taking(clock, 2.0)) for n in range(4)]
     # Gate and two rounds of 2 s each: 6 s for each provider.
     record = measure(everybody(clock, *others, rounds=(2, 9)), 19.0, clock=clock)
-    assert set(record["seconds"]) == {"stock", "peer 0", "peer 1"}
+    assert {name: len(values) for name, values in record["seconds"].items()} == dict.fromkeys(
+        ("stock", "peer 0", "peer 1"), 2
+    )
     assert record["absent"]["peer 2"] == {"status": "not run", "reason": "over the budget"}
     assert clock.now <= 19.0
     assert not list(complaints(record))
@@ -221,6 +223,13 @@ def test_compiling_does_not_count_as_the_cost_of_a_round():
     last = Provider("peer", "peer", taking(clock, 2.0))
     record = measure(everybody(clock, Provider("compiled", "stock", enter), last), 120.0, clock=clock)
     assert set(record["seconds"]) == {"stock", "compiled", "peer"}
+
+
+def test_time_to_start_up_has_to_be_left():
+    clock = Clock()
+    compiled = Provider("compiled", "stock", taking(clock, 2.0), startup=60.0)
+    assert set(measure(everybody(clock, compiled), 30.0, clock=clock)["seconds"]) == {"stock"}
+    assert set(measure(everybody(clock, compiled), clock.now + 90.0, clock=clock)["seconds"]) == {"stock", "compiled"}
 
 
 def test_the_budget_is_shared_by_weight_and_what_is_saved_goes_on():
