@@ -75,10 +75,10 @@ class Provider:
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise about a ratio of medians, kept or not: it is recorded and reported either way.
+    """A promise about a ratio, kept or not: it is recorded and reported either way.
 
     Attributes:
-        provider, against: names; the ratio is the first's to the second's.
+        provider, against: names; the ratio is the first's to the second's, the median over the rounds.
         at_most: largest ratio that keeps it.
         of: "seconds" or "peak_bytes".
         source: who promised it.

@@ -15,6 +15,7 @@ import html
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -377,7 +378,7 @@ def _to_html(lines: Iterable[str]) -> str:
 
 
 def write(source: Path, out: Path, *, last: Path, history: Path) -> list[dict[str, Any]]:
-    """Write report.md, report.html and the charts (PNG, SVG) of a run; -> its regressions against the last results."""
+    """Write report.md, report.html and charts/ (PNG, SVG) of a run; -> its regressions against the last results."""
     from charts import figures
 
     records = load(source)
@@ -385,12 +386,14 @@ def write(source: Path, out: Path, *, last: Path, history: Path) -> list[dict[st
         raise ValueError(f"{source} holds no benchmark")
     slower = regressions(records, load(last)) if last.is_file() else []
     kept = json.loads(history.read_text()) if history.is_file() else []
-    out.mkdir(parents=True, exist_ok=True)
+    charts = out / "charts"
+    shutil.rmtree(charts, ignore_errors=True)
+    charts.mkdir(parents=True)
     drawn = {}
     for name, figure in figures(records):
-        figure.savefig(out / f"{name}.png", dpi=110)
-        figure.savefig(out / f"{name}.svg")
-        drawn[name] = re.sub(r"^.*?(?=<svg)", "", (out / f"{name}.svg").read_text(), flags=re.S)
+        figure.savefig(charts / f"{name}.png", dpi=110)
+        figure.savefig(charts / f"{name}.svg")
+        drawn[name] = re.sub(r"^.*?(?=<svg)", "", (charts / f"{name}.svg").read_text(), flags=re.S)
     (out / "report.md").write_text(markdown(records, slower, kept) + "\n")
     (out / "report.html").write_text(page(records, slower, kept, drawn))
     return slower

@@ -270,18 +270,19 @@ def _error(result: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _judged(bar: Bar, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """A bar with the ratio of medians that was measured and whether it is met; None where somebody is absent."""
-    ratio = None
+    """A bar with the ratio that was measured and whether it is met; None where somebody is absent."""
+    measured = None
     if values.get(bar.provider) and values.get(bar.against):
-        ratio = statistics.median(values[bar.provider]) / statistics.median(values[bar.against])
+        rounds = zip(values[bar.provider], values[bar.against], strict=True)
+        measured = statistics.median(mine / theirs for mine, theirs in rounds)
     return {
         "provider": bar.provider,
         "against": bar.against,
         "of": bar.of,
         "at_most": bar.at_most,
         "source": bar.source,
-        "ratio": ratio,
-        "met": None if ratio is None else ratio <= bar.at_most,
+        "ratio": measured,
+        "met": None if measured is None else measured <= bar.at_most,
     }
 
 

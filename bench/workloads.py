@@ -18,6 +18,7 @@ from peak_memory import PeakMemory
 from torch import Tensor, nn
 
 from difffast import models
+from difffast.models.tiny import ddim_scheduler
 
 PROMPT = "a red circle on a blue square"
 _TOKENS = 77
@@ -326,21 +327,6 @@ class _Builder:
         return torch.rand(self.batch, 3, size, size).to(self.device, self.dtype)
 
 
-def _scheduler(**options: Any) -> Any:
-    """DDIM for everybody: a sampler that draws noise gives another image for another number of steps."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        **options,
-    )
-
-
 _NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 _NO_TEXT = {"tokenizer": None, "text_encoder": None}
 
@@ -351,14 +337,14 @@ def _sd15(build: _Builder) -> tuple[Stage, ...]:
     if not build.full:
         return (tiny(TINY, latent_size("SD1.5", full=False), batch=build.batch),)
     unet = build.unet("sd15")
-    pipe = StableDiffusionPipeline(vae=build.vae(), unet=unet, scheduler=_scheduler(), **_NO_TEXT, **_NO_CHECKER)
+    pipe = StableDiffusionPipeline(vae=build.vae(), unet=unet, scheduler=ddim_scheduler(), **_NO_TEXT, **_NO_CHECKER)
     return (Stage(pipe, build.text(unet)),)
 
 
 def _sd21(build: _Builder) -> tuple[Stage, ...]:
     from diffusers import StableDiffusionPipeline
 
-    unet, scheduler = build.unet("sd21"), _scheduler(prediction_type="v_prediction")
+    unet, scheduler = build.unet("sd21"), ddim_scheduler(prediction_type="v_prediction")
     pipe = StableDiffusionPipeline(vae=build.vae(), unet=unet, scheduler=scheduler, **_NO_TEXT, **_NO_CHECKER)
     return (Stage(pipe, build.text(unet)),)
 
@@ -371,7 +357,7 @@ def _controlnet(build: _Builder) -> tuple[Stage, ...]:
         vae=build.vae(),
         unet=unet,
         controlnet=build.controlnet(unet),
-        scheduler=_scheduler(),
+        scheduler=ddim_scheduler(),
         **_NO_TEXT,
         **_NO_CHECKER,
     )
@@ -387,7 +373,7 @@ def _sdxl(build: _Builder) -> tuple[Stage, ...]:
     pipe = StableDiffusionXLPipeline(
         vae=build.vae(scaling_factor=0.13025),
         unet=unet,
-        scheduler=_scheduler(),
+        scheduler=ddim_scheduler(),
         text_encoder_2=None,
         tokenizer_2=None,
         add_watermarker=False,
@@ -397,7 +383,8 @@ def _sdxl(build: _Builder) -> tuple[Stage, ...]:
 
 
 def _if_scheduler() -> Any:
-    scheduler = _scheduler()
+    """DDIM here too: a sampler that draws noise gives another image for another number of steps."""
+    scheduler = ddim_scheduler()
     scheduler.register_to_config(variance_type="fixed_small")  # tells IF's loop to drop the learned variance
     return scheduler
 
@@ -433,7 +420,7 @@ def _cascade(build: _Builder) -> tuple[Stage, ...]:
     pipe = StableDiffusionUpscalePipeline(
         vae=build.vae((128, 256, 512), scaling_factor=0.08333),
         unet=unet,
-        scheduler=_scheduler(prediction_type="v_prediction"),
+        scheduler=ddim_scheduler(prediction_type="v_prediction"),
         low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
         **_NO_TEXT,
     )

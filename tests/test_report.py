@@ -101,7 +101,7 @@ def test_the_page_needs_no_other_file(written, page):
     charts = re.findall(r"<figure id='([^']+)'><svg", page)
     assert charts == [*(f"latency-{n:02d}" for n in range(3)), "compiled", "roofline", "scaling"]
     for name in charts:
-        with Image.open(written / f"{name}.png") as picture:
+        with Image.open(written / "charts" / f"{name}.png") as picture:
             assert min(picture.size) > 200
     assert "\x02" not in page
     assert "\x03" not in page
