@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from interleaved import quartiles, ratio
 from matplotlib.figure import Figure
 from registry import COMPILED
 from session import against
@@ -49,7 +50,7 @@ def latency(record: Record) -> Figure:
                 0.01 * longest, row, textwrap.shorten(text, 90), va="center", fontsize=8, color=colour, style="italic"
             )
             continue
-        low, middle, high = statistics.quantiles(record["seconds"][name], n=4)
+        low, middle, high = quartiles(record["seconds"][name])
         axes.barh(row, middle, color=_COLOURS[record["kinds"][name]])
         axes.plot((low, high), (row, row), color="black", linewidth=1.2)
         label = f"{middle:.3g} s"
@@ -80,7 +81,7 @@ def against_compiled(found: Sequence[Record]) -> Figure:
     for number, record in enumerate(found):
         offset = 0.5 * (number / max(1, len(found) - 1) - 0.5) if len(found) > 1 else 0.0
         shown = [(row + offset, name) for row, name in enumerate(names) if name in record["seconds"]]
-        spreads = [_faster(record, name) for _, name in shown]
+        spreads = [ratio(record["seconds"], COMPILED, name) for _, name in shown]
         middles = [middle for _, middle, _ in spreads]
         errors = [[m - low for low, m, _ in spreads], [high - m for _, m, high in spreads]]
         axes.errorbar(middles, [y for y, _ in shown], xerr=errors, fmt="o", markersize=5, label=record["case"])
@@ -91,12 +92,6 @@ def against_compiled(found: Sequence[Record]) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.14))
     return figure
-
-
-def _faster(record: Record, name: str) -> tuple[float, float, float]:
-    pairs = zip(record["seconds"][COMPILED], record["seconds"][name], strict=True)
-    low, middle, high = statistics.quantiles((theirs / mine for theirs, mine in pairs), n=4)
-    return low, middle, high
 
 
 def roofline(found: Sequence[Record]) -> Figure:

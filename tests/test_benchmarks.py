@@ -11,6 +11,7 @@ import pytest
 import registry
 import torch
 import workloads
+from interleaved import quartiles
 from peak_memory import PeakMemory
 from registry import Bar, Case, Gate, Missing, Provider, Run
 from sampling import latents
@@ -248,6 +249,11 @@ def test_the_budget_is_shared_by_weight_and_what_is_saved_goes_on():
         Budget(0)
 
 
+def test_quartiles_of_few_rounds_lie_among_them():
+    assert quartiles([1.0, 3.0]) == (1.5, 2.0, 2.5)
+    assert quartiles([1.0, 2.0, 3.0]) == (1.0, 2.0, 3.0)
+
+
 class Fixture:
     """What the session uses of pytest-benchmark's fixture."""
 
@@ -358,6 +364,15 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
     assert changed == {"difffast faster-diffusion", *(provider.name for provider in registry.competitors())}
     assert not is_swapped(pipe.unet)
     assert torch.equal(latents(pipe, steps=STEPS), before)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_the_compiled_baseline_is_compiled_and_exact(images):
+    record = measure(dataclasses.replace(real(images, registry.stock_compiled()), rounds=(2, 2)), 1e9)
+    assert set(record["seconds"]) == {"stock", "stock compiled"}
+    assert 0 < record["gate"]["stock compiled"]["error"] < 1e-5
+    assert not hasattr(images.stages[0].pipe.unet, "_orig_mod")
 
 
 class FromMemory:
