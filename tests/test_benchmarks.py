@@ -209,6 +209,17 @@ def test_the_last_are_left_out_where_the_time_ends():
     assert not list(complaints(record))
 
 
+def test_nothing_runs_once_the_time_is_over():
+    clock = Clock()
+    clock.now = 10.0
+    record = measure(everybody(clock, Provider("peer", "peer", taking(clock, 2.0))), 9.0, clock=clock)
+    assert {name: absent["status"] for name, absent in record["absent"].items()} == {
+        "stock": "not run",
+        "peer": "not run",
+    }
+    assert clock.now == 10.0
+
+
 def test_compiling_does_not_count_as_the_cost_of_a_round():
     clock = Clock()
 
@@ -229,7 +240,10 @@ def test_compiling_does_not_count_as_the_cost_of_a_round():
 def test_time_to_start_up_has_to_be_left():
     clock = Clock()
     compiled = Provider("compiled", "stock", taking(clock, 2.0), startup=60.0)
-    assert set(measure(everybody(clock, compiled), 30.0, clock=clock)["seconds"]) == {"stock"}
+    alone = measure(everybody(clock, compiled), 30.0, clock=clock)
+    assert alone["seconds"] == {}  # stock alone would be compared with nobody
+    assert {absent["status"] for absent in alone["absent"].values()} == {"not run"}
+    assert clock.now == 2.0
     assert set(measure(everybody(clock, compiled), clock.now + 90.0, clock=clock)["seconds"]) == {"stock", "compiled"}
 
 
