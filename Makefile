@@ -39,8 +39,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 bench: install
-	mkdir -p out
-	$(BIN)/python -m pytest bench -W default --benchmark-enable --benchmark-json=out/bench.json -s
+	$(BIN)/difffast bench --budget-minutes 14
 
 fidelity: install
 	$(BIN)/python bench/bench_fidelity.py --out bench/results

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -52,30 +53,6 @@ class Way:
     context: Callable[[Any], Any] = contextlib.nullcontext
 
 
-@contextlib.contextmanager
-def _deepcache(pipe: Any, interval: int) -> Any:
-    from DeepCache import DeepCacheSDHelper
-
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=0)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
-
-
-@contextlib.contextmanager
-def _tomesd(pipe: Any, ratio: float) -> Any:
-    import tomesd
-
-    tomesd.apply_patch(pipe, ratio=ratio)
-    try:
-        yield
-    finally:
-        tomesd.remove_patch(pipe)
-
-
 def ways() -> list[Way]:
     def every(interval: int) -> Way:
         propagation = EncoderPropagation(key_steps=interval)
@@ -89,8 +66,11 @@ def ways() -> list[Way]:
             for preset in PRESETS
         ),
         *map(every, (2, 3, 5)),
-        *(Way(f"DeepCache {n}", "DeepCache", context=lambda pipe, n=n: _deepcache(pipe, n)) for n in (2, 3, 5)),
-        *(Way(f"tomesd {r:.0%}", "tomesd", context=lambda pipe, r=r: _tomesd(pipe, r)) for r in (0.25, 0.5)),
+        *(Way(f"DeepCache {n}", "DeepCache", context=lambda pipe, n=n: peers.deepcache(pipe, n)) for n in (2, 3, 5)),
+        *(
+            Way(f"tomesd {r:.0%}", "tomesd", context=lambda pipe, r=r: peers.token_merging(pipe, r))
+            for r in (0.25, 0.5)
+        ),
     ]
 
 

@@ -1,137 +1,178 @@
-"""Seconds inside the UNet for one image, every provider in turn in one run (A B C D, A B C D, ...).
+"""UNets: seconds inside them for one image, for one forward pass, and for decoding k time steps at once.
 
-``make bench`` prints the table and writes JSON; the correctness gate comes first.
+Every provider in turn in one run (A B C D, A B C D, ...), the correctness gate first; ``registry`` says who competes.
 """
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import registry
 import torch
+import workloads
+from registry import STOCK, Bar, Case, Gate, Provider, Run
+from session import REPLAY
+from torch import Tensor, nn
+from workloads import Images
 
-from difffast import EncoderPropagation, models, patched
+from difffast import models
+from difffast import unet as split
 
 STEPS = 50
-#: Interleaved rounds per UNet, by its widths.
-ROUNDS = {(64, 128, 192): 11}
-LATENT_TOLERANCE = 1e-4
-#: UNet time of preset "balanced" against stock: the encoder-propagation issue's.
-BAR = 0.66
+NARROW, WIDE = (64, 128, 192), (128, 256, 512, 512)
+SIZE = 32
+_ISSUE_5, _ISSUE_6 = "the decoder's issue", "the planner's issue"
+BARS = (
+    Bar("difffast balanced", STOCK, 0.56, source=_ISSUE_5),
+    Bar("difffast exact compiled", registry.COMPILED, 1.03, source=_ISSUE_5),
+    Bar("difffast turbo", STOCK, 0.28, source=_ISSUE_6),
+)
 
 
-class TimedUNet:
-    """In place of ``pipe.unet``: adds up the seconds spent in its calls."""
-
-    def __init__(self, unet: Any) -> None:
-        self._unet, self.seconds = unet, 0.0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return self._unet(*args, **kwargs)
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._unet, name)
+def cases(size: str, model: str | None) -> list[Case]:
+    if model is not None:
+        return []
+    if size == "gpu":
+        return [forward(name, full=True) for name in workloads.NAMES[:5]] + [
+            decode(name, k) for name in ("sd15", "sdxl") for k in (1, 2, 4, 8)
+        ]
+    return [
+        *(forward(name, full=False) for name in ("SD2.1", "SDXL", "IF-I")),
+        *(decode(NARROW, k) for k in (1, 2, 4, 8)),
+        image(NARROW, weight=210),
+        image(WIDE, weight=250),  # of 750: the rest is for a second run
+    ]
 
 
-@dataclass(frozen=True)
-class Provider:
-    """One way to make the image: a pipeline and the context that it runs in."""
-
-    name: str
-    pipe: Any
-    context: Callable[[], Any] = nullcontext
-
-    def run(self) -> tuple[torch.Tensor, float]:
-        """-> (latents, seconds inside the UNet)"""
-        with self.context():
-            timed = vars(self.pipe)["unet"] = TimedUNet(self.pipe.unet)
-            try:
-                latents = self.pipe(
-                    "a red circle on a blue square",
-                    num_inference_steps=STEPS,
-                    generator=torch.Generator().manual_seed(0),
-                    output_type="latent",
-                ).images
-            finally:
-                self.pipe.unet = timed._unet
-        return latents, timed.seconds
+@pytest.mark.benchmark(timer=REPLAY)
+def test_unet(benchmark, session, case):
+    session.report(benchmark, case)
 
 
-def providers(channels: tuple[int, ...]) -> dict[str, Provider]:
-    pipe = models.tiny_pipeline("sd", channels=channels, sample_size=32)
-    pipe.set_progress_bar_config(disable=True)
-    compiled = copy.deepcopy(pipe)
-    compiled.unet = torch.compile(compiled.unet)
-    step_by_step = EncoderPropagation(parallel=False, share_skips=False)
-    parallel, shared = EncoderPropagation(share_skips=False), EncoderPropagation()
-    return {
-        provider.name: provider
-        for provider in (
-            Provider("stock", pipe),
-            Provider("stock, torch.compile", compiled),
-            Provider("difffast exact", pipe, lambda: patched(pipe, preset="exact")),
-            Provider(
-                "propagation alone, step by step", pipe, lambda: patched(pipe, propagation=step_by_step, fused=False)
-            ),
-            Provider("propagation alone, parallel", pipe, lambda: patched(pipe, propagation=parallel, fused=False)),
-            Provider("the same with shared skips", pipe, lambda: patched(pipe, propagation=shared, fused=False)),
-            Provider("difffast balanced", pipe, lambda: patched(pipe, preset="balanced")),
-        )
-    }
-
-
-def _gap(a: Provider, b: Provider) -> float:
-    return float((a.run()[0] - b.run()[0]).abs().max())
-
-
-@pytest.mark.parametrize("channels", ROUNDS, ids=str)
-@pytest.mark.benchmark(group="unet")
-def test_unet_time(benchmark, environment, channels):
-    everyone = providers(channels)
-    balanced = everyone["difffast balanced"]
-    gaps = {
-        "exact against stock": _gap(everyone["difffast exact"], everyone["stock"]),
-        "parallel against step by step": _gap(
-            everyone["propagation alone, parallel"], everyone["propagation alone, step by step"]
-        ),
-        "balanced against propagation alone": _gap(balanced, everyone["propagation alone, parallel"]),
-    }
-    assert max(gaps.values()) <= LATENT_TOLERANCE, f"a wrong result must not be timed: {gaps}"
-    everyone["stock, torch.compile"].run()
-
-    seconds: dict[str, list[float]] = {name: [] for name in everyone}
-
-    def others() -> None:
-        for name in list(everyone)[:-1]:
-            seconds[name].append(everyone[name].run()[1])
-
-    def ours() -> None:
-        seconds[balanced.name].append(balanced.run()[1])
-
-    benchmark.pedantic(ours, setup=others, rounds=ROUNDS[channels], iterations=1)
-
-    ratios = {name: [a / b for a, b in zip(s, seconds["stock"], strict=True)] for name, s in seconds.items()}
-    benchmark.extra_info.update(
-        environment,
-        case=f"UNet {channels} at 32x32, {STEPS} DDIM steps, guidance on, one image",
+def image(channels: tuple[int, ...], weight: float) -> Case:
+    """Seconds inside the UNet for one image: what the issues ask for, and every saving alone."""
+    return Case(
+        group="unet",
+        name=f"UNet {channels} at {SIZE}x{SIZE}, {STEPS} DDIM steps, guidance on, one image",
+        shapes={"channels": list(channels), "latent": SIZE, "steps": STEPS, "batch": 1},
         dtype="float32",
-        gate=", ".join(f"{pair}: {gap:.1e}" for pair, gap in gaps.items()) + ", on latents",
-        unet_seconds=seconds,
-        against_stock=ratios,
+        device="cpu",
+        build=lambda: Images([workloads.tiny(channels, SIZE)], STEPS, latent=True, unet_only=True),
+        providers=(
+            registry.stock(),
+            *registry.presets(),
+            registry.stock_compiled(),
+            *registry.presets(compiled=True),
+            *registry.competitors(),
+            *registry.savings(),
+            registry.stock_steps(25, STEPS),
+        ),
+        timed="seconds inside the UNet",
+        headline="difffast balanced",
+        rounds=(2, 11),
+        weight=weight,
+        bars=BARS,
     )
-    print()
-    for name, values in ratios.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        median = statistics.median(seconds[name])
-        print(f"{name:32s} {median:6.2f} s  {middle:.3f} of stock (quartiles {low:.3f} to {high:.3f})")
-    assert statistics.median(ratios[balanced.name]) <= BAR
+
+
+def forward(name: str, *, full: bool) -> Case:
+    """One UNet call: a schedule of one step."""
+    device, dtype = ("cuda", torch.float16) if full else ("cpu", torch.float32)
+    on_gpu = [registry.stock_compiled()] if full else []  # on a CPU, compiling would take longer than all the rest
+    return Case(
+        group="forward",
+        name=f"{name} UNet, {'full' if full else 'small'}, one forward",
+        shapes={"unet": name, "full": full, "batch": 1, "steps": 1},
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        build=lambda: Images(
+            workloads.stages(name, full=full, batch=1, device=device, dtype=dtype), 1, latent=True, unet_only=True
+        ),
+        providers=(
+            registry.stock(),
+            registry.stock_channels_last(),
+            *on_gpu,
+            registry.difffast("difffast exact", "exact", Gate()),
+        ),
+        timed="seconds inside the UNet",
+        headline="difffast exact",
+        rounds=(5, 31),
+        weight=5,
+    )
+
+
+def decode(unet: str | Sequence[int], k: int) -> Case:
+    """k time steps decoded from one key step's features, per step: together, apart, and as whole UNet calls."""
+    full = isinstance(unet, str)
+    device, dtype = ("cuda", torch.float16) if full else ("cpu", torch.float32)
+
+    def build() -> Decode:
+        if full:
+            made, width = models.unet(unet, device=device, dtype=dtype), None
+        else:
+            made, width = models.tiny_pipeline("sd", channels=unet, sample_size=SIZE).unet, SIZE
+        return Decode(made, width or made.config.sample_size, k)
+
+    together = "decoders together"
+    return Case(
+        group="decode",
+        name=f"UNet {unet if full else tuple(unet)}, decode of {k} step{'s' * (k > 1)}",
+        shapes={"unet": unet if full else list(unet), "k": k, "batch": 1},
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        build=build,
+        providers=(
+            Provider("UNet calls", "stock", lambda it, stack: it.whole, Gate("UNet calls")),
+            Provider("decoders one at a time", "difffast", lambda it, stack: it.apart, Gate("decoders one at a time")),
+            Provider(together, "difffast", lambda it, stack: it.together(None), Gate("decoders one at a time")),
+            Provider(
+                f"{together}, shared skips",
+                "difffast",
+                lambda it, stack: it.together(lambda name, reason: None),
+                Gate("decoders one at a time"),
+            ),
+        ),
+        timed=f"seconds for {k} step{'s' * (k > 1)}",
+        baseline="UNet calls",
+        headline=f"{together}, shared skips",
+        rounds=(5, 31),
+        weight=4 + 1.5 * k,
+    )
+
+
+class Decode:
+    """Features of one key step, and k time steps to decode from them."""
+
+    def __init__(self, unet: nn.Module, size: int, k: int) -> None:
+        self._unet = unet
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
+
+        text = {"encoder_hidden_states": draw(2, 77, unet.config.cross_attention_dim)}
+        if unet.config.addition_embed_type == "text_time":
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            text["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": draw(2, 6)}
+        sample = draw(2, unet.config.in_channels, size, size)
+        self._times = torch.linspace(800, 700, k, device=unet.device)
+        self._call = split.bind(unet, (sample, self._times[0]), text)
+        with torch.no_grad():
+            self._features = split.encode(unet, self._call)
+
+    def whole(self) -> Run:
+        """What stock does: the UNet once a step."""
+        return Run(torch.stack([self._unet(**{**self._call, "timestep": t}).sample for t in self._times]))
+
+    def apart(self) -> Run:
+        return Run(torch.stack([self._decode(t[None], None)[0] for t in self._times]))
+
+    def together(self, unshared: Callable[[str, str], None] | None) -> Callable[[], Run]:
+        return lambda: Run(torch.stack(self._decode(self._times, unshared)))
+
+    def _decode(self, times: Tensor, unshared: Any) -> tuple[Tensor, ...]:
+        # As after every key step: what depends on the skips alone is not there yet.
+        features = split.Features(self._features.outputs, self._features.batch)
+        return split.decode(self._unet, features, self._call, times, unshared)

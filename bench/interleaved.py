@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,12 @@ def measure(
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
     """Quartiles of ``slow`` / ``fast`` over the rounds: how many times faster ``fast`` is."""
-    low, middle, high = statistics.quantiles((a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)), n=4)
+    return quartiles([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Of at least two values; from two alone, the usual estimate would lie outside of them."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive" if len(values) == 2 else "exclusive")
     return low, middle, high
 
 

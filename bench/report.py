@@ -1,19 +1,45 @@
-"""README tables from committed results: ``python bench/report.py`` rewrites the text between the markers."""
+"""Reports from recorded results.
+
+    python bench/report.py                                        the README's tables, from the committed results
+    python bench/report.py out/bench/results.json --out out/bench     report.md, report.html and the charts of a run
+    python bench/report.py out/bench/results.json --out out/bench --keep    and commit it in place of the last results
+
+What became slower than the last results is printed in red; with --keep it stays in bench/results/regressions.json, and
+in every later report.
+"""
 
 from __future__ import annotations
 
+import argparse
+import html
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from interleaved import ratio
+from rich.console import Console
+from session import against, complaints
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+Record = Mapping[str, Any]
+
+#: A ratio that grew by less is not called a regression, however small the spread.
+_NOISE = 1.03
+
+_STYLE = (
+    "body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.15rem .7rem;border-bottom:1px solid #ddd;"
+    "text-align:left}td:nth-child(2),td:nth-child(3){font-variant-numeric:tabular-nums}.red{color:#c00}"
+    "figure{margin:1.5rem 0}svg{max-width:100%;height:auto}"
+)
 
 
 def unet_table(results: Path = RESULTS) -> str:
@@ -21,15 +47,19 @@ def unet_table(results: Path = RESULTS) -> str:
     found = _measured(results, "unet")
     head = "| provider |" + "".join(f" {info['case'].split(' at ')[0]}, seconds | against stock |" for info in found)
     rows = [head, "|" + "---|" * (1 + 2 * len(found))]
-    for name in found[0]["unet_seconds"]:
+    for name in dict.fromkeys(name for info in found for name in (*info["seconds"], *info.get("absent", {}))):
         cells = [name]
         for info in found:
-            low, middle, high = statistics.quantiles(info["against_stock"][name], n=4)
-            cells += [f"{statistics.median(info['unet_seconds'][name]):.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+            if name not in info["seconds"]:
+                cells += [info["absent"].get(name, {"status": ""})["status"], ""]
+                continue
+            low, middle, high = against(info, name)
+            cells += [f"{statistics.median(info['seconds'][name]):.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
         rows.append(f"| {' | '.join(cells)} |")
-    rounds = " and ".join(str(len(info["unet_seconds"]["stock"])) for info in found)
+    rounds = " and ".join(str(len(info["seconds"]["stock"])) for info in found)
     case = found[0]["case"].split(" at ")[1]
-    return "\n".join([*rows, "", f"At {case}. {_measured_on(found[0])}; {rounds} interleaved rounds, quartiles."])
+    note = f"At {case}. {_measured_on(found[0])}; {rounds} interleaved rounds, quartiles."
+    return "\n".join([*rows, "", note, *_bars(found)])
 
 
 def demo_table(results: Path = RESULTS) -> str:
@@ -124,10 +154,23 @@ def fidelity_table(results: Path = RESULTS) -> str:
     )
 
 
+def _bars(found: Sequence[Record]) -> list[str]:
+    """A line for every bar that was measured, met or missed."""
+    lines = []
+    for info in found:
+        for bar in info.get("bars", ()):
+            if bar["met"] is not None:
+                case, verdict = info["case"].split(" at ")[0], "met" if bar["met"] else "**missed**"
+                lines.append(
+                    f"- {case}: {bar['provider']} takes {bar['ratio']:.2f} of {bar['against']}, "
+                    f"promised at most {bar['at_most']:.2f}: {verdict}"
+                )
+    return ["", *lines] if lines else []
+
+
 def _measured(results: Path, group: str) -> list[dict[str, Any]]:
     """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's."""
-    benchmarks = json.loads((results / "cpu.json").read_text())["benchmarks"]
-    return [each["extra_info"] for each in benchmarks if each["group"] == group]
+    return [record for record in load(results / "cpu.json") if record["group"] == group]
 
 
 def _quartiles(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
@@ -162,7 +205,227 @@ def render(text: str) -> str:
     return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 
+def load(path: Path) -> list[Record]:
+    """Every case of a pytest-benchmark JSON, with its group."""
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    return [{"group": each["group"], **each["extra_info"]} for each in benchmarks]
+
+
+def baseline(record: Record) -> str:
+    """What the ratios of a record refer to; operators' benchmarks name eager PyTorch first."""
+    return record.get("baseline") or next(iter(record["seconds"]))
+
+
+def regressions(new: Sequence[Record], old: Sequence[Record]) -> list[dict[str, Any]]:
+    """Providers whose ratio to the baseline of their own run became worse beyond the spread of both runs.
+
+    Absolute seconds are not compared: they belong to a machine and its day.  Runs on another device, or with another
+    number of threads, are not compared at all.
+    """
+    earlier = {(record["group"], record["case"]): record for record in old if record.get("seconds")}
+    found = []
+    for record in new:
+        before = earlier.get((record["group"], record["case"]))
+        if before is None or not record.get("seconds"):
+            continue
+        if any(record[key] != before[key] for key in ("device", "threads", "dtype")):
+            continue
+        for name in record["seconds"]:
+            spreads = [_spread(each, name) for each in (record, before)]
+            if None in spreads or name == baseline(record):
+                continue
+            (low, now, _), (_, then, high) = spreads
+            if low > high and now > _NOISE * then:
+                found.append(
+                    {
+                        "group": record["group"],
+                        "case": record["case"],
+                        "provider": name,
+                        "against": baseline(record),
+                        "ratio": now,
+                        "earlier": then,
+                        "commit": record["commit"],
+                        "earlier_commit": before["commit"],
+                    }
+                )
+    return found
+
+
+def _spread(record: Record, name: str) -> tuple[float, float, float] | None:
+    """Quartiles of a provider's ratio to the baseline."""
+    seconds, base = record["seconds"], baseline(record)
+    return ratio(seconds, name, base) if name in seconds and base in seconds else None
+
+
+def markdown(records: Sequence[Record], slower: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> str:
+    """The report as text: missed bars and regressions first."""
+    return "\n".join(_lines(records, slower, kept, lambda text: f"**{text}**"))
+
+
+def _lines(
+    records: Sequence[Record],
+    slower: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+    red: Callable[[str], str],
+) -> Iterator[str]:
+    first = records[0]
+    yield "# difffast: benchmarks"
+    yield ""
+    yield f"{_machine(first)}, diffusers {first['diffusers']}, commit {first['commit']}."
+    yield ""
+    yield "## Promises"
+    yield ""
+    bars = [(record, bar) for record in records for bar in record.get("bars", ())]
+    for record, bar in bars:
+        verdict = {True: "met", False: red("missed"), None: "not measured"}[bar["met"]]
+        value = "" if bar["ratio"] is None else f" {bar['ratio']:.3f},"
+        yield (
+            f"- {record['case']}: {bar['provider']} against {bar['against']} ({bar['of']}):{value} promised at most "
+            f"{bar['at_most']:.3f} ({bar['source']}): {verdict}"
+        )
+    if not bars:
+        yield "None in this selection."
+    yield ""
+    yield "## Slower than before"
+    yield ""
+    for row in slower:
+        yield f"- {red(_regression(row))}"
+    for row in kept:
+        yield f"- kept from {row['commit']}: {_regression(row)}"
+    if not slower and not kept:
+        yield "Nothing beyond the spread of both runs."
+    for group in dict.fromkeys(record["group"] for record in records):
+        yield ""
+        yield f"## {group}"
+        for record in records:
+            if record["group"] == group:
+                yield ""
+                yield from _case(record, red)
+
+
+def _regression(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['group']}, {row['case']}: {row['provider']} now {row['ratio']:.3f} of {row['against']}, "
+        f"{row['earlier']:.3f} at {row['earlier_commit']}"
+    )
+
+
+def _case(record: Record, red: Callable[[str], str]) -> Iterator[str]:
+    yield f"### {record['case']}"
+    yield ""
+    seconds, absent = record.get("seconds", {}), record.get("absent", {})
+    if "microseconds" in record:
+        for name, values in record["microseconds"].items():
+            yield f"- {name}: {statistics.median(values):.1f} us"
+        return
+    peaks = record.get("peak_bytes", {})
+    gates = record["gate"] if "kinds" in record else {}  # operators' benchmarks describe theirs in words
+    base = record.get("baseline") or (baseline(record) if seconds else "")
+    yield f"| provider | {record.get('timed', 'seconds')} | of {base} | error to {base} | |"
+    yield "|---|---|---|---|---|"
+    for name in record.get("kinds", seconds):
+        gate = gates.get(name)
+        error = f"{gate['error_to_baseline']:.1e}" if gate else ""
+        remark = "changes nothing" if gate and not gate["error_to_baseline"] and record["kinds"][name] == "peer" else ""
+        if name in absent:
+            reason = f"{absent[name]['status']}: {absent[name]['reason']}"
+            yield f"| {name} | | | {error} | {red(reason) if absent[name]['status'] == 'failed' else reason} |"
+        elif name in seconds:
+            spread = _spread(record, name)
+            share = "" if spread is None else "{1:.3f} ({0:.3f} to {2:.3f})".format(*spread)
+            yield f"| {name} | {statistics.median(seconds[name]):.4g} | {share} | {error} | {remark} |"
+        else:
+            share = f"{peaks[name] / peaks[base]:.3f}" if base in peaks else ""
+            yield f"| {name} | {peaks[name] / 2**20:.1f} MiB | {share} | {error} | {remark} |"
+    if seconds:
+        yield ""
+        yield f"{len(next(iter(seconds.values())))} interleaved rounds, medians and quartiles."
+
+
+def page(records: Sequence[Record], slower: Sequence[Any], kept: Sequence[Any], charts: Mapping[str, str]) -> str:
+    """The report as one HTML file that needs no other; ``charts``: SVG by name."""
+    body = _to_html(_lines(records, slower, kept, lambda text: f"\x02{text}\x03"))
+    drawings = "".join(f"<figure id='{html.escape(name)}'>{svg}</figure>" for name, svg in charts.items())
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>difffast: benchmarks</title>"
+        f"<style>{_STYLE}</style><body>{body}<h2>Charts</h2>{drawings}</body></html>\n"
+    )
+
+
+def _to_html(lines: Iterable[str]) -> str:
+    """The few constructs of :func:`_lines` as HTML; text between the marks is red."""
+    made, block = [], ""
+    for line in lines:
+        text = html.escape(line).replace("\x02", "<b class='red'>").replace("\x03", "</b>")
+        kind = "table" if line.startswith("|") else "ul" if line.startswith("- ") else ""
+        if block and kind != block:
+            made.append(f"</{block}>")
+        if kind and kind != block:
+            made.append(f"<{kind}>")
+        if kind == "table" and not line.startswith("|---"):
+            cell = "th" if kind != block else "td"
+            cells = "".join(f"<{cell}>{each.strip()}</{cell}>" for each in text.split("|")[1:-1])
+            made.append(f"<tr>{cells}</tr>")
+        elif kind == "ul":
+            made.append(f"<li>{text[2:]}</li>")
+        elif line.startswith("#"):
+            level = len(line) - len(line.lstrip("#"))
+            made.append(f"<h{level}>{text[level + 1 :]}</h{level}>")
+        elif not kind and line:
+            made.append(f"<p>{text}</p>")
+        block = kind
+    return "\n".join([*made, f"</{block}>" if block else ""])
+
+
+def write(source: Path, out: Path, *, last: Path, history: Path) -> list[dict[str, Any]]:
+    """Write report.md, report.html and charts/ (PNG, SVG) of a run; -> its regressions against the last results."""
+    from charts import figures
+
+    records = load(source)
+    if not records:
+        raise ValueError(f"{source} holds no benchmark")
+    slower = regressions(records, load(last)) if last.is_file() else []
+    kept = json.loads(history.read_text()) if history.is_file() else []
+    charts = out / "charts"
+    shutil.rmtree(charts, ignore_errors=True)
+    charts.mkdir(parents=True)
+    drawn = {}
+    for name, figure in figures(records):
+        figure.savefig(charts / f"{name}.png", dpi=110)
+        figure.savefig(charts / f"{name}.svg")
+        drawn[name] = re.sub(r"^.*?(?=<svg)", "", (charts / f"{name}.svg").read_text(), flags=re.S)
+    (out / "report.md").write_text(markdown(records, slower, kept) + "\n")
+    (out / "report.html").write_text(page(records, slower, kept, drawn))
+    return slower
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, help="pytest-benchmark JSON of a run; none: the README")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu", help="which committed results it follows")
+    parser.add_argument("--keep", action="store_true", help="take it as the committed results")
+    arguments = parser.parse_args(argv)
+    if arguments.results is None:
+        readme = ROOT / "README.md"
+        readme.write_text(render(readme.read_text()))
+        sys.stdout.write(f"written: {readme}\n")
+        return 0
+    last, history = RESULTS / f"{arguments.size}.json", RESULTS / "regressions.json"
+    slower = write(arguments.results, arguments.out, last=last, history=history)
+    console = Console()
+    for row in slower:
+        console.print(f"slower: {_regression(row)}", style="bold red", markup=False, highlight=False)
+    for record in load(arguments.results):
+        for complaint in complaints(record):
+            console.print(complaint, style="bold red", markup=False, highlight=False)
+    if arguments.keep:
+        kept = json.loads(history.read_text()) if history.is_file() else []
+        history.write_text(json.dumps([*kept, *slower], indent=1) + "\n")
+        last.write_text(arguments.results.read_text())
+    console.print(f"written: {arguments.out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
-    sys.stdout.write(f"written: {readme}\n")
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line: ``difffast info | demo | generate``."""
+"""The command line: ``difffast info | demo | generate | bench | profile``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from rich.table import Column, Table
 from .plan import PRESETS
 
 console = Console()
+
+#: The suites of ``difffast bench``.
+BENCHMARKS = ("ops", "unet", "pipelines", "guidance", "memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +61,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
     generate.add_argument("--device", help="default: cuda where there is one, else cpu")
     generate.set_defaults(run=_generate)
+
+    bench = commands.add_parser("bench", help="everybody in turn: tables, charts, a page; needs a checkout")
+    bench.add_argument("--size", choices=("cpu", "gpu"), help="which selection; default: gpu where there is one")
+    bench.add_argument("--budget-minutes", type=float, default=14.0, help="wall clock; a later run goes on")
+    bench.add_argument("--only", choices=BENCHMARKS, help="one suite")
+    bench.add_argument("--model", help="measure your own pipeline instead: a folder in Diffusers format")
+    bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results.json and the report")
+    bench.set_defaults(run=_bench)
+
+    profile = commands.add_parser("profile", help="one image: Perfetto trace, time and operators per block")
+    profile.add_argument("--model", help="folder in Diffusers format; default: the embedded model")
+    profile.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
+    profile.add_argument("--prompt", default="a red triangle above a dotted purple circle")
+    profile.add_argument("--steps", type=_positive, default=50)
+    profile.add_argument("--device", help="default: cuda where there is one, else cpu")
+    profile.add_argument("--out", type=Path, default=Path("out/profile"), help="folder for trace.json")
+    profile.set_defaults(run=_profile)
     return parser
 
 
@@ -206,6 +227,68 @@ def _generate(arguments: argparse.Namespace) -> int:
     if report is not None:
         console.print(str(report.last_run), highlight=False)
     console.print(f"{seconds:.2f} s, written: {arguments.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[1] / "bench"
+    if not (folder / "registry.py").is_file():
+        raise ValueError(f"difffast bench needs a checkout of the repository: {folder} is not in the wheel")
+    if arguments.budget_minutes <= 0:
+        raise ValueError(f"--budget-minutes must be positive, got {arguments.budget_minutes}")
+    suite = "pipelines" if arguments.model else arguments.only
+    target = folder if suite is None else folder / "ops" if suite == "ops" else folder / f"bench_{suite}.py"
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.json"
+    results.unlink(missing_ok=True)  # an interrupted run must not be reported with an earlier one's figures
+    size = arguments.size or _default_size()
+    measuring = [sys.executable, "-m", "pytest", str(target), "-W", "default", "-s", "--benchmark-enable"]
+    measuring += [f"--benchmark-json={results}", f"--size={size}", f"--budget-minutes={arguments.budget_minutes}"]
+    measuring += [f"--records={out / 'cases'}", *([f"--bench-model={arguments.model}"] if arguments.model else [])]
+    status = subprocess.run(measuring, cwd=folder.parent).returncode
+    if not results.is_file() or not results.stat().st_size:
+        return status or 1
+    reporting = [sys.executable, str(folder / "report.py"), str(results), "--out", str(out), "--size", size]
+    return subprocess.run(reporting).returncode or status
+
+
+def _default_size() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    import contextlib
+
+    import torch
+
+    from . import models
+    from .patch import patched
+    from .profiling import profile
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = models.load_pipeline(arguments.model) if arguments.model else models.embedded_pipeline()
+    pipe = pipe.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generate() -> None:
+        generator = torch.Generator("cpu").manual_seed(0)
+        pipe(arguments.prompt, num_inference_steps=arguments.steps, generator=generator)
+
+    preset = arguments.preset
+    with contextlib.nullcontext() if preset == "stock" else patched(pipe, preset), console.status("profiling"):
+        found = profile(pipe, generate, arguments.out / "trace.json")
+    table = Table(Column("block", no_wrap=True), "calls", "host ms", "device ms", "operators", "launches", "syncs")
+    for row in found.blocks:
+        cells = (row.calls, f"{1e3 * row.host_s:.1f}", f"{1e3 * row.device_s:.1f}", row.operators, row.launches)
+        table.add_row(row.name, *map(str, cells), str(row.synchronisations))
+    console.print(table)
+    console.print(f"written: {found.trace} (open in https://ui.perfetto.dev)", highlight=False, soft_wrap=True)
+    if found.synchronisations and preset != "stock":
+        console.print(f"[bold red]{found.synchronisations} synchronisations inside UNet calls, expected none[/]")
+        return 1
     return 0
 
 

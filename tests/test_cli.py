@@ -1,4 +1,6 @@
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -90,6 +92,64 @@ def test_bad_arguments(arguments, capsys):
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "usage: difffast" in capsys.readouterr().err
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that ``difffast bench`` would run, and the exit status of the first of them."""
+    ran, status = [], [0]
+
+    def run(command, **_options):
+        ran.append(command)
+        (results,) = [word.partition("=")[2] for word in command if word.startswith("--benchmark-json=")] or [None]
+        if results is not None and status[0] is not None:
+            Path(results).write_text("{}")
+        return subprocess.CompletedProcess(command, (status[0] or 0) if results else 0)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    return ran, status
+
+
+def test_bench_measures_and_then_reports(commands, tmp_path):
+    ran, status = commands
+    assert cli.main(["bench", "--size", "cpu", "--budget-minutes", "3", "--out", str(tmp_path)]) == 0
+    measuring, reporting = ran
+    assert measuring[3].endswith("/bench")
+    assert {"--size=cpu", "--budget-minutes=3.0", f"--records={tmp_path / 'cases'}"} <= set(measuring)
+    assert reporting[1].endswith("bench/report.py")
+    assert reporting[2:] == [str(tmp_path / "results.json"), "--out", str(tmp_path), "--size", "cpu"]
+
+    status[0] = 1  # a missed bar: the report is written all the same, and the exit status says it
+    assert cli.main(["bench", "--size", "cpu", "--out", str(tmp_path)]) == 1
+    assert len(ran) == 4
+
+
+def test_bench_of_one_suite_or_your_own_model(commands, tmp_path):
+    ran, _ = commands
+    for suite in cli.BENCHMARKS:
+        assert cli.main(["bench", "--only", suite, "--out", str(tmp_path)]) == 0
+        assert Path(ran[-2][3]).exists()
+    assert cli.main(["bench", "--model", "mine", "--out", str(tmp_path)]) == 0
+    assert ran[-2][3].endswith("bench_pipelines.py")
+    assert "--bench-model=mine" in ran[-2]
+
+
+def test_bench_reports_nothing_old_when_it_is_interrupted(commands, tmp_path):
+    ran, status = commands
+    (tmp_path / "results.json").write_text('{"benchmarks": "of yesterday"}')
+    status[0] = None
+    assert cli.main(["bench", "--size", "cpu", "--out", str(tmp_path)]) == 1
+    assert len(ran) == 1
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_bench_needs_a_checkout_and_time(commands, tmp_path, monkeypatch, capsys):
+    assert cli.main(["bench", "--budget-minutes", "0"]) == 2
+    assert "--budget-minutes must be positive, got 0" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "difffast" / "cli.py"))
+    assert cli.main(["bench"]) == 2
+    assert "needs a checkout" in capsys.readouterr().out
+    assert commands[0] == []
 
 
 def test_grid_shows_what_it_is_given(tmp_path):

@@ -93,6 +93,8 @@ def test_forward(benchmark, environment, shape, batch, dtype):
         dtype=str(dtype).removeprefix("torch."),
         gate="largest error against float64 at most 10 units in the last place of 1",
         seconds=seconds,
+        bytes=sum(x.numel() * x.element_size() for x in (q, q, k, v)),
+        flops=2 * 2 * q.numel() * KEYS,
     )
     print(f"\n{shape}, batch {batch}, {dtype}")
     for name, values in seconds.items():

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
 TINY_PIPELINES = ("sd",)
@@ -62,7 +62,7 @@ def tiny_pipeline(
             f"got {sample_size}"
         )
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = tokenizer or clip_tokenizer()
@@ -105,18 +105,26 @@ def tiny_pipeline(
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=ddim_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def ddim_scheduler(**options: Any) -> DDIMScheduler:
+    """The scheduler of Stable Diffusion 1.x; ``options`` replace or add to its configuration."""
+    from diffusers import DDIMScheduler
+
+    stable_diffusion = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**{**stable_diffusion, **options})
 
 
 def load_pipeline(directory: str | Path) -> DiffusionPipeline:

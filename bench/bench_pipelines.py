@@ -1,0 +1,138 @@
+"""Whole images, from noise to pixels: Stable Diffusion, SDXL, DeepFloyd IF and its cascade, ControlNet, your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import registry
+import torch
+import workloads
+from registry import Bar, Case, Provider
+from session import REPLAY
+from workloads import Images, Stage
+
+_GPU_BARS = (
+    Bar("difffast exact", registry.COMPILED, 1 / 1.1, source="the decoder's issue"),
+    Bar("difffast balanced", registry.COMPILED, 1 / 1.7, source="the decoder's issue"),
+    Bar("difffast turbo", registry.COMPILED, 1 / 3.5, source="the planner's issue"),
+)
+
+
+def cases(size: str, model: str | None) -> list[Case]:
+    device, dtype = ("cuda", torch.float16) if size == "gpu" else ("cpu", torch.float32)
+    full = size == "gpu"
+
+    def published(name: str, steps: int, batch: int, *, scaling: bool = False, bars: Sequence[Bar] = ()) -> Case:
+        return pipeline(
+            f"{name}{'' if full else ' (small)'}",
+            lambda: workloads.stages(name, full=full, batch=batch, device=device, dtype=dtype),
+            {"pipeline": name, "steps": steps, "batch": batch, "latent": workloads.latent_size(name, full=full)},
+            device=device,
+            dtype=dtype,
+            compiled=full,
+            scaling=scaling,
+            bars=bars,
+        )
+
+    if model is not None:
+        return [
+            pipeline(
+                Path(model).name,
+                lambda: (workloads.checkpoint(model, device=device, dtype=dtype),),
+                {"pipeline": Path(model).name, "steps": steps, "batch": 1},
+                device=device,
+                dtype=dtype,
+                compiled=True,
+                trained=True,
+            )
+            for steps in (20, 50)
+        ]
+    if full:
+        return [
+            published(name, steps, batch, bars=_GPU_BARS if (name, steps, batch) == ("SD1.5", 50, 1) else ())
+            for name in workloads.NAMES
+            for steps in (50, 30, 20)
+            for batch in (1, 4)
+        ]
+    return [
+        *(published("SD1.5", steps, 1, scaling=steps == 30) for steps in (50, 30, 20)),
+        published("SD1.5", 20, 4, scaling=True),
+        *(published(name, 20, 1) for name in workloads.NAMES[1:]),
+        *(_resolution(latent) for latent in (8, 24)),
+    ]
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_pipeline(benchmark, session, case):
+    session.report(benchmark, case)
+
+
+def pipeline(
+    name: str,
+    stages: Callable[[], Sequence[Stage]],
+    shapes: dict[str, Any],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    trained: bool = False,
+    scaling: bool = False,
+    bars: Sequence[Bar] = (),
+) -> Case:
+    """Everybody on one pipeline or cascade.
+
+    Args:
+        stages: makes it.
+        shapes: with "steps" and "batch".
+        compiled: stock and difffast with torch.compile as well.
+        scaling: one more point of a curve: fewer competitors.
+        trained: the weights are: how far an approximation may be from stock is then for its user to judge.
+    """
+    steps, batch = shapes["steps"], shapes["batch"]
+    providers: tuple[Provider, ...] = (
+        registry.stock(),
+        *registry.presets(),
+        *([registry.stock_compiled(), *registry.presets(compiled=True)] if compiled else []),
+        registry.deepcache(3),
+        registry.published_key_steps(),
+    )
+    if not scaling:
+        providers += (
+            registry.token_merging(0.5),
+            registry.pyramid_attention_broadcast(),
+            registry.stock_steps(steps // 2, steps),
+            registry.deepcache(5),
+            registry.stock_channels_last(),
+        )
+    if trained:
+        providers = tuple(
+            each if each.gate.tolerance is None else replace(each, gate=replace(each.gate, tolerance=1.0))
+            for each in providers
+        )
+    return Case(
+        group="pipelines",
+        name=f"{name}, {steps} steps, batch {batch}",
+        shapes=shapes,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        build=lambda: Images(stages(), steps),
+        providers=providers,
+        timed="seconds a batch",
+        headline="difffast balanced",
+        rounds=(2, 15),
+        weight=0.5 * steps * (0.5 + batch / 2) * (0.6 if scaling else 1),
+        bars=tuple(bars),
+    )
+
+
+def _resolution(latent: int) -> Case:
+    return pipeline(
+        f"SD1.5 (small), latents {latent}x{latent}",
+        lambda: [workloads.tiny(workloads.TINY, latent)],
+        {"pipeline": "SD1.5", "steps": 20, "batch": 1, "latent": latent},
+        scaling=True,
+    )

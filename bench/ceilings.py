@@ -1,0 +1,33 @@
+"""What the machine can do at best, measured in the same run: the roof that operators are compared with."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from interleaved import measure
+
+_COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}
+_WIDTH = {"cpu": 1536, "cuda": 8192}
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a copy that no cache holds."""
+    source = torch.empty(_COPIED[device], dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    seconds = measure({"copy": lambda: target.copy_(source)}, rounds=7, device=device)["copy"]
+    return 2 * source.numel() / statistics.median(seconds)
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP a second of a large square matrix product; one multiply-add counts as two."""
+    n = _WIDTH[device]
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = measure({"matmul": lambda: a @ b}, rounds=7, device=device)["matmul"]
+    return 2 * n**3 / statistics.median(seconds)
+
+
+def ceilings(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
+    """``copy_bytes_per_s``, and ``matmul_flop_per_s <dtype>`` of each dtype."""
+    rates = {f"matmul_flop_per_s {str(d).removeprefix('torch.')}": matmul_rate(device, d) for d in dtypes}
+    return {"copy_bytes_per_s": copy_bandwidth(device), **rates}

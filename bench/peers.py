@@ -1,0 +1,69 @@
+"""Other people's ways to make a pipeline faster, each as a context manager around one pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def deepcache(pipe: Any, interval: int) -> Iterator[None]:
+    """DeepCache (arXiv 2312.00858): all but the outermost layers run at every ``interval``-th step only."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
+@contextlib.contextmanager
+def token_merging(pipe: Any, ratio: float) -> Iterator[None]:
+    """tomesd (arXiv 2303.17604): ``ratio`` of the tokens are merged before the outermost self-attention."""
+    import tomesd
+
+    tomesd.apply_patch(pipe, ratio=ratio)
+    try:
+        yield
+    finally:
+        tomesd.remove_patch(pipe)
+
+
+@contextlib.contextmanager
+def pyramid_attention_broadcast(pipe: Any, self_interval: int, cross_interval: int) -> Iterator[None]:
+    """Diffusers' Pyramid Attention Broadcast (arXiv 2408.12588): attention outputs are reused for so many steps.
+
+    Written for video transformers; on a UNet it is told here which layers are which, and which timestep it is.
+    """
+    from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=self_interval,
+        cross_attention_block_skip_range=cross_interval,
+        spatial_attention_block_identifiers=("attn1",),
+        cross_attention_block_identifiers=("attn2",),
+        current_timestep_callback=lambda: times[calls],
+    )
+    schedule, times, calls = None, [], 0
+
+    def follow(_unet: Any, _arguments: tuple[Any, ...]) -> None:
+        # Once a run, so that no step waits for the device.
+        nonlocal schedule, times, calls
+        if schedule is not pipe.scheduler.timesteps:
+            schedule, calls = pipe.scheduler.timesteps, -1
+            times = [int(time) for time in schedule]
+        calls += 1
+
+    hook = pipe.unet.register_forward_pre_hook(follow)
+    apply_pyramid_attention_broadcast(pipe.unet, config)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in pipe.unet.modules():
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook.remove_hook("pyramid_attention_broadcast", recurse=False)

@@ -1,0 +1,320 @@
+"""The registry: what a benchmark case is, who competes in it, and what each has to prove before it is timed."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import peers
+import torch
+from workloads import Images, Run
+
+from difffast import EncoderPropagation, attention, ops, patch, patched, resnets
+from difffast.plan import PRESETS
+
+#: Largest relative error (of norms) of a provider that computes what its gate's provider computes, by dtype.  float32:
+#: measured 6e-7 for fused layers after 50 steps; the others: not measured on a GPU.
+ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
+#: Largest relative error of an approximation.  On a UNet with random weights, 50 steps: encoder propagation 0.04,
+#: DeepCache 5 0.06, tomesd 50% 0.02, never running the UNet again after the first step 0.32.
+APPROXIMATION = 0.15
+#: The same for stock with fewer steps, which is no approximation of the schedule at all; 15 of 50 steps: 0.27.
+FEWER_STEPS = 0.5
+
+#: Seconds that compiling a UNet takes, roughly: what a budget must have left for it.
+COMPILATION = 60.0
+
+STOCK = "stock"
+COMPILED = "stock compiled"
+
+
+class Missing(Exception):  # noqa: N818
+    """A provider does not exist in this installation; the message says why."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a provider has to prove before it is timed.
+
+    Attributes:
+        against: the provider whose result is the truth.
+        tolerance: largest relative error of norms; None: :data:`ROUNDING` of the case's dtype.
+        share: of stock's samples through the UNet's output layer; fewer are skipped work, which an error cannot show:
+            on random weights, answering every second step from memory has the error of an honest approximation.
+    """
+
+    against: str = STOCK
+    tolerance: float | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do what the case asks for.
+
+    Attributes:
+        name: its row in the tables.
+        kind: "stock", "peer" or "difffast".
+        enter: makes it ready for a case's subject, what has to be undone going on the stack, and returns the call to
+            time.  Raises :class:`Missing`, or ValueError where it refuses the subject.
+        gate: what it has to prove.
+        startup: seconds that its first run is expected to take on top of the others', for the budget.
+    """
+
+    name: str
+    kind: str
+    enter: Callable[[Any, ExitStack], Callable[[], Run]]
+    gate: Gate = field(default_factory=Gate)
+    startup: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise about a ratio, kept or not: it is recorded and reported either way.
+
+    Attributes:
+        provider, against: names; the ratio is the first's to the second's, the median over the rounds.
+        at_most: largest ratio that keeps it.
+        of: "seconds" or "peak_bytes".
+        source: who promised it.
+    """
+
+    provider: str
+    against: str
+    at_most: float
+    of: str = "seconds"
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: everybody in turn, in one run.
+
+    Attributes:
+        group: the suite, a section of the report.
+        name: unique within the group.
+        shapes: what was measured, as plain numbers and strings: steps, batch, latent size, widths, k.
+        dtype, device: of the computation.
+        build: makes the subject that providers enter.
+        providers: in order of importance: where the budget ends, the last are left out.
+        timed: what the seconds are of.
+        baseline: the provider that ratios refer to.
+        headline: whose seconds pytest-benchmark's own tables show.
+        rounds: fewest and most interleaved rounds; (0, 0) measures no time.
+        weight: its share of the budget among the cases that are left; on two CPU cores, seconds that it wants.
+        bars: promises.
+    """
+
+    group: str
+    name: str
+    shapes: Mapping[str, Any]
+    dtype: str
+    device: str
+    build: Callable[[], Any] = field(repr=False)
+    providers: tuple[Provider, ...] = field(repr=False)
+    timed: str
+    baseline: str = STOCK
+    headline: str = STOCK
+    rounds: tuple[int, int] = (3, 11)
+    weight: float = 1.0
+    bars: tuple[Bar, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [provider.name for provider in self.providers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"provider names must be unique, got {names}")
+        for provider in self.providers:
+            if provider.gate.against not in names:
+                raise ValueError(f"{provider.name} is gated against {provider.gate.against!r}, which is not in {names}")
+        if self.baseline not in names or self.headline not in names:
+            raise ValueError(
+                f"baseline and headline must be providers of the case, got {self.baseline!r}, "
+                f"{self.headline!r}; providers: {names}"
+            )
+        low, high = self.rounds
+        if not 0 <= low <= high or low == 1:
+            raise ValueError(f"rounds must be (0, 0), or at least 2 and in order, got {self.rounds}")
+
+    def __str__(self) -> str:
+        return re.sub(r"[^\w.]+", "-", f"{self.group} {self.name}").strip("-")
+
+
+# Providers of one batch of images.  Each works on a copy of the pipeline of its own, so that nobody's patches,
+# compiled programs or caches meet anybody else's.
+
+
+def on_images(
+    name: str,
+    kind: str,
+    prepare: Callable[[Images, ExitStack], object],
+    gate: Gate,
+    *,
+    own_weights: bool = False,
+    startup: float = 0.0,
+    during: Callable[[], Any] = contextlib.nullcontext,
+) -> Provider:
+    """A provider that prepares its copy once and then makes the images with the stock call.
+
+    Args:
+        own_weights: it changes the weights (their memory format): they must not be shared.
+        during: a context for each call.
+    """
+
+    def enter(images: Images, stack: ExitStack) -> Callable[[], Run]:
+        mine = images.copy(own_weights=own_weights)
+        prepare(mine, stack)
+
+        def run() -> Run:
+            with during():
+                return mine.run()
+
+        return run
+
+    return Provider(name, kind, enter, gate, startup)
+
+
+def stock() -> Provider:
+    return on_images(STOCK, "stock", lambda images, stack: None, Gate())
+
+
+def stock_channels_last() -> Provider:
+    """SDPA (Diffusers' default) with channels_last weights."""
+    return on_images(
+        "stock channels_last", "stock", lambda images, stack: _channels_last(images), Gate(), own_weights=True
+    )
+
+
+def stock_compiled() -> Provider:
+    """The strongest baseline: channels_last and torch.compile; on a GPU with max-autotune, thus CUDA graphs."""
+
+    def prepare(images: Images, stack: ExitStack) -> None:
+        if images.device.type == "cuda":
+            _channels_last(images)
+            images.compile_unets(mode="max-autotune", fullgraph=True)
+        else:  # oneDNN blocks the layout itself; max-autotune would tune for minutes a UNet
+            images.compile_unets(fullgraph=True)
+
+    return on_images(COMPILED, "stock", prepare, Gate(), own_weights=True, startup=COMPILATION)
+
+
+def stock_steps(steps: int, of: int) -> Provider:
+    """The honest control of every approximation: stock with fewer steps."""
+
+    def prepare(images: Images, stack: ExitStack) -> None:
+        images.steps = steps
+
+    return on_images(f"stock, {steps} steps", "stock", prepare, Gate(tolerance=FEWER_STEPS, share=steps / of))
+
+
+def _channels_last(images: Images) -> None:
+    for stage in images.stages:
+        stage.pipe.unet.to(memory_format=torch.channels_last)
+
+
+def deepcache(interval: int) -> Provider:
+    return _peer(f"DeepCache {interval}", lambda pipe: peers.deepcache(pipe, interval))
+
+
+def token_merging(ratio: float) -> Provider:
+    return _peer(f"tomesd {ratio:.0%}", lambda pipe: peers.token_merging(pipe, ratio))
+
+
+def pyramid_attention_broadcast() -> Provider:
+    return _peer("PAB 2, 4", lambda pipe: peers.pyramid_attention_broadcast(pipe, 2, 4))
+
+
+def _peer(name: str, context: Callable[[Any], Any]) -> Provider:
+    def prepare(images: Images, stack: ExitStack) -> None:
+        for stage in images.stages:
+            try:
+                stack.enter_context(context(stage.pipe))
+            except ImportError as error:
+                raise Missing(f"{error}; pip install -e .[bench]") from None
+
+    return on_images(name, "peer", prepare, Gate(tolerance=APPROXIMATION))
+
+
+def difffast(
+    name: str,
+    preset: str,
+    gate: Gate,
+    *,
+    during: Callable[[], Any] = contextlib.nullcontext,
+    without: Sequence[Any] = (),
+    **options: Any,
+) -> Provider:
+    """A preset of difffast, with options of ``difffast.patch``; missing where this version has no such thing.
+
+    Args:
+        without: modules of difffast whose layers are taken out again, so that the rest is measured alone.
+    """
+
+    def prepare(images: Images, stack: ExitStack) -> None:
+        if preset not in PRESETS:
+            raise Missing(f"there is no preset {preset!r} yet")
+        unknown = sorted(set(options) - set(inspect.signature(patch).parameters))
+        if unknown:
+            raise Missing(f"difffast.patch takes no {', '.join(unknown)} yet")
+        if options.get("compile"):
+            images.stop_counting()
+        for stage in images.stages:
+            stack.enter_context(patched(stage.pipe, preset, **options))
+            for layers in without:
+                layers.uninstall(stage.pipe.unet)
+
+    startup = COMPILATION if options.get("compile") else 0.0
+    return on_images(name, "difffast", prepare, gate, during=during, startup=startup)
+
+
+#: What propagation with balanced's key steps computes, in the plainest way: it is what the faster ways must equal.
+_PLAIN = EncoderPropagation(key_steps=PRESETS["balanced"].propagation.key_steps, parallel=False, share_skips=False)
+_STEP_BY_STEP = "propagation alone, step by step"
+
+
+_APPROXIMATES = Gate(tolerance=APPROXIMATION)
+_GATES = {"balanced": Gate(_STEP_BY_STEP), "turbo": _APPROXIMATES, "exact": Gate()}
+
+
+def presets(*, compiled: bool = False) -> tuple[Provider, ...]:
+    """The presets of today and of tomorrow, and what balanced has to equal; or all with compile=True."""
+    if compiled:
+        return tuple(
+            difffast(f"difffast {preset} compiled", preset, gate, compile=True) for preset, gate in _GATES.items()
+        )
+    plain = difffast(_STEP_BY_STEP, "balanced", _APPROXIMATES, propagation=_PLAIN, fused=False)
+    return (*(difffast(f"difffast {preset}", preset, gate) for preset, gate in _GATES.items()), plain)
+
+
+def published_key_steps() -> Provider:
+    return difffast("difffast faster-diffusion", "faster-diffusion", _APPROXIMATES)
+
+
+def savings() -> tuple[Provider, ...]:
+    """Each saving alone, so that its worth is seen; propagation step by step is among :func:`presets`."""
+    keys = _PLAIN.key_steps
+    parallel = EncoderPropagation(key_steps=keys, share_skips=False)
+    shared = EncoderPropagation(key_steps=keys)
+
+    @contextlib.contextmanager
+    def only_text_keys() -> Any:
+        with ops.use_backend("sdpa", "cross_attention"), ops.use_backend("reference", "group_norm_silu"):
+            yield
+
+    truth = Gate(_STEP_BY_STEP)
+    return (
+        difffast("propagation alone, parallel", "balanced", truth, propagation=parallel, fused=False),
+        difffast("the same with shared skips", "balanced", truth, propagation=shared, fused=False),
+        difffast("fused norms alone", "exact", Gate(), without=(attention,)),
+        difffast("text K/V once alone", "exact", Gate(), during=only_text_keys),
+        difffast("fused cross-attention with text K/V", "exact", Gate(), without=(resnets,)),
+    )
+
+
+def competitors() -> tuple[Provider, ...]:
+    """The other libraries."""
+    return (*(deepcache(n) for n in (3, 5, 2)), token_merging(0.5), pyramid_attention_broadcast())

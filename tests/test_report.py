@@ -1,0 +1,197 @@
+"""The report of the benchmarks: what is recorded is shown, what is bad is red, what became slower is kept."""
+
+import json
+import re
+
+import charts
+import pytest
+import report
+from PIL import Image
+from registry import COMPILED, Bar, Missing, Provider
+from session import measure
+from test_benchmarks import TRUTH, Clock, case, raising, taking
+
+MACHINE = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "diffusers": "0.42.1", "commit": "abc"}
+CEILINGS = {"copy_bytes_per_s": 2e10, "matmul_flop_per_s float32": 1e11}
+OPERATOR = {"dtype": "float32", "seconds": {"eager": [3e-3] * 3, "cpp": [1e-3] * 3}, "gate": "against float64"}
+
+
+def recorded(seconds, **options):
+    """A measured case: fast takes ``seconds``, stock 4, compiled stock 3; one is wrong, one is missing."""
+    clock = Clock()
+    providers = (
+        Provider("stock", "stock", taking(clock, 4.0)),
+        Provider(COMPILED, "stock", taking(clock, 3.0)),
+        Provider("fast", "difffast", taking(clock, seconds)),
+        Provider("cheat", "difffast", taking(clock, 0.1, TRUTH * 2)),
+        Provider("peer <1>", "peer", raising(Missing("not here & now"))),
+    )
+    return measure(case(*providers, **options), 1e9, clock=clock)
+
+
+def benchmark(group, **info):
+    return {"group": group, "name": "test", "extra_info": {**MACHINE, "ceilings": CEILINGS, **info}}
+
+
+def results(path, seconds, *, everything=False, **changes):
+    """Write pytest-benchmark's JSON of a run with ``fast`` at this many seconds."""
+    bars = (Bar("fast", "stock", 0.3, source="an issue"), Bar("fast", COMPILED, 9.0), Bar("peer <1>", "stock", 1.0))
+    benchmarks = [benchmark("unet", **recorded(seconds, name="UNet at 32x32, 50 steps", bars=bars))]
+    if everything:
+        scaled = (recorded(seconds * k, name=f"k {k}", shapes={"k": k, "batch": 1}) for k in (1, 2))
+        benchmarks += [
+            *(benchmark("decode", **each) for each in scaled),
+            benchmark("norm", case="[2, 320]", bytes=1e6, flops=1e7, **OPERATOR),
+            benchmark("norm", case="[2, 640]", bytes=1e6, flops=1e8, **OPERATOR),
+            benchmark("overhead", case="a call", dtype="float32", microseconds={"public function": [9.0, 11.0]}),
+        ]
+    for each in benchmarks:
+        each["extra_info"].update(changes)
+    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The folder of a report on a run with everything in it, against last results that were faster."""
+    folder = tmp_path_factory.mktemp("report")
+    run, last = results(folder / "run.json", 2.0, everything=True), results(folder / "last.json", 1.5)
+    report.write(run, folder / "out", last=last, history=folder / "none")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def text(written):
+    return (written / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return (written / "report.html").read_text()
+
+
+def test_what_was_recorded_is_shown(text, page):
+    text = re.sub(" +", " ", text)
+    assert "| fast | 2 | 0.500 (0.500 to 0.500) | 0.0e+00 | |" in text
+    assert "| stock compiled | 3 | 0.750 (0.750 to 0.750) |" in text
+    assert "| peer <1> | | | | missing: not here & now |" in text
+    assert "public function: 10.0 us" in text
+    assert "a CPU, 2 threads, float32, torch 2.13.0, diffusers 0.42.1, commit abc" in text
+    for number in ("0.500 (0.500 to 0.500)", "peer &lt;1&gt;", "not here &amp; now"):
+        assert number in page
+    assert page.count("<table>") == page.count("</table>") == 5
+    assert page.count("<ul>") == page.count("</ul>")
+
+
+def test_failures_and_missed_bars_are_red(text, page):
+    assert "**failed: wrong: 1.0e+00 from stock, tolerance 1.0e-05**" in text
+    assert "fast against stock (seconds): 0.500, promised at most 0.300 (an issue): **missed**" in text
+    assert re.search(r"fast against stock compiled .*: met", text)
+    assert re.search(r"peer <1> against stock .*: not measured", text)
+    red = re.findall(r"<b class='red'>(.*?)</b>", page)
+    assert "missed" in red
+    assert any(words.startswith("failed: wrong") for words in red)
+    assert "met" not in red
+    assert ".red{color:#c00}" in page
+
+
+def test_the_page_needs_no_other_file(written, page):
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
+    assert "@import" not in page
+    charts = re.findall(r"<figure id='([^']+)'><svg", page)
+    assert charts == [*(f"latency-{n:02d}" for n in range(3)), "compiled", "roofline", "scaling"]
+    for name in charts:
+        with Image.open(written / "charts" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+    assert "\x02" not in page
+    assert "\x03" not in page
+
+
+def test_charts_say_what_is_in_them(tmp_path):
+    records = report.load(results(tmp_path / "run.json", 2.0, everything=True))
+    latency, *_, compiled, roofline, scaling = (figure for _, figure in charts.figures(records))
+    texts = [text.get_text() for text in latency.axes[0].texts]
+    assert any("bar missed: 0.50, promised 0.30" in text for text in texts)
+    assert "missing: not here & now" in texts
+    assert any(text.startswith("failed: wrong") for text in texts)
+    widths = [bar.get_width() for bar in latency.axes[0].patches]
+    assert widths == [4.0, 3.0, 2.0]
+    assert compiled.axes[0].get_xlabel().startswith("times faster than stock compiled")
+    ceiling = roofline.axes[0].lines[-1]
+    assert ceiling.get_ydata().max() == pytest.approx(100)  # GFLOP/s
+    assert [axes.get_xlabel() for axes in scaling.axes] == ["k"]
+    line = next(line for line in scaling.axes[0].lines if line.get_label() == "fast")
+    assert list(line.get_xdata()) == [1, 2]
+    assert list(line.get_ydata()) == [2.0, 4.0]
+
+
+def test_what_became_slower_is_found_against_the_last_results(text, page):
+    assert "- **unet, UNet at 32x32, 50 steps: fast now 0.500 of stock, 0.375 at abc**" in text
+    assert "<b class='red'>unet, UNet at 32x32, 50 steps: fast now 0.500" in page
+
+
+@pytest.mark.parametrize(
+    ("seconds", "changes", "found"),
+    [
+        (1.5, {}, [("fast", 0.375, 0.5)]),
+        (1.97, {}, []),
+        (2.0, {}, []),
+        (3.0, {}, []),
+        (1.5, {"device": "another"}, []),
+        (1.5, {"threads": 8}, []),
+    ],
+)
+def test_regressions(tmp_path, seconds, changes, found):
+    new = report.load(results(tmp_path / "run.json", 2.0))
+    slower = report.regressions(new, report.load(results(tmp_path / "last.json", seconds, **changes)))
+    assert [(row["provider"], row["earlier"], row["ratio"]) for row in slower] == found
+    assert ("Nothing beyond the spread of both runs." in report.markdown(new, slower, [])) == (not found)
+
+
+def test_noise_is_no_regression():
+    def record(seconds):
+        return {**MACHINE, "group": "g", "case": "c", "dtype": "float32", "baseline": "stock", "seconds": seconds}
+
+    before = record({"stock": [1.0] * 4, "fast": [0.4, 0.5, 0.6, 0.7]})
+    assert not report.regressions([record({"stock": [1.0] * 4, "fast": [0.5, 0.6, 0.7, 0.8]})], [before])
+    assert report.regressions([record({"stock": [1.0] * 4, "fast": [0.9] * 4})], [before])
+    # All of the machine slower: the ratio is the same.
+    assert not report.regressions([record({"stock": [3.0] * 4, "fast": [1.2, 1.5, 1.8, 2.1]})], [before])
+    assert not report.regressions([record({"stock": [1.0] * 4, "new": [0.9] * 4})], [before])
+    assert not report.regressions([record({"fast": [0.9] * 4})], [before])
+
+
+def test_regressions_are_kept_when_the_results_are(tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "committed", tmp_path / "out"
+    folder.mkdir()
+    monkeypatch.setattr(report, "RESULTS", folder)
+    monkeypatch.setattr(charts, "figures", lambda records: ())
+    results(folder / "cpu.json", 1.5)
+    run = results(tmp_path / "run.json", 2.0)
+    assert report.main([str(run), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "slower: unet" in printed
+    assert "fast missed its bar: 0.500 of stock" in printed
+    assert not (folder / "regressions.json").exists()
+    assert report.main([str(run), "--out", str(out), "--keep"]) == 0
+    assert (folder / "cpu.json").read_text() == run.read_text()
+    assert len(json.loads((folder / "regressions.json").read_text())) == 1
+
+    assert report.main([str(run), "--out", str(out), "--keep"]) == 0  # nothing new, nothing forgotten
+    assert len(json.loads((folder / "regressions.json").read_text())) == 1
+    assert "- kept from abc: unet, UNet at 32x32, 50 steps: fast now 0.500" in (out / "report.md").read_text()
+
+
+def test_the_readme_table_shows_who_is_absent_and_what_is_missed(tmp_path):
+    results(tmp_path / "cpu.json", 2.0)
+    table = report.unet_table(tmp_path)
+    assert "| fast | 2.00 | 0.50 (0.50 to 0.50) |" in table
+    assert "| cheat | failed |  |" in table
+    assert "| peer <1> | missing |  |" in table
+    assert "- UNet: fast takes 0.50 of stock, promised at most 0.30: **missed**" in table
+
+
+def test_an_empty_run_is_an_error(tmp_path):
+    (tmp_path / "empty.json").write_text('{"benchmarks": []}')
+    with pytest.raises(ValueError, match="holds no benchmark"):
+        report.write(tmp_path / "empty.json", tmp_path, last=tmp_path / "none", history=tmp_path / "none")
