@@ -5,8 +5,7 @@ Every provider in turn in one run (A B C D, A B C D, ...), the correctness gate 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import registry
@@ -126,11 +125,11 @@ def decode(unet: str | Sequence[int], k: int) -> Case:
         providers=(
             Provider("UNet calls", "stock", lambda it, stack: it.whole, Gate("UNet calls")),
             Provider("decoders one at a time", "difffast", lambda it, stack: it.apart, Gate("decoders one at a time")),
-            Provider(together, "difffast", lambda it, stack: it.together(None), Gate("decoders one at a time")),
+            Provider(together, "difffast", lambda it, stack: it.together, Gate("decoders one at a time")),
             Provider(
                 f"{together}, shared skips",
                 "difffast",
-                lambda it, stack: it.together(lambda name, reason: None),
+                lambda it, stack: it.shared,
                 Gate("decoders one at a time"),
             ),
         ),
@@ -161,18 +160,22 @@ class Decode:
         self._call = split.bind(unet, (sample, self._times[0]), text)
         with torch.no_grad():
             self._features = split.encode(unet, self._call)
+            self._sharing = split.encode(unet, self._call, share=True)
 
     def whole(self) -> Run:
         """What stock does: the UNet once a step."""
         return Run(torch.stack([self._unet(**{**self._call, "timestep": t}).sample for t in self._times]))
 
     def apart(self) -> Run:
-        return Run(torch.stack([self._decode(t[None], None)[0] for t in self._times]))
+        return Run(torch.stack([self._decode(self._features, t[None])[0] for t in self._times]))
 
-    def together(self, unshared: Callable[[str, str], None] | None) -> Callable[[], Run]:
-        return lambda: Run(torch.stack(self._decode(self._times, unshared)))
+    def together(self) -> Run:
+        return Run(torch.stack(self._decode(self._features, self._times)))
 
-    def _decode(self, times: Tensor, unshared: Any) -> tuple[Tensor, ...]:
-        # As after every key step: what depends on the skips alone is not there yet.
-        features = split.Features(self._features.outputs, self._features.batch)
-        return split.decode(self._unet, features, self._call, times, unshared)
+    def shared(self) -> Run:
+        # As after every key step: features that know no weights make what depends on the skips alone anew.
+        features = split.Features(self._sharing.outputs, self._sharing.batch, self._sharing.parts)
+        return Run(torch.stack(self._decode(features, self._times)))
+
+    def _decode(self, features: split.Features, times: Tensor) -> tuple[Tensor, ...]:
+        return split.decode(self._unet, features, self._call, times)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS
-from .swap import is_swapped, plain_class, swap_in, swap_out
+from .swap import swap_calls, swap_out
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -99,9 +99,7 @@ def relabel(text: Any, copy: Any, repeats: int) -> None:
 
 def install(unet: nn.Module) -> None:
     """Put :func:`_call` in front of every attn2 layer; without labelled calls nothing changes."""
-    for name, layer in layers_of(unet).items():
-        if not is_swapped(layer):
-            swap_in(layer, {"__call__": _call(name, plain_class(layer).__call__)})
+    swap_calls(layers_of(unet), _call)
 
 
 def uninstall(unet: nn.Module) -> None:

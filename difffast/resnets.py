@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .swap import is_swapped, plain_class, swap_in, swap_out
+from .swap import plain_class, swap_calls, swap_out
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -35,9 +35,7 @@ def fused(note: Callable[[str], object] | None) -> Iterator[None]:
 
 def install(unet: nn.Module) -> None:
     """Put :func:`_call` in front of every resnet that can be fused; outside :func:`fused` nothing changes."""
-    for resnet in resnets_of(unet).values():
-        if not is_swapped(resnet):
-            swap_in(resnet, {"__call__": _call(plain_class(resnet).__call__)})
+    swap_calls(resnets_of(unet), _call)
 
 
 def uninstall(unet: nn.Module) -> None:
@@ -61,7 +59,7 @@ def resnets_of(unet: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _call(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, hidden: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         note = None if torch.compiler.is_compiling() else _note.get()
         if note is None or temb is None or _backend(hidden) == "reference":

@@ -8,7 +8,7 @@ enabled before or after.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _MARK = "_difffast_plain_class"
@@ -47,6 +47,13 @@ def swap_in(obj: Any, methods: dict[str, Callable[..., Any]]) -> None:
         },
     )
     obj.__class__ = swapped
+
+
+def swap_calls(objects: Mapping[str, Any], call: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``call(name, plain)`` in front of the ``__call__`` of every object that has no class of its own yet."""
+    for name, obj in objects.items():
+        if not is_swapped(obj):
+            swap_in(obj, {"__call__": call(name, plain_class(obj).__call__)})
 
 
 def swap_out(obj: Any) -> None:
