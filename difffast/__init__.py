@@ -2,6 +2,7 @@
 
 from . import models
 from .attention import AttentionMaps, collect_maps
+from .guidance import SemanticBinding
 from .patch import PatchReport, patch, patched, unpatch
 from .plan import EncoderPropagation, Plan
 
@@ -12,6 +13,7 @@ __all__ = [
     "EncoderPropagation",
     "PatchReport",
     "Plan",
+    "SemanticBinding",
     "__version__",
     "collect_maps",
     "models",

@@ -72,6 +72,8 @@ class Label:
         collectors: who wants maps.
         size: (height, width) of the latents.
         note: told the reason when a layer runs stock.
+        stop: whether the call ends, by :class:`AllCollected`, once every collector has all of its layers.
+        sink: rows of zeros that ``text`` stands without; they are in the softmax all the same.
     """
 
     fused: bool
@@ -81,6 +83,12 @@ class Label:
     collectors: tuple[AttentionMaps, ...]
     size: tuple[int, int]
     note: Callable[[str], None]
+    stop: bool = False
+    sink: int = 0
+
+
+class AllCollected(Exception):  # noqa: N818 - no error: it ends a UNet call of which only the maps are wanted
+    """Every map that a call was made for has been collected."""
 
 
 def labelled(text: Tensor, label: Label) -> Tensor:
@@ -174,19 +182,25 @@ def _obstacle(layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], 
 
 def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, wanted: Sequence[AttentionMaps]) -> Tensor:
     """What the layer's processor computes, through the operator."""
-    query = _by_head(layer, layer.to_q(hidden))
     project = _PROJECTIONS[type(layer.processor).__name__]
+    if isinstance(text, Tensor) and text.shape[1] == 1 and found.repeats == 1 and not (wanted or found.sink):
+        # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
+        value = project(layer, text)[1]
+        return layer.to_out[1](layer.to_out[0](value)).expand(-1, hidden.shape[1], -1)
+    query = _by_head(layer, layer.to_q(hidden))
     keys, values = project(layer, found.text) if found.keys is None else found.keys.get(layer, project)
     keys, values = _by_head(layer, keys), _by_head(layer, values)
     if wanted:
         tokens = sorted({token for collector in wanted for token in collector.columns(keys.shape[2])})
-        out, maps = ops.cross_attention(query, keys, values, map_tokens=tokens)
+        out, maps = ops.cross_attention(query, keys, values, map_tokens=tokens, sink=found.sink)
         for collector in wanted:
             columns = collector.columns(keys.shape[2])
             chosen = maps if columns == tokens else maps[..., [tokens.index(token) for token in columns]]
             collector.add(name, chosen.unflatten(0, (-1, found.repeats)), found.size)
+        if found.stop and all(len(collector.latest) == len(collector.layers) for collector in found.collectors):
+            raise AllCollected
     else:
-        out = ops.cross_attention(query, keys, values)
+        out = ops.cross_attention(query, keys, values, sink=found.sink)
     if isinstance(text, tuple):
         for image, scale, to_k, to_v in zip(
             text[1], layer.processor.scale, layer.processor.to_k_ip, layer.processor.to_v_ip, strict=True
@@ -308,10 +322,14 @@ class AttentionMaps:
             ValueError: as :meth:`mean`.
         """
         mean = self.mean(layer)
+        return mean.unflatten(1, self.picture_size(mean.shape[1])).permute(0, 3, 1, 2)
+
+    def picture_size(self, pixels: int) -> tuple[int, int]:
+        """(height, width) of maps with so many pixels."""
         height, width = self._size
-        while height * width > mean.shape[1]:
+        while height * width > pixels:
             height, width = -(-height // 2), -(-width // 2)  # each level halves both, rounding up
-        return mean.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return height, width
 
     def reset(self) -> None:
         """Forget everything collected; a new image does."""

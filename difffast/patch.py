@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import attention, ops, resnets
+from .guidance.binding import BindingTrace, SemanticBinding
+from .guidance.run import Binder
 from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
 from .propagation import Controller, RunStats, Settings
 from .swap import is_swapped, plain_class, swap_in, swap_out
@@ -63,8 +65,12 @@ class PatchReport:
     def plan(self, total: int) -> Plan:
         """The plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now."""
         pipe = self._settings.pipe()
-        device = pipe.device.type if pipe is not None else "cpu"
-        return self.propagation.plan(total, kind=self._settings.kind, device=device)
+        return self._settings.plan(total, pipe.device.type if pipe is not None else "cpu")
+
+    @property
+    def trace(self) -> BindingTrace | None:
+        """Losses and maps of semantic binding in the latest run; None without binding, or before the first run."""
+        return self._settings.binding.trace if self._settings.binding is not None else None
 
     def invalidate(self) -> None:
         """Make the next step a key step, e.g. from a callback after a large edit of the latents."""
@@ -92,6 +98,7 @@ def patch(
     *,
     propagation: EncoderPropagation | None = None,
     fused: bool | None = None,
+    binding: SemanticBinding | None = None,
     force: bool = False,
 ) -> PatchReport:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
@@ -101,14 +108,18 @@ def patch(
         preset: a name from ``difffast.plan.PRESETS``.
         propagation: replaces what the preset says about encoder propagation.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
+        binding: semantic binding of the things that a prompt marks, as in ``"a [black cat] and a [white dog]"``; None:
+            prompts are taken as they are.
         force: allow schedules with fewer than 8 steps.
 
     Returns:
         A report of what was replaced.  Patching again replaces the first patch.
 
     Raises:
-        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation`, ``fused`` no bool.
-        ValueError: no UNet, an unsupported pipeline or UNet, or an unknown preset.  Nothing is changed then.
+        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation`, ``fused`` no bool,
+            ``binding`` no :class:`SemanticBinding`.
+        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, or no layers for
+            binding's maps.  Nothing is changed then.
     """
     _, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
@@ -117,12 +128,15 @@ def patch(
         raise TypeError(f"propagation must be a difffast.EncoderPropagation, got {type(propagation).__name__}")
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"fused must be True, False or None, got {fused!r}")
-    arguments = {"preset": preset, "propagation": propagation, "fused": fused, "force": force}
+    if binding is not None and not isinstance(binding, SemanticBinding):
+        raise TypeError(f"binding must be a difffast.SemanticBinding, got {type(binding).__name__}")
+    binder = Binder(binding, pipe, unet) if binding is not None else None
+    arguments = {"preset": preset, "propagation": propagation, "fused": fused, "binding": binding, "force": force}
     config = propagation or PRESETS[preset].propagation
     fused = PRESETS[preset].fused if fused is None else fused
 
     with _lock:
-        _check_shared(pipe, unet, config, fused)
+        _check_shared(pipe, unet, config, fused, binding)
         earlier = _patches.get(pipe)
         unpatch(pipe)
         kind, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
@@ -131,7 +145,7 @@ def patch(
         attention.install(unet)
         resnets.install(unet)
         controller = _controller(unet)
-        settings = Settings(pipe, config, fused, kind, force)
+        settings = Settings(pipe, config, fused, kind, force, binder)
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
         controller.add(settings)
@@ -144,6 +158,8 @@ def patch(
         if getattr(unet, "_compiled_call_impl", None) is not None:
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
         settings.adopt_scheduler()
+        if binder is not None:
+            swap_in(pipe, binder.methods())
         _patches[pipe] = _Patch(arguments, settings, unet, compiled)
 
     reason = ops.missing("cpp")
@@ -155,7 +171,7 @@ def patch(
         preset=preset if arguments["propagation"] is None and arguments["fused"] is None else "custom",
         propagation=config,
         fused=fused,
-        replaced=tuple(_replaced(unet, config, fused)),
+        replaced=tuple(_replaced(unet, config, fused, binder)),
         notes=tuple(notes),
         _settings=settings,
         _controller=controller,
@@ -177,6 +193,7 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
             attention.uninstall(done.unet)
             resnets.uninstall(done.unet)
         done.settings.release_schedulers()
+        swap_out(pipe)
         if done.compiled is not None and pipe.unet is done.unet:
             pipe.unet = done.compiled
         return True
@@ -236,17 +253,20 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     return supported, plain, compiled
 
 
-def _check_shared(pipe: Any, unet: nn.Module, config: EncoderPropagation, fused: bool) -> None:
+def _check_shared(
+    pipe: Any, unet: nn.Module, config: EncoderPropagation, fused: bool, binding: SemanticBinding | None
+) -> None:
     """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
         if other is pipe or other.scheduler is not pipe.scheduler:
             continue
         theirs, ours = (done.settings.propagation, done.settings.fused), (config, fused)
-        if (done.unet is unet and theirs != ours) or theirs[0].prior_noise or config.prior_noise:
+        own_steps = theirs[0].prior_noise or config.prior_noise or done.settings.binding or binding
+        if (done.unet is unet and theirs != ours) or own_steps:
             raise ValueError(
                 f"another patched {type(other).__name__} shares this pipeline's scheduler, which needs equal settings "
-                f"without prior noise (there: {theirs[0]}, fused={theirs[1]}; here: {config}, fused={fused}); give one "
-                "of them its own: "
+                f"without prior noise and binding (there: {theirs[0]}, fused={theirs[1]}; here: {config}, "
+                f"fused={fused}); give one of them its own: "
                 "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
             )
 
@@ -264,7 +284,9 @@ def _controller(unet: nn.Module) -> Controller:
     return type(unet)._difffast_controller
 
 
-def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool) -> Iterator[tuple[str, str]]:
+def _replaced(
+    unet: nn.Module, config: EncoderPropagation, fused: bool, binder: Binder | None
+) -> Iterator[tuple[str, str]]:
     if config.key_steps == 1:
         yield "unet calls", "whole UNet at every step"
     else:
@@ -282,3 +304,8 @@ def _replaced(unet: nn.Module, config: EncoderPropagation, fused: bool) -> Itera
         yield f"resnets ({len(layers)} layers)", f"group_norm_silu ({backend})"
     if config.prior_noise:
         yield "scheduler.step", f"prior noise injection, alpha = {config.prior_noise}"
+    if binder is not None:
+        yield "encode_prompt", "things marked by square brackets"
+        yield "scheduler.step", "from optimised latents"
+        how = f'semantic binding "{binder.config.preset}" ({binder.config.mode})'
+        yield "unet calls", f"{how}, maps of {len(binder.layers)} attn2 layers"

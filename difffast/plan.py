@@ -10,7 +10,7 @@ import math
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 #: Published key orders per kind of pipeline and schedule length; other lengths are scaled from the nearest list.
@@ -122,17 +122,26 @@ class Plan:
         total: UNet calls in the schedule.
         keys: sorted orders of the key steps, the first being 0.
         max_batch: most steps decoded in one batch; 1 decodes step by step.
+        optimised: orders at which embeddings or latents are optimised; all of them are key steps.
     """
 
     total: int
     keys: tuple[int, ...]
     max_batch: int
+    optimised: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.keys or self.keys[0] != 0 or self.keys[-1] >= self.total or self.max_batch < 1:
             raise ValueError(f"invalid plan: {self.total} steps, keys {self.keys}, max_batch {self.max_batch}")
         if any(a >= b for a, b in pairwise(self.keys)):
             raise ValueError(f"keys must increase strictly, got {self.keys}")
+        if not set(self.optimised) <= set(self.keys):
+            raise ValueError(f"optimised steps must be key steps, got {self.optimised} and keys {self.keys}")
+
+    def with_optimised(self, orders: Iterable[int]) -> Plan:
+        """This plan with the encoder run at ``orders`` as well, where guidance changes embeddings or latents."""
+        orders = tuple(sorted(set(orders)))
+        return replace(self, keys=tuple(sorted({*self.keys, *orders})), optimised=orders)
 
     def is_key(self, order: int) -> bool:
         """Whether the plan runs the encoder at this order."""
@@ -169,7 +178,8 @@ class Plan:
         for row in self.steps():
             first, last = row.decoded_with[0], row.decoded_with[-1]
             together = "alone" if first == last else f"{first}..{last} (batch of {last - first + 1})"
-            lines.append(f"{row.order:4d}  {'key' if row.key else '   '}  {together}")
+            optimised = ", optimised" if row.order in self.optimised else ""
+            lines.append(f"{row.order:4d}  {'key' if row.key else '   '}  {together}{optimised}")
         lines.append(f"{len(self.keys)} of {self.total} steps run the encoder")
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ from . import unet as split
 from .conditioning import Conditioning
 from .plan import MIN_STEPS, EncoderPropagation, Plan
 from .prior_noise import PriorNoise
+from .stepping import Edit, step_override
 from .swap import is_swapped, swap_in, swap_out
+
+if TYPE_CHECKING:
+    from .guidance.run import Binder
 
 
 @dataclass
@@ -66,18 +70,37 @@ class RunStats:
 class Settings:
     """What one patched pipeline asked for; the controller of its UNet holds it."""
 
-    def __init__(self, pipe: Any, propagation: EncoderPropagation, fused: bool, kind: str, force: bool) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        propagation: EncoderPropagation,
+        fused: bool,
+        kind: str,
+        force: bool,
+        binding: Binder | None = None,
+    ) -> None:
         self.pipe = weakref.ref(pipe)
         self.propagation, self.fused, self.kind, self.force = propagation, fused, kind, force
+        self.binding = binding
         self.collectors: tuple[attention.AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
         self._schedulers: list[Any] = []
 
     def adopt_scheduler(self) -> None:
-        """Put prior noise injection behind the pipeline's scheduler as of now, if it is on and not there yet."""
+        """Let the pipeline's scheduler as of now step from latents that binding and prior noise have edited."""
         scheduler = self.scheduler()
-        if self.propagation.prior_noise and not is_swapped(scheduler):
-            swap_in(scheduler, PriorNoise(self.propagation.prior_noise).methods(scheduler))
+        if is_swapped(scheduler):
+            return
+        edits: list[Edit] = []
+        methods: dict[str, Callable[..., Any]] = {}
+        if self.binding is not None:
+            edits.append(self.binding.displace)
+        if self.propagation.prior_noise:
+            noise = PriorNoise(self.propagation.prior_noise)
+            edits.append(noise.inject)
+            methods = noise.methods(scheduler)
+        if edits:
+            swap_in(scheduler, {"step": step_override(scheduler, edits), **methods})
             self._schedulers.append(scheduler)
 
     def release_schedulers(self) -> None:
@@ -89,13 +112,18 @@ class Settings:
         """The pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
         return getattr(self.pipe(), "scheduler", None)
 
+    def plan(self, total: int, device: str) -> Plan:
+        """The plan of a schedule with ``total`` UNet calls on a type of device."""
+        plan = self.propagation.plan(total, kind=self.kind, device=device)
+        return plan if self.binding is None else plan.with_optimised(self.binding.config.optimised(total))
+
     def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
         """The plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
 
         Raises:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
-        plan = self.propagation.plan(total, kind=self.kind, device=device.type)
+        plan = self.plan(total, device.type)
         if steps < MIN_STEPS and not self.force and len(plan.keys) < plan.total:
             raise ValueError(
                 f"encoder propagation needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
@@ -143,6 +171,10 @@ class Controller:
         if run is None:
             self._explain_unknown(timestep)
             return stock(*args, **kwargs)
+        order = run.order(timestep)
+        if run.binding is not None:
+            call = run.binding.apply(call, order, run.scheduler(), stock)
+            args, kwargs = (), dict(call)
         reason = _needs_stock(unet, call)
         text = call.get("encoder_hidden_states")
         if isinstance(text, Tensor):
@@ -153,7 +185,7 @@ class Controller:
             return stock(*args, **kwargs)
         try:
             with resnets.fused(run.record if run.fused else None):
-                sample = run.answer(unet, call, text, run.order(timestep), lambda: stock(*args, **kwargs)[0])
+                sample = run.answer(unet, call, text, order, lambda: stock(*args, **kwargs)[0])
         except BaseException:
             run.clear()
             raise
@@ -208,6 +240,8 @@ class _Run:
             each.adopt_scheduler()
             for maps in each.collectors:
                 maps.reset()
+        binder = settings[0].binding
+        self.binding = binder.start(len(timesteps), self.fused, self.note) if binder is not None else None
         if device.type == "cpu":
             _keep_freed_memory()
         self._timesteps = TensorWeakRef(timesteps)
@@ -232,6 +266,10 @@ class _Run:
         """Position of a view of the schedule, from its storage offset."""
         timesteps = self.timesteps()
         return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+
+    def scheduler(self) -> Any:
+        """The scheduler whose schedule it is."""
+        return self.settings[0].scheduler()
 
     def clear(self) -> None:
         self._features, self._conditioning, self._last = None, None, None

@@ -1,0 +1,457 @@
+"""Semantic binding inside a stock sampling loop: what is optimised between the pipeline's UNet call and the UNet.
+
+:class:`Binder` belongs to a patched pipeline.  Its ``encode_prompt`` leaves the prompts there, the first UNet call of
+the run picks them up, and every UNet call goes through :meth:`BindingRun.apply`, which gives it other text rows and
+other latents.  The pipeline's own tensors are never written to: what the latents have been moved by is added again in
+front of ``scheduler.step``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import attention
+from ..unet import tree_map
+from .binding import BindingTrace, SemanticBinding, StepTrace
+from .composite import Columns, merge, substitute_end, unmerged
+from .freezing import frozen
+from .losses import LOSSES, Target, entropy_threshold
+from .prompts import EncodedPrompts, encode_prompt_override
+
+#: Losses in float16 are scaled up before the backward pass, for gradients below its smallest number; powers of two
+#: change nothing else.
+_LOSS_SCALE = {torch.float16: 2.0**10}
+
+
+class Binder:
+    """Semantic binding of one pipeline, between its calls.
+
+    Args:
+        config: what to do.
+        pipe: the pipeline; only a weak reference is kept.
+        unet: its plain UNet.
+
+    Raises:
+        ValueError: no such attention layers.
+    """
+
+    def __init__(self, config: SemanticBinding, pipe: Any, unet: nn.Module) -> None:
+        self.config = config
+        self.layers = map_layers(unet, config.layers)
+        self.trace: BindingTrace | None = None
+        self._pipe = weakref.ref(pipe)
+        self._unet = weakref.ref(unet)
+        # Per thread: prompts that no run has picked up, and (timestep, what latents have been moved by).
+        self._encoded: dict[int, EncodedPrompts] = {}
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """Overrides of the pipeline's methods (see :mod:`difffast.swap`)."""
+        return {"encode_prompt": encode_prompt_override(self._pipe(), self.config.groups, self._remember)}
+
+    def start(self, total: int, fused: bool, note: Callable[[str], None]) -> BindingRun | None:
+        """The binding of a run of ``total`` UNet calls that begins in this thread; None if nothing is marked."""
+        encoded = self._encoded.pop(threading.get_ident(), None)
+        self._moved.pop(threading.get_ident(), None)
+        self.trace = BindingTrace()
+        if encoded is None:
+            note("no semantic binding: this run's prompt has not been through pipe.encode_prompt")
+            return None
+        if not any(each.groups for each in encoded.marked):
+            return None
+        return BindingRun(self, self._pipe(), self._unet(), encoded, total, fused, note)
+
+    def displace(self, _scheduler: Any, timestep: Any, sample: Tensor) -> Tensor:
+        """The latents to step from: the pipeline's, moved as this step's optimisation did."""
+        moved_at, moved = self._moved.pop(threading.get_ident(), (None, None))
+        if moved is None or not isinstance(timestep, Tensor) or moved_at.data_ptr() != timestep.data_ptr():
+            return sample
+        return sample + moved.to(sample.dtype)
+
+    def moved(self, timestep: Tensor, by: Tensor) -> None:
+        """Let the scheduler's next step, if it is at this timestep, start from moved latents."""
+        self._moved[threading.get_ident()] = (timestep, by)
+
+    def _remember(self, encoded: EncodedPrompts) -> None:
+        self._encoded[threading.get_ident()] = encoded
+
+
+def map_layers(unet: nn.Module, layers: Any) -> tuple[str, ...]:
+    """Names of the attn2 layers whose maps are used; see :class:`SemanticBinding`.
+
+    Raises:
+        ValueError: a pattern that matches none, or a UNet without such layers.
+    """
+    if layers is not None:
+        return attention.choose_layers(unet, layers)
+    names = tuple(attention.layers_of(unet))
+    sdxl = tuple(f"up_blocks.0.attentions.1.transformer_blocks.{i}.attn2" for i in (1, 2, 3))
+    if set(sdxl) <= set(names):
+        return sdxl
+    levels = [int(name.split(".")[1]) for name in names if name.startswith("down_blocks.")]
+    if not levels:
+        raise ValueError(f"{type(unet).__name__} has no cross-attention in its encoder; name the layers for maps")
+    deepest = max(levels)
+    places = f"down_blocks.{deepest}.", f"up_blocks.{len(unet.up_blocks) - 1 - deepest}."
+    return tuple(name for name in names if name.startswith(places))
+
+
+class BindingRun:
+    """The binding of one run: the images' embeddings as they are now, and their optimisation.
+
+    Rows are images: row r of the run is row r of the UNet's conditional half.
+    """
+
+    def __init__(
+        self,
+        binder: Binder,
+        pipe: Any,
+        unet: nn.Module,
+        encoded: EncodedPrompts,
+        total: int,
+        fused: bool,
+        note: Callable[[str], None],
+    ) -> None:
+        self._binder, self._config, self._pipe, self._unet = binder, binder.config, weakref.ref(pipe), unet
+        self._encoded, self._total, self._fused, self._note = encoded, total, fused, note
+        self._schedule = self._config.schedule(total)
+        self._rows = [
+            row for row in range(len(encoded.embeds)) if encoded.marked[row // encoded.images_per_prompt].groups
+        ]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Embeddings as they are before the first step, in at least float32."""
+        embeds = self._encoded.embeds.detach()
+        self._text = embeds.to(torch.promote_types(embeds.dtype, torch.float32), copy=True)
+        self._columns: dict[int, Columns] = {}
+        for row in self._rows:
+            marked = self._marked(row)
+            if self._config.merge:
+                self._text[row], self._columns[row] = merge(
+                    self._text[row].clone(), marked.groups, marked.length, self._config.mode
+                )
+            else:
+                self._columns[row] = unmerged(marked.groups, marked.length)
+        self._anchor: _AnchorTrajectory | None = None
+        self._previous: dict[int, Tensor] = {}
+        self._replaced, self._last, self._given, self._assembled = False, -1, None, None
+        trace = self._binder.trace
+        trace.things = {row: tuple(group.phrase for group in self._marked(row).groups) for row in self._rows}
+
+    def _marked(self, row: int) -> Any:
+        return self._encoded.marked[row // self._encoded.images_per_prompt]
+
+    def apply(
+        self, call: Mapping[str, Any], order: int, scheduler: Any, stock: Callable[..., Any]
+    ) -> Mapping[str, Any]:
+        """The arguments with which the UNet is to be called instead of ``call``, after this step's optimisation.
+
+        Args:
+            call: the pipeline's arguments by name.
+            order: position in the schedule.
+            scheduler: the pipeline's.
+            stock: the unpatched UNet, called with arguments by name.
+
+        Raises:
+            ValueError: a batch that is neither the images nor [unconditional, conditional], or a scheduler that cannot
+                step from other latents.
+        """
+        if order <= self._last:
+            self._begin()  # a custom loop starts the same schedule again
+        text = call.get("encoder_hidden_states")
+        if text is not self._given and not self._is_ours(text):
+            self._note("no semantic binding from here on: the prompt embeddings are not the encoded prompt's")
+            return call
+        self._last = order
+        with torch.inference_mode(False):
+            moved = self._optimise(call, order, scheduler, stock)
+        if self._assembled is None or text is not self._given:
+            self._given = text
+            self._assembled = torch.cat([text[: len(text) - len(self._text)], self._text.to(text)])
+        changed = {**call, "encoder_hidden_states": self._assembled}
+        if moved is not None:
+            if self._config.mode == "paper":
+                self._binder.moved(call["timestep"], moved)
+            batch = call["sample"].shape[0]
+            changed["sample"] = _shifted(
+                call["sample"], moved.repeat(batch // len(moved), 1, 1, 1) * _input_scale(scheduler, call["timestep"])
+            )
+        return changed
+
+    def _is_ours(self, text: Any) -> bool:
+        """Whether the call's conditional half is what was encoded."""
+        embeds = self._encoded.embeds
+        return (
+            isinstance(text, Tensor)
+            and text.shape[1:] == embeds.shape[1:]
+            and text.shape[0] in (len(embeds), 2 * len(embeds))
+            and torch.equal(text[-len(embeds) :], embeds.to(text))
+        )
+
+    def _optimise(
+        self, call: Mapping[str, Any], order: int, scheduler: Any, stock: Callable[..., Any]
+    ) -> Tensor | None:
+        """Change the embeddings as this step asks for; -> what the latents of all images are moved by, or None."""
+        schedule, moved = self._schedule, None
+        if schedule.replace_step is not None and order >= schedule.replace_step and not self._replaced:
+            self._substitute()
+        if order >= max(schedule.bind_steps, schedule.focus_steps) or _steps_from_its_own(scheduler):
+            return None
+        if self._config.mode == "paper" and self._config.optimise != "text" and "last_sample" in vars(scheduler):
+            raise ValueError(
+                f"{type(scheduler).__name__} corrects latents from its own copy of them, so that they cannot be "
+                'optimised; use another scheduler, or SemanticBinding(optimise="text")'
+            )
+        with frozen(self._unet), torch.enable_grad():
+            if order < schedule.bind_steps:
+                self._bind(call, order, scheduler, stock)
+            if order < schedule.focus_steps:
+                moved = self._focus(call, order, scheduler, stock)
+        self._assembled = None
+        return moved
+
+    def _substitute(self) -> None:
+        for row in self._rows:
+            simplified = self._encoded.simplified[row // self._encoded.images_per_prompt]
+            self._text[row] = substitute_end(
+                self._text[row],
+                self._columns[row].length,
+                simplified.to(self._text),
+                self._marked(row).simplified_length,
+                self._config.mode,
+            )
+        self._replaced, self._assembled = True, None
+
+    # Focus: losses on maps
+
+    def _focus(self, call: Mapping[str, Any], order: int, scheduler: Any, stock: Callable[..., Any]) -> Tensor | None:
+        """Move embeddings and latents down the losses on the maps, until every image's are low enough."""
+        config, text_dtype = self._config, call["encoder_hidden_states"].dtype
+        step_size = config.step_size_at(order, self._total)
+        scale = _input_scale(scheduler, call["timestep"])
+        channels = self._unet.config.out_channels
+        images, batch = len(self._text), call["sample"].shape[0]
+        moved = torch.zeros_like(call["sample"][-images:, :channels], dtype=self._text.dtype)
+        traces = {row: StepTrace(order, row, "focus") for row in self._rows}
+        self._binder.trace.steps += traces.values()
+        best: dict[int, tuple[float, Tensor, Tensor]] = {}
+        active = list(self._rows)
+        for _ in range(self._schedule.iterations):
+            text = self._text[active].requires_grad_(config.optimise != "latents")
+            shift = moved[active].requires_grad_(config.optimise != "text")
+            arguments = _rows_of(call, [batch - images + row for row in active], batch)
+            arguments["sample"] = _shifted(arguments["sample"], shift * scale)
+            maps, size = self._maps(arguments, text.to(text_dtype), stock)
+            losses = torch.stack([self._loss(maps[i : i + 1], row, size) for i, row in enumerate(active)])
+            going = []
+            for i, (row, loss) in enumerate(zip(active, losses.tolist(), strict=True)):
+                traces[row].losses.append(loss)
+                self._show(row, maps[i].detach(), size)
+                if not self._good(traces[row]):
+                    self._text[row], moved[row] = best[row][1:] if row in best else (self._text[row], moved[row])
+                    continue
+                if row not in best or loss < best[row][0]:
+                    best[row] = loss, self._text[row].clone(), moved[row].clone()
+                if self._done(row, order, loss, maps.shape[1]):
+                    traces[row].outcome = "done"
+                    continue
+                going.append(i)
+            if not going:
+                break
+            loss_scale = _LOSS_SCALE.get(text_dtype, 1.0)
+            leaves = [leaf for leaf in (text, shift) if leaf.requires_grad]
+            gradients = list(torch.autograd.grad(losses[going].sum() * loss_scale, leaves))
+            active = [active[i] for i in going]
+            if shift.requires_grad:
+                by_shift = gradients.pop() / loss_scale
+                moved[active] -= config.latent_share * step_size * by_shift[going]
+            if text.requires_grad:
+                by_text = gradients.pop() / loss_scale
+                for i, row in zip(going, active, strict=True):
+                    rows = self._movable(row)
+                    self._text[row, rows] -= step_size * by_text[i, rows]
+        for row in self._rows:
+            if not bool(self._text[row].isfinite().all() & moved[row].isfinite().all()):
+                traces[row].outcome = "diverged"
+                self._diverged()
+                self._text[row], moved[row] = best[row][1:]
+        return moved if config.optimise != "text" else None
+
+    def _maps(
+        self, arguments: Mapping[str, Any], text: Tensor, stock: Callable[..., Any]
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Mean over layers of the maps [rows, N, T], by a forward pass that ends at the last layer; -> (maps, size)"""
+        collected = attention.AttentionMaps(self._binder.layers, None)
+        # Before Diffusers 0.36, an exception would leave LoRA layers scaled.
+        stop = not (arguments.get("cross_attention_kwargs") or {}).get("scale")
+        height, width = arguments["sample"].shape[-2:]
+        label = attention.Label(self._fused, text, 1, None, (collected,), (height, width), self._note, stop=stop)
+        with contextlib.suppress(attention.AllCollected):
+            stock(**{**arguments, "encoder_hidden_states": attention.labelled(text, label)})
+        maps = list(collected.latest.values())
+        pixels = {layer.shape[1] for layer in maps}
+        if len(pixels) > 1:
+            raise ValueError(
+                f"the layers for maps must be of one size, got {sorted(pixels)} pixels: {self._binder.layers}"
+            )
+        return torch.stack(maps).mean(0), collected.picture_size(pixels.pop())
+
+    def _loss(self, maps: Tensor, row: int, size: tuple[int, int]) -> Tensor:
+        target = Target(self._columns[row], size, self._previous.get(row), self._config.detach_min)
+        return sum(weight * LOSSES[name](maps, target)[0] for name, weight in self._config.losses)
+
+    def _show(self, row: int, maps: Tensor, size: tuple[int, int]) -> None:
+        self._previous[row] = maps[None]
+        chosen = maps[:, list(self._columns[row].anchors)]
+        self._binder.trace.maps[row] = chosen.T.unflatten(-1, size)
+
+    def _done(self, row: int, order: int, loss: float, pixels: int) -> bool:
+        value = self._config.threshold_at(order, self._total)
+        if value is None:
+            return False
+        things = len(self._columns[row].anchors)
+        return loss < entropy_threshold(value, things, pixels, shifted=self._config.mode == "paper")
+
+    def _movable(self, row: int) -> list[int]:
+        """Rows of an embedding that the losses on maps may move."""
+        if self._config.mode == "reference":
+            return list(range(self._text.shape[1]))
+        columns = self._columns[row]
+        return sorted({*columns.anchors, *(position for rows in columns.attributes for position in rows)})
+
+    def _good(self, trace: StepTrace) -> bool:
+        """Whether the latest loss of a step is one to go on from: finite, and not above the first."""
+        latest = trace.losses[-1]
+        if latest <= trace.losses[0] < float("inf"):  # NaN fails as well
+            return True
+        trace.outcome = "diverged"
+        self._diverged()
+        return False
+
+    def _diverged(self) -> None:
+        self._note("semantic binding diverged in a step and went back to its best embedding; try smaller step sizes")
+
+    # Bind: a composite token predicts what its phrase predicts
+
+    def _bind(self, call: Mapping[str, Any], order: int, scheduler: Any, stock: Callable[..., Any]) -> None:
+        """Move each composite token to where, alone, it predicts what its phrase predicts; all things in one batch."""
+        things = [(row, k) for row in self._rows for k in range(len(self._columns[row].anchors))]
+        images, batch = len(self._text), call["sample"].shape[0]
+        text = call["encoder_hidden_states"]
+        base = _rows_of(call, [batch - images + row for row, _ in things], batch)
+        if "text_embeds" in (base.get("added_cond_kwargs") or {}):
+            added = base["added_cond_kwargs"]
+            base["added_cond_kwargs"] = {**added, "text_embeds": torch.zeros_like(added["text_embeds"])}
+        phrases = torch.cat([self._encoded.phrases[row // self._encoded.images_per_prompt] for row in self._rows])
+        if self._config.mode == "reference":
+            wanted = self._anchor_prediction(call, base, phrases.to(text), scheduler, stock)
+        else:
+            with torch.no_grad():
+                wanted = self._predict(base, phrases.to(text), stock)
+
+        traces = {row: StepTrace(order, row, "bind") for row in self._rows}
+        self._binder.trace.steps += traces.values()
+        tokens = torch.stack([self._text[row, self._columns[row].anchors[k]] for row, k in things])
+        first = best_loss = torch.full((len(things),), float("inf"))
+        best, going = tokens.clone(), torch.ones(len(things), dtype=torch.bool)
+        loss_scale = _LOSS_SCALE.get(text.dtype, 1.0)
+        for iteration in range(self._schedule.bind_iterations):
+            leaf = tokens.detach().requires_grad_()
+            predicted = self._predict(base, leaf[:, None].to(text.dtype), stock)
+            errors = (wanted - predicted).to(leaf.dtype).square().flatten(1).mean(1)
+            losses = errors.detach().cpu()
+            first = losses if not iteration else first
+            for row, trace in traces.items():
+                trace.losses.append(float(losses[[i for i, thing in enumerate(things) if thing[0] == row]].mean()))
+            bad = going & ~((losses <= first) & losses.isfinite())
+            better = going & (losses < best_loss)
+            best, best_loss = _chosen(better, tokens, best), torch.where(better, losses, best_loss)
+            tokens, going = _chosen(bad, best, tokens), going & ~bad
+            for i in bad.nonzero().flatten().tolist():
+                traces[things[i][0]].outcome = "diverged"
+                self._diverged()
+            if not going.any():
+                break
+            (gradient,) = torch.autograd.grad(errors.sum() * loss_scale, leaf)
+            tokens = _chosen(going, tokens - self._config.bind_step_size * gradient / loss_scale, tokens)
+        broken = ~tokens.isfinite().all(1)
+        for i, (row, k) in enumerate(things):
+            if bool(broken[i]):
+                traces[row].outcome = "diverged"
+                self._diverged()
+            self._text[row, self._columns[row].anchors[k]] = best[i] if bool(broken[i]) else tokens[i]
+
+    def _predict(self, base: Mapping[str, Any], text: Tensor, stock: Callable[..., Any]) -> Tensor:
+        """The UNet's prediction for embeddings of any length."""
+        height, width = base["sample"].shape[-2:]
+        label = attention.Label(self._fused, text, 1, None, (), (height, width), self._note)
+        arguments = {**base, "encoder_hidden_states": attention.labelled(text, label), "return_dict": False}
+        return stock(**arguments)[0]
+
+    @torch.no_grad()
+    def _anchor_prediction(
+        self, call: Mapping[str, Any], base: dict[str, Any], phrases: Tensor, scheduler: Any, stock: Callable[..., Any]
+    ) -> Tensor:
+        """What the phrases predict on latents of their own; sets ``base["sample"]`` and makes those latents' step."""
+        images, batch = len(self._text), call["sample"].shape[0]
+        if batch != 2 * images:
+            raise ValueError('mode="reference" needs classifier-free guidance (guidance_scale above 1)')
+        timestep = call["timestep"]
+        if self._anchor is None:
+            self._anchor = _AnchorTrajectory(base["sample"] / _input_scale(scheduler, timestep), scheduler)
+        base["sample"] = self._anchor.scheduler.scale_model_input(self._anchor.latents, timestep)
+        wanted = self._predict(base, phrases, stock)
+        repeats = [row for row in self._rows for _ in self._columns[row].anchors]
+        null = _rows_of(call, [batch - 2 * images + row for row in repeats], batch)
+        null["sample"] = base["sample"]
+        nothing = self._predict(null, null["encoder_hidden_states"], stock)
+        noise = nothing + self._pipe().guidance_scale * (nothing - wanted)
+        self._anchor.latents = self._anchor.scheduler.step(noise, timestep, self._anchor.latents).prev_sample
+        return wanted
+
+
+class _AnchorTrajectory:
+    """The released code's latents for binding, one for each thing: from the initial noise, guided away from it."""
+
+    def __init__(self, latents: Tensor, scheduler: Any) -> None:
+        self.latents, self.scheduler = latents, copy.deepcopy(scheduler)
+
+
+def _rows_of(call: Mapping[str, Any], rows: list[int], batch: int) -> dict[str, Any]:
+    """The call for some rows of its batch, which may repeat."""
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.ndim and tensor.shape[0] == batch else tensor
+
+    return tree_map(chosen, dict(call))
+
+
+def _shifted(sample: Tensor, by: Tensor) -> Tensor:
+    """``sample`` with ``by`` added to its first channels, the latents; an inpainting UNet has more."""
+    channels = by.shape[1]
+    return torch.cat([sample[:, :channels] + by.to(sample.dtype), sample[:, channels:]], 1)
+
+
+def _chosen(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows of ``a`` where a flag on the CPU is set, else those of ``b``."""
+    return torch.where(where.to(a.device)[:, None], a, b)
+
+
+def _input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
+    """What the scheduler multiplies latents by to make the UNet's input."""
+    one = torch.ones((), dtype=torch.float64 if timestep.device.type == "cpu" else torch.float32)
+    return scheduler.scale_model_input(one.to(timestep.device), timestep)
+
+
+def _steps_from_its_own(scheduler: Any) -> bool:
+    """Whether the coming step is a corrector's, which ignores the latents that it is given."""
+    return any(isinstance(vars(scheduler).get(name), Tensor) for name in ("cur_sample", "sample"))
