@@ -32,7 +32,11 @@ class StoringProcessor:
 
         q, k, v = (
             heads(to(x))
-            for to, x in ((attn.to_q, hidden_states), (attn.to_k, encoder_hidden_states), (attn.to_v, encoder_hidden_states))
+            for to, x in (
+                (attn.to_q, hidden_states),
+                (attn.to_k, encoder_hidden_states),
+                (attn.to_v, encoder_hidden_states),
+            )
         )
         self.kept = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
         return attn.to_out[0]((self.kept @ v).transpose(1, 2).flatten(2))
@@ -43,7 +47,9 @@ def merged(text: Any, groups: Any, mode: str) -> tuple[Any, list[int], int]:
     u, w = (1.0, 1.0) if mode == "paper" else (1.1, 1.2)
     out, gone = text.clone(), []
     for nouns, modifiers in groups:
-        out[nouns[0]] = u * sum(text[i] for i in nouns) + w * sum((text[i] for i in modifiers), torch.zeros_like(text[0]))
+        out[nouns[0]] = u * sum(text[i] for i in nouns) + w * sum(
+            (text[i] for i in modifiers), torch.zeros_like(text[0])
+        )
         gone += [i for i in (*nouns, *modifiers) if i != nouns[0]]
     if mode == "reference":
         for i in gone:

@@ -8,7 +8,6 @@ front of ``scheduler.step``.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import threading
 import weakref
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import attention
-from ..unet import tree_map
 from .binding import BindingTrace, SemanticBinding, StepTrace
 from .composite import Columns, merge, substitute_end, unmerged
 from .freezing import frozen
 from .losses import LOSSES, Target, entropy_threshold
+from .passes import Passes, rows_of, shifted, without_pooled_text
 from .prompts import EncodedPrompts, encode_prompt_override
 
 #: Losses in float16 are scaled up before the backward pass, for gradients below its smallest number; powers of two
@@ -182,7 +181,7 @@ class BindingRun:
             if self._config.mode == "paper":
                 self._binder.moved(call["timestep"], moved)
             batch = call["sample"].shape[0]
-            changed["sample"] = _shifted(
+            changed["sample"] = shifted(
                 call["sample"], moved.repeat(batch // len(moved), 1, 1, 1) * _input_scale(scheduler, call["timestep"])
             )
         return changed
@@ -200,7 +199,7 @@ class BindingRun:
     def _optimise(
         self, call: Mapping[str, Any], order: int, scheduler: Any, stock: Callable[..., Any]
     ) -> Tensor | None:
-        """Change the embeddings as this step asks for; -> what the latents of all images are moved by, or None."""
+        """Change the embeddings as this step asks for; -> what the images' latents are moved by, or None."""
         schedule, moved = self._schedule, None
         if schedule.replace_step is not None and order >= schedule.replace_step and not self._replaced:
             self._substitute()
@@ -211,11 +210,12 @@ class BindingRun:
                 f"{type(scheduler).__name__} corrects latents from its own copy of them, so that they cannot be "
                 'optimised; use another scheduler, or SemanticBinding(optimise="text")'
             )
+        passes = Passes(stock, self._binder.layers, self._fused, self._note)
         with frozen(self._unet), torch.enable_grad():
             if order < schedule.bind_steps:
-                self._bind(call, order, scheduler, stock)
+                self._bind(call, order, scheduler, passes)
             if order < schedule.focus_steps:
-                moved = self._focus(call, order, scheduler, stock)
+                moved = self._focus(call, order, scheduler, passes)
         self._assembled = None
         return moved
 
@@ -233,7 +233,7 @@ class BindingRun:
 
     # Focus: losses on maps
 
-    def _focus(self, call: Mapping[str, Any], order: int, scheduler: Any, stock: Callable[..., Any]) -> Tensor | None:
+    def _focus(self, call: Mapping[str, Any], order: int, scheduler: Any, passes: Passes) -> Tensor | None:
         """Move embeddings and latents down the losses on the maps, until every image's are low enough."""
         config, text_dtype = self._config, call["encoder_hidden_states"].dtype
         step_size = config.step_size_at(order, self._total)
@@ -244,18 +244,18 @@ class BindingRun:
         traces = {row: StepTrace(order, row, "focus") for row in self._rows}
         self._binder.trace.steps += traces.values()
         best: dict[int, tuple[float, Tensor, Tensor]] = {}
-        active = list(self._rows)
+        active, seen = list(self._rows), {}
         for _ in range(self._schedule.iterations):
             text = self._text[active].requires_grad_(config.optimise != "latents")
             shift = moved[active].requires_grad_(config.optimise != "text")
-            arguments = _rows_of(call, [batch - images + row for row in active], batch)
-            arguments["sample"] = _shifted(arguments["sample"], shift * scale)
-            maps, size = self._maps(arguments, text.to(text_dtype), stock)
+            arguments = rows_of(call, [batch - images + row for row in active])
+            arguments["sample"] = shifted(arguments["sample"], shift * scale)
+            maps, size = passes.maps(arguments, text.to(text_dtype))
             losses = torch.stack([self._loss(maps[i : i + 1], row, size) for i, row in enumerate(active)])
             going = []
             for i, (row, loss) in enumerate(zip(active, losses.tolist(), strict=True)):
                 traces[row].losses.append(loss)
-                self._show(row, maps[i].detach(), size)
+                seen[row] = maps[i : i + 1].detach()
                 if not self._good(traces[row]):
                     self._text[row], moved[row] = best[row][1:] if row in best else (self._text[row], moved[row])
                     continue
@@ -284,35 +284,14 @@ class BindingRun:
                 traces[row].outcome = "diverged"
                 self._diverged()
                 self._text[row], moved[row] = best[row][1:]
+        for row, maps in seen.items():
+            self._previous[row] = maps
+            self._binder.trace.maps[row] = maps[0, :, list(self._columns[row].anchors)].T.unflatten(-1, size)
         return moved if config.optimise != "text" else None
-
-    def _maps(
-        self, arguments: Mapping[str, Any], text: Tensor, stock: Callable[..., Any]
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """Mean over layers of the maps [rows, N, T], by a forward pass that ends at the last layer; -> (maps, size)"""
-        collected = attention.AttentionMaps(self._binder.layers, None)
-        # Before Diffusers 0.36, an exception would leave LoRA layers scaled.
-        stop = not (arguments.get("cross_attention_kwargs") or {}).get("scale")
-        height, width = arguments["sample"].shape[-2:]
-        label = attention.Label(self._fused, text, 1, None, (collected,), (height, width), self._note, stop=stop)
-        with contextlib.suppress(attention.AllCollected):
-            stock(**{**arguments, "encoder_hidden_states": attention.labelled(text, label)})
-        maps = list(collected.latest.values())
-        pixels = {layer.shape[1] for layer in maps}
-        if len(pixels) > 1:
-            raise ValueError(
-                f"the layers for maps must be of one size, got {sorted(pixels)} pixels: {self._binder.layers}"
-            )
-        return torch.stack(maps).mean(0), collected.picture_size(pixels.pop())
 
     def _loss(self, maps: Tensor, row: int, size: tuple[int, int]) -> Tensor:
         target = Target(self._columns[row], size, self._previous.get(row), self._config.detach_min)
         return sum(weight * LOSSES[name](maps, target)[0] for name, weight in self._config.losses)
-
-    def _show(self, row: int, maps: Tensor, size: tuple[int, int]) -> None:
-        self._previous[row] = maps[None]
-        chosen = maps[:, list(self._columns[row].anchors)]
-        self._binder.trace.maps[row] = chosen.T.unflatten(-1, size)
 
     def _done(self, row: int, order: int, loss: float, pixels: int) -> bool:
         value = self._config.threshold_at(order, self._total)
@@ -342,21 +321,18 @@ class BindingRun:
 
     # Bind: a composite token predicts what its phrase predicts
 
-    def _bind(self, call: Mapping[str, Any], order: int, scheduler: Any, stock: Callable[..., Any]) -> None:
+    def _bind(self, call: Mapping[str, Any], order: int, scheduler: Any, passes: Passes) -> None:
         """Move each composite token to where, alone, it predicts what its phrase predicts; all things in one batch."""
         things = [(row, k) for row in self._rows for k in range(len(self._columns[row].anchors))]
         images, batch = len(self._text), call["sample"].shape[0]
         text = call["encoder_hidden_states"]
-        base = _rows_of(call, [batch - images + row for row, _ in things], batch)
-        if "text_embeds" in (base.get("added_cond_kwargs") or {}):
-            added = base["added_cond_kwargs"]
-            base["added_cond_kwargs"] = {**added, "text_embeds": torch.zeros_like(added["text_embeds"])}
+        base = without_pooled_text(rows_of(call, [batch - images + row for row, _ in things]))
         phrases = torch.cat([self._encoded.phrases[row // self._encoded.images_per_prompt] for row in self._rows])
         if self._config.mode == "reference":
-            wanted = self._anchor_prediction(call, base, phrases.to(text), scheduler, stock)
+            wanted = self._anchor_prediction(call, base, phrases.to(text), scheduler, passes)
         else:
             with torch.no_grad():
-                wanted = self._predict(base, phrases.to(text), stock)
+                wanted = passes.prediction(base, phrases.to(text))
 
         traces = {row: StepTrace(order, row, "bind") for row in self._rows}
         self._binder.trace.steps += traces.values()
@@ -366,7 +342,7 @@ class BindingRun:
         loss_scale = _LOSS_SCALE.get(text.dtype, 1.0)
         for iteration in range(self._schedule.bind_iterations):
             leaf = tokens.detach().requires_grad_()
-            predicted = self._predict(base, leaf[:, None].to(text.dtype), stock)
+            predicted = passes.prediction(base, leaf[:, None].to(text.dtype))
             errors = (wanted - predicted).to(leaf.dtype).square().flatten(1).mean(1)
             losses = errors.detach().cpu()
             first = losses if not iteration else first
@@ -390,16 +366,9 @@ class BindingRun:
                 self._diverged()
             self._text[row, self._columns[row].anchors[k]] = best[i] if bool(broken[i]) else tokens[i]
 
-    def _predict(self, base: Mapping[str, Any], text: Tensor, stock: Callable[..., Any]) -> Tensor:
-        """The UNet's prediction for embeddings of any length."""
-        height, width = base["sample"].shape[-2:]
-        label = attention.Label(self._fused, text, 1, None, (), (height, width), self._note)
-        arguments = {**base, "encoder_hidden_states": attention.labelled(text, label), "return_dict": False}
-        return stock(**arguments)[0]
-
     @torch.no_grad()
     def _anchor_prediction(
-        self, call: Mapping[str, Any], base: dict[str, Any], phrases: Tensor, scheduler: Any, stock: Callable[..., Any]
+        self, call: Mapping[str, Any], base: dict[str, Any], phrases: Tensor, scheduler: Any, passes: Passes
     ) -> Tensor:
         """What the phrases predict on latents of their own; sets ``base["sample"]`` and makes those latents' step."""
         images, batch = len(self._text), call["sample"].shape[0]
@@ -409,11 +378,11 @@ class BindingRun:
         if self._anchor is None:
             self._anchor = _AnchorTrajectory(base["sample"] / _input_scale(scheduler, timestep), scheduler)
         base["sample"] = self._anchor.scheduler.scale_model_input(self._anchor.latents, timestep)
-        wanted = self._predict(base, phrases, stock)
+        wanted = passes.prediction(base, phrases)
         repeats = [row for row in self._rows for _ in self._columns[row].anchors]
-        null = _rows_of(call, [batch - 2 * images + row for row in repeats], batch)
+        null = rows_of(call, [batch - 2 * images + row for row in repeats])
         null["sample"] = base["sample"]
-        nothing = self._predict(null, null["encoder_hidden_states"], stock)
+        nothing = passes.prediction(null, null["encoder_hidden_states"])
         noise = nothing + self._pipe().guidance_scale * (nothing - wanted)
         self._anchor.latents = self._anchor.scheduler.step(noise, timestep, self._anchor.latents).prev_sample
         return wanted
@@ -424,21 +393,6 @@ class _AnchorTrajectory:
 
     def __init__(self, latents: Tensor, scheduler: Any) -> None:
         self.latents, self.scheduler = latents, copy.deepcopy(scheduler)
-
-
-def _rows_of(call: Mapping[str, Any], rows: list[int], batch: int) -> dict[str, Any]:
-    """The call for some rows of its batch, which may repeat."""
-
-    def chosen(tensor: Tensor) -> Tensor:
-        return tensor[rows] if tensor.ndim and tensor.shape[0] == batch else tensor
-
-    return tree_map(chosen, dict(call))
-
-
-def _shifted(sample: Tensor, by: Tensor) -> Tensor:
-    """``sample`` with ``by`` added to its first channels, the latents; an inpainting UNet has more."""
-    channels = by.shape[1]
-    return torch.cat([sample[:, :channels] + by.to(sample.dtype), sample[:, channels:]], 1)
 
 
 def _chosen(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
