@@ -137,12 +137,13 @@ def _call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if found is None:
             return plain(self, hidden_states, *args, **kwargs)
         wanted = [c for c in found.collectors if name in c.layers]
-        if not found.fused and not wanted:
+        if not (found.fused or wanted or found.sink):
             return plain(self, hidden_states, *args, **kwargs)
-        reason = _obstacle(self, hidden_states, text, args[1:], kwargs)
+        reason = _obstacle(self, hidden_states, text, args[1:], kwargs, found)
         if reason is not None:
-            if wanted:
-                raise RuntimeError(f"attention maps of {name} cannot be collected: {reason}")
+            if wanted or found.sink:
+                what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
+                raise RuntimeError(f"{what.format(name)}: {reason}")
             found.note(f"attn2 layers run stock: {reason}")
             return plain(self, hidden_states, *args, **kwargs)
         return _attend(name, self, hidden_states, text, found, wanted)
@@ -155,7 +156,9 @@ def _text_of(text: Any) -> Any:
     return text[0] if isinstance(text, tuple) and text else text
 
 
-def _obstacle(layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> str | None:
+def _obstacle(
+    layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], named: Mapping[str, Any], found: Label
+) -> str | None:
     """Why a layer cannot be fused in this call, or None; decided by the processor that is there now."""
     processor = type(layer.processor)
     if processor.__module__ != "diffusers.models.attention_processor" or processor.__name__ not in _PROJECTIONS:
@@ -174,6 +177,8 @@ def _obstacle(layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], 
             return f"the layer has a {name}"
     if layer.residual_connection or layer.rescale_output_factor != 1:
         return "the layer adds a residual or rescales its output"
+    if found.sink and any(getattr(to, "bias", None) is not None for to in (layer.to_k, layer.to_v)):
+        return "keys or values have a bias, so that rows of zeros are no sink"
     keys = _text_of(text).shape[1]
     if hidden.ndim != 3 or keys > MAX_KEYS or layer.inner_dim // layer.heads > MAX_HEAD_DIM:
         return f"more than {MAX_KEYS} text tokens ({keys}), heads wider than {MAX_HEAD_DIM}, or no [B, N, C] input"

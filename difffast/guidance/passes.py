@@ -30,8 +30,16 @@ class Passes:
     fused: bool
     note: Callable[[str], None]
 
-    def maps(self, call: Mapping[str, Any], text: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def maps(
+        self, call: Mapping[str, Any], text: Tensor, absorbed: Sequence[int] = ()
+    ) -> tuple[Tensor, tuple[int, int]]:
         """Maps [B, N, T] of ``text`` [B, T, D], mean over heads and layers; the pass ends at the last of the layers.
+
+        Args:
+            call: the UNet's other arguments.
+            text: the embeddings.
+            absorbed: rows that are zero in all of them.  They are left out, and the attention counts them as a sink;
+                of what the other keys of a pixel leave, each has its equal share.
 
         Returns:
             the maps, and their (height, width).
@@ -43,12 +51,19 @@ class Passes:
         # Before Diffusers 0.36, an exception would leave LoRA layers scaled.
         stop = not (call.get("cross_attention_kwargs") or {}).get("scale")
         with contextlib.suppress(attention.AllCollected):
-            self._run(call, text, collectors=(collected,), stop=stop)
+            kept = [row for row in range(text.shape[1]) if row not in absorbed]
+            present = text[:, kept] if absorbed else text
+            self._run(call, present, collectors=(collected,), stop=stop, sink=len(absorbed))
         maps = list(collected.latest.values())
         pixels = {layer.shape[1] for layer in maps}
         if len(pixels) > 1:
             raise ValueError(f"the layers for maps must be of one size, got {sorted(pixels)} pixels: {self.layers}")
-        return torch.stack(maps).mean(0), collected.picture_size(pixels.pop())
+        mean = torch.stack(maps).mean(0)
+        if absorbed:
+            left = (1 - mean.sum(-1, keepdim=True)) / len(absorbed)
+            columns = torch.tensor(kept, device=mean.device)
+            mean = left.expand(-1, -1, text.shape[1]).index_copy(2, columns, mean)
+        return mean, collected.picture_size(pixels.pop())
 
     def prediction(self, call: Mapping[str, Any], text: Tensor) -> Tensor:
         """The UNet's output [B, C, H, W] for embeddings [B, T, D] of any length; one token needs no queries or keys."""

@@ -127,6 +127,7 @@ class BindingRun:
         ]
         self._begin()
 
+    @torch.inference_mode(False)
     def _begin(self) -> None:
         """Embeddings as they are before the first step, in at least float32."""
         embeds = self._encoded.embeds.detach()
@@ -250,7 +251,7 @@ class BindingRun:
             shift = moved[active].requires_grad_(config.optimise != "text")
             arguments = rows_of(call, [batch - images + row for row in active])
             arguments["sample"] = shifted(arguments["sample"], shift * scale)
-            maps, size = passes.maps(arguments, text.to(text_dtype))
+            maps, size = passes.maps(arguments, text.to(text_dtype), self._zero_rows(active))
             losses = torch.stack([self._loss(maps[i : i + 1], row, size) for i, row in enumerate(active)])
             going = []
             for i, (row, loss) in enumerate(zip(active, losses.tolist(), strict=True)):
@@ -265,7 +266,7 @@ class BindingRun:
                     traces[row].outcome = "done"
                     continue
                 going.append(i)
-            if not going:
+            if not going or not losses.requires_grad:  # constant: nothing to retain at the first step
                 break
             loss_scale = _LOSS_SCALE.get(text_dtype, 1.0)
             leaves = [leaf for leaf in (text, shift) if leaf.requires_grad]
@@ -299,6 +300,14 @@ class BindingRun:
             return False
         things = len(self._columns[row].anchors)
         return loss < entropy_threshold(value, things, pixels, shifted=self._config.mode == "paper")
+
+    def _zero_rows(self, active: list[int]) -> tuple[int, ...]:
+        """Rows that are zero in the embeddings of all these images and will stay so."""
+        config = self._config
+        if not (config.mode == "reference" and config.merge and config.optimise == "latents"):
+            return ()
+        absorbed = {tuple(sorted(i for g in self._marked(row).groups for i in g.absorbed)) for row in active}
+        return absorbed.pop() if len(absorbed) == 1 else ()
 
     def _movable(self, row: int) -> list[int]:
         """Rows of an embedding that the losses on maps may move."""
