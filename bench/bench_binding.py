@@ -24,6 +24,7 @@ from bench_fidelity import SEED
 from tqdm import tqdm
 
 from difffast import SemanticBinding, patched
+from difffast.binding_demo import BIND_STEP_SIZE
 from difffast.demo import device_name
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
@@ -32,8 +33,6 @@ from difffast.models.shapes import Scene, draw_scene
 
 BATCH = 10
 CONTROL = "stock"
-#: Of the embedded model: with ToMe's 1e4 the binding loss grows at once, and every binding step is taken back.
-BIND_STEP_SIZE = 100.0
 
 
 def _binding(preset: str = "attribute", **options: Any) -> SemanticBinding:
