@@ -28,12 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from difffast import attention, models
 from difffast.guidance import LOSSES
+from difffast.guidance.binder import map_layers
 from difffast.guidance.binding import PRESETS
 from difffast.guidance.composite import Columns
 from difffast.guidance.freezing import frozen
 from difffast.guidance.losses import Target
 from difffast.guidance.passes import Passes, without_pooled_text
-from difffast.guidance.run import map_layers
 
 #: The module; its name in difffast.ops is the operator's.
 cross_attention = importlib.import_module("difffast.ops.cross_attention")

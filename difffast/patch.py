@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import attention, ops, resnets
+from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
-from .guidance.run import Binder
 from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, Plan
 from .propagation import Controller, RunStats, Settings
 from .swap import is_swapped, plain_class, swap_in, swap_out

@@ -29,7 +29,7 @@ from .stepping import Edit, step_override
 from .swap import is_swapped, swap_in, swap_out
 
 if TYPE_CHECKING:
-    from .guidance.run import Binder
+    from .guidance.binder import Binder
 
 
 @dataclass

@@ -1,106 +1,33 @@
 """Semantic binding inside a stock sampling loop: what is optimised between the pipeline's UNet call and the UNet.
 
-:class:`Binder` belongs to a patched pipeline.  Its ``encode_prompt`` leaves the prompts there, the first UNet call of
-the run picks them up, and every UNet call goes through :meth:`BindingRun.apply`, which gives it other text rows and
-other latents.  The pipeline's own tensors are never written to: what the latents have been moved by is added again in
-front of ``scheduler.step``.
+Every UNet call of a run goes through :meth:`BindingRun.apply`, which gives it other text rows and other latents.  The
+pipeline's own tensors are never written to: what the latents have been moved by is added again in front of
+``scheduler.step``.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import attention
-from .binding import BindingTrace, SemanticBinding, StepTrace
+from .binding import StepTrace
 from .composite import Columns, merge, substitute_end, unmerged
 from .freezing import frozen
 from .losses import LOSSES, Target, entropy_threshold
 from .passes import Passes, rows_of, shifted, without_pooled_text
-from .prompts import EncodedPrompts, encode_prompt_override
+from .prompts import EncodedPrompts
+
+if TYPE_CHECKING:
+    from .binder import Binder
 
 #: Losses in float16 are scaled up before the backward pass, for gradients below its smallest number; powers of two
 #: change nothing else.
 _LOSS_SCALE = {torch.float16: 2.0**10}
-
-
-class Binder:
-    """Semantic binding of one pipeline, between its calls.
-
-    Args:
-        config: what to do.
-        pipe: the pipeline; only a weak reference is kept.
-        unet: its plain UNet.
-
-    Raises:
-        ValueError: no such attention layers.
-    """
-
-    def __init__(self, config: SemanticBinding, pipe: Any, unet: nn.Module) -> None:
-        self.config = config
-        self.layers = map_layers(unet, config.layers)
-        self.trace: BindingTrace | None = None
-        self._pipe = weakref.ref(pipe)
-        self._unet = weakref.ref(unet)
-        # Per thread: prompts that no run has picked up, and (timestep, what latents have been moved by).
-        self._encoded: dict[int, EncodedPrompts] = {}
-        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def methods(self) -> dict[str, Callable[..., Any]]:
-        """Overrides of the pipeline's methods (see :mod:`difffast.swap`)."""
-        return {"encode_prompt": encode_prompt_override(self._pipe(), self.config.groups, self._remember)}
-
-    def start(self, total: int, fused: bool, note: Callable[[str], None]) -> BindingRun | None:
-        """The binding of a run of ``total`` UNet calls that begins in this thread; None if nothing is marked."""
-        encoded = self._encoded.pop(threading.get_ident(), None)
-        self._moved.pop(threading.get_ident(), None)
-        self.trace = BindingTrace()
-        if encoded is None:
-            note("no semantic binding: this run's prompt has not been through pipe.encode_prompt")
-            return None
-        if not any(each.groups for each in encoded.marked):
-            return None
-        return BindingRun(self, self._pipe(), self._unet(), encoded, total, fused, note)
-
-    def displace(self, _scheduler: Any, timestep: Any, sample: Tensor) -> Tensor:
-        """The latents to step from: the pipeline's, moved as this step's optimisation did."""
-        moved_at, moved = self._moved.pop(threading.get_ident(), (None, None))
-        if moved is None or not isinstance(timestep, Tensor) or moved_at.data_ptr() != timestep.data_ptr():
-            return sample
-        return sample + moved.to(sample.dtype)
-
-    def moved(self, timestep: Tensor, by: Tensor) -> None:
-        """Let the scheduler's next step, if it is at this timestep, start from moved latents."""
-        self._moved[threading.get_ident()] = (timestep, by)
-
-    def _remember(self, encoded: EncodedPrompts) -> None:
-        self._encoded[threading.get_ident()] = encoded
-
-
-def map_layers(unet: nn.Module, layers: Any) -> tuple[str, ...]:
-    """Names of the attn2 layers whose maps are used; see :class:`SemanticBinding`.
-
-    Raises:
-        ValueError: a pattern that matches none, or a UNet without such layers.
-    """
-    if layers is not None:
-        return attention.choose_layers(unet, layers)
-    names = tuple(attention.layers_of(unet))
-    sdxl = tuple(f"up_blocks.0.attentions.1.transformer_blocks.{i}.attn2" for i in (1, 2, 3))
-    if set(sdxl) <= set(names):
-        return sdxl
-    levels = [int(name.split(".")[1]) for name in names if name.startswith("down_blocks.")]
-    if not levels:
-        raise ValueError(f"{type(unet).__name__} has no cross-attention in its encoder; name the layers for maps")
-    deepest = max(levels)
-    places = f"down_blocks.{deepest}.", f"up_blocks.{len(unet.up_blocks) - 1 - deepest}."
-    return tuple(name for name in names if name.startswith(places))
 
 
 class BindingRun:
@@ -352,7 +279,7 @@ class BindingRun:
         for iteration in range(self._schedule.bind_iterations):
             leaf = tokens.detach().requires_grad_()
             predicted = passes.prediction(base, leaf[:, None].to(text.dtype))
-            errors = (wanted - predicted).to(leaf.dtype).square().flatten(1).mean(1)
+            errors = (wanted.to(leaf.dtype) - predicted.to(leaf.dtype)).square().flatten(1).mean(1)
             losses = errors.detach().cpu()
             first = losses if not iteration else first
             for row, trace in traces.items():

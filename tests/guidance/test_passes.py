@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from unets import call_for, make
 
 from difffast import attention
+from difffast.guidance.binder import map_layers
 from difffast.guidance.freezing import frozen
 from difffast.guidance.passes import Passes, rows_of, shifted, without_pooled_text
-from difffast.guidance.run import map_layers
 
 KINDS = ("sd-three-levels", "sdxl")
 
