@@ -146,13 +146,18 @@ def guidance_table(results: Path = RESULTS) -> str:
 def binding_table(results: Path = RESULTS) -> str:
     """What semantic binding does to the embedded model's pictures, from ``binding.json`` (bench_binding.py)."""
     record = json.loads((results / "binding.json").read_text())
-    lines = ["| way | shape and colour right | texture and part as well | points gained (95%) |", "|---|---|---|---|"]
+    kinds = {"binding": "shape and colour right", "full_binding": "texture and part as well"}
+    heads = " | ".join(f"{title} | points gained (95%)" for title in kinds.values())
+    lines = [f"| way | {heads} |", "|" + "---|" * 5]
     for name, row in record["rows"].items():
-        gained = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row["full_binding_points_gained"])
-        lines.append(f"| {name} | {100 * row['binding']:.1f}% | {100 * row['full_binding']:.1f}% | {gained} |")
+        cells = [name]
+        for kind in kinds:
+            gained = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row[f"{kind}_points_gained"])
+            cells += [f"{100 * row[kind]:.1f}%", gained]
+        lines.append(f"| {' | '.join(cells)} |")
     note = (
-        f"{record['prompts']} prompts x {record['seeds']} seeds, {record['steps']} steps; points: of the second "
-        f"column of shares, on the same prompts and seeds. {_machine(record)}."
+        f"{record['prompts']} prompts x {record['seeds']} seeds, {record['steps']} steps; points: against stock "
+        f"on the same prompts and seeds. {_machine(record)}."
     )
     return "\n".join([*lines, "", note])
 
