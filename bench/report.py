@@ -168,6 +168,44 @@ def _bars(found: Sequence[Record]) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def guidance_table(results: Path = RESULTS) -> str:
+    """What semantic binding costs, from ``guidance_flops.json`` (``bench/bench_guidance_flops.py``)."""
+    record = json.loads((results / "guidance_flops.json").read_text())
+    names = [name for name, value in record.items() if isinstance(value, dict)]
+    presets = list(record[names[0]]["images"])
+    heads = [*(f"{preset} preset" for preset in presets), "entropy iteration", "binding iteration"]
+    lines = [f"| UNet | {' | '.join(heads)} |", "|" + "---|" * (1 + len(heads))]
+    for name in names:
+        cells = [f"{record[name]['images'][preset]:.2f}x" for preset in presets]
+        for kind in ("entropy iteration", "binding iteration"):
+            each = record[name]["passes"][kind]
+            cells.append(
+                f"{each['forward'] / 1e12:.2f} + {each['backward'] / 1e12:.2f} TFLOP, {each['saved'] / 2**30:.2f} GiB"
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    note = "Forward + backward, and saved activations, of one image or thing; counted on the meta device, not timed."
+    return "\n".join([*lines, "", note])
+
+
+def binding_table(results: Path = RESULTS) -> str:
+    """What semantic binding does to the embedded model's pictures, from ``binding.json`` (bench_binding.py)."""
+    record = json.loads((results / "binding.json").read_text())
+    kinds = {"binding": "shape and colour right", "full_binding": "texture and part as well"}
+    heads = " | ".join(f"{title} | points gained (95%)" for title in kinds.values())
+    lines = [f"| way | {heads} |", "|" + "---|" * 5]
+    for name, row in record["rows"].items():
+        cells = [name]
+        for kind in kinds:
+            gained = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row[f"{kind}_points_gained"])
+            cells += [f"{100 * row[kind]:.1f}%", gained]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"{record['prompts']} prompts x {record['seeds']} seeds, {record['steps']} steps; points: against stock "
+        f"on the same prompts and seeds. {_machine(record)}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def _measured(results: Path, group: str) -> list[dict[str, Any]]:
     """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's."""
     return [record for record in load(results / "cpu.json") if record["group"] == group]
@@ -193,6 +231,8 @@ TABLES = {
     "attention": attention_table,
     "entropy": entropy_table,
     "norms": norm_table,
+    "guidance": guidance_table,
+    "binding": binding_table,
 }
 
 

@@ -2,6 +2,7 @@
 
 from . import models
 from .attention import AttentionMaps, collect_maps
+from .guidance import SemanticBinding
 from .patch import PatchReport, patch, patched, unpatch
 from .plan import EncoderPropagation, FeatureReuse, Plan
 
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureReuse",
     "PatchReport",
     "Plan",
+    "SemanticBinding",
     "__version__",
     "collect_maps",
     "models",

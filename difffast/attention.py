@@ -72,6 +72,8 @@ class Label:
         collectors: who wants maps.
         size: (height, width) of the latents.
         note: told the reason when a layer runs stock.
+        stop: whether the call ends, by :class:`AllCollected`, once every collector has all of its layers.
+        sink: rows of zeros that ``text`` stands without; they are in the softmax all the same.
     """
 
     fused: bool
@@ -81,6 +83,12 @@ class Label:
     collectors: tuple[AttentionMaps, ...]
     size: tuple[int, int]
     note: Callable[[str], None]
+    stop: bool = False
+    sink: int = 0
+
+
+class AllCollected(Exception):  # noqa: N818 - no error: it ends a UNet call of which only the maps are wanted
+    """Every map that a call was made for has been collected."""
 
 
 def labelled(text: Tensor, label: Label) -> Tensor:
@@ -127,12 +135,13 @@ def _call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if found is None:
             return plain(self, hidden_states, *args, **kwargs)
         wanted = [c for c in found.collectors if name in c.layers]
-        if not found.fused and not wanted:
+        if not (found.fused or wanted or found.sink):
             return plain(self, hidden_states, *args, **kwargs)
-        reason = _obstacle(self, hidden_states, text, args[1:], kwargs)
+        reason = _obstacle(self, hidden_states, text, args[1:], kwargs, found)
         if reason is not None:
-            if wanted:
-                raise RuntimeError(f"attention maps of {name} cannot be collected: {reason}")
+            if wanted or found.sink:
+                what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
+                raise RuntimeError(f"{what.format(name)}: {reason}")
             found.note(f"attn2 layers run stock: {reason}")
             return plain(self, hidden_states, *args, **kwargs)
         return _attend(name, self, hidden_states, text, found, wanted)
@@ -145,7 +154,9 @@ def _text_of(text: Any) -> Any:
     return text[0] if isinstance(text, tuple) and text else text
 
 
-def _obstacle(layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> str | None:
+def _obstacle(
+    layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], named: Mapping[str, Any], found: Label
+) -> str | None:
     """Why a layer cannot be fused in this call, or None; decided by the processor that is there now."""
     processor = type(layer.processor)
     if processor.__module__ != "diffusers.models.attention_processor" or processor.__name__ not in _PROJECTIONS:
@@ -164,6 +175,8 @@ def _obstacle(layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], 
             return f"the layer has a {name}"
     if layer.residual_connection or layer.rescale_output_factor != 1:
         return "the layer adds a residual or rescales its output"
+    if found.sink and any(getattr(to, "bias", None) is not None for to in (layer.to_k, layer.to_v)):
+        return "keys or values have a bias, so that rows of zeros are no sink"
     keys = _text_of(text).shape[1]
     if hidden.ndim != 3 or keys > MAX_KEYS or layer.inner_dim // layer.heads > MAX_HEAD_DIM:
         return f"more than {MAX_KEYS} text tokens ({keys}), heads wider than {MAX_HEAD_DIM}, or no [B, N, C] input"
@@ -172,19 +185,25 @@ def _obstacle(layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], 
 
 def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, wanted: Sequence[AttentionMaps]) -> Tensor:
     """What the layer's processor computes, through the operator."""
-    query = _by_head(layer, layer.to_q(hidden))
     project = _PROJECTIONS[type(layer.processor).__name__]
+    if isinstance(text, Tensor) and text.shape[1] == 1 and found.repeats == 1 and not (wanted or found.sink):
+        # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
+        value = project(layer, text)[1]
+        return layer.to_out[1](layer.to_out[0](value)).expand(-1, hidden.shape[1], -1)
+    query = _by_head(layer, layer.to_q(hidden))
     keys, values = project(layer, found.text) if found.keys is None else found.keys.get(layer, project)
     keys, values = _by_head(layer, keys), _by_head(layer, values)
     if wanted:
         tokens = sorted({token for collector in wanted for token in collector.columns(keys.shape[2])})
-        out, maps = ops.cross_attention(query, keys, values, map_tokens=tokens)
+        out, maps = ops.cross_attention(query, keys, values, map_tokens=tokens, sink=found.sink)
         for collector in wanted:
             columns = collector.columns(keys.shape[2])
             chosen = maps if columns == tokens else maps[..., [tokens.index(token) for token in columns]]
             collector.add(name, chosen.unflatten(0, (-1, found.repeats)), found.size)
+        if found.stop and all(len(collector.latest) == len(collector.layers) for collector in found.collectors):
+            raise AllCollected
     else:
-        out = ops.cross_attention(query, keys, values)
+        out = ops.cross_attention(query, keys, values, sink=found.sink)
     if isinstance(text, tuple):
         for image, scale, to_k, to_v in zip(
             text[1], layer.processor.scale, layer.processor.to_k_ip, layer.processor.to_v_ip, strict=True
@@ -353,10 +372,14 @@ class AttentionMaps:
             ValueError: as :meth:`mean`.
         """
         mean = self.mean(layer)
+        return mean.unflatten(1, self.picture_size(mean.shape[1])).permute(0, 3, 1, 2)
+
+    def picture_size(self, pixels: int) -> tuple[int, int]:
+        """(height, width) of maps with so many pixels."""
         height, width = self._size
-        while height * width > mean.shape[1]:
+        while height * width > pixels:
             height, width = -(-height // 2), -(-width // 2)  # each level halves both, rounding up
-        return mean.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return height, width
 
     def reset(self) -> None:
         """Forget everything collected; a new image does."""

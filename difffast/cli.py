@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from .guidance.binding import PRESETS as BINDING_PRESETS
 from .plan import PRESETS
 
 console = Console()
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=50)
     demo.add_argument("--seeds", type=_positive, default=2, help="how many seeds per prompt")
     demo.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
+    demo.add_argument(
+        "--binding", choices=sorted(BINDING_PRESETS), help="instead: semantic binding, in binding.png, with its maps"
+    )
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="images from your own checkpoint")
@@ -159,6 +163,8 @@ def _progress() -> Progress:
 def _demo(arguments: argparse.Namespace) -> int:
     from . import demo, models
 
+    if arguments.binding is not None:
+        return _binding_demo(arguments)
     with console.status("loading the embedded model"):
         pipe = models.embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -182,6 +188,32 @@ def _demo(arguments: argparse.Namespace) -> int:
     console.print(str(report.plan(report.last_run.total)), highlight=False)
     console.print(_comparison_table(results))
     console.print(f"written: {grid}, {numbers}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _binding_demo(arguments: argparse.Namespace) -> int:
+    from . import SemanticBinding, binding_demo, models
+
+    with console.status("loading the embedded model"):
+        pipe = models.embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    seeds = range(arguments.seeds)
+    images = 2 * len(binding_demo.PROMPTS) * len(seeds)
+    with _progress() as progress:
+        task = progress.add_task(f"{images} images, {arguments.steps} steps each", total=images * arguments.steps)
+        results = binding_demo.compare(
+            pipe,
+            binding_demo.PROMPTS,
+            seeds,
+            SemanticBinding(arguments.binding, bind_step_size=binding_demo.BIND_STEP_SIZE),
+            steps=arguments.steps,
+            preset=arguments.preset,
+            on_step=lambda: progress.advance(task),
+        )
+    grid = arguments.out / "binding.png"
+    binding_demo.draw_grid(results, grid)
+    console.print(str(results[0].trace), highlight=False)
+    console.print(f"written: {grid}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import attention, ops, resnets
+from .guidance.binder import Binder
+from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, FeatureReuse, Plan
 from .programs import BATCHES
-from .propagation import Controller, RunStats, Settings, prior_noise_of
+from .propagation import Controller, RunStats, Settings
 from .swap import is_swapped, plain_class, swap_in, swap_out
 from .unet import reentry
 
@@ -68,8 +70,12 @@ class PatchReport:
     def plan(self, total: int) -> Plan:
         """The plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now."""
         pipe = self._settings.pipe()
-        device = pipe.device.type if pipe is not None else "cpu"
-        return self._settings.planned(total, device)
+        return self._settings.plan(total, pipe.device.type if pipe is not None else "cpu")
+
+    @property
+    def trace(self) -> BindingTrace | None:
+        """Losses and maps of semantic binding in the latest run; None without binding, or before the first run."""
+        return self._settings.binding.trace if self._settings.binding is not None else None
 
     def invalidate(self) -> None:
         """Make the next step a key step, e.g. from a callback after a large edit of the latents."""
@@ -98,6 +104,7 @@ def patch(
     propagation: EncoderPropagation | FeatureReuse | None = None,
     fused: bool | None = None,
     compile: bool = False,
+    binding: SemanticBinding | None = None,
     force: bool = False,
 ) -> PatchReport:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
@@ -109,18 +116,20 @@ def patch(
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
         compile: run the UNet's halves as programs made by torch.compile, once per shape (:mod:`difffast.programs`); the
             first image waits for them.
+        binding: semantic binding of the things that a prompt marks, as in ``"a [black cat] and a [white dog]"``; None:
+            prompts are taken as they are.
         force: allow schedules with fewer than 8 steps.
 
     Returns:
         A report of what was replaced.  Patching again replaces the first patch.
 
     Raises:
-        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or
-            :class:`FeatureReuse`, ``fused`` or ``compile`` no
-            bool.
-        ValueError: no UNet, an unsupported pipeline or UNet, or an unknown preset.  Nothing is changed then.
+        TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
+            ``fused`` or ``compile`` no bool, ``binding`` no :class:`SemanticBinding`.
+        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, a branch that the UNet does not have,
+            or no layers for binding's maps.  Nothing is changed then.
     """
-    _, unet, _ = _checked_target(pipe)
+    kind, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
     if propagation is not None and not isinstance(propagation, (EncoderPropagation, FeatureReuse)):
@@ -131,23 +140,33 @@ def patch(
         raise TypeError(f"fused must be True, False or None, got {fused!r}")
     if not isinstance(compile, bool):
         raise TypeError(f"compile must be True or False, got {compile!r}")
-    arguments = {"preset": preset, "propagation": propagation, "fused": fused, "compile": compile, "force": force}
+    if binding is not None and not isinstance(binding, SemanticBinding):
+        raise TypeError(f"binding must be a difffast.SemanticBinding, got {type(binding).__name__}")
+    binder = Binder(binding, pipe, unet) if binding is not None else None
+    arguments = {
+        "preset": preset,
+        "propagation": propagation,
+        "fused": fused,
+        "compile": compile,
+        "binding": binding,
+        "force": force,
+    }
     config = propagation or PRESETS[preset].propagation
     fused = PRESETS[preset].fused if fused is None else fused
+    settings = Settings(pipe, config, fused, compile, kind, force, binder)
 
     with _lock:
-        _check_shared(pipe, unet, config, fused, compile)
+        _check_shared(pipe, unet, settings)
         if isinstance(config, FeatureReuse):
             reentry(unet, config.branch)
         earlier = _patches.get(pipe)
         unpatch(pipe)
-        kind, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
+        _, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
         if not is_swapped(unet):
             swap_in(unet, _unet_methods(unet))
         attention.install(unet)
         resnets.install(unet)
         controller = _controller(unet)
-        settings = Settings(pipe, config, fused, compile, kind, force)
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
         controller.add(settings)
@@ -161,6 +180,8 @@ def patch(
         if getattr(unet, "_compiled_call_impl", None) is not None:
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
         settings.adopt_scheduler()
+        if binder is not None:
+            swap_in(pipe, binder.methods())
         _patches[pipe] = _Patch(arguments, settings, unet, compiled)
 
     reason = ops.missing("cpp")
@@ -172,7 +193,7 @@ def patch(
         preset=preset if arguments["propagation"] is None and arguments["fused"] is None else "custom",
         propagation=config,
         fused=fused,
-        replaced=tuple(_replaced(unet, config, fused, compile)),
+        replaced=tuple(_replaced(unet, settings)),
         notes=tuple(notes),
         _settings=settings,
         _controller=controller,
@@ -194,6 +215,7 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
             attention.uninstall(done.unet)
             resnets.uninstall(done.unet)
         done.settings.release_schedulers()
+        swap_out(pipe)
         if done.compiled is not None and pipe.unet is done.unet:
             pipe.unet = done.compiled
         return True
@@ -253,19 +275,18 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     return supported, plain, compiled
 
 
-def _check_shared(pipe: Any, unet: nn.Module, config: Sharing, fused: bool, compiled: bool) -> None:
+def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:
     """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
         if other is pipe or other.scheduler is not pipe.scheduler:
             continue
-        settings = done.settings
-        theirs, ours = (settings.propagation, settings.fused, settings.compiled), (config, fused, compiled)
-        if (done.unet is unet and theirs != ours) or settings.prior_noise or prior_noise_of(config):
+        theirs = done.settings
+        own_steps = any(each.prior_noise or each.binding for each in (theirs, ours))
+        if (done.unet is unet and theirs.asked != ours.asked) or own_steps:
             raise ValueError(
                 f"another patched {type(other).__name__} shares this pipeline's scheduler, which needs equal settings "
-                f"without prior noise (there: {theirs[0]}, fused={theirs[1]}, "
-                f"compile={theirs[2]}; here: {config}, fused={fused}, compile={compiled}); give one of them its own: "
-                "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+                f"without prior noise and binding (there: {theirs.asked}; here: {ours.asked}); give one of them its "
+                "own: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
             )
 
 
@@ -282,7 +303,8 @@ def _controller(unet: nn.Module) -> Controller:
     return type(unet)._difffast_controller
 
 
-def _replaced(unet: nn.Module, config: Sharing, fused: bool, compiled: bool) -> Iterator[tuple[str, str]]:
+def _replaced(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, str]]:
+    config, fused, compiled, binder = settings.propagation, settings.fused, settings.compiled, settings.binding
     if isinstance(config, FeatureReuse):
         yield "unet calls", f"whole UNet at key steps, outer layers (branch {config.branch}) in between"
     elif config.key_steps == 1:
@@ -305,5 +327,10 @@ def _replaced(unet: nn.Module, config: Sharing, fused: bool, compiled: bool) -> 
     backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
     if fused and layers and backend != "reference" and not compiled:
         yield f"resnets ({len(layers)} layers)", f"group_norm_silu ({backend})"
-    if prior_noise_of(config):
-        yield "scheduler.step", f"prior noise injection, alpha = {config.prior_noise}"
+    if settings.prior_noise:
+        yield "scheduler.step", f"prior noise injection, alpha = {settings.prior_noise}"
+    if binder is not None:
+        yield "encode_prompt", "things marked by square brackets"
+        yield "scheduler.step", "from optimised latents"
+        how = f'semantic binding "{binder.config.preset}" ({binder.config.mode})'
+        yield "unet calls", f"{how}, maps of {len(binder.layers)} attn2 layers"

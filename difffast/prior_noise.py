@@ -6,7 +6,6 @@ Source: Faster Diffusion (arXiv 2312.09608), section 3.3, alpha = 0.003.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,30 +30,17 @@ class PriorNoise:
         self._last = -1
 
     def methods(self, scheduler: Any) -> dict[str, Callable[..., Any]]:
-        """Overrides of ``step`` and ``add_noise`` for this scheduler (see :mod:`difffast.swap`)."""
+        """Overrides besides ``step`` for this scheduler (see :mod:`difffast.swap`): ``add_noise``, where it has one."""
         plain = plain_class(scheduler)
         owner = self
-        # Pipelines read step's signature to see what it accepts: it must stay visible.
-        signature = inspect.signature(plain.step)
+        if not hasattr(plain, "add_noise"):
+            return {}
 
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            arguments = signature.bind(self, *args, **kwargs).arguments
-            extra = arguments.pop("kwargs", {})
-            arguments["sample"] = owner.inject(self, arguments["timestep"], arguments["sample"])
-            del arguments["self"]
-            return plain.step(self, **arguments, **extra)
+        def add_noise(self: Any, original_samples: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            owner.remember(self, noise)
+            return plain.add_noise(self, original_samples, noise, *args, **kwargs)
 
-        step.__signature__ = signature
-        step.__doc__ = plain.step.__doc__
-        overrides: dict[str, Callable[..., Any]] = {"step": step}
-        if hasattr(plain, "add_noise"):
-
-            def add_noise(self: Any, original_samples: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                owner.remember(self, noise)
-                return plain.add_noise(self, original_samples, noise, *args, **kwargs)
-
-            overrides["add_noise"] = add_noise
-        return overrides
+        return {"add_noise": add_noise}
 
     def remember(self, scheduler: Any, noise: Tensor) -> None:
         """Keep the pure noise of an image-to-image run: there, the first latents are not noise alone."""

@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,11 @@ from .conditioning import Conditioning
 from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, Plan
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Inputs, Programs, scaled
+from .stepping import Edit, step_override
 from .swap import is_swapped, swap_in, swap_out
+
+if TYPE_CHECKING:
+    from .guidance.binder import Binder
 
 
 @dataclass
@@ -68,11 +72,6 @@ class RunStats:
         return "\n  ".join([text, *self.reasons, *unshared])
 
 
-def prior_noise_of(propagation: EncoderPropagation | FeatureReuse) -> float | None:
-    """Strength of prior noise injection; feature reuse has none."""
-    return propagation.prior_noise if isinstance(propagation, EncoderPropagation) else None
-
-
 class Settings:
     """What one patched pipeline asked for; the controller of its UNet holds it."""
 
@@ -84,20 +83,36 @@ class Settings:
         compiled: bool,
         kind: str,
         force: bool,
+        binding: Binder | None = None,
     ) -> None:
         self.pipe = weakref.ref(pipe)
         self.propagation, self.fused, self.compiled = propagation, fused, compiled
-        self.kind, self.force = kind, force
-        self.prior_noise = prior_noise_of(propagation)
+        self.kind, self.force, self.binding = kind, force, binding
+        self.prior_noise = propagation.prior_noise if isinstance(propagation, EncoderPropagation) else None
         self.collectors: tuple[attention.AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
         self._schedulers: list[Any] = []
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What pipelines must agree on that share a UNet and a scheduler."""
+        return {"propagation": self.propagation, "fused": self.fused, "compile": self.compiled}
+
     def adopt_scheduler(self) -> None:
-        """Put prior noise injection behind the pipeline's scheduler as of now, if it is on and not there yet."""
+        """Let the pipeline's scheduler as of now step from latents that binding and prior noise have edited."""
         scheduler = self.scheduler()
-        if self.prior_noise and not is_swapped(scheduler):
-            swap_in(scheduler, PriorNoise(self.prior_noise).methods(scheduler))
+        if is_swapped(scheduler):
+            return
+        edits: list[Edit] = []
+        methods: dict[str, Callable[..., Any]] = {}
+        if self.binding is not None:
+            edits.append(self.binding.displace)
+        if self.prior_noise:
+            noise = PriorNoise(self.prior_noise)
+            edits.append(noise.inject)
+            methods = noise.methods(scheduler)
+        if edits:
+            swap_in(scheduler, {"step": step_override(scheduler, edits), **methods})
             self._schedulers.append(scheduler)
 
     def release_schedulers(self) -> None:
@@ -109,12 +124,14 @@ class Settings:
         """The pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
         return getattr(self.pipe(), "scheduler", None)
 
-    def planned(self, total: int, device: str) -> Plan:
+    def plan(self, total: int, device: str) -> Plan:
         """The plan of a schedule with ``total`` UNet calls on a type of device."""
         if isinstance(self.propagation, FeatureReuse):
-            return self.propagation.plan(total)
-        batches = BATCHES if self.compiled else None
-        return self.propagation.plan(total, kind=self.kind, device=device, batches=batches)
+            plan = self.propagation.plan(total)
+        else:
+            batches = BATCHES if self.compiled else None
+            plan = self.propagation.plan(total, kind=self.kind, device=device, batches=batches)
+        return plan if self.binding is None else plan.with_optimised(self.binding.config.optimised(total))
 
     def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
         """The plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
@@ -122,7 +139,7 @@ class Settings:
         Raises:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
-        plan = self.planned(total, device.type)
+        plan = self.plan(total, device.type)
         if steps < MIN_STEPS and not self.force and len(plan.keys) < plan.total:
             raise ValueError(
                 f"sharing features between steps needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
@@ -171,6 +188,10 @@ class Controller:
         if run is None:
             self._explain_unknown(timestep)
             return stock(*args, **kwargs)
+        order = run.order(timestep)
+        if run.binding is not None:
+            call = run.binding.apply(call, order, run.scheduler(), stock)
+            args, kwargs = (), dict(call)
         reason = _needs_stock(unet, call)
         text = call.get("encoder_hidden_states")
         if isinstance(text, Tensor):
@@ -181,7 +202,7 @@ class Controller:
             return stock(*args, **kwargs)
         try:
             with resnets.fused(run.record if run.fused else None):
-                sample = run.answer(unet, call, text, run.order(timestep), lambda: stock(*args, **kwargs)[0])
+                sample = run.answer(unet, call, text, order, lambda: stock(*args, **kwargs)[0])
         except BaseException:
             run.clear()
             raise
@@ -237,6 +258,8 @@ class _Run:
             each.adopt_scheduler()
             for maps in each.collectors:
                 maps.reset()
+        binder = settings[0].binding
+        self.binding = binder.start(len(timesteps), self.fused, self.note) if binder is not None else None
         if device.type == "cpu":
             _keep_freed_memory()
         self._timesteps = TensorWeakRef(timesteps)
@@ -263,6 +286,10 @@ class _Run:
         """Position of a view of the schedule, from its storage offset."""
         timesteps = self.timesteps()
         return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+
+    def scheduler(self) -> Any:
+        """The scheduler whose schedule it is."""
+        return self.settings[0].scheduler()
 
     def clear(self) -> None:
         self._features, self._conditioning, self._last = None, None, None

@@ -1,12 +1,13 @@
 import json
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import difffast
-from difffast import cli, demo
+from difffast import binding_demo, cli, demo
 from difffast.demo import PROMPTS, psnr
 
 
@@ -56,6 +57,21 @@ def test_demo_writes_a_grid_and_the_numbers(small_demo, tmp_path, capsys):
     text = capsys.readouterr().out
     for word in ("speed-up", "PSNR", "6 of 10 steps run the encoder"):
         assert word in text
+
+
+def test_demo_of_binding_draws_maps(small_demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(binding_demo, "PROMPTS", ("a [red ox] and a [cat]",))
+    monkeypatch.setattr(binding_demo, "BIND_STEP_SIZE", 1.0)
+    options = ("--steps", "8", "--seeds", "2", "--binding", "attribute", "--preset", "exact")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "difffast: semantic binding diverged")  # weights are random
+        assert cli.main(["demo", "--out", str(tmp_path), *options]) == 0
+    with Image.open(tmp_path / "binding.png") as grid:
+        assert grid.size[0] > 4 * 160
+        assert grid.size[1] > 2 * 160
+    text = capsys.readouterr().out
+    assert "focus" in text
+    assert "written" in text
 
 
 def test_psnr():

@@ -161,7 +161,7 @@ def test_report(pipe):
     assert html.count("<tr>") == len(text.splitlines())
     assert "<td>StableDiffusionPipeline</td>" in html
     latents(pipe)
-    assert str(report.last_run).startswith("7 key steps (0 forced), 13 propagated, 0 stock of 20")
+    assert str(report.last_run).startswith("7 key steps (0 forced), 13 propagated, 0 reused, 0 stock of 20")
     assert report.plan(20).keys == (0, 1, 2, 3, 5, 10, 15)
     unpatch(pipe)
 
@@ -183,9 +183,9 @@ def _dit():
             lambda pipe: pipe,
             {"preset": "fastest"},
             ValueError,
-            "unknown preset 'fastest'; available: exact, balanced, faster-diffusion",
+            "unknown preset 'fastest'; available: exact, balanced, faster-diffusion, turbo",
         ),
-        (lambda pipe: pipe, {"propagation": [0, 5]}, TypeError, "EncoderPropagation, got list"),
+        (lambda pipe: pipe, {"propagation": [0, 5]}, TypeError, "EncoderPropagation or FeatureReuse, got list"),
     ],
 )
 def test_bad_input_changes_nothing(pipe, target, options, error, message):

@@ -131,3 +131,14 @@ def test_plans_need_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "9 of 50 steps run the encoder" in result.stdout
+
+
+def test_optimised_steps_are_key_steps():
+    plan = Plan(total=10, keys=(0, 5), max_batch=3).with_optimised((2, 0, 1))
+    assert plan.keys == (0, 1, 2, 5)
+    assert plan.optimised == (0, 1, 2)
+    assert [row.decoded_with for row in plan.steps()[:4]] == [(0,), (1,), (2, 3, 4), (2, 3, 4)]
+    lines = str(plan).splitlines()
+    assert ["optimised" in line for line in lines[1:5]] == [True, True, True, False]
+    with pytest.raises(ValueError, match="must be key steps"):
+        Plan(total=10, keys=(0, 5), max_batch=3, optimised=(1,))

@@ -186,7 +186,7 @@ def test_bad_values_and_shared_schedulers_are_refused(pipe):
     assert not unpatch(pipe)
     other = type(pipe)(**pipe.components)
     patch(pipe, compile=True)
-    with pytest.raises(ValueError, match=r"compile=True.*compile=False"):
+    with pytest.raises(ValueError, match=r"'compile': True.*'compile': False"):
         patch(other)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,16 @@ def test_the_examples_run(pipe):
     names = {"pipe": pipe, "prompt": "a red circle", "difffast": difffast}
     names.update(zip("qkv", (torch.randn(2, 4, n, 32) for n in (64, 77, 77)), strict=True))
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     try:
-        for code in blocks:
-            exec(code, names)
+        with warnings.catch_warnings():
+            # ToMe's step sizes are for trained models; this one is random.
+            warnings.filterwarnings("ignore", "difffast: semantic binding diverged")
+            for code in blocks:
+                exec(code, names)
     finally:
         difffast.unpatch(pipe)
     assert names["image"].size == (32, 32)
     assert names["picture"].shape[1] == 2
+    assert names["cats"].ndim == 2
     assert names["loss"].shape == (2,)

@@ -141,6 +141,7 @@ def test_features_do_not_outlive_the_run(pipe):
 def test_lists_and_spacings():
     assert FeatureReuse(5).plan(50).keys == tuple(range(0, 50, 5))
     assert FeatureReuse((0, 3, 4)).plan(6).keys == (0, 3, 4)
+    assert FeatureReuse(0.08).plan(50).keys == tuple(range(0, 50, 4))
     for total, interval in ((50, 5), (20, 3), (30, 2), (8, 8)):
         for center in (0.0, 0.3, 1.0):
             keys = FeatureReuse(interval, schedule="quadratic", center=center).plan(total).keys
@@ -159,8 +160,8 @@ def test_lists_and_spacings():
     [
         ({"interval": 0}, ValueError, "interval as an interval must be at least 1"),
         ({"interval": (1, 2)}, ValueError, "interval must contain 0"),
-        ({"interval": 0.5}, TypeError, "interval must be an int or a sequence"),
-        ({"interval": None}, TypeError, "interval must be an int or a sequence"),
+        ({"interval": 1.5}, ValueError, "interval as a share of the schedule must lie between 0 and 1"),
+        ({"interval": None}, TypeError, "interval must be an int, a float or a sequence"),
         ({"branch": -1}, ValueError, "branch must not be negative, got -1"),
         ({"schedule": "cubic"}, ValueError, 'schedule must be "uniform" or "quadratic"'),
         ({"center": 2}, ValueError, "center must lie between 0 and 1"),

@@ -1,0 +1,197 @@
+"""Do things get their own attributes?  The embedded model on prompts of two things, stock and with binding, judged.
+
+    python bench/bench_binding.py --prompts 100 --out bench/results
+
+Every way has the same prompts and seeds.  Writes binding.json.  An interrupted run goes on (--cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_fidelity import SEED
+from tqdm import tqdm
+
+from difffast import SemanticBinding, patched
+from difffast.binding_demo import BIND_STEP_SIZE
+from difffast.demo import device_name
+from difffast.models import embedded_pipeline
+from difffast.models.embedded import CHECKSUMS, FOLDER
+from difffast.models.judge import judge, summary
+from difffast.models.shapes import Scene, draw_scene
+
+BATCH = 10
+#: Of the losses on the latents alone; from one look at 20 of the prompts with one seed, no search.
+STEP_SIZES = {
+    "entropy": 0.3,
+    "attend-and-excite": 2.0,
+    "segregation": 2.0,
+    "retention": 2.0,
+    "syngen": 1.0,
+    "divide-and-bind": 2.0,
+}
+CONTROL = "stock"
+
+
+def _binding(preset: str = "attribute", **options: Any) -> SemanticBinding:
+    return SemanticBinding(preset, **{"bind_step_size": BIND_STEP_SIZE, **options})
+
+
+def ways() -> dict[str, SemanticBinding | None]:
+    """Presets, what they are made of one by one, and the other losses, on latents alone."""
+    none = {"bind_steps": 0, "focus_steps": 0}
+    return {
+        CONTROL: None,
+        "object": _binding("object"),
+        "attribute": _binding("attribute"),
+        "object without layout": _binding("object", losses={"entropy": 1}),
+        "composite tokens alone": _binding(**none),
+        "composite tokens, end tokens replaced": _binding("object", **none),
+        **{
+            f"{loss} alone, not merged": _binding(
+                merge=False, bind_steps=0, optimise="latents", losses={loss: 1}, step_size=step_size
+            )
+            for loss, step_size in STEP_SIZES.items()
+        },
+    }
+
+
+def scenes(count: int) -> list[Scene]:
+    """Of two things that each have at least two words said of them (colour apart, texture, size or part)."""
+    found, number = [], 0
+    while len(found) < count:
+        scene = draw_scene(np.random.default_rng([SEED, 2, number]), things=2, relation=False)
+        number += 1
+        if all(thing.texture != "plain" or thing.part for thing in scene.things):
+            found.append(scene)
+    return found
+
+
+def marked(scene: Scene) -> str:
+    """The caption with its things in square brackets."""
+    text = scene.caption
+    for thing in scene.things:
+        phrase = next(p for p in (thing.phrase(), thing.phrase(size=False)) if p in text)
+        article, _, rest = phrase.partition(" ")
+        text = text.replace(phrase, f"{article} [{rest}]", 1)
+    return text
+
+
+@dataclass(frozen=True)
+class Made:
+    """Pictures [n, H, W, 3] of one way, their seconds, and how its optimised steps ended."""
+
+    pictures: np.ndarray
+    seconds: list[float]
+    outcomes: dict[str, int]
+
+
+def make(
+    pipe: Any, name: str, binding: SemanticBinding | None, prompts: Sequence[str], seed: int, steps: int, cache: Path
+) -> Made:
+    key = hashlib.sha256(json.dumps([name, str(binding), list(prompts), seed, steps]).encode()).hexdigest()[:16]
+    pictures, seconds, outcomes = [], [], Counter()
+    for start in tqdm(range(0, len(prompts), BATCH), desc=f"{name}, seed {seed}"):
+        file = cache / f"{key}-{start}.npz"
+        if not file.is_file():
+            begun = time.perf_counter()
+            ended: Counter[str] = Counter()
+            some = list(prompts[start : start + BATCH])
+            options = {
+                "num_inference_steps": steps,
+                "output_type": "np",
+                "generator": [torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(some))],
+            }
+            if binding is None:
+                made = pipe([text.replace("[", "").replace("]", "") for text in some], **options).images
+            else:
+                with patched(pipe, "exact", binding=binding) as report:
+                    made = pipe(some, **options).images
+                ended.update(f"{step.kind} {step.outcome}" for step in report.trace.steps)
+            np.savez(
+                file,
+                pictures=(made * 255).round().astype(np.uint8),
+                seconds=time.perf_counter() - begun,
+                ended=json.dumps(ended),
+            )
+        stored = np.load(file)
+        pictures.append(stored["pictures"])
+        seconds.append(float(stored["seconds"]))
+        outcomes.update(json.loads(str(stored["ended"])))
+    return Made(np.concatenate(pictures), seconds, dict(outcomes))
+
+
+def gain(control: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
+    """Percentage points gained on the same pictures: (value, 95% bootstrap low, high)."""
+    difference = np.array(ours) - np.array(control)
+    draws = np.random.default_rng(0).integers(0, len(difference), (2000, len(difference)))
+    return 100 * difference.mean(), *(100 * np.quantile(difference[draws].mean(1), (0.025, 0.975)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--ways", nargs="*", choices=list(ways()), default=list(ways()))
+    parser.add_argument("--out", type=Path, default=Path("out/binding"))
+    parser.add_argument("--cache", type=Path, default=Path("out/binding"))
+    arguments = parser.parse_args()
+
+    pipe = embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    version = hashlib.sha256((FOLDER / CHECKSUMS).read_bytes()).hexdigest()[:12]
+    for folder in (arguments.cache, arguments.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    wanted = scenes(arguments.prompts)
+    prompts = [marked(scene) for scene in wanted]
+    rows: dict[str, Any] = {}
+    for name in dict.fromkeys((CONTROL, *arguments.ways)):
+        verdicts, seconds, outcomes = [], [], Counter()
+        for seed in range(arguments.seeds):
+            made = make(pipe, name, ways()[name], prompts, seed, arguments.steps, arguments.cache)
+            verdicts += [judge(picture, scene) for picture, scene in zip(made.pictures, wanted, strict=True)]
+            seconds += made.seconds
+            outcomes.update(made.outcomes)
+        row = {**summary(verdicts), "seconds_a_batch": statistics.median(seconds), "outcomes": dict(outcomes)}
+        row["each"] = {kind: [getattr(v, kind) for v in verdicts] for kind in ("binding", "full_binding")}
+        rows[name] = row
+        for kind, values in row["each"].items():
+            row[f"{kind}_points_gained"] = gain(rows[CONTROL]["each"][kind], values)
+        full = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row["full_binding_points_gained"])
+        print(
+            f"{name:40s} binding {row['binding']:.3f}  with texture and part {row['full_binding']:.3f}, {full} points"
+        )
+        write(rows, arguments, version)  # after every way: the later ones take long
+
+
+def write(rows: dict[str, Any], arguments: argparse.Namespace, version: str) -> None:
+    record = {
+        "model": f"the embedded model ({version})",
+        "prompts": arguments.prompts,
+        "seeds": arguments.seeds,
+        "steps": arguments.steps,
+        "batch": BATCH,
+        "bind_step_size": BIND_STEP_SIZE,
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "rows": {name: {key: value for key, value in row.items() if key != "each"} for name, row in rows.items()},
+    }
+    (arguments.out / "binding.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""The bars of what semantic binding may cost, counted at full size on the meta device."""
+
+import bench_guidance_flops
+import pytest
+
+
+@pytest.mark.slow
+def test_cost_on_sdxl():
+    found = bench_guidance_flops.costs("sdxl")
+    iteration = found["entropy iteration"]
+    assert iteration.forward <= bench_guidance_flops.ITERATION_BARS["forward"] * 1e12
+    assert iteration.backward <= bench_guidance_flops.ITERATION_BARS["backward"] * 1e12
+    assert iteration.saved <= bench_guidance_flops.ITERATION_BARS["saved"] * 2**30
+    for preset, bar in bench_guidance_flops.BARS.items():
+        assert bench_guidance_flops.image(found, preset) <= bar
+    # The counter sees everything: a stock step is what the published configuration is known to take.
+    assert abs(found["stock step"].forward / 13.522e12 - 1) < 1e-3
