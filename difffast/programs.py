@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
+from .unet import tree_map
 from .view import descendant, replaced
 
 #: Most programs that one UNet keeps; beyond, the one that has not run for longest is dropped.
@@ -26,7 +27,7 @@ MAX_PROGRAMS = 16
 #: Decoder batches that get a program; segments are decoded in batches of these sizes.
 BATCHES = (1, 2, 4, 8)
 
-#: torch.compile's backend.
+#: torch.compile's backend; on a GPU always Inductor, with CUDA graphs.
 BACKEND = "inductor"
 
 
@@ -110,19 +111,20 @@ class Programs:
             function: of :mod:`.unet`.
         """
         key = (function, _signature((inputs, arguments)))
+        device = unet.device
         try:
-            return self._program(key, function)(unet, inputs, arguments)
+            return self._program(key, function, device)(unet, inputs, arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             # The layers have changed too often for one program's cache; a fresh one starts with an empty cache.
-            return self._keep(key, _compiled(function))(unet, inputs, arguments)
+            return self._keep(key, _compiled(function, device))(unet, inputs, arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             note(f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}")
             return self._keep(key, _uncompiled(function))(unet, inputs, arguments)
 
-    def _program(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _program(self, key: Any, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         with self._lock:
             program = self._compiled.get(key)
-        return self._keep(key, program or _compiled(function))
+        return self._keep(key, program or _compiled(function, device))
 
     def _keep(self, key: Any, program: Callable[..., Any]) -> Callable[..., Any]:
         with self._lock:
@@ -147,13 +149,22 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return program
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     program = _uncompiled(function)
     # torch.compile keeps its programs by code object: a copy has a cache, and a limit, of its own.
     own = types.FunctionType(
         program.__code__.replace(co_name=function.__name__), program.__globals__, closure=program.__closure__
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
+    if device.type != "cuda":
+        return torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
+    # Inductor's CUDA graphs, behind torch.compile's guards: a graph of our own would not see that a layer has changed.
+    captured = torch.compile(own, fullgraph=True, dynamic=False, mode="max-autotune")
+
+    def replay(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map(torch.clone, captured(*arguments))  # the next replay writes into the same memory
+
+    return replay
 
 
 def _signature(value: Any) -> Any:

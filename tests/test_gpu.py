@@ -3,9 +3,9 @@
 import pytest
 import torch
 from sampling import SCHEDULERS, largest, latents, scheduler
-from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
+from tolerances import EXACT_FLOAT32, LATENTS_FLOAT32, LATENTS_FLOAT64
 
-from difffast import EncoderPropagation, patched
+from difffast import EncoderPropagation, FeatureReuse, patched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,6 +35,28 @@ def test_look_ahead_is_step_by_step(pipe, name, dtype, tolerance):
     assert report.last_run.propagated > 0
 
 
+@pytest.mark.parametrize(
+    "propagation", [EncoderPropagation(key_steps=1), EncoderPropagation(), FeatureReuse(3, order=1)], ids=str
+)
+def test_captured_programs_are_what_runs_uncompiled(pipe, propagation):
+    """Two images, so that graphs are replayed, and a weight that changes in place between them."""
+    pipe = pipe.to("cuda")
+    for change in (1.0, 1.5):
+        with torch.no_grad():
+            pipe.unet.conv_in.weight.mul_(change)
+        with patched(pipe, propagation=propagation):
+            expected = latents(pipe)
+        with patched(pipe, propagation=propagation, compile=True) as report:
+            for _ in range(2):
+                assert largest(latents(pipe), expected) <= EXACT_FLOAT32
+            with torch.no_grad():
+                pipe.unet.conv_in.weight.mul_(2)
+            assert largest(latents(pipe), expected) > 100 * EXACT_FLOAT32
+            with torch.no_grad():
+                pipe.unet.conv_in.weight.div_(2)
+        assert not report.last_run.reasons
+
+
 class _SyncsForbidden:
     """In place of ``pipe.unet``: a call that synchronises raises."""
 
@@ -52,10 +74,13 @@ class _SyncsForbidden:
         return getattr(self._unet, name)
 
 
+@pytest.mark.parametrize(
+    "options", [{"preset": "faster-diffusion"}, {"propagation": FeatureReuse(3, order=2)}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_no_synchronisation_inside_the_unet(pipe, dtype):
+def test_no_synchronisation_inside_the_unet(pipe, dtype, options):
     pipe = pipe.to("cuda", dtype)
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, **options):
         latents(pipe)
         vars(pipe)["unet"] = _SyncsForbidden(pipe.unet)
         try:
