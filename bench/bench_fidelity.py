@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from difffast import EncoderPropagation, patched
+from difffast import EncoderPropagation, FeatureReuse, patched
 from difffast.demo import device_name, psnr
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
@@ -59,6 +59,11 @@ def ways() -> list[Way]:
         name = f"difffast, a key step every {interval}"
         return Way(name, "difffast, uniform", context=lambda pipe: patched(pipe, propagation=propagation))
 
+    def reuse(interval: int, order: int = 0) -> Way:
+        propagation = FeatureReuse(interval, order=order)
+        name = f"difffast, reuse, a key step every {interval}" + ", extrapolated" * bool(order)
+        return Way(name, "difffast, reuse", context=lambda pipe: patched(pipe, propagation=propagation))
+
     return [
         *(Way(f"stock, {steps} steps", "stock", steps) for steps in (50, 30, 20, 15, 10)),
         *(
@@ -66,6 +71,7 @@ def ways() -> list[Way]:
             for preset in PRESETS
         ),
         *map(every, (2, 3, 5)),
+        *(reuse(3), reuse(5), reuse(3, order=1)),
         *(Way(f"DeepCache {n}", "DeepCache", context=lambda pipe, n=n: peers.deepcache(pipe, n)) for n in (2, 3, 5)),
         *(
             Way(f"tomesd {r:.0%}", "tomesd", context=lambda pipe, r=r: peers.token_merging(pipe, r))
@@ -140,21 +146,24 @@ def lost(rows: dict[str, Any], name: str) -> tuple[float, float, float]:
 
 def draw(record: dict[str, Any], out: Path) -> None:
     """Seconds against binding accuracy and against likeness to stock, one point a way."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
     axes = figure.subplots(1, 2)
     kinds = list(dict.fromkeys(row["kind"] for row in record["rows"].values()))
-    for name, row in record["rows"].items():
+    for number, (name, row) in enumerate(record["rows"].items(), 1):
         seconds = statistics.median(row["seconds"])
-        colour = f"C{kinds.index(row['kind'])}"
+        style = {"color": f"C{kinds.index(row['kind'])}", "marker": "o", "linestyle": "none"}
         for axis, value in zip(axes, (100 * row["all"]["binding"], row["psnr_db"]), strict=True):
+            axis.plot([], [], **style, label=f"{number}  {name}")
             if value is not None:
-                axis.scatter(seconds, value, color=colour)
-                axis.annotate(name, (seconds, value), xytext=(4, 3), textcoords="offset points", fontsize=7)
+                axis.plot(seconds, value, **style, markersize=11)
+                # Names would lie on top of each other.
+                axis.annotate(str(number), (seconds, value), ha="center", va="center", fontsize=7, color="white")
     axes[0].set(ylabel="things in their own colour, %")
     axes[1].set(ylabel=f"median PSNR against {CONTROL}, dB")
     for axis in axes:
         axis.set(xlabel="seconds for one picture", xlim=(0, None))
         axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{record['model']}, {record['prompts']} prompts, {record['device']}")
     for kind in ("png", "svg"):
         figure.savefig(out / f"fidelity.{kind}", dpi=120)

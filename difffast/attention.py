@@ -137,7 +137,7 @@ def _call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         wanted = [c for c in found.collectors if name in c.layers]
         if not (found.fused or wanted or found.sink):
             return plain(self, hidden_states, *args, **kwargs)
-        reason = _obstacle(self, hidden_states, text, args[1:], kwargs, found)
+        reason = _obstacle(self, hidden_states, text, args[1:], kwargs, found.sink)
         if reason is not None:
             if wanted or found.sink:
                 what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
@@ -155,7 +155,7 @@ def _text_of(text: Any) -> Any:
 
 
 def _obstacle(
-    layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], named: Mapping[str, Any], found: Label
+    layer: Any, hidden: Tensor, text: Any, positional: Sequence[Any], named: Mapping[str, Any], sink: int = 0
 ) -> str | None:
     """Why a layer cannot be fused in this call, or None; decided by the processor that is there now."""
     processor = type(layer.processor)
@@ -175,7 +175,7 @@ def _obstacle(
             return f"the layer has a {name}"
     if layer.residual_connection or layer.rescale_output_factor != 1:
         return "the layer adds a residual or rescales its output"
-    if found.sink and any(getattr(to, "bias", None) is not None for to in (layer.to_k, layer.to_v)):
+    if sink and any(getattr(to, "bias", None) is not None for to in (layer.to_k, layer.to_v)):
         return "keys or values have a bias, so that rows of zeros are no sink"
     keys = _text_of(text).shape[1]
     if hidden.ndim != 3 or keys > MAX_KEYS or layer.inner_dim // layer.heads > MAX_HEAD_DIM:

@@ -88,6 +88,7 @@ def test_lora_scale_is_an_input(pipe, compilations):
         assert compilations() == 1
 
 
+@pytest.mark.slow
 def test_changed_layers_are_noticed(pipe, compilations):
     def check():
         with patched(pipe, "exact"):
@@ -125,6 +126,7 @@ def test_more_changes_than_torch_compile_keeps_are_no_error(pipe):
     assert not report.last_run.reasons
 
 
+@pytest.mark.slow
 def test_a_new_size_gets_its_own_programs_and_their_number_is_bounded(pipe, monkeypatch, compilations):
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
     report = patch(pipe, "exact", compile=True)
@@ -154,6 +156,16 @@ def test_maps_are_collected_without_programs(pipe):
     with collect_maps(pipe) as maps, pytest.warns(UserWarning, match="programs are not used while attention maps"):
         latents(pipe)
     assert maps.steps
+
+
+def test_binding_steps_from_the_same_latents(pipe):
+    binding, prompt = difffast.SemanticBinding("object"), "a [red circle] and a [blue square]"
+    with patched(pipe, "exact", binding=binding):
+        expected = latents(pipe, prompt)
+    with patched(pipe, "exact", binding=binding, compile=True) as report:
+        assert largest(latents(pipe, prompt), expected) <= EXACT_FLOAT32
+    assert report.trace is not None
+    assert largest(latents(pipe, prompt), expected) > 100 * EXACT_FLOAT32
 
 
 def test_memory_that_runs_out_makes_smaller_batches(pipe, monkeypatch):
