@@ -168,6 +168,19 @@ def _bars(found: Sequence[Record]) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def flops_table(results: Path = RESULTS) -> str:
+    """What the presets leave to do at full size, from ``flops.json`` (``bench/bench_flops.py``)."""
+    record = json.loads((results / "flops.json").read_text())
+    presets = next(iter(record["unets"].values()))["images"]
+    lines = [f"| UNet | one step | a reuse step | {' | '.join(presets)} |", "|" + "---|" * (3 + len(presets))]
+    for name, each in record["unets"].items():
+        whole = each["parts"]["whole"]
+        shares = " | ".join(f"{flops / (record['steps'] * whole):.2f}" for flops in each["images"].values())
+        lines.append(f"| {name} | {whole / 1e12:.2f} TFLOP | {each['parts']['reuse step'] / whole:.2f} | {shares} |")
+    note = f"Share of stock's; {record['steps']} steps, guidance on; counted on the meta device, not timed."
+    return "\n".join([*lines, "", note])
+
+
 def guidance_table(results: Path = RESULTS) -> str:
     """What semantic binding costs, from ``guidance_flops.json`` (``bench/bench_guidance_flops.py``)."""
     record = json.loads((results / "guidance_flops.json").read_text())
@@ -231,6 +244,7 @@ TABLES = {
     "attention": attention_table,
     "entropy": entropy_table,
     "norms": norm_table,
+    "flops": flops_table,
     "guidance": guidance_table,
     "binding": binding_table,
 }

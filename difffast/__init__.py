@@ -5,6 +5,7 @@ from .attention import AttentionMaps, collect_maps
 from .guidance import SemanticBinding
 from .patch import PatchReport, patch, patched, unpatch
 from .plan import EncoderPropagation, FeatureReuse, Plan
+from .planner import plan_for
 
 __version__ = "0.1.0"
 
@@ -20,5 +21,6 @@ __all__ = [
     "models",
     "patch",
     "patched",
+    "plan_for",
     "unpatch",
 ]

@@ -6,11 +6,12 @@ Source of the method and the tables: Faster Diffusion (arXiv 2312.09608).
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -255,6 +256,27 @@ class Plan:
                 rows.append(PlanStep(o, key, tuple(together), reuse=self.reuse is not None and not key))
             order = together.stop
         return tuple(rows)
+
+    def to_json(self) -> str:
+        """The plan as JSON; :meth:`from_json` makes it again."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, unknown or missing fields, or no valid plan.
+        """
+        try:
+            fields = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+            }
+            if fields.get("reuse") is not None:
+                fields["reuse"] = FeatureReuse(**fields["reuse"])
+            return cls(**fields)
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no plan in JSON: {error}") from None
 
     def __str__(self) -> str:
         lines = ["step  key  decoded with"]

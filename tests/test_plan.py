@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difffast import EncoderPropagation, Plan
+from difffast import EncoderPropagation, FeatureReuse, Plan
 from difffast.plan import PRESETS, PUBLISHED_KEY_STEPS, published_key_steps
 
 
@@ -142,3 +142,25 @@ def test_optimised_steps_are_key_steps():
     assert ["optimised" in line for line in lines[1:5]] == [True, True, True, False]
     with pytest.raises(ValueError, match="must be key steps"):
         Plan(total=10, keys=(0, 5), max_batch=3, optimised=(1,))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        EncoderPropagation().plan(50, batches=(1, 2, 4)),
+        EncoderPropagation().plan(20).with_optimised((0, 1, 7)),
+        FeatureReuse(0.1, branch=2, order=1).plan(50),
+        FeatureReuse((0, 3)).plan(9),
+    ],
+    ids=str,
+)
+def test_plans_go_through_json(plan):
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"total": 3}', '{"total": 3, "keys": [1], "max_batch": 1}', '{"steps": 3}']
+)
+def test_what_is_no_plan_is_refused(text):
+    with pytest.raises(ValueError, match="plan"):
+        Plan.from_json(text)

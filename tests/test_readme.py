@@ -49,11 +49,12 @@ def test_commands_exist():
             cli._parser().parse_args(words[1:])
 
 
-def test_the_examples_run(pipe):
+def test_the_examples_run(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {"pipe": pipe, "prompt": "a red circle", "difffast": difffast}
     names.update(zip("qkv", (torch.randn(2, 4, n, 32) for n in (64, 77, 77)), strict=True))
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     try:
         with warnings.catch_warnings():
             # ToMe's step sizes are for trained models; this one is random.

@@ -508,10 +508,11 @@ def test_what_the_cuda_kernel_cannot_take():
 def test_the_default(operator):
     cpp = "reference" if ops.missing("cpp") else "cpp"
     large, small = torch.zeros(1, 64, 32, 32), torch.zeros(2, 64, 8, 8)
-    chosen = (large, large.bfloat16(), small.to(memory_format=torch.channels_last))
+    last = torch.zeros(1, 64, 96, 96).to(memory_format=torch.channels_last)
+    chosen = (large, large.bfloat16(), last)
     assert [choose(operator, x, 2) for x in chosen] == [cpp] * 3
-    others = (small, large.half(), large.double(), large.to("meta"))
-    assert [choose(operator, x, 2) for x in others] == ["reference"] * 4
+    others = (small, last[..., :32, :32].contiguous(memory_format=torch.channels_last), large.half(), large.double())
+    assert [choose(operator, x, 2) for x in (*others, large.to("meta"))] == ["reference"] * 5
     with ops.use_backend("reference"):
         assert choose(operator, large, 2) == "reference"
 

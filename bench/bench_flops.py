@@ -1,0 +1,113 @@
+"""FLOPs of an image per preset, counted on the meta device at full size: what the plans leave to do on any machine.
+
+    python bench/bench_flops.py --out bench/results
+
+Prints the table and writes flops.json.  FLOPs are 2 per multiply-accumulate, of matrix products, convolutions and
+attention (FlopCounterMode); text keys and values are counted at every step, though presets compute them once a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import flops_table
+from torch.utils.flop_counter import FlopCounterMode
+
+from difffast import models
+from difffast import unet as split
+from difffast.plan import PRESETS, EncoderPropagation, Plan
+
+STEPS = 50
+#: UNet -> (latent height and width, text tokens).
+SIZES = {"sd15": (64, 77), "sd21": (96, 77), "sdxl": (128, 77), "if-i-xl": (64, 77)}
+
+
+def counted(run: Callable[[], Any]) -> tuple[int, Any]:
+    """-> (FLOPs, result)"""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = run()
+    return counter.get_total_flops(), result
+
+
+class Costs:
+    """FLOPs of one UNet's programs, guidance on (batch 2)."""
+
+    def __init__(self, name: str) -> None:
+        self._unet = unet = models.unet(name, dtype=torch.float16)
+        side, tokens = SIZES[name]
+        kind = {"device": "meta", "dtype": torch.float16}
+        width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+        given: dict[str, Any] = {"encoder_hidden_states": torch.empty(2, tokens, width, **kind)}
+        if unet.config.addition_embed_type == "text_time":
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+            given["added_cond_kwargs"] = {
+                "text_embeds": torch.empty(2, pooled, **kind),
+                "time_ids": torch.empty(2, 6, **kind),
+            }
+        sample = torch.empty(2, unet.config.in_channels, side, side, **kind)
+        self._call = split.bind(unet, (sample, torch.zeros((), device="meta")), given)
+        # On the meta device weights are "away"; here all resnets share their skips, as with weights they would.
+        resnets = (name for name, _ in unet.named_modules() if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+", name))
+        self.whole, (_, deep) = counted(lambda: split.run_recording(unet, self._call, 0))
+        self.encode, (self._outputs, self._parts) = counted(lambda: split.run_encoder(unet, self._call, tuple(resnets)))
+        self.reuse, _ = counted(lambda: split.run_reuse(unet, self._call, [deep], torch.ones(1), 0))
+        self._decode: dict[int, int] = {}
+
+    def decode(self, steps: int) -> int:
+        """A batch of so many time steps."""
+        if steps not in self._decode:
+            times = torch.zeros(steps, device="meta")
+            run = split.run_decoder
+            arguments = self._unet, self._outputs, self._parts, 2, self._call, times
+            self._decode[steps], _ = counted(lambda: run(*arguments))
+        return self._decode[steps]
+
+    def image(self, plan: Plan) -> int:
+        """A whole schedule."""
+        rows = plan.steps()
+        total = 0
+        for row in rows:
+            alone = plan.segment_end(row.order) == row.order + 1
+            if row.reuse:
+                total += self.reuse
+            elif row.key and (plan.reuse is not None or alone):
+                total += self.whole
+            else:
+                total += self.encode * row.key
+                total += self.decode(len(row.decoded_with)) * (row.order == row.decoded_with[0])
+        return total
+
+
+def record() -> dict[str, Any]:
+    """Per UNet: FLOPs of its parts, and of an image per preset."""
+    found: dict[str, Any] = {"steps": STEPS, "torch": torch.__version__, "unets": {}}
+    for name in SIZES:
+        costs = Costs(name)
+        images = {}
+        for preset, meaning in PRESETS.items():
+            way = meaning.propagation
+            options = {"device": "cuda"} if isinstance(way, EncoderPropagation) else {}
+            images[preset] = costs.image(way.plan(STEPS, **options))
+        parts = {"whole": costs.whole, "encoder": costs.encode, "decoder": costs.decode(1), "reuse step": costs.reuse}
+        found["unets"][name] = {"parts": parts, "images": images}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for flops.json")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "flops.json").write_text(json.dumps(record(), indent=1) + "\n")
+    sys.stdout.write(flops_table(arguments.out) + "\n")
+
+
+if __name__ == "__main__":
+    main()
