@@ -106,4 +106,5 @@ def test_the_front_has_no_candidate_that_another_beats(tmp_path):
     assert by_error.front == choice.front
     assert [row.inside("latent_error", 0.03) for row in choice.rows] == [False, False, True, False, True]
     choice.picture(tmp_path / "front.png")
-    assert Image.open(tmp_path / "front.png").size[0] > 500
+    with Image.open(tmp_path / "front.png") as picture:
+        assert picture.size[0] > 500

@@ -1,5 +1,6 @@
 """Fused resnets against stock ones."""
 
+import contextlib
 import copy
 
 import pytest
@@ -12,7 +13,7 @@ from difffast.swap import is_swapped
 
 pytestmark = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
 
-SIZE = (3, 48, 34, 33)  # large enough for the C++ kernel to be chosen
+SIZE = (3, 48, 34, 33)
 
 
 def make(dtype=torch.float32, **options):
@@ -29,7 +30,9 @@ def run(holder, dtype=torch.float32, *, fused=True, layout=torch.contiguous_form
     hidden = torch.randn(SIZE, generator=generator).to(dtype).contiguous(memory_format=layout)
     temb = torch.randn(3, 24, generator=generator).to(dtype)
     reasons = []
-    with torch.no_grad(), resnets.fused(reasons.append if fused else None):
+    # By itself the kernel is chosen for larger operands only.
+    kernel = ops.use_backend("cpp", "group_norm_silu") if fused else contextlib.nullcontext()
+    with torch.no_grad(), kernel, resnets.fused(reasons.append if fused else None):
         return holder["resnet"](hidden, temb), reasons
 
 
@@ -124,3 +127,16 @@ def test_a_patched_pipeline_uses_them_and_unpatch_takes_them_out(pipe):
     assert not any(map(is_swapped, found.values()))
     assert "resnets (" not in str(patch(pipe, "exact", fused=False))
     unpatch(pipe)
+
+
+def test_small_operands_run_stock_altogether(monkeypatch):
+    holder = make()
+    resnets.install(holder)
+    calls = []
+    plain = ops.group_norm_silu
+    monkeypatch.setattr(ops, "group_norm_silu", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    for size, fused in (((3, 48, 34, 33), True), ((2, 48, 8, 8), False)):
+        calls.clear()
+        with torch.no_grad(), resnets.fused(lambda reason: pytest.fail(reason)):
+            holder["resnet"](torch.randn(size), torch.randn(size[0], 24))
+        assert bool(calls) == fused
