@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 #: Published key orders per kind of pipeline and schedule length; other lengths are scaled from the nearest list.
@@ -256,6 +257,32 @@ class Plan:
                 rows.append(PlanStep(o, key, tuple(together), reuse=self.reuse is not None and not key))
             order = together.stop
         return tuple(rows)
+
+    def picture(self, path: str | Path) -> None:
+        """Draw which parts of the UNet run at which step, as PNG or SVG; decoders of one batch share a frame.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+
+        parts = ("outer layers", "encoder", "bottleneck", "decoder")
+        figure = Figure(figsize=(max(6.0, 1.5 + self.total / 6), 2.4), layout="constrained")
+        axis = figure.subplots()
+        for row in self.steps():
+            ran = parts if row.key else ("outer layers",) if row.reuse else ("decoder",)
+            colour = "C3" if row.order in self.optimised else "C0" if row.key else "C1"
+            for part in ran:
+                axis.add_patch(Rectangle((row.order - 0.4, parts.index(part) - 0.4), 0.8, 0.8, color=colour))
+            first, last = row.decoded_with[0], row.decoded_with[-1]
+            if row.order == first != last:
+                axis.add_patch(Rectangle((first - 0.5, 2.5), last - first + 1, 1, fill=False, linewidth=1.5))
+        axis.set(xlim=(-1, self.total), ylim=(3.6, -0.6), xlabel="step", yticks=range(4), yticklabels=parts)
+        axis.set_title(
+            f"{len(self.keys)} key steps of {self.total} (blue), in between (orange), optimised (red)", size=9
+        )
+        figure.savefig(path, dpi=120)
 
     def to_json(self) -> str:
         """The plan as JSON; :meth:`from_json` makes it again."""

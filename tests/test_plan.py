@@ -164,3 +164,23 @@ def test_plans_go_through_json(plan):
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize("plan", [EncoderPropagation().plan(20), FeatureReuse(4).plan(20)], ids=["decoders", "reuse"])
+def test_plans_are_drawn(plan, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib.axes")
+    drawn = []
+    add = matplotlib.Axes.add_patch
+
+    def counted(self, patch):
+        drawn.append(patch)
+        return add(self, patch)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(matplotlib.Axes, "add_patch", counted)
+        plan.picture(tmp_path / "plan.png")
+    keys, others = len(plan.keys), plan.total - len(plan.keys)
+    filled = [patch for patch in drawn if patch.get_fill()]
+    assert len(filled) == 4 * keys + others  # a key step runs everything, the others one part
+    assert (len(filled) < len(drawn)) == (plan.reuse is None)  # frames around decoders that run together
+    assert (tmp_path / "plan.png").stat().st_size > 5000
