@@ -43,7 +43,8 @@ class Inputs:
         self._adapted = {
             name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
         }
-        self._scales: dict[str, dict[str, Tensor]] = {name: {} for name in self._adapted}
+        #: Of each LoRA layer and adapter: the scale, and the tensor that holds it.
+        self._scales: dict[tuple[str, str], tuple[float, Tensor]] = {}
 
     def of(self, unet: nn.Module, call: Mapping[str, Any], keys: attention.TextKeys | None) -> dict[str, Any]:
         """Per name: keys and values of an attn2 layer, or the scales of a LoRA layer's adapters as tensors [].
@@ -56,13 +57,19 @@ class Inputs:
         if keys is not None:
             found.update(attention.static_keys(self._attention, call, keys))
         for name, layer in self._adapted.items():
-            held = self._scales[name]
-            for adapter, scale in layer.scaling.items():
-                if adapter not in held or held[adapter].device != unet.device:
-                    held[adapter] = torch.empty((), device=unet.device)
-                held[adapter].fill_(scale)
-            found[f"{name}.scaling"] = dict(held)
+            scales = {adapter: self._scale(name, adapter, scale, unet) for adapter, scale in layer.scaling.items()}
+            found[f"{name}.scaling"] = scales
         return found
+
+    def _scale(self, name: str, adapter: str, scale: float | Tensor, unet: nn.Module) -> Tensor:
+        """The scale as a tensor, written only when it has changed; PEFT's hot-swapped adapters have one already."""
+        if isinstance(scale, Tensor):
+            return scale
+        held = self._scales.get((name, adapter))
+        if held is None or held[0] != scale:
+            tensor = torch.empty((), device=unet.device) if held is None else held[1]
+            held = self._scales[name, adapter] = (scale, tensor.fill_(scale))
+        return held[1]
 
 
 @contextlib.contextmanager

@@ -331,12 +331,12 @@ class _Run:
             return self._finish(order, self._whole_or_reuse(unet, call, conditioning, order, stock))
 
         if order not in self._queue:
+            run, prepared = self._runner(unet, call)
             if self._features is None or self.plan.is_key(order):
                 self.clear()
                 self._last = order
                 self.stats.key += 1
                 self.stats.forced += not self.plan.is_key(order)
-                run, prepared = self._runner(unet, call)
                 if self.plan.segment_end(order) == order + 1:
                     self._conditioning = conditioning
                     whole = stock() if run is split.directly else run(split.run_whole, unet, prepared)
@@ -347,7 +347,7 @@ class _Run:
             else:
                 self.stats.propagated += 1
             self._conditioning = conditioning
-            self._decode(unet, call, order)
+            self._decode(unet, prepared, order, run)
         else:
             self.stats.propagated += 1
         return self._finish(order, self._queue.pop(order))
@@ -395,14 +395,13 @@ class _Run:
             inputs = self._inputs.of(unet, call, self._text_keys)
         return functools.partial(self._programs.run, inputs, self.note), call
 
-    def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int) -> None:
-        run, prepared = self._runner(unet, call)
+    def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int, run: split.Run) -> None:
         outputs = None
         while outputs is None:
             together = self.plan.batch(order)
             times = self.timesteps()[together.start : together.stop]
             try:
-                outputs = split.decode(unet, self._features, prepared, times, run=run)
+                outputs = split.decode(unet, self._features, call, times, run=run)
             except torch.OutOfMemoryError:
                 if len(together) == 1:
                     raise
