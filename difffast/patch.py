@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import attention, ops, resnets
+from . import attention, controlnet, ops, resnets
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, Plan
@@ -171,6 +171,8 @@ def patch(
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
         controller.add(settings)
+        for net in _controlnets(pipe):
+            controlnet.install(net, controller)
         notes = []
         if compiled is not None:
             pipe.unet = unet
@@ -211,7 +213,11 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
         done = _patches.pop(pipe, None)
         if done is None:
             return False
-        if _controller(done.unet).remove(done.settings):
+        controller = _controller(done.unet)
+        for net in _controlnets(pipe):
+            if not any(net in _controlnets(other) and each.unet is done.unet for other, each in _patches.items()):
+                controlnet.uninstall(net, controller)
+        if controller.remove(done.settings):
             swap_out(done.unet)
             attention.uninstall(done.unet)
             resnets.uninstall(done.unet)
@@ -274,6 +280,12 @@ def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
     return supported, plain, compiled
 
 
+def _controlnets(pipe: Any) -> list[nn.Module]:
+    """The pipeline's ControlNet, if it has one; several come as one module."""
+    found = getattr(pipe, "controlnet", None)
+    return [found] if found is not None and hasattr(found, "forward") else []
+
+
 def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:
     """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
@@ -290,7 +302,7 @@ def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:
 
 
 def _unet_methods(unet: nn.Module) -> dict[str, Any]:
-    plain, controller = plain_class(unet), Controller()
+    plain, controller = plain_class(unet), Controller(unet)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)

@@ -26,11 +26,45 @@ class Support:
     note: str = ""
 
 
+_SD = Support("Stable Diffusion 1, 2")
+_XL = Support("Stable Diffusion XL")
+_PAG = Support("Perturbed-attention guidance")
+_CONTROLNET = Support("ControlNet", note="ControlNet runs at key steps only")
+_ADAPTER = Support("T2I-Adapter", note="the adapter's features enter at key steps only")
+
 #: By class name; subclasses are taken for what they derive from.
 PIPELINES: dict[str, Support] = {
-    "StableDiffusionPipeline": Support("Stable Diffusion 1, 2"),
-    "StableDiffusionImg2ImgPipeline": Support("Stable Diffusion 1, 2"),
-    "StableDiffusionInpaintPipeline": Support("Stable Diffusion 1, 2"),
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionInstructPix2PixPipeline": _SD,
+    "StableDiffusionXLPipeline": _XL,
+    "StableDiffusionXLImg2ImgPipeline": _XL,
+    "StableDiffusionXLInpaintPipeline": _XL,
+    "StableDiffusionPAGPipeline": _PAG,
+    "StableDiffusionPAGImg2ImgPipeline": _PAG,
+    "StableDiffusionPAGInpaintPipeline": _PAG,
+    "StableDiffusionXLPAGPipeline": _PAG,
+    "StableDiffusionXLPAGImg2ImgPipeline": _PAG,
+    "StableDiffusionXLPAGInpaintPipeline": _PAG,
+    "StableDiffusionControlNetPipeline": _CONTROLNET,
+    "StableDiffusionControlNetImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionControlNetInpaintPipeline": _CONTROLNET,
+    "StableDiffusionControlNetPAGPipeline": _CONTROLNET,
+    "StableDiffusionControlNetPAGInpaintPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetInpaintPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetPAGPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetUnionPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetUnionInpaintPipeline": _CONTROLNET,
+    "StableDiffusionAdapterPipeline": _ADAPTER,
+    "StableDiffusionXLAdapterPipeline": _ADAPTER,
+    "StableDiffusionXLInstructPix2PixPipeline": _XL,
+    "StableDiffusionUpscalePipeline": Support("Stable Diffusion 1, 2", key_steps="upscaler"),
+    "StableDiffusionDepth2ImgPipeline": _SD,
 }
 
 

@@ -142,11 +142,12 @@ def test_custom_timesteps_and_return_dict(pipe64):
     assert report.last_run.total == 10
     assert report.last_run.propagated > 0
     with patched(pipe64, "faster-diffusion"), torch.no_grad():
+        sample, text = torch.zeros(2, 4, 8, 8, dtype=torch.float64), torch.zeros(2, 77, 64, dtype=torch.float64)
         pipe64.scheduler.set_timesteps(20)
-        call = (torch.zeros(2, 4, 8, 8, dtype=torch.float64), pipe64.scheduler.timesteps[0])
-        text = torch.zeros(2, 77, 64, dtype=torch.float64)
-        by_name = pipe64.unet(*call, encoder_hidden_states=text)
-        assert torch.equal(by_name.sample, pipe64.unet(*call, text, return_dict=False)[0])
+        by_name = pipe64.unet(sample, pipe64.scheduler.timesteps[0], encoder_hidden_states=text)
+        pipe64.scheduler.set_timesteps(20)
+        by_position = pipe64.unet(sample, pipe64.scheduler.timesteps[0], text, return_dict=False)
+        assert torch.equal(by_name.sample, by_position[0])
 
 
 def test_inference_mode(pipe):
@@ -505,18 +506,16 @@ def test_hooks_on_the_unet_run_stock(pipe):
     assert report.last_run.stock == 0
 
 
-def test_residuals_run_stock_and_controlnet_pipelines_are_refused(pipe):
+def test_residuals_of_an_unpatched_controlnet_run_stock(pipe):
     controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 64)).eval()
     control_pipe = StableDiffusionControlNetPipeline(
         **pipe.components, controlnet=controlnet, requires_safety_checker=False
     )
-    with pytest.raises(ValueError, match="StableDiffusionControlNetPipeline is not supported"):
-        patch(control_pipe)
     control_pipe.set_progress_bar_config(disable=True)
     # The UNet and the scheduler are shared with a patched pipeline: still stock, never stale.
     run = lambda: latents(control_pipe, image=picture(), height=32, width=32)  # noqa: E731
     stock = run()
-    with patched(pipe, "faster-diffusion"), pytest.warns(UserWarning, match="residuals is given"):
+    with patched(pipe, "faster-diffusion"), pytest.warns(UserWarning, match="residuals are given that are not"):
         assert torch.equal(run(), stock)
 
 

@@ -61,6 +61,13 @@ def run(row, pipe, inputs=None):
     return latents
 
 
+def assert_as_planned(row, stats):
+    """Nothing ran stock; a run that enters late forces one key step, and no other."""
+    assert stats.stock == 0
+    assert stats.forced <= 1
+    assert row.warnings or not stats.reasons
+
+
 def test_every_supported_pipeline_has_a_row():
     assert {name.partition(":")[0] for name in ROWS} == set(support.PIPELINES)
     for name in ROWS:
@@ -90,7 +97,7 @@ def test_a_pipeline(row, pipe):
     assert torch.equal(again, fast)
     assert largest(fast, stock) > 1000 * LATENTS_FLOAT64, "propagation must have taken place"
     assert stats.propagated > 0
-    assert (stats.stock, stats.forced) == (0, 0)
+    assert_as_planned(row, stats)
     assert (max(stats.decode_batches) > 1) == supported.parallel
 
     reuse = FeatureReuse(interval=2)
@@ -100,7 +107,7 @@ def test_a_pipeline(row, pipe):
         with patched(pipe, propagation=reuse) as report:
             reused = run(row, pipe)
         assert report.last_run.reused > 0
-        assert (report.last_run.stock, report.last_run.forced) == (0, 0)
+        assert_as_planned(row, report.last_run)
         assert largest(reused, stock) > 1000 * LATENTS_FLOAT64
     else:
         with pytest.raises(ValueError, match="reuse"):
