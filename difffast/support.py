@@ -30,6 +30,8 @@ _SD = Support("Stable Diffusion 1, 2")
 _XL = Support("Stable Diffusion XL")
 _PAG = Support("Perturbed-attention guidance")
 _CONTROLNET = Support("ControlNet", note="ControlNet runs at key steps only")
+_IF_1 = Support("DeepFloyd IF, stage I", key_steps="if-1", prior_noise=False)
+_IF_2 = Support("DeepFloyd IF, stage II", key_steps="if-2", prior_noise=False)
 _ADAPTER = Support("T2I-Adapter", note="the adapter's features enter at key steps only")
 
 #: By class name; subclasses are taken for what they derive from.
@@ -64,6 +66,12 @@ PIPELINES: dict[str, Support] = {
     "StableDiffusionXLAdapterPipeline": _ADAPTER,
     "StableDiffusionXLInstructPix2PixPipeline": _XL,
     "StableDiffusionUpscalePipeline": Support("Stable Diffusion 1, 2", key_steps="upscaler"),
+    "IFPipeline": _IF_1,
+    "IFImg2ImgPipeline": _IF_1,
+    "IFInpaintingPipeline": _IF_1,
+    "IFSuperResolutionPipeline": _IF_2,
+    "IFImg2ImgSuperResolutionPipeline": _IF_2,
+    "IFInpaintingSuperResolutionPipeline": _IF_2,
     "StableDiffusionDepth2ImgPipeline": _SD,
 }
 

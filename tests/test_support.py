@@ -4,6 +4,7 @@ import copy
 import functools
 import warnings
 
+import if_zoo
 import pytest
 import torch
 import video_zoo
@@ -14,7 +15,7 @@ from tolerances import LATENTS_FLOAT64
 from difffast import EncoderPropagation, FeatureReuse, patch, patched, support, unpatch
 from difffast.swap import is_swapped
 
-ROWS = {**zoo.ROWS, **video_zoo.ROWS}
+ROWS = {**zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS}
 
 #: Half of the steps share features, in segments of different lengths.
 KEYS = (0, 1, 4, 6)

@@ -59,6 +59,11 @@ class Row:
     warnings: tuple[str, ...] = ()
 
 
+def taken_by(function: Callable[..., Any]) -> set[str]:
+    """Names of a function's arguments."""
+    return set(inspect.signature(function).parameters)
+
+
 def sample(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
     """Run a pipeline on those of ``inputs`` that it takes, and on ``options``."""
     height, width = inputs.size
@@ -71,7 +76,7 @@ def sample(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
         "generator": inputs.generator,
         "output_type": "latent",
     }
-    taken = inspect.signature(type(pipe).__call__).parameters
+    taken = taken_by(type(pipe).__call__)
     return pipe(**{name: value for name, value in given.items() if name in taken} | options)[0]
 
 
@@ -132,7 +137,7 @@ def unet(**config: Any) -> Any:
 def build(pipeline: str, parts: dict[str, Any], **config: Any) -> Any:
     """A pipeline of those ``parts`` that it takes, and of ``config``."""
     cls = getattr(diffusers, pipeline)
-    taken = inspect.signature(cls.__init__).parameters
+    taken = taken_by(cls.__init__)
     switches = {"requires_safety_checker": False, "add_watermarker": False}
     given = {name: value for name, value in {**switches, **parts, **config}.items() if name in taken}
     return cls(**copy.deepcopy(given))
@@ -234,7 +239,7 @@ def union(unet: Any) -> Any:
     """A ControlNet for several kinds of pictures."""
     made = {"conditioning_embedding_out_channels": (16, 32, 64), "num_control_type": 2, "num_trans_channel": 32}
     config = {**unet.config, **made, "num_trans_head": 2, "num_proj_channel": 32}
-    taken = inspect.signature(diffusers.ControlNetUnionModel.__init__).parameters
+    taken = taken_by(diffusers.ControlNetUnionModel.__init__)
     return seeded(diffusers.ControlNetUnionModel, **{name: value for name, value in config.items() if name in taken})
 
 
