@@ -32,6 +32,8 @@ _PAG = Support("Perturbed-attention guidance")
 _CONTROLNET = Support("ControlNet", note="ControlNet runs at key steps only")
 _IF_1 = Support("DeepFloyd IF, stage I", key_steps="if-1", prior_noise=False)
 _IF_2 = Support("DeepFloyd IF, stage II", key_steps="if-2", prior_noise=False)
+_KANDINSKY = Support("Kandinsky 2.2 decoder")
+_KOLORS = Support("Kolors")
 _ADAPTER = Support("T2I-Adapter", note="the adapter's features enter at key steps only")
 
 #: By class name; subclasses are taken for what they derive from.
@@ -66,6 +68,14 @@ PIPELINES: dict[str, Support] = {
     "StableDiffusionXLAdapterPipeline": _ADAPTER,
     "StableDiffusionXLInstructPix2PixPipeline": _XL,
     "StableDiffusionUpscalePipeline": Support("Stable Diffusion 1, 2", key_steps="upscaler"),
+    "StableDiffusionGLIGENPipeline": Support("GLIGEN", note="the step at which grounding ends is a key step"),
+    "StableDiffusionImageVariationPipeline": _SD,
+    "LatentConsistencyModelPipeline": Support("Latent consistency", note="at least 8 steps, or force=True"),
+    "KandinskyV22Pipeline": _KANDINSKY,
+    "KandinskyV22Img2ImgPipeline": _KANDINSKY,
+    "KandinskyV22ControlnetPipeline": _KANDINSKY,
+    "KolorsPipeline": _KOLORS,
+    "KolorsPAGPipeline": _KOLORS,
     "IFPipeline": _IF_1,
     "IFImg2ImgPipeline": _IF_1,
     "IFInpaintingPipeline": _IF_1,

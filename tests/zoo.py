@@ -50,13 +50,13 @@ class Row:
         build: makes it, in float32 and evaluation mode.
         run: runs it, at least eight steps, and returns the last latents (not decoded).
         other: inputs of a second run, different in everything that may differ.
-        warnings: what difffast warns of in every run, as regular expressions; anything else is an error.
+        reasons: what the report says besides the plan, beginnings of it; anything else is an error.
     """
 
     build: Callable[[], Any]
     run: Callable[[Any, Inputs], Tensor]
     other: Inputs = Inputs("two cats", seed=1, images=2, size=(40, 24))
-    warnings: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 def taken_by(function: Callable[..., Any]) -> set[str]:
