@@ -237,7 +237,16 @@ def _measured_on(info: dict[str, Any]) -> str:
     return f"{_machine(info)}, diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
 
 
+def support_table() -> str:
+    """Which pipelines are supported; from the code, which the tests prove row by row."""
+    from difffast.support import COLUMNS, table
+
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *table()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 TABLES = {
+    "support": support_table,
     "unet": unet_table,
     "demo": demo_table,
     "fidelity": fidelity_table,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from . import attention, controlnet, ops, resnets
 from .guidance.binder import Binder
@@ -98,8 +98,16 @@ class PatchReport:
         return f"<table>{''.join(cells)}</table>"
 
 
+@overload
+def patch(pipe: DiffusionPipeline, preset: str = ..., **options: Any) -> PatchReport: ...
+
+
+@overload
+def patch(pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Any) -> tuple[PatchReport, ...]: ...
+
+
 def patch(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | Sequence[DiffusionPipeline],
     preset: str = "balanced",
     *,
     propagation: EncoderPropagation | FeatureReuse | None = None,
@@ -107,11 +115,11 @@ def patch(
     compile: bool = False,
     binding: SemanticBinding | None = None,
     force: bool = False,
-) -> PatchReport:
+) -> PatchReport | tuple[PatchReport, ...]:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
 
     Args:
-        pipe: a pipeline with a UNet; see ``difffast.support.PIPELINES``.
+        pipe: a pipeline with a UNet; see ``difffast.support.PIPELINES``.  Or several, such as the stages of a cascade.
         preset: a name from ``difffast.plan.PRESETS``.
         propagation: replaces what the preset says about steps that share features.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
@@ -122,7 +130,8 @@ def patch(
         force: allow schedules with fewer than 8 steps.
 
     Returns:
-        A report of what was replaced.  Patching again replaces the first patch.
+        A report of what was replaced; for several pipelines as many, in their order.  Patching again replaces the first
+        patch.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
@@ -130,6 +139,9 @@ def patch(
         ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, a branch that the UNet does not have,
             or no layers for binding's maps.  Nothing is changed then.
     """
+    if isinstance(pipe, (list, tuple)):
+        options = {"propagation": propagation, "fused": fused, "compile": compile, "binding": binding, "force": force}
+        return _patch_all(pipe, preset, options)
     support, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
@@ -203,12 +215,26 @@ def patch(
     )
 
 
-def unpatch(pipe: DiffusionPipeline) -> bool:
-    """Take difffast out of a pipeline: classes, attributes and outputs are as before :func:`patch`.
+def _patch_all(pipes: Sequence[DiffusionPipeline], preset: str, options: Mapping[str, Any]) -> tuple[PatchReport, ...]:
+    """Patch all of them, or leave all as they are."""
+    reports = []
+    with contextlib.ExitStack() as undo:
+        for pipe in pipes:
+            earlier = _arguments(pipe)
+            reports.append(patch(pipe, preset, **options))
+            undo.callback(_put_back, pipe, earlier)
+        undo.pop_all()
+    return tuple(reports)
+
+
+def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
+    """Take difffast out of a pipeline, or several: classes, attributes and outputs are as before :func:`patch`.
 
     Returns:
-        True if the pipeline was patched.
+        True if the pipeline, or any of them, was patched.
     """
+    if isinstance(pipe, (list, tuple)):
+        return any([unpatch(each) for each in pipe])
     with _lock:
         done = _patches.pop(pipe, None)
         if done is None:
@@ -229,18 +255,29 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
 
 
 @contextlib.contextmanager
-def patched(pipe: DiffusionPipeline, preset: str = "balanced", **options: Any) -> Iterator[PatchReport]:
-    """:func:`patch` for a ``with`` block; on leaving, an earlier patch is put back, or none."""
-    with _lock:
-        earlier = _patches.get(pipe)
-        arguments = dict(earlier.arguments) if earlier is not None else None
+def patched(
+    pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any
+) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
+    """:func:`patch` for a ``with`` block; on leaving, earlier patches are put back, or none."""
+    earlier = [(each, _arguments(each)) for each in (pipe if isinstance(pipe, (list, tuple)) else (pipe,))]
     report = patch(pipe, preset, **options)
     try:
         yield report
     finally:
-        unpatch(pipe)
-        if arguments is not None:
-            patch(pipe, **arguments)
+        for each, arguments in reversed(earlier):
+            _put_back(each, arguments)
+
+
+def _arguments(pipe: DiffusionPipeline) -> dict[str, Any] | None:
+    """What the pipeline's patch was asked for, or None."""
+    with _lock:
+        return next((dict(found.arguments) for each, found in _patches.items() if each is pipe), None)
+
+
+def _put_back(pipe: DiffusionPipeline, arguments: Mapping[str, Any] | None) -> None:
+    unpatch(pipe)
+    if arguments is not None:
+        patch(pipe, **arguments)
 
 
 @contextlib.contextmanager

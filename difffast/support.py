@@ -67,7 +67,7 @@ PIPELINES: dict[str, Support] = {
     "StableDiffusionAdapterPipeline": _ADAPTER,
     "StableDiffusionXLAdapterPipeline": _ADAPTER,
     "StableDiffusionXLInstructPix2PixPipeline": _XL,
-    "StableDiffusionUpscalePipeline": Support("Stable Diffusion 1, 2", key_steps="upscaler"),
+    "StableDiffusionUpscalePipeline": Support("Stable Diffusion x4 upscaler", key_steps="upscaler"),
     "StableDiffusionGLIGENPipeline": Support("GLIGEN", note="the step at which grounding ends is a key step"),
     "StableDiffusionImageVariationPipeline": _SD,
     "LatentConsistencyModelPipeline": Support("Latent consistency", note="at least 8 steps, or force=True"),
@@ -89,3 +89,22 @@ PIPELINES: dict[str, Support] = {
 def support_of(pipeline: type) -> Support | None:
     """The entry of a class of pipelines, or of the nearest class that it derives from."""
     return next((PIPELINES[base.__name__] for base in pipeline.__mro__ if base.__name__ in PIPELINES), None)
+
+
+#: Head of :func:`table`.
+COLUMNS = ("family", "pipelines", "decoders", "feature reuse", "notes")
+
+
+def table() -> list[tuple[str, str, str, str, str]]:
+    """The table as text, a row for each entry that is different."""
+    entries = dict.fromkeys(PIPELINES.values())
+    return [
+        (
+            entry.family,
+            ", ".join(name for name, other in PIPELINES.items() if other == entry),
+            "in parallel" if entry.parallel else "one at a time",
+            "yes" if entry.reuse else "no",
+            entry.note,
+        )
+        for entry in entries
+    ]
