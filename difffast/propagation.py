@@ -337,9 +337,8 @@ class _Run:
             return held.output
         if held is not None and goes_on and not self.plan.is_key(order):
             self.restart = True
-            self.record(
-                f"key step at {order}: of ControlNet's inputs, {conditioning.change(held.conditioning)} changed"
-            )
+            change = conditioning.change(held.conditioning)
+            self.record(f"key step at {order}: ControlNet's {change} changed")
         output = stock()
         self._control = _Control(conditioning, order, output)
         self.stats.controlnet["computed"] += 1
