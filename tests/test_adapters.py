@@ -82,7 +82,9 @@ CHANGES = {
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT's, of every second adapter
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPipeline", pytest.param("StableDiffusionXLPipeline", marks=pytest.mark.slow)]
+)
 def test_changes_while_patched(name):
     pipe, stock = make(name), make(name)
     report = patch(pipe, "exact")

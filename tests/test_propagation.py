@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import unet_oracle
+import zoo
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -17,11 +18,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling import largest, latents, mask, picture, scheduler
-from tolerances import LATENTS_FLOAT64
+from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difffast
-from difffast import EncoderPropagation, patch, patched, unpatch
+from difffast import EncoderPropagation, FeatureReuse, patch, patched, unpatch
 from difffast.swap import is_swapped
 
 STEP_BY_STEP = EncoderPropagation(parallel=False)
@@ -428,6 +429,39 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
             for order in skipped:
                 unet(torch.randn(2, 4, 8, 8), steps.timesteps[order], encoder_hidden_states=text)
         assert controller_of(pipe)._runs[0].stats.forced >= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [EncoderPropagation(key_steps=4), FeatureReuse(interval=4)], ids=["ahead", "reuse"])
+def test_several_calls_a_step_run_in_full(pipe, config):
+    """As for the views of a panorama: features of one call never meet another's latents."""
+    unet, steps, text = pipe.unet, pipe.scheduler, torch.randn(2, 77, 64)
+
+    def loop():
+        steps.set_timesteps(12)
+        views = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        for t in steps.timesteps:
+            views = [steps.step(unet(x, t, encoder_hidden_states=text).sample, t, x).prev_sample for x in views]
+        return torch.stack(views)
+
+    stock = loop()
+    with (
+        patched(pipe, propagation=config, fused=False) as report,
+        pytest.warns(UserWarning, match="the UNet is called several times a step"),
+    ):
+        assert largest(loop(), stock) <= LATENTS_FLOAT32
+    assert report.last_run.propagated + report.last_run.reused == 0
+
+
+def test_nothing_is_decoded_beyond_the_last_executed_step():
+    pipe = zoo.ROWS["StableDiffusionXLPipeline"].build()
+    pipe.set_progress_bar_config(disable=True)
+    with patched(pipe, propagation=EncoderPropagation(key_steps=4, max_parallel=4)) as report:
+        latents(pipe, steps=20, denoising_end=0.7, height=32, width=32)
+        assert_nothing_kept(pipe)
+    run = report.last_run
+    assert (run.total, run.key, run.propagated) == (20, 4, 10)
+    assert run.decode_batches == [4, 4, 4, 2]
 
 
 def test_memory_is_released_at_the_end_of_a_run(pipe):

@@ -10,7 +10,9 @@ import pytest
 import torch
 import video_zoo
 import zoo
-from sampling import largest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sampling import largest, scheduler
 from tolerances import LATENTS_FLOAT64
 
 from difffast import EncoderPropagation, FeatureReuse, patch, patched, support, unpatch
@@ -120,3 +122,55 @@ def test_a_pipeline(row, pipe):
     assert {name: type(module) for name, module in pipe.unet.named_modules()} == classes
     assert not is_swapped(pipe.scheduler)
     assert torch.equal(run(row, pipe), stock)
+
+
+class StopRunError(Exception):
+    pass
+
+
+def interrupted(row, pipe, inputs, calls):
+    """A run that an exception ends in the scheduler's step after so many of them."""
+    plain, seen = pipe.scheduler.step, []
+
+    def step(*args, **kwargs):
+        seen.append(1)
+        if len(seen) > calls:
+            raise StopRunError
+        return plain(*args, **kwargs)
+
+    pipe.scheduler.step = functools.wraps(plain)(step)
+    try:
+        with pytest.raises(StopRunError):
+            run(row, pipe, inputs)
+    finally:
+        del pipe.scheduler.step
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_run_of_any_pipeline(data):
+    """After a run that was cut off, look-ahead is step by step, whatever is asked for."""
+    name = data.draw(st.sampled_from(sorted(ROWS)))
+    row = ROWS[name]
+    pipe = copy.deepcopy(built(name)).to(dtype=torch.float64)
+    if type(pipe.scheduler).__name__ == "DDIMScheduler" and data.draw(st.booleans()):
+        other = data.draw(st.sampled_from(["PNDM", "Euler", "Heun", "DPM++ 2M", "UniPC"]))
+        pipe.scheduler = type(scheduler(other)).from_config(pipe.scheduler.config)
+    steps = data.draw(st.integers(8, 14))
+    inputs = zoo.Inputs(
+        prompt=data.draw(st.sampled_from(["a red circle", "two cats"])),
+        seed=data.draw(st.integers(0, 9)),
+        images=data.draw(st.integers(1, row.other.images)),
+        size=data.draw(st.sampled_from([zoo.Inputs.size, row.other.size])),
+        steps=steps,
+    )
+    keys = data.draw(
+        st.one_of(st.integers(1, 5), st.floats(0.1, 0.5), st.sets(st.integers(0, 7)).map(lambda s: s | {0}))
+    )
+    ahead = EncoderPropagation(key_steps=keys, max_parallel=data.draw(st.integers(1, 5)))
+    with patched(pipe, propagation=ahead):
+        interrupted(row, pipe, zoo.Inputs("something else", seed=11, steps=steps), data.draw(st.integers(0, 5)))
+        fast = run(row, pipe, inputs)
+    with patched(pipe, propagation=EncoderPropagation(key_steps=keys, parallel=False)):
+        assert largest(fast, run(row, pipe, inputs)) <= LATENTS_FLOAT64
