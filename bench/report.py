@@ -245,7 +245,28 @@ def support_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def ways_table(results: Path = RESULTS) -> str:
+    """Seconds inside UNet and ControlNet of every supported pipeline, from ``support.json`` (bench_support.py)."""
+    record = json.loads((results / "support.json").read_text())
+    ways = [way for way in max(record["seconds"].values(), key=len) if way != "stock"]
+    rows = [f"| pipeline | {' | '.join(ways)} |", "|" + "---|" * (1 + len(ways))]
+    for name, seconds in record["seconds"].items():
+        shares = (
+            statistics.median(a / b for a, b in zip(seconds[way], seconds["stock"], strict=True))
+            if way in seconds
+            else None
+            for way in ways
+        )
+        rows.append(f"| {name} | {' | '.join('refused' if each is None else f'{each:.2f}' for each in shares)} |")
+    note = (
+        "Seconds inside the UNet, and ControlNet, of stock's; small UNets (32, 64) on 32x32 latents, 12 steps. "
+        f"{_machine(record)}, {record['rounds']} interleaved rounds."
+    )
+    return "\n".join([*rows, "", note])
+
+
 TABLES = {
+    "ways": ways_table,
     "support": support_table,
     "unet": unet_table,
     "demo": demo_table,
