@@ -169,12 +169,15 @@ def patch(
     }
     config = propagation or PRESETS[preset].propagation
     fused = PRESETS[preset].fused if fused is None else fused
+    no_halves = guidance_obstacle(pipe, support)
     if guidance is not None:
         if not isinstance(guidance, GuidanceReuse):
             raise TypeError(f"guidance must be a difffast.GuidanceReuse, got {type(guidance).__name__}")
-        if _halves_obstacle(pipe, support):
-            raise ValueError(f"guidance cannot be reused with {type(pipe).__name__}: {_halves_obstacle(pipe, support)}")
-    elif not _halves_obstacle(pipe, support):
+        if guidance_obstacle(pipe, support):
+            raise ValueError(
+                f"guidance cannot be reused with {type(pipe).__name__}: {guidance_obstacle(pipe, support)}"
+            )
+    elif not guidance_obstacle(pipe, support):
         guidance = PRESETS[preset].guidance
     settings = Settings(pipe, config, fused, compile, support, force, binder, guidance)
 
@@ -205,7 +208,7 @@ def patch(
         if getattr(unet, "_compiled_call_impl", None) is not None:
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
         if PRESETS[preset].guidance is not None and settings.guidance is None:
-            notes.append(f"guidance's halves run together: {_halves_obstacle(pipe, support)}")
+            notes.append(f"guidance's halves run together: {no_halves}")
         settings.adopt_scheduler()
         if binder is not None:
             swap_in(pipe, binder.methods())
@@ -329,7 +332,7 @@ def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
     return supported, plain, compiled
 
 
-def _halves_obstacle(pipe: Any, support: Support) -> str:
+def guidance_obstacle(pipe: Any, support: Support) -> str:
     """Why guidance cannot be reused: the UNet's batch is not [unconditional, conditional], or not known to be."""
     if support.guidance:
         return support.guidance
