@@ -290,8 +290,14 @@ def test_rows_of_zeros_are_refused(pipe):
 
 @pytest.mark.parametrize(
     "options",
-    [{"preset": "exact"}, {"propagation": EncoderPropagation(key_steps=(0, 1, 2), max_parallel=4)}],
-    ids=["exact", "propagated"],
+    [
+        pytest.param({"preset": "exact"}, id="exact"),
+        pytest.param(
+            {"propagation": EncoderPropagation(key_steps=(0, 1, 2), max_parallel=4)},
+            id="propagated",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_programs_take_the_keys_as_inputs(pipe64, monkeypatch, options):
     monkeypatch.setattr(programs, "BACKEND", "eager")  # traced only: no kernels are generated

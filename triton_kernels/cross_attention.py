@@ -213,6 +213,31 @@ def chosen_keys(low, high, first, KEYS: tl.constexpr):
     return ((word >> (t & 63).to(tl.int64)) & 1).to(tl.int32)
 
 
+@triton.jit
+def store_maps(
+    map0,  # [BLOCK, KEYS], sums over heads for the first keys
+    map1,  # [BLOCK, KEYS_REST], for the others; anything without them
+    share,  # factor of the sums
+    maps,  # [BLOCK, M] contiguous: first row of this tile
+    rows,  # int32 [BLOCK]
+    rows_in,  # bool [BLOCK], which rows exist
+    low,  # chosen keys 0 .. 63, one bit each
+    high,  # chosen keys 64 .. 127
+    M,  # how many are chosen
+    KEYS: tl.constexpr,
+    KEYS_REST: tl.constexpr,
+):
+    """The columns of the chosen keys side by side."""
+    map_rows = (rows * M)[:, None]
+    chosen0 = chosen_keys(low, high, 0, KEYS)
+    slots = tl.cumsum(chosen0, 0) - 1
+    tl.store(maps + (map_rows + slots[None, :]), map0 * share, mask=rows_in[:, None] & (chosen0 > 0)[None, :])
+    if KEYS_REST > 0:
+        chosen1 = chosen_keys(low, high, KEYS, KEYS_REST)
+        slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
+        tl.store(maps + (map_rows + slots[None, :]), map1 * share, mask=rows_in[:, None] & (chosen1 > 0)[None, :])
+
+
 @triton.jit(
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_n", "k_stride_b", "k_stride_h", "k_stride_t",
@@ -310,16 +335,10 @@ def forward_kernel(
             if KEYS_REST > 0:
                 map1 += p1 * inverse[:, None]
     if MAPS:
-        share = 1.0 / H.to(ACC)
+        if KEYS_REST == 0:
+            map1 = map0
         target = maps + ((group * tl.num_programs(1) + b) * N + start) * M
-        map_rows = (rows * M)[:, None]
-        chosen0 = chosen_keys(low, high, 0, KEYS)
-        slots = tl.cumsum(chosen0, 0) - 1
-        tl.store(target + (map_rows + slots[None, :]), map0 * share, mask=rows_in[:, None] & (chosen0 > 0)[None, :])
-        if KEYS_REST > 0:
-            chosen1 = chosen_keys(low, high, KEYS, KEYS_REST)
-            slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
-            tl.store(target + (map_rows + slots[None, :]), map1 * share, mask=rows_in[:, None] & (chosen1 > 0)[None, :])
+        store_maps(map0, map1, 1.0 / H.to(ACC), target, rows, rows_in, low, high, M, KEYS, KEYS_REST)
 
 
 @triton.jit(

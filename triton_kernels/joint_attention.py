@@ -31,13 +31,13 @@ from .cross_attention import (
     DTYPES,
     LOG2_E,
     NAMES,
-    chosen_keys,
     head_groups,
     load_columns,
     near,
     partition,
     products,
     store_columns,
+    store_maps,
     stride_unit,
     strides_in,
     summed,
@@ -266,16 +266,10 @@ def maps_kernel(
         map0 += tl.exp2(s0 * scale_log2 - peak[:, None]) * inverse[:, None]
         if KEYS_REST > 0:
             map1 += tl.exp2(s1 * scale_log2 - peak[:, None]) * inverse[:, None]
-    share = 1.0 / H.to(ACC)
+    if KEYS_REST == 0:
+        map1 = map0
     target = maps + ((group * tl.num_programs(1) + b) * N + start) * chosen
-    map_rows = (rows * chosen)[:, None]
-    chosen0 = chosen_keys(low, high, 0, KEYS)
-    slots = tl.cumsum(chosen0, 0) - 1
-    tl.store(target + (map_rows + slots[None, :]), map0 * share, mask=rows_in[:, None] & (chosen0 > 0)[None, :])
-    if KEYS_REST > 0:
-        chosen1 = chosen_keys(low, high, KEYS, KEYS_REST)
-        slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
-        tl.store(target + (map_rows + slots[None, :]), map1 * share, mask=rows_in[:, None] & (chosen1 > 0)[None, :])
+    store_maps(map0, map1, 1.0 / H.to(ACC), target, rows, rows_in, low, high, chosen, KEYS, KEYS_REST)
 
 
 def obstacle(q: Tensor, text_k: Tensor, text_v: Tensor) -> str | None:

@@ -202,6 +202,15 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_to
     return None
 
 
+def _backend(q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str:
+    return _registry.choose(
+        "cross_attention",
+        q,
+        lambda backend: obstacle(backend, q, k, v, scale, map_tokens),
+        lambda backend: _loses(backend, q, k, map_tokens),
+    )
+
+
 def _loses(backend: str, q: Tensor, k: Tensor, map_tokens: Sequence[int]) -> bool:
     """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
     # Against PyTorch's own attention, one key or a few thousand products do not pay for packing the keys.
@@ -212,12 +221,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int, map_tokens: list[int]
 ) -> tuple[Tensor, Tensor | None]:
     """-> (out, maps), by the backend of choice; ``map_tokens`` increase."""
-    backend = _registry.choose(
-        "cross_attention",
-        q,
-        lambda backend: obstacle(backend, q, k, v, scale, map_tokens),
-        lambda backend: _loses(backend, q, k, map_tokens),
-    )
+    backend = _backend(q, k, v, scale, map_tokens)
     if backend == "reference":
         return reference(q, k, v, scale, sink, map_tokens)
     if backend == "sdpa":
