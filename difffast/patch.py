@@ -6,16 +6,17 @@ import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from . import attention, ops, resnets
+from . import attention, controlnet, ops, resnets
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
-from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, FeatureReuse, Plan
+from .plan import PRESETS, EncoderPropagation, FeatureReuse, Plan
 from .programs import BATCHES
 from .propagation import Controller, RunStats, Settings
+from .support import PIPELINES, Support, support_of
 from .swap import is_swapped, plain_class, swap_in, swap_out
 from .unet import reentry
 
@@ -98,8 +99,16 @@ class PatchReport:
         return f"<table>{''.join(cells)}</table>"
 
 
+@overload
+def patch(pipe: DiffusionPipeline, preset: str = ..., **options: Any) -> PatchReport: ...
+
+
+@overload
+def patch(pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Any) -> tuple[PatchReport, ...]: ...
+
+
 def patch(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | Sequence[DiffusionPipeline],
     preset: str = "balanced",
     *,
     propagation: EncoderPropagation | FeatureReuse | None = None,
@@ -107,11 +116,11 @@ def patch(
     compile: bool = False,
     binding: SemanticBinding | None = None,
     force: bool = False,
-) -> PatchReport:
+) -> PatchReport | tuple[PatchReport, ...]:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
 
     Args:
-        pipe: a pipeline with a UNet; see ``difffast.plan.SUPPORTED_PIPELINES``.
+        pipe: a pipeline with a UNet; see ``difffast.support.PIPELINES``.  Or several, such as the stages of a cascade.
         preset: a name from ``difffast.plan.PRESETS``.
         propagation: replaces what the preset says about steps that share features.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
@@ -122,7 +131,8 @@ def patch(
         force: allow schedules with fewer than 8 steps.
 
     Returns:
-        A report of what was replaced.  Patching again replaces the first patch.
+        A report of what was replaced; for several pipelines as many, in their order.  Patching again replaces the first
+        patch.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
@@ -130,7 +140,10 @@ def patch(
         ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, a branch that the UNet does not have,
             or no layers for binding's maps.  Nothing is changed then.
     """
-    kind, unet, _ = _checked_target(pipe)
+    if isinstance(pipe, (list, tuple)):
+        options = {"propagation": propagation, "fused": fused, "compile": compile, "binding": binding, "force": force}
+        return _patch_all(pipe, preset, options)
+    support, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
     if propagation is not None and not isinstance(propagation, (EncoderPropagation, FeatureReuse)):
@@ -154,7 +167,7 @@ def patch(
     }
     config = propagation or PRESETS[preset].propagation
     fused = PRESETS[preset].fused if fused is None else fused
-    settings = Settings(pipe, config, fused, compile, kind, force, binder)
+    settings = Settings(pipe, config, fused, compile, support, force, binder)
 
     with _lock:
         _check_shared(pipe, unet, settings)
@@ -171,6 +184,8 @@ def patch(
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
         controller.add(settings)
+        for net in _controlnets(pipe):
+            controlnet.install(net, controller)
         notes = []
         if compiled is not None:
             pipe.unet = unet
@@ -201,17 +216,35 @@ def patch(
     )
 
 
-def unpatch(pipe: DiffusionPipeline) -> bool:
-    """Take difffast out of a pipeline: classes, attributes and outputs are as before :func:`patch`.
+def _patch_all(pipes: Sequence[DiffusionPipeline], preset: str, options: Mapping[str, Any]) -> tuple[PatchReport, ...]:
+    """Patch all of them, or leave all as they are."""
+    reports = []
+    with contextlib.ExitStack() as undo:
+        for pipe in pipes:
+            earlier = _arguments(pipe)
+            reports.append(patch(pipe, preset, **options))
+            undo.callback(_put_back, pipe, earlier)
+        undo.pop_all()
+    return tuple(reports)
+
+
+def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
+    """Take difffast out of a pipeline, or several: classes, attributes and outputs are as before :func:`patch`.
 
     Returns:
-        True if the pipeline was patched.
+        True if the pipeline, or any of them, was patched.
     """
+    if isinstance(pipe, (list, tuple)):
+        return any([unpatch(each) for each in pipe])
     with _lock:
         done = _patches.pop(pipe, None)
         if done is None:
             return False
-        if _controller(done.unet).remove(done.settings):
+        controller = _controller(done.unet)
+        for net in _controlnets(pipe):
+            if not any(net in _controlnets(other) and each.unet is done.unet for other, each in _patches.items()):
+                controlnet.uninstall(net, controller)
+        if controller.remove(done.settings):
             swap_out(done.unet)
             attention.uninstall(done.unet)
             resnets.uninstall(done.unet)
@@ -223,18 +256,29 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
 
 
 @contextlib.contextmanager
-def patched(pipe: DiffusionPipeline, preset: str = "balanced", **options: Any) -> Iterator[PatchReport]:
-    """:func:`patch` for a ``with`` block; on leaving, an earlier patch is put back, or none."""
-    with _lock:
-        earlier = _patches.get(pipe)
-        arguments = dict(earlier.arguments) if earlier is not None else None
+def patched(
+    pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any
+) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
+    """:func:`patch` for a ``with`` block; on leaving, earlier patches are put back, or none."""
+    earlier = [(each, _arguments(each)) for each in (pipe if isinstance(pipe, (list, tuple)) else (pipe,))]
     report = patch(pipe, preset, **options)
     try:
         yield report
     finally:
-        unpatch(pipe)
-        if arguments is not None:
-            patch(pipe, **arguments)
+        for each, arguments in reversed(earlier):
+            _put_back(each, arguments)
+
+
+def _arguments(pipe: DiffusionPipeline) -> dict[str, Any] | None:
+    """What the pipeline's patch was asked for, or None."""
+    with _lock:
+        return next((dict(found.arguments) for each, found in _patches.items() if each is pipe), None)
+
+
+def _put_back(pipe: DiffusionPipeline, arguments: Mapping[str, Any] | None) -> None:
+    unpatch(pipe)
+    if arguments is not None:
+        patch(pipe, **arguments)
 
 
 @contextlib.contextmanager
@@ -253,8 +297,8 @@ def collecting(pipe: DiffusionPipeline, make: Callable[[nn.Module], Any]) -> Ite
                 settings.collectors = tuple(each for each in settings.collectors if each is not maps)
 
 
-def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
-    """Kind of pipeline, plain UNet, and the compiled wrapper around it if there is one."""
+def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
+    """What is supported of the pipeline, its plain UNet, and the compiled wrapper around it if there is one."""
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
     name = type(pipe).__name__
@@ -264,16 +308,20 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     if unet is None:
         found = ", ".join(key for key in pipe.components if "transformer" in key or "prior" in key) or "none"
         raise ValueError(f"{name} has no UNet (other denoisers: {found}); difffast patches UNet pipelines only")
-    supported = next(
-        (SUPPORTED_PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in SUPPORTED_PIPELINES), None
-    )
+    supported = support_of(type(pipe))
     if supported is None:
-        raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(SUPPORTED_PIPELINES)}")
+        raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(PIPELINES)}")
     compiled = unet if hasattr(unet, "_orig_mod") else None
     plain = unet._orig_mod if compiled is not None else unet
     if not isinstance(plain, UNet2DConditionModel):
         raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: UNet2DConditionModel")
     return supported, plain, compiled
+
+
+def _controlnets(pipe: Any) -> list[nn.Module]:
+    """The pipeline's ControlNet, if it has one; several come as one module."""
+    found = getattr(pipe, "controlnet", None)
+    return [found] if found is not None and hasattr(found, "forward") else []
 
 
 def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:
@@ -292,7 +340,7 @@ def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:
 
 
 def _unet_methods(unet: nn.Module) -> dict[str, Any]:
-    plain, controller = plain_class(unet), Controller()
+    plain, controller = plain_class(unet), Controller(unet)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)
