@@ -1,14 +1,17 @@
 """DeepFloyd IF's attention layers, text and pixels in one softmax: fused, text keys made once, maps that are stock's.
 
-The pipeline is the tiny Stable Diffusion one with a UNet of IF's layout.
+The pipeline of most tests is the tiny Stable Diffusion one with a UNet of IF's layout; IF's own are at the end.
 """
 
 import copy
 
+import adapter_zoo
+import if_zoo
 import pytest
 import torch
 import torch.nn.functional as F
 import unets
+import zoo
 from diffusers.models.attention_processor import AttnAddedKVProcessor, AttnProcessor2_0
 from peft import LoraConfig
 from sampling import largest
@@ -365,3 +368,32 @@ def test_maps_carry_gradients_to_the_text(pipe64):
     type(pipe64.unet).__mro__[1].__call__(pipe64.unet, **{**call, "encoder_hidden_states": labelled})
     (grad,) = torch.autograd.grad(collected.latest["mid_block.attentions.0"].square().sum(), text)
     assert float(grad.abs().sum()) > 0
+
+
+# Whole pipelines
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("IFPipeline", "joint_attention"),
+        ("IFSuperResolutionPipeline", "cross_attention"),
+        ("KolorsPipeline", "cross_attention"),  # attn2 layers behind a projection of the text
+    ],
+)
+def test_pipelines_whose_text_is_projected(name, operator, monkeypatch):
+    row = {**if_zoo.ROWS, **adapter_zoo.ROWS}[name]
+    pipe = row.build().to(dtype=torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    layers = layers_of(pipe.unet)
+    assert {attention.operator_of(layer) for layer in layers} == {operator}
+    stock = row.run(pipe, zoo.Inputs())
+    count = _Count(monkeypatch, pipe.unet.encoder_hid_proj.weight)
+    with patched(pipe, "exact") as report:
+        assert largest(row.run(pipe, zoo.Inputs()), stock) <= EXACT_FLOAT64
+    assert count.calls == 1
+    total = report.last_run.total
+    assert report.last_run.text_keys == {"computed": len(layers), "reused": len(layers) * (total - 1)}
+    with difffast.collect_maps(pipe, layers="up_blocks.*", tokens=[1, 2]) as maps:
+        assert largest(row.run(pipe, zoo.Inputs()), stock) <= EXACT_FLOAT64
+    assert set(maps.steps.values()) == {total}
