@@ -135,7 +135,8 @@ def processed(unet: nn.Module, text: Any, process: Callable[[Any], Any]) -> Any:
 
 def _text_projection(unet: nn.Module) -> nn.Module | None:
     """The UNet's projection of its text, if it has one that depends on nothing else."""
-    return unet.encoder_hid_proj if unet.config.encoder_hid_dim_type == "text_proj" else None
+    # UNets for video have no such entry.
+    return unet.encoder_hid_proj if getattr(unet.config, "encoder_hid_dim_type", None) == "text_proj" else None
 
 
 def install(unet: nn.Module) -> None:
@@ -231,7 +232,7 @@ def _obstacle(
     if has_added_keys(layer):
         if rank not in (4, None):
             return "no [B, C, height, width] input"
-        return "rows of zeros are none any more after the layer's norm and biases" if sink else None
+        return "rows of zeros are none after the layer's norm and biases" if sink else None
     for name in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k"):
         if getattr(layer, name, None):
             return f"the layer has a {name}"
@@ -250,11 +251,12 @@ def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, want
         # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
         value = project(layer, text)[1]
         return layer.to_out[1](layer.to_out[0](value)).expand(-1, hidden.shape[1], -1)
+    query, pixels = _own(layer, hidden)
     keys, values = project(layer, found.text) if found.keys is None else found.keys.get(layer, project)
     keys, values = _by_head(layer, keys), _by_head(layer, values)
     if wanted:
         tokens = sorted({token for collector in wanted for token in collector.columns(keys.shape[2])})
-        out, maps = _operate(layer, hidden, keys, values, map_tokens=tokens, sink=found.sink)
+        out, maps = _operate(query, keys, values, pixels, found.sink, map_tokens=tokens)
         for collector in wanted:
             columns = collector.columns(keys.shape[2])
             chosen = maps if columns == tokens else maps[..., [tokens.index(token) for token in columns]]
@@ -262,9 +264,8 @@ def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, want
         if found.stop and all(len(collector.latest) == len(collector.layers) for collector in found.collectors):
             raise AllCollected
     else:
-        out = _operate(layer, hidden, keys, values, sink=found.sink)
+        out = _operate(query, keys, values, pixels, found.sink)
     if isinstance(text, tuple):
-        query = _by_head(layer, layer.to_q(hidden))
         for image, scale, to_k, to_v in zip(
             text[1], layer.processor.scale, layer.processor.to_k_ip, layer.processor.to_v_ip, strict=True
         ):
@@ -316,7 +317,8 @@ class Keyed:
         self._layer, self._keys, self._values = layer, keys, values
 
     def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        out = _operate(self._layer, hidden_states, self._keys, self._values)
+        query, pixels = _own(self._layer, hidden_states)
+        out = _operate(query, self._keys, self._values, pixels, 0)
         return _to_out(self._layer, out, hidden_states)
 
 
@@ -325,14 +327,23 @@ def operator_of(layer: Any) -> str:
     return "joint_attention" if has_added_keys(layer) and not layer.only_cross_attention else "cross_attention"
 
 
-def _operate(layer: Any, hidden: Tensor, keys: Tensor, values: Tensor, sink: int = 0, **options: Any) -> Any:
-    """The layer's operator on its input [B, N, C], or [B, C, height, width] of one with added keys; -> out by head."""
-    if not has_added_keys(layer):
-        return ops.cross_attention(_by_head(layer, layer.to_q(hidden)), keys, values, sink=sink, **options)
-    hidden = layer.group_norm(hidden.flatten(2)).transpose(1, 2)
-    own = () if layer.only_cross_attention else (layer.to_k, layer.to_v)
-    pixels = [_by_head(layer, to(hidden)) for to in own] or [None, None]
-    return ops.joint_attention(_by_head(layer, layer.to_q(hidden)), keys, values, *pixels, **options)
+def _own(layer: Any, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """By head, queries of the layer's input, and keys and values of it where it attends to its input as well.
+
+    The input is [B, N, C], or [B, C, height, width] of a layer with added keys.
+    """
+    if has_added_keys(layer):
+        hidden = layer.group_norm(hidden.flatten(2)).transpose(1, 2)
+    pixels = (layer.to_k, layer.to_v) if operator_of(layer) == "joint_attention" else ()
+    query, *pair = (_by_head(layer, to(hidden)) for to in (layer.to_q, *pixels))
+    return query, tuple(pair)
+
+
+def _operate(query: Tensor, keys: Tensor, values: Tensor, pixels: Sequence[Tensor], sink: int, **options: Any) -> Any:
+    """The layer's operator, on text keys and values and on those of its own input, if there are any; -> out by head."""
+    if pixels:
+        return ops.joint_attention(query, keys, values, *pixels, **options)
+    return ops.cross_attention(query, keys, values, sink=sink, **options)
 
 
 def _to_out(layer: Any, out: Tensor, hidden: Tensor) -> Tensor:
