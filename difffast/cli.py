@@ -96,7 +96,7 @@ def _info(_arguments: argparse.Namespace) -> int:
     import torch
 
     from . import ops
-    from .plan import SUPPORTED_PIPELINES
+    from .support import PIPELINES
 
     table = Table("item", "value", title="difffast info")
     for package in ("difffast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft"):
@@ -113,7 +113,7 @@ def _info(_arguments: argparse.Namespace) -> int:
         table.add_row(f"backend {backend}", ops.missing(backend) or "available")
     if ops.INSTRUCTION_SET is not None:
         table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
-    table.add_row("pipelines", "\n".join(SUPPORTED_PIPELINES))
+    table.add_row("pipelines", "\n".join(PIPELINES))
     table.add_row("presets", "\n".join(PRESETS))
     console.print(table)
     console.print(_proof_table())

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from . import attention, ops, resnets
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
-from .plan import PRESETS, SUPPORTED_PIPELINES, EncoderPropagation, FeatureReuse, Plan
+from .plan import PRESETS, EncoderPropagation, FeatureReuse, Plan
 from .programs import BATCHES
 from .propagation import Controller, RunStats, Settings
+from .support import PIPELINES, Support, support_of
 from .swap import is_swapped, plain_class, swap_in, swap_out
 from .unet import reentry
 
@@ -110,7 +111,7 @@ def patch(
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
 
     Args:
-        pipe: a pipeline with a UNet; see ``difffast.plan.SUPPORTED_PIPELINES``.
+        pipe: a pipeline with a UNet; see ``difffast.support.PIPELINES``.
         preset: a name from ``difffast.plan.PRESETS``.
         propagation: replaces what the preset says about steps that share features.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
@@ -129,7 +130,7 @@ def patch(
         ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, a branch that the UNet does not have,
             or no layers for binding's maps.  Nothing is changed then.
     """
-    kind, unet, _ = _checked_target(pipe)
+    support, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
     if propagation is not None and not isinstance(propagation, (EncoderPropagation, FeatureReuse)):
@@ -153,7 +154,7 @@ def patch(
     }
     config = propagation or PRESETS[preset].propagation
     fused = PRESETS[preset].fused if fused is None else fused
-    settings = Settings(pipe, config, fused, compile, kind, force, binder)
+    settings = Settings(pipe, config, fused, compile, support, force, binder)
 
     with _lock:
         _check_shared(pipe, unet, settings)
@@ -252,8 +253,8 @@ def collecting(pipe: DiffusionPipeline, make: Callable[[nn.Module], Any]) -> Ite
                 settings.collectors = tuple(each for each in settings.collectors if each is not maps)
 
 
-def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
-    """Kind of pipeline, plain UNet, and the compiled wrapper around it if there is one."""
+def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
+    """What is supported of the pipeline, its plain UNet, and the compiled wrapper around it if there is one."""
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
     name = type(pipe).__name__
@@ -263,11 +264,9 @@ def _checked_target(pipe: Any) -> tuple[str, nn.Module, Any]:
     if unet is None:
         found = ", ".join(key for key in pipe.components if "transformer" in key or "prior" in key) or "none"
         raise ValueError(f"{name} has no UNet (other denoisers: {found}); difffast patches UNet pipelines only")
-    supported = next(
-        (SUPPORTED_PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in SUPPORTED_PIPELINES), None
-    )
+    supported = support_of(type(pipe))
     if supported is None:
-        raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(SUPPORTED_PIPELINES)}")
+        raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(PIPELINES)}")
     compiled = unet if hasattr(unet, "_orig_mod") else None
     plain = unet._orig_mod if compiled is not None else unet
     if not isinstance(plain, UNet2DConditionModel):

@@ -19,13 +19,10 @@ from typing import Any
 #: Published key orders per kind of pipeline and schedule length; other lengths are scaled from the nearest list.
 PUBLISHED_KEY_STEPS: dict[str, dict[int, tuple[int, ...]]] = {
     "sd": {50: (0, 1, 2, 3, 5, 10, 15, 25, 35), 20: (0, 1, 2, 3, 5, 10, 15)},
-}
-
-#: Pipelines whose behaviour under the patch the tests prove, and which published list they take.
-SUPPORTED_PIPELINES: dict[str, str] = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionInpaintPipeline": "sd",
+    "personalised": {50: (0, 1, 2, 3, 5, 10, 15, 25, 35, 40)},  # DreamBooth, Custom Diffusion
+    "if-1": {100: tuple(step for step in range(100) if step < 10 or step > 85 or step % 5 == 0)},
+    "if-2": {50: tuple(step for step in range(50) if not 20 <= step <= 40 or step % 2 == 0)},
+    "upscaler": {75: (0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65)},
 }
 
 #: Below this many denoising steps neighbouring steps differ too much for features to be reused.
@@ -46,9 +43,10 @@ class EncoderPropagation:
 
     Args:
         key_steps: which orders run the encoder.  None: the published table for the pipeline, scaled to the step
-            count.  A sequence of orders, containing 0.  An int m: every m-th step.  A float below 1: evenly, at most
-            this share of the schedule apart (0.06: every 3rd of 50 steps, every step of 33 or fewer).  A callable
-            ``(step, total) -> bool``.  The first step that a run executes is always a key step.
+            count.  A string: the table of another kind in ``PUBLISHED_KEY_STEPS``.  A sequence of orders, containing 0.
+            An int m: every m-th step.  A float below 1: evenly, at most this share of the schedule apart (0.06: every
+            3rd of 50 steps, every step of 33 or fewer).  A callable ``(step, total) -> bool``.  The first step that a
+            run executes is always a key step.
         parallel: decode all steps up to the next key step as one batch; False decodes one step at a time.
         max_parallel: most steps decoded in one batch (memory grows with it); None: ``DEFAULT_MAX_PARALLEL`` of the
             device.
@@ -60,14 +58,17 @@ class EncoderPropagation:
         TypeError, ValueError: a value of the wrong type or out of range.
     """
 
-    key_steps: Iterable[int] | int | float | Callable[[int, int], bool] | None = None
+    key_steps: Iterable[int] | int | float | str | Callable[[int, int], bool] | None = None
     parallel: bool = True
     max_parallel: int | None = None
     share_skips: bool = True
     prior_noise: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key_steps", _checked_key_steps(self.key_steps))
+        if isinstance(self.key_steps, str):
+            published_key_steps(self.key_steps, 1)
+        else:
+            object.__setattr__(self, "key_steps", _checked_key_steps(self.key_steps))
         for name in ("parallel", "share_skips"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -93,8 +94,8 @@ class EncoderPropagation:
         Raises:
             ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, unknown ``kind``.
         """
-        if self.key_steps is None and total >= 1:
-            resolved = published_key_steps(kind, total)
+        if (self.key_steps is None or isinstance(self.key_steps, str)) and total >= 1:
+            resolved = published_key_steps(self.key_steps or kind, total)
         else:
             resolved = _resolved_key_steps("key_steps", self.key_steps, total)
         default = DEFAULT_MAX_PARALLEL["cpu" if device == "cpu" else "accelerator"]

@@ -33,6 +33,7 @@ from .swap import is_swapped, swap_in, swap_out
 
 if TYPE_CHECKING:
     from .guidance.binder import Binder
+    from .support import Support
 
 
 @dataclass
@@ -81,13 +82,13 @@ class Settings:
         propagation: EncoderPropagation | FeatureReuse,
         fused: bool,
         compiled: bool,
-        kind: str,
+        support: Support,
         force: bool,
         binding: Binder | None = None,
     ) -> None:
         self.pipe = weakref.ref(pipe)
         self.propagation, self.fused, self.compiled = propagation, fused, compiled
-        self.kind, self.force, self.binding = kind, force, binding
+        self.support, self.force, self.binding = support, force, binding
         self.prior_noise = propagation.prior_noise if isinstance(propagation, EncoderPropagation) else None
         self.collectors: tuple[attention.AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
@@ -130,7 +131,7 @@ class Settings:
             plan = self.propagation.plan(total)
         else:
             batches = BATCHES if self.compiled else None
-            plan = self.propagation.plan(total, kind=self.kind, device=device, batches=batches)
+            plan = self.propagation.plan(total, kind=self.support.key_steps, device=device, batches=batches)
         return plan if self.binding is None else plan.with_optimised(self.binding.config.optimised(total))
 
     def resolve(self, total: int, steps: int, device: torch.device) -> Plan:

@@ -62,14 +62,18 @@ def latents(pipe: Any, prompt: Any = "a red circle", *, steps: int = 20, seed: i
     return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="latent", **options).images
 
 
-def picture(size: int = 32, seed: int = 0) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def picture(size: int | tuple[int, int] = 32, seed: int = 0) -> Image.Image:
+    """A random picture; ``size``: (height, width), or both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
-def mask(size: int = 32) -> Image.Image:
-    values = np.zeros((size, size), dtype=np.uint8)
-    values[:, size // 2 :] = 255
+def mask(size: int | tuple[int, int] = 32) -> Image.Image:
+    """The right half of a picture."""
+    height, width = (size, size) if isinstance(size, int) else size
+    values = np.zeros((height, width), dtype=np.uint8)
+    values[:, width // 2 :] = 255
     return Image.fromarray(values)
 
 

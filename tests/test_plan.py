@@ -95,7 +95,7 @@ def test_prints_as_a_table():
         ({"key_steps": float("nan")}, ValueError, "between 0 and 1, got nan"),
         ({"key_steps": True}, TypeError, "integers, got True"),
         ({"key_steps": [0, 1.5]}, TypeError, "integers, got 1.5"),
-        ({"key_steps": "0,1"}, TypeError, "got '0,1'"),
+        ({"key_steps": "0,1"}, ValueError, "no published key steps for '0,1'"),
         ({"max_parallel": 0}, ValueError, "max_parallel must be at least 1 .* got 0"),
         ({"max_parallel": 1.0}, TypeError, "max_parallel must hold integers, got 1.0"),
         ({"parallel": 1}, TypeError, "parallel must be True or False, got 1"),
