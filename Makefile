@@ -1,15 +1,15 @@
 # Everything a fresh machine needs: Python >= 3.10 and a C++ compiler. `make demo`, `make test`.
 PYTHON ?= python3
-VENV   ?= .venv
+VENV   := .venv
+CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
-CONSTRAINTS ?= constraints.txt
 DEPS   := $(VENV)/.dependencies
 BUILT  := $(VENV)/.difffast
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-slow bench fidelity lint readme clean
+.PHONY: install demo test suite test-oldest test-slow bench fidelity lint readme clean
 
 install: $(BUILT)
 
@@ -38,6 +38,8 @@ test: lint suite
 suite: install
 	$(BIN)/python -m pytest
 
+# The same suite with the oldest supported versions, in an environment of its own. What is built in place is the same
+# stable-ABI library, whichever environment built it last.
 test-oldest:
 	$(MAKE) suite VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
