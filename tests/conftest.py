@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+import transformers.models.clip.modeling_clip as clip
 
 if not torch.cuda.is_available():
     # Before any kernel is imported: Triton reads it when a kernel is defined.
@@ -27,6 +28,20 @@ def _built():
 @pytest.fixture(scope="session")
 def _built_inpaint():
     return _build(in_channels=9)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clip_in_float64():
+    """Before transformers 5.0 CLIP cannot run in float64: its mask holds float64's lowest number, in float32."""
+    name = "_create_4d_causal_attention_mask"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if create := getattr(clip, name, None):
+
+            def in_range(shape, dtype, **options):
+                return create(shape, torch.float32 if dtype == torch.float64 else dtype, **options).to(dtype)
+
+            monkeypatch.setattr(clip, name, in_range)
+        yield
 
 
 @pytest.fixture
