@@ -3,11 +3,12 @@ import os
 
 import pytest
 import torch
-import transformers.models.clip.modeling_clip as clip
 
 if not torch.cuda.is_available():
-    # Before any kernel is imported: Triton reads it when a kernel is defined.
+    # Before any kernel is imported, also Triton's own (transformers does): Triton reads it when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import transformers.models.clip.modeling_clip as clip
 
 import difffast
 
