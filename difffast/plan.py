@@ -53,6 +53,8 @@ class EncoderPropagation:
         share_skips: compute what depends on the encoder's features alone once for all steps that share them (exact).
         prior_noise: strength of the initial noise that is added back to the latents in the second half of the
             schedule; the paper uses 0.003.  None: off.
+        order: 0 takes the last key step's features; 1 and 2 extrapolate over the last two or three, as
+            :class:`FeatureReuse` does (skips are not shared then).
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range.
@@ -63,6 +65,7 @@ class EncoderPropagation:
     max_parallel: int | None = None
     share_skips: bool = True
     prior_noise: float | None = None
+    order: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.key_steps, str):
@@ -79,6 +82,7 @@ class EncoderPropagation:
                 raise TypeError(f"prior_noise must be a number or None, got {self.prior_noise!r}")
             if not (0.0 <= self.prior_noise < math.inf):
                 raise ValueError(f"prior_noise must be finite and not negative, got {self.prior_noise}")
+        _check_order(self.order)
 
     def plan(
         self, total: int, *, kind: str = "sd", device: str = "cpu", batches: tuple[int, ...] | None = None
@@ -148,8 +152,7 @@ class FeatureReuse:
             raise ValueError(f"center must lie between 0 and 1, got {self.center}")
         if not 1 <= self.power < math.inf:
             raise ValueError(f"power must be at least 1, got {self.power}")
-        if _as_int("order", self.order) not in (0, 1, 2):
-            raise ValueError(f"order must be 0, 1 or 2, got {self.order}")
+        _check_order(self.order)
 
     def plan(self, total: int) -> Plan:
         """Resolve to the plan of a schedule with ``total`` UNet calls.
@@ -447,6 +450,11 @@ def _checked_key_steps(
     if not orders or orders[0] != 0:
         raise ValueError(f"{name} must contain 0 (the first step runs the encoder) and no negative, got {orders}")
     return orders
+
+
+def _check_order(order: object) -> None:
+    if _as_int("order", order) not in (0, 1, 2):
+        raise ValueError(f"order must be 0, 1 or 2, got {order}")
 
 
 def _as_int(name: str, value: object) -> int:

@@ -303,6 +303,7 @@ class _Run:
         self._features: split.Features | None = None
         self._queue: dict[int, Tensor] = {}
         self._deep: list[tuple[int, Tensor, int]] = []  # (order, deep feature, batch) of key steps, latest first
+        self._known: list[tuple[int, split.Features]] = []  # (order, features) of key steps, to extrapolate over
         self._conditioning: Conditioning | None = None
         self._switches = Switches(unet)
         self._control: _Control | None = None
@@ -336,6 +337,7 @@ class _Run:
         self._features, self._conditioning, self._last = None, None, None
         self._queue.clear()
         self._deep.clear()
+        self._known.clear()
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
         """ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
@@ -455,16 +457,18 @@ class _Run:
         if order not in self._queue:
             run, prepared = self._runner(unet, call)
             if self._features is None or self.plan.is_key(order):
-                self.clear()
-                self._last = order
+                self._queue.clear()
+                self._features = None
                 self.stats.key += 1
                 self.stats.forced += not self.plan.is_key(order)
                 if self.plan.segment_end(order) == order + 1:
                     self._conditioning = conditioning
                     whole = stock() if run is split.directly else run(split.run_whole, unet, prepared)
                     return self._finish(order, half, whole)
-                share = self.settings[0].propagation.share_skips
+                config = self.settings[0].propagation
+                share = config.share_skips and not config.order
                 self._features = split.encode(unet, prepared, share=share, run=run)
+                self._remember(order, config.order)
                 self.stats.unshared.update(self._features.unshared)
             else:
                 self.stats.propagated += 1
@@ -532,15 +536,26 @@ class _Run:
             inputs = self._inputs.of(unet, call, self._keys)
         return functools.partial(self._programs.run, inputs, self.note), call
 
+    def _remember(self, order: int, count: int) -> None:
+        """Keep the features, and those of ``count`` key steps before, for extrapolation."""
+        if count:
+            batch = self._features.batch
+            earlier = [each for each in self._known[:count] if each[1].batch >= batch]  # both from half is impossible
+            self._known = [(order, self._features), *earlier]
+
     def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int, run: split.Run) -> None:
-        outputs, features = None, self._features
-        if features.batch != call["sample"].shape[0]:
-            features = features.half()
+        outputs, batch = None, call["sample"].shape[0]
+        known = self._known or [(order, self._features)]
+        features, *earlier = (each if each.batch == batch else each.half() for _, each in known)
         while outputs is None:
             together = self.plan.batch(order)
             times = self.timesteps()[together.start : together.stop]
             try:
-                outputs = split.decode(unet, features, call, times, run=run)
+                weights = None
+                if earlier:
+                    orders = [at for at, _ in known]
+                    weights = torch.stack([_extrapolation(orders, each, times.device) for each in together])
+                outputs = split.decode(unet, features, call, times, earlier=earlier, weights=weights, run=run)
             except torch.OutOfMemoryError:
                 if len(together) == 1:
                     raise

@@ -315,8 +315,33 @@ def _with_residuals(outputs: dict[str, Any], call: Mapping[str, Any]) -> dict[st
     return added
 
 
+def _forecast(known: Sequence[Any], weights: Tensor, batch: int) -> Any:
+    """Weighted sums of features, a set of weights for each time step, batch-major.
+
+    Args:
+        known: the outputs of n key steps, or the same part of each.
+        weights: [k, n].
+        batch: samples; a tensor may have m rows for each.
+    """
+    first = known[0]
+    if isinstance(first, Mapping):
+        return {name: _forecast([each[name] for each in known], weights, batch) for name in first}
+    if not isinstance(first, Tensor):
+        return tuple(_forecast(parts, weights, batch) for parts in zip(*known, strict=True))
+    by_step = weights.to(first.dtype).T.reshape(len(known), 1, -1, *(1 for _ in first.shape))
+    samples = (x.unflatten(0, (batch, 1, -1)) for x in known)  # [B, 1, m, ...]
+    return sum(x * w for x, w in zip(samples, by_step, strict=True)).flatten(0, 2)
+
+
 def decode(
-    unet: nn.Module, features: Features, call: Mapping[str, Any], timesteps: Tensor, *, run: Run = directly
+    unet: nn.Module,
+    features: Features,
+    call: Mapping[str, Any],
+    timesteps: Tensor,
+    *,
+    earlier: Sequence[Features] = (),
+    weights: Tensor | None = None,
+    run: Run = directly,
 ) -> tuple[Tensor, ...]:
     """Run the decoder half for one or several time steps as one batch.
 
@@ -328,6 +353,8 @@ def decode(
         features: from :func:`encode`.
         call: the arguments of the call; ``sample`` gives shape, dtype and device, its values are never read.
         timesteps: [k], the time of each step to decode.
+        earlier: features of n - 1 key steps before, to extrapolate over.
+        weights: [k, n], of which each time step's features are the sum; the first is for ``features``.
         run: runs :func:`run_decoder`.
 
     Returns:
@@ -337,7 +364,8 @@ def decode(
         ValueError: a conditioning tensor cannot be repeated over the steps.
     """
     features.refresh(unet)
-    return run(run_decoder, unet, features.outputs, features.parts, features.batch, call, timesteps)
+    known = [each.outputs for each in earlier]
+    return run(run_decoder, unet, features.outputs, features.parts, features.batch, call, timesteps, known, weights)
 
 
 def run_decoder(
@@ -347,11 +375,15 @@ def run_decoder(
     batch: int,
     call: Mapping[str, Any],
     timesteps: Tensor,
+    earlier: Sequence[Mapping[str, Any]] = (),
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`decode` from the encoder's outputs and the shared parts."""
     repeats = timesteps.numel()
     children: dict[str, Any] = {}
-    if parts:
+    if earlier:
+        outputs = _forecast([outputs, *earlier], weights, batch)
+    elif parts:
         children["up_blocks"] = decoder.up_blocks(unet, skips_of(outputs), parts, repeats)
         outputs = _without_channels(outputs, batch, repeats)
     else:

@@ -1,6 +1,7 @@
 """The controller under stock pipelines: what it computes, and that no run ever sees another run's features."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -22,7 +23,7 @@ from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difffast
-from difffast import EncoderPropagation, FeatureReuse, patch, patched, unpatch
+from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patch, patched, unpatch
 from difffast.swap import is_swapped
 
 STEP_BY_STEP = EncoderPropagation(parallel=False)
@@ -54,6 +55,7 @@ def controller_of(pipe):
 def assert_nothing_kept(pipe):
     for run in controller_of(pipe)._runs:
         assert run._features is None
+        assert not run._known
         assert not run._queue
         assert run._conditioning is None
 
@@ -64,6 +66,41 @@ def test_is_the_published_method(pipe64, parallel):
     expected = unet_oracle.sample_ddim(pipe64, "a red circle", keys, steps=20, seed=3)
     with patched(pipe64, propagation=EncoderPropagation(parallel=parallel)):
         assert largest(latents(pipe64, seed=3), expected) <= LATENTS_FLOAT64
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_extrapolated_features(pipe64, order, parallel):
+    """A loop of our own, by hand-written halves: features of a step on the line, or parabola, through key steps'."""
+    unet, steps, known = pipe64.unet, pipe64.scheduler, []
+    with torch.no_grad():
+        text = torch.cat(pipe64.encode_prompt("a red circle", "cpu", 1, True)[::-1])
+        steps.set_timesteps(16)
+        x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for at, t in enumerate(steps.timesteps):
+            if at % 4 == 0:
+                skips, mid = unet_oracle.encode(unet, torch.cat([x] * 2), t, text)
+                known = [(at, [*skips, mid]), *known[:order]]
+            features = []
+            for values in zip(*(tensors for _, tensors in known), strict=True):
+                points = list(zip((key for key, _ in known), values, strict=True))
+                lagrange = (
+                    value * math.prod((at - other) / (key - other) for other, _ in points if other != key)
+                    for key, value in points
+                )
+                features.append(sum(lagrange))
+            negative, positive = unet_oracle.decode(unet, features[:-1], features[-1], t, text).chunk(2)
+            x = steps.step(negative + 7.5 * (positive - negative), t, x).prev_sample
+    config = EncoderPropagation(key_steps=4, order=order, parallel=parallel, max_parallel=3)
+    with patched(pipe64, propagation=config) as report:
+        assert largest(latents(pipe64, steps=16), x) <= LATENTS_FLOAT64
+        assert_nothing_kept(pipe64)
+    assert report.last_run.propagated == 12
+    with patched(pipe64, propagation=EncoderPropagation(key_steps=4)):
+        assert largest(latents(pipe64, steps=16), x) > 1e-3
+    with patched(pipe64, propagation=config, guidance=GuidanceReuse(8)) as report:
+        assert latents(pipe64, steps=16).isfinite().all()
+    assert report.last_run.halves == 14
 
 
 @pytest.mark.parametrize(
