@@ -15,7 +15,7 @@ from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, Plan
 from .programs import BATCHES
 from .propagation import Controller, RunStats, Settings
-from .support import PIPELINES, Support, support_of
+from .support import PIPELINES, UNETS, Support, output_of, support_of
 from .swap import is_swapped, plain_class, swap_in, swap_out
 from .unet import reentry
 
@@ -127,8 +127,9 @@ def patch(
     Raises:
         TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
             ``fused`` or ``compile`` no bool, ``binding`` no :class:`SemanticBinding`.
-        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, a branch that the UNet does not have,
-            or no layers for binding's maps.  Nothing is changed then.
+        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, feature reuse or prior noise where the
+            pipeline's kind rules it out, a branch that the UNet does not have, or no layers for binding's maps.
+            Nothing is changed then.
     """
     support, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
@@ -153,6 +154,7 @@ def patch(
         "force": force,
     }
     config = propagation or PRESETS[preset].propagation
+    _check_meant(config, type(pipe).__name__, support)
     fused = PRESETS[preset].fused if fused is None else fused
     settings = Settings(pipe, config, fused, compile, support, force, binder)
 
@@ -180,6 +182,8 @@ def patch(
             )
         if getattr(unet, "_compiled_call_impl", None) is not None:
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
+        if not support.parallel:
+            notes.append(f"steps are decoded one at a time: {support.note}")
         settings.adopt_scheduler()
         if binder is not None:
             swap_in(pipe, binder.methods())
@@ -255,7 +259,7 @@ def collecting(pipe: DiffusionPipeline, make: Callable[[nn.Module], Any]) -> Ite
 
 def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
     """What is supported of the pipeline, its plain UNet, and the compiled wrapper around it if there is one."""
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from diffusers import DiffusionPipeline
 
     name = type(pipe).__name__
     if not isinstance(pipe, DiffusionPipeline):
@@ -269,9 +273,21 @@ def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
         raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(PIPELINES)}")
     compiled = unet if hasattr(unet, "_orig_mod") else None
     plain = unet._orig_mod if compiled is not None else unet
-    if not isinstance(plain, UNet2DConditionModel):
-        raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: UNet2DConditionModel")
+    if output_of(type(plain)) is None:
+        raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: {', '.join(UNETS)}")
     return supported, plain, compiled
+
+
+def _check_meant(config: Sharing, pipeline: str, support: Support) -> None:
+    """Refuse what the pipeline's kind rules out, with the reason."""
+    why = f": {support.note}" if support.note else ""
+    if isinstance(config, FeatureReuse) and not support.reuse:
+        raise ValueError(f"feature reuse does not work with {pipeline}{why}")
+    if isinstance(config, EncoderPropagation) and config.prior_noise and not support.prior_noise:
+        raise ValueError(
+            f"prior noise is not meant for {pipeline} ({support.family}), got prior_noise={config.prior_noise}: "
+            "use prior_noise=None"
+        )
 
 
 def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:

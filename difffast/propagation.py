@@ -29,11 +29,11 @@ from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, Plan
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Inputs, Programs, scaled
 from .stepping import Edit, step_override
+from .support import Support, output_of
 from .swap import is_swapped, swap_in, swap_out
 
 if TYPE_CHECKING:
     from .guidance.binder import Binder
-    from .support import Support
 
 
 @dataclass
@@ -132,6 +132,8 @@ class Settings:
         else:
             batches = BATCHES if self.compiled else None
             plan = self.propagation.plan(total, kind=self.support.key_steps, device=device, batches=batches)
+        if not self.support.parallel:
+            plan = replace(plan, max_batch=1)
         return plan if self.binding is None else plan.with_optimised(self.binding.config.optimised(total))
 
     def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
@@ -208,9 +210,7 @@ class Controller:
             run.clear()
             raise
         if call.get("return_dict", True):
-            from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-            return UNet2DConditionOutput(sample=sample)
+            return output_of(type(unet))(sample=sample)
         return (sample,)
 
     def _find(self, unet: nn.Module, timestep: Tensor, device: torch.device) -> _Run | None:
@@ -274,7 +274,7 @@ class _Run:
         self._text_keys: attention.TextKeys | None = None
         self._inputs: Inputs | None = None
         coupled = _coupled_processor(unet)
-        if coupled is not None:
+        if coupled is not None and self.plan.max_batch != 1:
             # Attention that mixes samples of a batch would mix time steps as well.
             self.plan = replace(self.plan, max_batch=1)
             self.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
