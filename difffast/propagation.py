@@ -465,8 +465,8 @@ def _needs_stock(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
     """Why this call must run the unpatched forward, or None."""
     if torch.is_grad_enabled():
         return "gradients are enabled (cached features would cut the graph); use torch.no_grad()"
-    if unet.training:
-        return "the UNet is in training mode; call unet.eval()"
+    if unet.training and _drops_values(unet):
+        return "the UNet is in training mode and has dropout; call unet.eval()"
     for name in (
         "down_block_additional_residuals",
         "mid_block_additional_residual",
@@ -477,6 +477,11 @@ def _needs_stock(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
     if unet._forward_hooks or unet._forward_pre_hooks:
         return "forward hooks are registered on the UNet itself and must see every call"
     return split.obstacle(unet)
+
+
+def _drops_values(unet: nn.Module) -> bool:
+    """Whether any layer's dropout is active; training mode alone changes nothing, and AnimateDiff's UNets are in it."""
+    return any(type(m) is nn.Dropout and m.training and m.p > 0 for m in unet.modules())
 
 
 @functools.cache
