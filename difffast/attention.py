@@ -33,12 +33,20 @@ class TextKeys:
     An entry holds as long as the layer's weights do: :func:`weights_state` sees LoRA, hot-swaps, moves and updates.
 
     Args:
-        text: the tensor.
+        text: the tensor [B * frames, T, D].
         counts: where "computed" and "reused" are counted.
+        frames: rows of the text for each sample.  If they are all equal, keys and values are made for one of them; to
+            find out, they are compared, which waits for the device once a text.
+
+    Attributes:
+        rows: rows of keys and values for each sample.
     """
 
-    def __init__(self, text: Tensor, counts: Counter[str]) -> None:
+    def __init__(self, text: Tensor, counts: Counter[str], frames: int = 1) -> None:
         self.text, self._version = text, _version(text)
+        first = text[::frames]
+        equal = frames > 1 and torch.equal(text, first.repeat_interleave(frames, 0))
+        self._projected, self.rows = (first, 1) if equal else (text, frames)
         self._entries: dict[nn.Module, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
         self._counts = counts
 
@@ -53,7 +61,7 @@ class TextKeys:
         if state is not None and entry is not None and _same(entry[0], state):
             self._counts["reused"] += 1
             return entry[1:]
-        keys, values = project(layer, self.text)
+        keys, values = project(layer, self._projected)
         self._counts["computed"] += 1
         if state is not None:
             self._entries[layer] = (state, keys, values)
@@ -66,13 +74,14 @@ class Label:
 
     Attributes:
         fused: whether layers use the operator.
-        text: the text tensor [B, T, D] before it was repeated for parallel decoding.
+        text: the text tensor [B * frames, T, D] before it was repeated for parallel decoding.
         repeats: decoder steps in the batch, batch-major.
         keys: where keys and values are remembered; None: nowhere (gradients are wanted).
         collectors: who wants maps.
         size: (height, width) of the latents.
         note: told the reason when a layer runs stock.
         stop: whether the call ends, by :class:`AllCollected`, once every collector has all of its layers.
+        frames: rows of the text for each sample.
         sink: rows of zeros that ``text`` stands without; they are in the softmax all the same.
     """
 
@@ -84,6 +93,7 @@ class Label:
     size: tuple[int, int]
     note: Callable[[str], None]
     stop: bool = False
+    frames: int = 1
     sink: int = 0
 
 
@@ -159,7 +169,7 @@ def _obstacle(
 ) -> str | None:
     """Why a layer cannot be fused in this call, or None; decided by the processor that is there now."""
     processor = type(layer.processor)
-    if processor.__module__ != "diffusers.models.attention_processor" or processor.__name__ not in _PROJECTIONS:
+    if not processor.__module__.startswith("diffusers.") or processor.__name__ not in _PROJECTIONS:
         return f"attention processor {processor.__qualname__}"
     given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
     if positional or given:
@@ -192,6 +202,10 @@ def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, want
         return layer.to_out[1](layer.to_out[0](value)).expand(-1, hidden.shape[1], -1)
     query = _by_head(layer, layer.to_q(hidden))
     keys, values = project(layer, found.text) if found.keys is None else found.keys.get(layer, project)
+    if found.repeats > 1 and found.keys.rows > 1:
+        # The operator lets neighbouring rows share keys; here one step's frames are neighbours, not one frame's steps.
+        by_sample = (x.unflatten(0, (-1, found.keys.rows)) for x in (keys, values))
+        keys, values = (ops.repeat_batch(x, found.repeats).flatten(0, 1) for x in by_sample)
     keys, values = _by_head(layer, keys), _by_head(layer, values)
     if wanted:
         tokens = sorted({token for collector in wanted for token in collector.columns(keys.shape[2])})
@@ -199,7 +213,8 @@ def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, want
         for collector in wanted:
             columns = collector.columns(keys.shape[2])
             chosen = maps if columns == tokens else maps[..., [tokens.index(token) for token in columns]]
-            collector.add(name, chosen.unflatten(0, (-1, found.repeats)), found.size)
+            by_step = chosen.unflatten(0, (-1, found.repeats, found.frames)).transpose(1, 2).flatten(0, 1)
+            collector.add(name, by_step, found.size)
         if found.stop and all(len(collector.latest) == len(collector.layers) for collector in found.collectors):
             raise AllCollected
     else:
@@ -231,6 +246,8 @@ def static_keys(
     found: dict[str, tuple[Tensor, Tensor]] = {}
     text = keys.text
     given = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
+    if keys.rows > 1:  # programs repeat nothing
+        return found
     if any(call.get(name) is not None for name in given):
         return found
     if ops.default_backend("cross_attention", text.device, text.dtype) == "reference":
@@ -281,6 +298,7 @@ _PROJECTIONS: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "AttnProcessor2_0": _separate,
     "FusedAttnProcessor2_0": _together,
     "IPAdapterAttnProcessor2_0": _separate,
+    "CrossFrameAttnProcessor2_0": _separate,  # Text2Video-Zero's, whose frames meet in self-attention only
 }
 
 

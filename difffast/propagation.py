@@ -306,13 +306,15 @@ class _Run:
         collectors = tuple(maps for each in self.settings for maps in each.collectors)
         if not fused and not collectors:
             return text
+        frames = max(1, text.shape[0] // sample.shape[0])  # the text of a video may have a row for each
         if self._text_keys is None or not self._text_keys.belong_to(text):
-            self._text_keys = attention.TextKeys(text, self.stats.text_keys)
+            self._text_keys = attention.TextKeys(text, self.stats.text_keys, frames)
         if self._programs is not None and not collectors:
             return text
         keys = None if torch.is_grad_enabled() else self._text_keys  # remembered ones would cut the graph
         height, width = sample.shape[-2:]
-        return attention.labelled(text, attention.Label(fused, text, 1, keys, collectors, (height, width), self.note))
+        label = attention.Label(fused, text, 1, keys, collectors, (height, width), self.note, frames=frames)
+        return attention.labelled(text, label)
 
     def answer(
         self, unet: nn.Module, call: Mapping[str, Any], text: Any, order: int, stock: Callable[[], Tensor]
