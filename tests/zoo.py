@@ -45,12 +45,14 @@ class Row:
         run: runs it, at least eight steps, and returns the last latents (not decoded).
         other: inputs of a second run, different in everything that may differ.
         warnings: what difffast warns of in every run, as regular expressions; anything else is an error.
+        inputs: of the other runs.
     """
 
     build: Callable[[], Any]
     run: Callable[[Any, Inputs], Tensor]
-    other: Inputs = Inputs("two cats", seed=1, images=2, size=(40, 24))  # noqa: RUF009 - frozen
+    other: Inputs = Inputs("two cats", seed=1, images=2, size=(40, 24))
     warnings: tuple[str, ...] = ()
+    inputs: Inputs = Inputs()
 
 
 def text_to_image(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
