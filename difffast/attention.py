@@ -12,6 +12,7 @@ import dataclasses
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,6 +116,23 @@ def relabel(text: Any, copy: Any, repeats: int) -> None:
         setattr(copy, _LABEL, dataclasses.replace(found, repeats=repeats * found.repeats))
 
 
+#: Inside :func:`over_copies`: the label of the text that attn2 layers get copies of.
+_copied: ContextVar[Label | None] = ContextVar("difffast_copied_text", default=None)
+
+
+@contextlib.contextmanager
+def over_copies(text: Any) -> Iterator[None]:
+    """Inside the block this thread's attn2 layers take whatever text they get for copies of ``text``, with its label.
+
+    For UNets that repeat their text over frames or pixels: the copies of a sample's row are neighbours.
+    """
+    token = _copied.set(getattr(text, _LABEL, None))
+    try:
+        yield
+    finally:
+        _copied.reset(token)
+
+
 def install(unet: nn.Module) -> None:
     """Put :func:`_call` in front of every attn2 layer; without labelled calls nothing changes."""
     swap_calls(layers_of(unet), _call)
@@ -141,7 +159,7 @@ def _call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         text = args[0] if args else kwargs.get("encoder_hidden_states")
         # A compiled region must not depend on what a tensor carries beside its data.
-        found = None if torch.compiler.is_compiling() else getattr(_text_of(text), _LABEL, None)
+        found = None if torch.compiler.is_compiling() else getattr(_text_of(text), _LABEL, _copied.get())
         if found is None:
             return plain(self, hidden_states, *args, **kwargs)
         wanted = [c for c in found.collectors if name in c.layers]
@@ -196,16 +214,16 @@ def _obstacle(
 def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, wanted: Sequence[AttentionMaps]) -> Tensor:
     """What the layer's processor computes, through the operator."""
     project = _PROJECTIONS[type(layer.processor).__name__]
-    if isinstance(text, Tensor) and text.shape[1] == 1 and found.repeats == 1 and not (wanted or found.sink):
-        # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
-        value = project(layer, text)[1]
-        return layer.to_out[1](layer.to_out[0](value)).expand(-1, hidden.shape[1], -1)
-    query = _by_head(layer, layer.to_q(hidden))
     keys, values = project(layer, found.text) if found.keys is None else found.keys.get(layer, project)
     if found.repeats > 1 and found.keys.rows > 1:
         # The operator lets neighbouring rows share keys; here one step's frames are neighbours, not one frame's steps.
         by_sample = (x.unflatten(0, (-1, found.keys.rows)) for x in (keys, values))
         keys, values = (ops.repeat_batch(x, found.repeats).flatten(0, 1) for x in by_sample)
+    if isinstance(text, Tensor) and text.shape[1] == 1 and not (wanted or found.sink):
+        # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
+        out = layer.to_out[1](layer.to_out[0](values))
+        return out.repeat_interleave(len(hidden) // len(out), 0).expand(-1, hidden.shape[1], -1)
+    query = _by_head(layer, layer.to_q(hidden))
     keys, values = _by_head(layer, keys), _by_head(layer, values)
     if wanted:
         tokens = sorted({token for collector in wanted for token in collector.columns(keys.shape[2])})

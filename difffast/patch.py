@@ -15,7 +15,7 @@ from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, Plan
 from .programs import BATCHES
 from .propagation import Controller, RunStats, Settings
-from .support import PIPELINES, UNETS, Support, output_of, support_of
+from .support import PIPELINES, UNETS, Support, denoiser_of, support_of
 from .swap import is_swapped, plain_class, swap_in, swap_out
 from .unet import reentry
 
@@ -127,9 +127,9 @@ def patch(
     Raises:
         TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
             ``fused`` or ``compile`` no bool, ``binding`` no :class:`SemanticBinding`.
-        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, feature reuse or prior noise where the
-            pipeline's kind rules it out, a branch that the UNet does not have, or no layers for binding's maps.
-            Nothing is changed then.
+        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, feature reuse, prior noise or binding
+            where the pipeline's kind rules it out, a branch that the UNet does not have, or no layers for binding's
+            maps.  Nothing is changed then.
     """
     support, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
@@ -144,6 +144,8 @@ def patch(
         raise TypeError(f"compile must be True or False, got {compile!r}")
     if binding is not None and not isinstance(binding, SemanticBinding):
         raise TypeError(f"binding must be a difffast.SemanticBinding, got {type(binding).__name__}")
+    if binding is not None and not denoiser_of(type(unet)).binding:
+        raise ValueError(f"semantic binding is for pictures, got a {type(unet).__name__}")
     binder = Binder(binding, pipe, unet) if binding is not None else None
     arguments = {
         "preset": preset,
@@ -244,6 +246,13 @@ def patched(pipe: DiffusionPipeline, preset: str = "balanced", **options: Any) -
 @contextlib.contextmanager
 def collecting(pipe: DiffusionPipeline, make: Callable[[nn.Module], Any]) -> Iterator[Any]:
     """Let the pipeline's runs fill ``make(unet)`` inside the block; see :func:`difffast.collect_maps`."""
+    _, unet, _ = _checked_target(pipe)
+    text = denoiser_of(type(unet)).text
+    if text != "given":
+        raise ValueError(
+            f"no attention maps can be collected from a {type(unet).__name__}: its layers get the text {text}, "
+            "which leaves no map a picture"
+        )
     with contextlib.ExitStack() as stack:
         if pipe not in _patches:
             stack.enter_context(patched(pipe, "exact"))
@@ -273,7 +282,7 @@ def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
         raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(PIPELINES)}")
     compiled = unet if hasattr(unet, "_orig_mod") else None
     plain = unet._orig_mod if compiled is not None else unet
-    if output_of(type(plain)) is None:
+    if denoiser_of(type(plain)) is None:
         raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: {', '.join(UNETS)}")
     return supported, plain, compiled
 

@@ -29,7 +29,7 @@ from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, Plan
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Inputs, Programs, scaled
 from .stepping import Edit, step_override
-from .support import Support, output_of
+from .support import Support, denoiser_of, output_of
 from .swap import is_swapped, swap_in, swap_out
 
 if TYPE_CHECKING:
@@ -204,7 +204,8 @@ class Controller:
             run.note_stock(reason)
             return stock(*args, **kwargs)
         try:
-            with resnets.fused(run.record if run.fused else None):
+            copied = text if run.text == "repeated" else None
+            with resnets.fused(run.record if run.fused else None), attention.over_copies(copied):
                 sample = run.answer(unet, call, text, order, lambda: stock(*args, **kwargs)[0])
         except BaseException:
             run.clear()
@@ -252,6 +253,7 @@ class _Run:
         self.settings = settings
         self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps), device)
         self.fused = settings[0].fused
+        self.text = denoiser_of(type(unet)).text
         self._programs = programs if settings[0].compiled else None
         self.stats = RunStats(total=len(timesteps))
         for each in settings:
@@ -304,7 +306,7 @@ class _Run:
         """
         fused = self.fused and not stock
         collectors = tuple(maps for each in self.settings for maps in each.collectors)
-        if not fused and not collectors:
+        if self.text == "extended" or not (fused or collectors):
             return text
         frames = max(1, text.shape[0] // sample.shape[0])  # the text of a video may have a row for each
         if self._text_keys is None or not self._text_keys.belong_to(text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,29 @@ class Support:
     note: str = ""
 
 
-#: UNets that are split in two, by class name -> what a call returns (a class of the same module).
-UNETS: dict[str, str] = {
-    "UNet2DConditionModel": "UNet2DConditionOutput",
-    "UNetMotionModel": "UNetMotionOutput",
-    "UNetSpatioTemporalConditionModel": "UNetSpatioTemporalConditionOutput",
-    "UNet3DConditionModel": "UNet3DConditionOutput",
-    "I2VGenXLUNet": "UNet3DConditionOutput",
+@dataclass(frozen=True)
+class Denoiser:
+    """What sets one class of UNets apart from another.
+
+    Attributes:
+        output: what a call returns: the name of a class in the UNet's module.
+        text: how attn2 layers get the text argument: "given", as it is; "repeated", over frames or pixels; "extended",
+            by tokens that the UNet makes from other arguments.
+        binding: whether semantic binding is meant for it.
+    """
+
+    output: str
+    text: Literal["given", "repeated", "extended"]
+    binding: bool = False
+
+
+#: UNets that are split in two, by class name; subclasses are taken for what they derive from.
+UNETS: dict[str, Denoiser] = {
+    "UNet2DConditionModel": Denoiser("UNet2DConditionOutput", "given", binding=True),
+    "UNetMotionModel": Denoiser("UNetMotionOutput", "given"),
+    "UNetSpatioTemporalConditionModel": Denoiser("UNetSpatioTemporalConditionOutput", "repeated"),
+    "UNet3DConditionModel": Denoiser("UNet3DConditionOutput", "repeated"),
+    "I2VGenXLUNet": Denoiser("UNet3DConditionOutput", "extended"),
 }
 
 _CROSS_FRAME = "every frame attends to the first frame of its batch, which would mix steps that are decoded together"
@@ -62,9 +79,12 @@ def support_of(pipeline: type) -> Support | None:
     return next((PIPELINES[base.__name__] for base in pipeline.__mro__ if base.__name__ in PIPELINES), None)
 
 
-def output_of(unet: type) -> type | None:
-    """What calls of a class of UNets return with ``return_dict=True``; None if the class is not supported."""
-    for base in unet.__mro__:
-        if base.__name__ in UNETS:
-            return getattr(sys.modules[base.__module__], UNETS[base.__name__])
-    return None
+def denoiser_of(unet: type) -> Denoiser | None:
+    """The entry of a class of UNets; None if it is not supported."""
+    return next((UNETS[base.__name__] for base in unet.__mro__ if base.__name__ in UNETS), None)
+
+
+def output_of(unet: type) -> type:
+    """What calls of a supported class of UNets return with ``return_dict=True``."""
+    module = next(base.__module__ for base in unet.__mro__ if base.__name__ in UNETS)
+    return getattr(sys.modules[module], denoiser_of(unet).output)

@@ -8,8 +8,10 @@ import video_zoo
 from sampling import largest
 from tolerances import LATENTS_FLOAT64, OUTPUT_FLOAT64
 
-from difffast import EncoderPropagation, collect_maps, patched
+from difffast import EncoderPropagation, attention, collect_maps, patch, patched
 from difffast import unet as split
+from difffast.guidance.binding import SemanticBinding
+from difffast.swap import is_swapped
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -126,3 +128,43 @@ def test_maps_of_steps_decoded_together_belong_to_their_frames(name):
     assert found[0].shape == (frames, 77, height, width)
     assert largest(*found) <= LATENTS_FLOAT64
     assert largest(found[0][0], found[0][-1]) > 1000 * LATENTS_FLOAT64, "frames must differ"
+
+
+@pytest.mark.parametrize("name", ["StableVideoDiffusionPipeline", "TextToVideoSDPipeline", "I2VGenXLPipeline"])
+def test_no_maps_where_the_text_is_changed_on_its_way(name):
+    pipe = built(name)
+    with pytest.raises(ValueError, match="no attention maps can be collected from a"), collect_maps(pipe):
+        pass
+    assert not is_swapped(pipe.unet)
+
+
+def test_no_binding_of_videos():
+    pipe = built("AnimateDiffPipeline")
+    with pytest.raises(ValueError, match="binding is for pictures, got a UNetMotionModel"):
+        patch(pipe, binding=SemanticBinding())
+    assert not is_swapped(pipe.unet)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("AnimateDiffPipeline", 2),  # with guidance
+        ("AnimateDiffPipeline:FreeNoise", 2 * 2),  # every frame has a text of its own
+        ("StableVideoDiffusionPipeline", 2),
+        ("TextToVideoSDPipeline", 2),
+    ],
+)
+def test_keys_and_values_are_made_once_a_prompt_of_rows_that_differ(name, rows, monkeypatch):
+    row, pipe = video_zoo.ROWS[name], built(name)
+    layers = len(attention.layers_of(pipe.unet))
+    project, seen = attention._PROJECTIONS["AttnProcessor2_0"], []
+
+    def counted(layer, text):
+        seen.append(len(text))
+        return project(layer, text)
+
+    monkeypatch.setitem(attention._PROJECTIONS, "AttnProcessor2_0", counted)
+    with patched(pipe, propagation=EncoderPropagation(key_steps=4)) as report:
+        row.run(pipe, row.inputs)
+    assert report.last_run.text_keys["computed"] == layers > 0
+    assert seen == [rows] * layers
