@@ -237,7 +237,37 @@ def _measured_on(info: dict[str, Any]) -> str:
     return f"{_machine(info)}, diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
 
 
+def support_table() -> str:
+    """Which pipelines are supported; from the code, which the tests prove row by row."""
+    from difffast.support import COLUMNS, table
+
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *table()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def ways_table(results: Path = RESULTS) -> str:
+    """Seconds inside UNet and ControlNet of every supported pipeline, from ``support.json`` (bench_support.py)."""
+    record = json.loads((results / "support.json").read_text())
+    ways = [way for way in max(record["seconds"].values(), key=len) if way != "stock"]
+    rows = [f"| pipeline | {' | '.join(ways)} |", "|" + "---|" * (1 + len(ways))]
+    for name, seconds in record["seconds"].items():
+        shares = (
+            statistics.median(a / b for a, b in zip(seconds[way], seconds["stock"], strict=True))
+            if way in seconds
+            else None
+            for way in ways
+        )
+        rows.append(f"| {name} | {' | '.join('refused' if each is None else f'{each:.2f}' for each in shares)} |")
+    note = (
+        "Seconds inside the UNet, and ControlNet, of stock's; small UNets (32, 64) on 32x32 latents, 12 steps. "
+        f"{_machine(record)}, {record['rounds']} interleaved rounds."
+    )
+    return "\n".join([*rows, "", note])
+
+
 TABLES = {
+    "ways": ways_table,
+    "support": support_table,
     "unet": unet_table,
     "demo": demo_table,
     "fidelity": fidelity_table,

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     info = commands.add_parser("info", help="versions, devices, and each backend with the reason where it is missing")
+    info.add_argument("--pipeline", type=Path, metavar="DIR", help="which pipelines are supported, and whether this is")
     info.set_defaults(run=_info)
 
     demo = commands.add_parser("demo", help="the embedded model, stock against patched: images, seconds, PSNR, plan")
@@ -92,11 +93,13 @@ def _positive(text: str) -> int:
     return value
 
 
-def _info(_arguments: argparse.Namespace) -> int:
+def _info(arguments: argparse.Namespace) -> int:
     import torch
 
     from . import ops
-    from .support import PIPELINES
+
+    if arguments.pipeline is not None:
+        return _info_pipeline(arguments.pipeline)
 
     table = Table("item", "value", title="difffast info")
     for package in ("difffast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft"):
@@ -113,13 +116,40 @@ def _info(_arguments: argparse.Namespace) -> int:
         table.add_row(f"backend {backend}", ops.missing(backend) or "available")
     if ops.INSTRUCTION_SET is not None:
         table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
-    table.add_row("pipelines", "\n".join(PIPELINES))
+    table.add_row("pipelines", "difffast info --pipeline DIR")
     table.add_row("presets", "\n".join(PRESETS))
     console.print(table)
     console.print(_proof_table())
     console.print(
         "A kernel without a proving run is never a default; difffast.ops.use_backend or DIFFFAST_BACKEND run it."
     )
+    return 0
+
+
+def _info_pipeline(folder: Path) -> int:
+    """The table of pipelines, and the row of one on disk; status 1 if it is not supported."""
+    import json
+
+    import diffusers
+
+    from .support import COLUMNS, support_of, table
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} holds no pipeline in Diffusers format: there is no model_index.json")
+    name = json.loads(index.read_text())["_class_name"]
+    found = getattr(diffusers, name, None)
+    entry = support_of(found) if isinstance(found, type) else None
+    shown = Table(*COLUMNS, title="pipelines that difffast patches")
+    for row in table():
+        shown.add_row(*row, style="bold" if entry is not None and row[0] == entry.family else None)
+    console.print(shown)
+    if entry is None:
+        console.print(f"[bold red]{name}[/] is not supported: difffast.patch refuses it.")
+        return 1
+    decoders = "several decoders in one batch" if entry.parallel else "one decoder at a time"
+    reuse = "and feature reuse" if entry.reuse else "but no feature reuse"
+    console.print(f"[bold]{name}[/] is supported: encoder propagation with {decoders}, {reuse}. {entry.note}".rstrip())
     return 0
 
 

@@ -19,33 +19,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conditioning import FREEU
 from .ops import group_norm_silu, repeat_batch, skip_norm_silu
 from .resnets import StandIn, is_plain, is_wrapped
 from .swap import plain_class
 from .view import view
 
 
-def obstacle(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
-    """Why no resnet can share its skip in a decode call, or None."""
+def obstacle(unet: nn.Module) -> str | None:
+    """Why no resnet can share its skip, or None."""
     from diffusers import UNet2DConditionModel
 
     if plain_class(unet) is not UNet2DConditionModel:
         return f"{plain_class(unet).__name__} is not UNet2DConditionModel"
-    if call.get("down_block_additional_residuals") is not None or call.get("mid_block_additional_residual") is not None:
-        return "residuals are added to the skips"
     return freeu_reason(unet)
 
 
 def freeu_reason(unet: nn.Module) -> str | None:
     """Why the up blocks' inputs are not what the encoder made, or None."""
-    if any(getattr(block, name, None) for block in unet.up_blocks for name in ("s1", "s2", "b1", "b2")):
+    if any(getattr(block, name, None) for block in unet.up_blocks for name in FREEU):
         return "FreeU changes the skips"
     return None
 
 
-def shareable(unet: nn.Module, call: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Names of the up-resnets that can share their skips in a decode call, and why the others cannot."""
-    reason = obstacle(unet, call)
+def shareable(unet: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of the up-resnets that can share their skips, and why the others cannot."""
+    reason = obstacle(unet)
     if reason is not None:
         return (), {"up_blocks": reason}
     reasons = {name: resnet_obstacle(resnet) for name, resnet in _resnets(unet)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from . import attention, ops, resnets
+from . import attention, controlnet, ops, resnets
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, Plan
@@ -98,8 +98,16 @@ class PatchReport:
         return f"<table>{''.join(cells)}</table>"
 
 
+@overload
+def patch(pipe: DiffusionPipeline, preset: str = ..., **options: Any) -> PatchReport: ...
+
+
+@overload
+def patch(pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Any) -> tuple[PatchReport, ...]: ...
+
+
 def patch(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | Sequence[DiffusionPipeline],
     preset: str = "balanced",
     *,
     propagation: EncoderPropagation | FeatureReuse | None = None,
@@ -107,11 +115,11 @@ def patch(
     compile: bool = False,
     binding: SemanticBinding | None = None,
     force: bool = False,
-) -> PatchReport:
+) -> PatchReport | tuple[PatchReport, ...]:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
 
     Args:
-        pipe: a pipeline with a UNet; see ``difffast.support.PIPELINES``.
+        pipe: a pipeline with a UNet; see ``difffast.support.PIPELINES``.  Or several, such as the stages of a cascade.
         preset: a name from ``difffast.plan.PRESETS``.
         propagation: replaces what the preset says about steps that share features.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
@@ -122,7 +130,8 @@ def patch(
         force: allow schedules with fewer than 8 steps.
 
     Returns:
-        A report of what was replaced.  Patching again replaces the first patch.
+        A report of what was replaced; for several pipelines as many, in their order.  Patching again replaces the first
+        patch.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
@@ -131,6 +140,9 @@ def patch(
             where the pipeline's kind rules it out, a branch that the UNet does not have, or no layers for binding's
             maps.  Nothing is changed then.
     """
+    if isinstance(pipe, (list, tuple)):
+        options = {"propagation": propagation, "fused": fused, "compile": compile, "binding": binding, "force": force}
+        return _patch_all(pipe, preset, options)
     support, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
@@ -175,6 +187,8 @@ def patch(
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
         controller.add(settings)
+        for net in _controlnets(pipe):
+            controlnet.install(net, controller)
         notes = []
         if compiled is not None:
             pipe.unet = unet
@@ -207,17 +221,35 @@ def patch(
     )
 
 
-def unpatch(pipe: DiffusionPipeline) -> bool:
-    """Take difffast out of a pipeline: classes, attributes and outputs are as before :func:`patch`.
+def _patch_all(pipes: Sequence[DiffusionPipeline], preset: str, options: Mapping[str, Any]) -> tuple[PatchReport, ...]:
+    """Patch all of them, or leave all as they are."""
+    reports = []
+    with contextlib.ExitStack() as undo:
+        for pipe in pipes:
+            earlier = _arguments(pipe)
+            reports.append(patch(pipe, preset, **options))
+            undo.callback(_put_back, pipe, earlier)
+        undo.pop_all()
+    return tuple(reports)
+
+
+def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
+    """Take difffast out of a pipeline, or several: classes, attributes and outputs are as before :func:`patch`.
 
     Returns:
-        True if the pipeline was patched.
+        True if the pipeline, or any of them, was patched.
     """
+    if isinstance(pipe, (list, tuple)):
+        return any([unpatch(each) for each in pipe])
     with _lock:
         done = _patches.pop(pipe, None)
         if done is None:
             return False
-        if _controller(done.unet).remove(done.settings):
+        controller = _controller(done.unet)
+        for net in _controlnets(pipe):
+            if not any(net in _controlnets(other) and each.unet is done.unet for other, each in _patches.items()):
+                controlnet.uninstall(net, controller)
+        if controller.remove(done.settings):
             swap_out(done.unet)
             attention.uninstall(done.unet)
             resnets.uninstall(done.unet)
@@ -229,18 +261,29 @@ def unpatch(pipe: DiffusionPipeline) -> bool:
 
 
 @contextlib.contextmanager
-def patched(pipe: DiffusionPipeline, preset: str = "balanced", **options: Any) -> Iterator[PatchReport]:
-    """:func:`patch` for a ``with`` block; on leaving, an earlier patch is put back, or none."""
-    with _lock:
-        earlier = _patches.get(pipe)
-        arguments = dict(earlier.arguments) if earlier is not None else None
+def patched(
+    pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any
+) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
+    """:func:`patch` for a ``with`` block; on leaving, earlier patches are put back, or none."""
+    earlier = [(each, _arguments(each)) for each in (pipe if isinstance(pipe, (list, tuple)) else (pipe,))]
     report = patch(pipe, preset, **options)
     try:
         yield report
     finally:
-        unpatch(pipe)
-        if arguments is not None:
-            patch(pipe, **arguments)
+        for each, arguments in reversed(earlier):
+            _put_back(each, arguments)
+
+
+def _arguments(pipe: DiffusionPipeline) -> dict[str, Any] | None:
+    """What the pipeline's patch was asked for, or None."""
+    with _lock:
+        return next((dict(found.arguments) for each, found in _patches.items() if each is pipe), None)
+
+
+def _put_back(pipe: DiffusionPipeline, arguments: Mapping[str, Any] | None) -> None:
+    unpatch(pipe)
+    if arguments is not None:
+        patch(pipe, **arguments)
 
 
 @contextlib.contextmanager
@@ -299,6 +342,12 @@ def _check_meant(config: Sharing, pipeline: str, support: Support) -> None:
         )
 
 
+def _controlnets(pipe: Any) -> list[nn.Module]:
+    """The pipeline's ControlNet, if it has one; several come as one module."""
+    found = getattr(pipe, "controlnet", None)
+    return [found] if found is not None and hasattr(found, "forward") else []
+
+
 def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:
     """Refuse two pipelines that share a scheduler but want different things: a run could be of either."""
     for other, done in _patches.items():
@@ -315,7 +364,7 @@ def _check_shared(pipe: Any, unet: nn.Module, ours: Settings) -> None:
 
 
 def _unet_methods(unet: nn.Module) -> dict[str, Any]:
-    plain, controller = plain_class(unet), Controller()
+    plain, controller = plain_class(unet), Controller(unet)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)

@@ -224,6 +224,11 @@ class Plan:
         orders = tuple(sorted(set(orders)))
         return replace(self, keys=tuple(sorted({*self.keys, *orders})), optimised=orders)
 
+    def until(self, total: int) -> Plan:
+        """The first ``total`` steps of this plan."""
+        orders = {name: tuple(o for o in getattr(self, name) if o < total) for name in ("keys", "optimised")}
+        return replace(self, total=total, **orders)
+
     def is_key(self, order: int) -> bool:
         """Whether the plan runs the encoder at this order."""
         return self.keys[bisect_right(self.keys, order) - 1] == order

@@ -24,7 +24,7 @@ from torch.utils.weak import TensorWeakRef
 
 from . import attention, decoder, resnets
 from . import unet as split
-from .conditioning import Conditioning
+from .conditioning import RESIDUALS, Conditioning, Switches
 from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, Plan
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Inputs, Programs, scaled
@@ -50,6 +50,8 @@ class RunStats:
         decode_batches: sizes of the decoder batches, in order.
         unshared: up-resnets whose skip parts were computed at every step, with the reason.
         text_keys: how often an attn2 layer's text keys and values were "computed" and "reused".
+        controlnet: how often ControlNet's outputs were "computed" and "reused".
+        reasons: what fell back, or was forced, and why.
     """
 
     total: int
@@ -61,6 +63,7 @@ class RunStats:
     decode_batches: list[int] = field(default_factory=list)
     unshared: dict[str, str] = field(default_factory=dict)
     text_keys: Counter[str] = field(default_factory=Counter)
+    controlnet: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -69,6 +72,9 @@ class RunStats:
             f"{self.stock} stock of {self.total}; decoder batches {self.decode_batches}; text keys and values computed "
             f"{self.text_keys['computed']} times, reused {self.text_keys['reused']} times"
         )
+        if self.controlnet:
+            counts = self.controlnet
+            text += f"; ControlNet computed {counts['computed']} times, reused {counts['reused']} times"
         unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())
         return "\n  ".join([text, *self.reasons, *unshared])
 
@@ -158,8 +164,9 @@ class Controller:
     State belongs to runs, not to the UNet: a run is one ``scheduler.timesteps`` tensor in one thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unet: nn.Module) -> None:
         self.programs = Programs()
+        self._unet = weakref.ref(unet)
         self._settings: list[Settings] = []
         self._runs: list[_Run] = []
         self._lock = threading.Lock()
@@ -187,7 +194,7 @@ class Controller:
     ) -> Any:
         call = split.bind(unet, args, kwargs)
         timestep = call["timestep"]
-        run = self._find(unet, timestep, call["sample"].device) if isinstance(timestep, Tensor) else None
+        run = self.run_of(timestep, call["sample"].device)
         if run is None:
             self._explain_unknown(timestep)
             return stock(*args, **kwargs)
@@ -195,7 +202,7 @@ class Controller:
         if run.binding is not None:
             call = run.binding.apply(call, order, run.scheduler(), stock)
             args, kwargs = (), dict(call)
-        reason = _needs_stock(unet, call)
+        reason = _needs_stock(unet, call) or run.foreign_residuals(call, order)
         text = call.get("encoder_hidden_states")
         if isinstance(text, Tensor):
             text = run.labelled(text, call["sample"], stock=reason is not None)
@@ -214,12 +221,14 @@ class Controller:
             return output_of(type(unet))(sample=sample)
         return (sample,)
 
-    def _find(self, unet: nn.Module, timestep: Tensor, device: torch.device) -> _Run | None:
-        """The run that a timestep belongs to: a live one, or a new one of a patched pipeline.
+    def run_of(self, timestep: Any, device: torch.device) -> _Run | None:
+        """The run that a timestep belongs to: a live one, a new one of a patched pipeline, or None.
 
         The loops iterate over ``scheduler.timesteps``, whose elements are views of it; shared storage identifies
         the run, and the storage offset the position, without reading anything from the device.
         """
+        if not isinstance(timestep, Tensor):
+            return None
         thread = threading.get_ident()
         with self._lock:
             self._runs = [run for run in self._runs if run.timesteps() is not None]
@@ -228,7 +237,7 @@ class Controller:
                     return run
             asking = [s for s in self._settings if _is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
             if asking:
-                run = _Run(asking, unet, device, self.programs)
+                run = _Run(asking, self._unet(), device, self.programs)
                 self._runs.append(run)
                 return run
         return None
@@ -243,6 +252,15 @@ class Controller:
             )
 
 
+@dataclass
+class _Control:
+    """What ControlNet returned at the last key step, and the latest step that it was returned for."""
+
+    conditioning: Conditioning
+    order: int
+    output: Any
+
+
 class _Run:
     """One pass over a schedule: cached features, decoded outputs waiting, and the conditioning they belong to."""
 
@@ -252,6 +270,7 @@ class _Run:
         timesteps = scheduler.timesteps
         self.settings = settings
         self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps), device)
+        self._resolved = self.plan
         self.fused = settings[0].fused
         self.text = denoiser_of(type(unet)).text
         self._programs = programs if settings[0].compiled else None
@@ -268,17 +287,20 @@ class _Run:
         self._timesteps = TensorWeakRef(timesteps)
         self.thread = threading.get_ident()
         self.restart = False
+        self._begin: int | None = None
         self._last: int | None = None
         self._features: split.Features | None = None
         self._queue: dict[int, Tensor] = {}
         self._deep: list[tuple[int, Tensor]] = []  # (order, deep feature) of the last key steps, latest first
         self._conditioning: Conditioning | None = None
+        self._switches = Switches(unet)
+        self._control: _Control | None = None
         self._text_keys: attention.TextKeys | None = None
         self._inputs: Inputs | None = None
         coupled = _coupled_processor(unet)
         if coupled is not None and self.plan.max_batch != 1:
             # Attention that mixes samples of a batch would mix time steps as well.
-            self.plan = replace(self.plan, max_batch=1)
+            self.plan = self._resolved = replace(self.plan, max_batch=1)
             self.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
 
     def timesteps(self) -> Tensor | None:
@@ -295,9 +317,45 @@ class _Run:
         return self.settings[0].scheduler()
 
     def clear(self) -> None:
+        """Forget the features; ControlNet's outputs stay, which were made for the step that is being answered."""
         self._features, self._conditioning, self._last = None, None, None
         self._queue.clear()
         self._deep.clear()
+
+    def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
+        """ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
+
+        Args:
+            call: arguments of the ControlNet by name.
+            stock: runs it.
+        """
+        order = self.order(call["timestep"])
+        conditioning = Conditioning(call)
+        held = self._control
+        goes_on = not self.restart and self._last is not None and order == self._last + 1
+        if held is not None and goes_on and not self.plan.is_key(order) and conditioning.same(held.conditioning):
+            held.order = order
+            self.stats.controlnet["reused"] += 1
+            return held.output
+        if held is not None and goes_on and not self.plan.is_key(order):
+            self.restart = True
+            change = conditioning.change(held.conditioning)
+            self.record(f"key step at {order}: ControlNet's {change} changed")
+        output = stock()
+        self._control = _Control(conditioning, order, output)
+        self.stats.controlnet["computed"] += 1
+        return output
+
+    def foreign_residuals(self, call: Mapping[str, Any], order: int) -> str | None:
+        """Why the residuals of a call cannot belong to the features of another step, or None."""
+        down, mid, _ = (call.get(name) for name in RESIDUALS)
+        if down is None and mid is None:
+            return None
+        if self._control is None or self._control.order != order:
+            return "residuals are given that are not of the patched pipeline's own ControlNet"
+        if down is None or mid is None:
+            return "residuals are given for the skips or the middle only"
+        return None
 
     def labelled(self, text: Tensor, sample: Tensor, *, stock: bool) -> Tensor:
         """The text tensor as the attn2 layers of this call shall see it; in a stock call, only maps are collected.
@@ -325,10 +383,14 @@ class _Run:
 
         ``text`` replaces the call's, which identifies the conditioning.
         """
-        conditioning = Conditioning(call)
+        conditioning = Conditioning(call, self._switches.state())
         if text is not None:
             call = {**call, "encoder_hidden_states": text}
-        if self.restart or self._last is None or order != self._last + 1 or not conditioning.same(self._conditioning):
+        self._follow(order)
+        change = conditioning.change(self._conditioning) if self._conditioning is not None else None
+        if change is not None and order == self._last + 1 and not self.plan.is_key(order):
+            self.record(f"key step at {order}: {change} changed")
+        if self.restart or self._last is None or order != self._last + 1 or change is not None:
             self.clear()
             self.restart = False
         self._last = order
@@ -356,6 +418,20 @@ class _Run:
         else:
             self.stats.propagated += 1
         return self._finish(order, self._queue.pop(order))
+
+    def _follow(self, order: int) -> None:
+        """Fit the plan to what the sampling loop is seen to do."""
+        if self._begin is None:
+            self._begin = order
+            executed = getattr(self.settings[0].pipe(), "_num_timesteps", None)
+            if len(self.settings) == 1 and isinstance(executed, int) and 0 < order + executed < self.plan.total:
+                self.plan = self.plan.until(order + executed)  # e.g. denoising_end: nothing is decoded beyond it
+        if order >= self.plan.total:
+            self.plan = self._resolved
+        if order == self._last and len(self.plan.keys) < self.plan.total:
+            # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
+            self.plan = replace(self.plan, keys=tuple(range(self.plan.total)), optimised=())
+            self.note("every step is a key step: the UNet is called several times a step")
 
     def _whole_or_reuse(
         self,
@@ -420,6 +496,7 @@ class _Run:
     def _finish(self, order: int, output: Tensor) -> Tensor:
         if order == self.plan.total - 1:
             self.clear()
+            self._control = None
             self._text_keys = None
         return output
 
@@ -471,13 +548,6 @@ def _needs_stock(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
         return "gradients are enabled (cached features would cut the graph); use torch.no_grad()"
     if unet.training and _drops_values(unet):
         return "the UNet is in training mode and has dropout; call unet.eval()"
-    for name in (
-        "down_block_additional_residuals",
-        "mid_block_additional_residual",
-        "down_intrablock_additional_residuals",
-    ):
-        if call.get(name) is not None:
-            return f"{name} is given: ControlNet and adapters are not propagated yet"
     if unet._forward_hooks or unet._forward_pre_hooks:
         return "forward hooks are registered on the UNet itself and must see every call"
     return split.obstacle(unet)

@@ -53,24 +53,82 @@ UNETS: dict[str, Denoiser] = {
     "I2VGenXLUNet": Denoiser("UNet3DConditionOutput", "extended"),
 }
 
-_CROSS_FRAME = "every frame attends to the first frame of its batch, which would mix steps that are decoded together"
+_SD = Support("Stable Diffusion 1, 2")
+_XL = Support("Stable Diffusion XL")
+_PAG = Support("Perturbed-attention guidance")
+_CONTROLNET = Support("ControlNet", note="ControlNet runs at key steps only")
+_IF_1 = Support("DeepFloyd IF, stage I", key_steps="if-1", prior_noise=False)
+_IF_2 = Support("DeepFloyd IF, stage II", key_steps="if-2", prior_noise=False)
+_KANDINSKY = Support("Kandinsky 2.2 decoder")
+_KOLORS = Support("Kolors")
+_ANIMATEDIFF = Support("AnimateDiff", prior_noise=False)
+_MODELSCOPE = Support("ModelScope text-to-video", prior_noise=False)
+_ZERO = Support(
+    "Text2Video-Zero",
+    parallel=False,
+    prior_noise=False,
+    note="all frames attend to the first of the batch, which would mix steps that are decoded together",
+)
+_ADAPTER = Support("T2I-Adapter", note="the adapter's features enter at key steps only")
 
 #: By class name; subclasses are taken for what they derive from.
 PIPELINES: dict[str, Support] = {
-    "StableDiffusionPipeline": Support("Stable Diffusion 1, 2"),
-    "StableDiffusionImg2ImgPipeline": Support("Stable Diffusion 1, 2"),
-    "StableDiffusionInpaintPipeline": Support("Stable Diffusion 1, 2"),
-    "AnimateDiffPipeline": Support("AnimateDiff", prior_noise=False),
-    "AnimateDiffVideoToVideoPipeline": Support("AnimateDiff", prior_noise=False),
-    "AnimateDiffPAGPipeline": Support("AnimateDiff", prior_noise=False),
-    "AnimateDiffSDXLPipeline": Support("AnimateDiff", prior_noise=False),
-    "PIAPipeline": Support("AnimateDiff", prior_noise=False),
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionInstructPix2PixPipeline": _SD,
+    "StableDiffusionXLPipeline": _XL,
+    "StableDiffusionXLImg2ImgPipeline": _XL,
+    "StableDiffusionXLInpaintPipeline": _XL,
+    "StableDiffusionPAGPipeline": _PAG,
+    "StableDiffusionPAGImg2ImgPipeline": _PAG,
+    "StableDiffusionPAGInpaintPipeline": _PAG,
+    "StableDiffusionXLPAGPipeline": _PAG,
+    "StableDiffusionXLPAGImg2ImgPipeline": _PAG,
+    "StableDiffusionXLPAGInpaintPipeline": _PAG,
+    "StableDiffusionControlNetPipeline": _CONTROLNET,
+    "StableDiffusionControlNetImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionControlNetInpaintPipeline": _CONTROLNET,
+    "StableDiffusionControlNetPAGPipeline": _CONTROLNET,
+    "StableDiffusionControlNetPAGInpaintPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetInpaintPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetPAGPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetUnionPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetUnionInpaintPipeline": _CONTROLNET,
+    "StableDiffusionAdapterPipeline": _ADAPTER,
+    "StableDiffusionXLAdapterPipeline": _ADAPTER,
+    "StableDiffusionXLInstructPix2PixPipeline": _XL,
+    "StableDiffusionUpscalePipeline": Support("Stable Diffusion x4 upscaler", key_steps="upscaler"),
+    "StableDiffusionGLIGENPipeline": Support("GLIGEN", note="the step at which grounding ends is a key step"),
+    "StableDiffusionImageVariationPipeline": _SD,
+    "LatentConsistencyModelPipeline": Support("Latent consistency", note="at least 8 steps, or force=True"),
+    "KandinskyV22Pipeline": _KANDINSKY,
+    "KandinskyV22Img2ImgPipeline": _KANDINSKY,
+    "KandinskyV22ControlnetPipeline": _KANDINSKY,
+    "KolorsPipeline": _KOLORS,
+    "KolorsPAGPipeline": _KOLORS,
+    "IFPipeline": _IF_1,
+    "IFImg2ImgPipeline": _IF_1,
+    "IFInpaintingPipeline": _IF_1,
+    "IFSuperResolutionPipeline": _IF_2,
+    "IFImg2ImgSuperResolutionPipeline": _IF_2,
+    "IFInpaintingSuperResolutionPipeline": _IF_2,
+    "StableDiffusionDepth2ImgPipeline": _SD,
+    "AnimateDiffPipeline": _ANIMATEDIFF,
+    "AnimateDiffVideoToVideoPipeline": _ANIMATEDIFF,
+    "AnimateDiffPAGPipeline": _ANIMATEDIFF,
+    "AnimateDiffSDXLPipeline": _ANIMATEDIFF,
+    "PIAPipeline": _ANIMATEDIFF,
     "StableVideoDiffusionPipeline": Support("Stable Video Diffusion", prior_noise=False),
-    "TextToVideoSDPipeline": Support("ModelScope text-to-video", prior_noise=False),
-    "VideoToVideoSDPipeline": Support("ModelScope text-to-video", prior_noise=False),
+    "TextToVideoSDPipeline": _MODELSCOPE,
+    "VideoToVideoSDPipeline": _MODELSCOPE,
     "I2VGenXLPipeline": Support("I2VGen-XL", prior_noise=False),
-    "TextToVideoZeroPipeline": Support("Text2Video-Zero", parallel=False, prior_noise=False, note=_CROSS_FRAME),
-    "TextToVideoZeroSDXLPipeline": Support("Text2Video-Zero", parallel=False, prior_noise=False, note=_CROSS_FRAME),
+    "TextToVideoZeroPipeline": _ZERO,
+    "TextToVideoZeroSDXLPipeline": _ZERO,
 }
 
 
@@ -88,3 +146,22 @@ def output_of(unet: type) -> type:
     """What calls of a supported class of UNets return with ``return_dict=True``."""
     module = next(base.__module__ for base in unet.__mro__ if base.__name__ in UNETS)
     return getattr(sys.modules[module], denoiser_of(unet).output)
+
+
+#: Head of :func:`table`.
+COLUMNS = ("family", "pipelines", "decoders", "feature reuse", "notes")
+
+
+def table() -> list[tuple[str, str, str, str, str]]:
+    """The table as text, a row for each entry that is different."""
+    entries = dict.fromkeys(PIPELINES.values())
+    return [
+        (
+            entry.family,
+            ", ".join(name for name, other in PIPELINES.items() if other == entry),
+            "in parallel" if entry.parallel else "one at a time",
+            "yes" if entry.reuse else "no",
+            entry.note,
+        )
+        for entry in entries
+    ]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, decoder
+from .conditioning import RESIDUALS
 from .ops import repeat_batch
 from .view import replaced, view
 
@@ -45,8 +46,8 @@ def directly(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-#: Arguments that the encoder consumes; at a decode call they have done their work.
-_ENCODER_ONLY = ("down_intrablock_additional_residuals",)
+#: ControlNet's arguments: what ``forward`` adds to the encoder's outputs.
+_ADDED_LATER = RESIDUALS[:2]
 
 
 @dataclass
@@ -198,6 +199,8 @@ def _skip_channels(unet: nn.Module, branch: int) -> int:
 def run_reuse(unet: nn.Module, call: Mapping[str, Any], deep: Sequence[Tensor], weights: Tensor, branch: int) -> Tensor:
     """The UNet's output [B, C_out, H, W] from its outer layers and deep features of key steps.
 
+    The deep feature contains ControlNet's residual of the middle, and those of the skips below it.
+
     Args:
         deep: from :func:`run_recording`, one or several.
         weights: [len(deep)], of which the feature is the sum.
@@ -214,6 +217,7 @@ def run_reuse(unet: nn.Module, call: Mapping[str, Any], deep: Sequence[Tensor], 
             break
         down.append(block)
         left -= made
+    call = _without_deep_residuals(call, sum(block in down for block in unet.down_blocks))
     i, j = reentry(unet, branch)
     children = {
         "down_blocks": down,
@@ -221,6 +225,17 @@ def run_reuse(unet: nn.Module, call: Mapping[str, Any], deep: Sequence[Tensor], 
         "up_blocks": [_cut(unet.up_blocks[i], slice(j, None)), *list(unet.up_blocks)[i + 1 :]],
     }
     return run_whole(view(unet, children), call)
+
+
+def _without_deep_residuals(call: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """The call without what ControlNet adds to the middle, and adapters beyond the first ``blocks`` down blocks."""
+    changed = dict(call)
+    mid = call.get("mid_block_additional_residual")
+    if mid is not None:
+        changed["mid_block_additional_residual"] = mid.new_zeros(())
+    if call.get("down_intrablock_additional_residuals") is not None:
+        changed["down_intrablock_additional_residuals"] = list(call["down_intrablock_additional_residuals"])[:blocks]
+    return changed
 
 
 def _cut(block: nn.Module, layers: slice, **children: Any) -> Any:
@@ -251,9 +266,9 @@ def encode(unet: nn.Module, call: Mapping[str, Any], *, share: bool = False, run
         run: runs :func:`run_encoder`.
 
     Returns:
-        The features that :func:`decode` needs, ControlNet residuals and adapters not yet added.
+        The features that :func:`decode` needs, with ControlNet's residuals.
     """
-    names, unshared = decoder.shareable(unet, call) if share else ((), {})
+    names, unshared = decoder.shareable(unet) if share else ((), {})
     weights = decoder.weights_state(unet, names)
     outputs, parts = run(run_encoder, unet, call, names)
     return Features(outputs, call["sample"].shape[0], parts, unshared, weights)
@@ -278,9 +293,24 @@ def run_encoder(
     half = view(unet, {**_stand_ins(unet, _ENCODER, record), **_stand_ins(unet, _DECODER, hand_on)})
     # Adapters' lists are popped by forward; the caller's list must survive.
     arguments = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
-    arguments["return_dict"] = False
-    half.forward(**arguments)
+    half.forward(**{**arguments, **dict.fromkeys(arguments.keys() & _ADDED_LATER), "return_dict": False})
+    outputs = _with_residuals(outputs, call)
     return outputs, decoder.share(unet, skips_of(outputs), _bottleneck(outputs), names)
+
+
+def _with_residuals(outputs: dict[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs plus ControlNet's residuals, which ``forward`` adds between its halves."""
+    down, mid = (call.get(name) for name in _ADDED_LATER)
+    if down is None:
+        return outputs
+    left = iter(down)
+    added = {"conv_in": outputs["conv_in"] + next(left)}
+    for name, out in outputs.items():
+        if name.startswith("down_blocks."):
+            added[name] = (out[0], tuple(skip + next(left) for skip in out[1]))
+    last, out = list(outputs.items())[-1]
+    added[last] = out + mid if last == "mid_block" else (out[0] + mid, *added[last][1:])
+    return added
 
 
 def decode(
@@ -329,7 +359,7 @@ def run_decoder(
         return lambda *_args, **_kwargs: outputs[name]
 
     half = view(unet, {**_stand_ins(unet, _ENCODER, replay), **children})
-    conditioning = {name: value for name, value in call.items() if name not in ("sample", "timestep", *_ENCODER_ONLY)}
+    conditioning = {name: value for name, value in call.items() if name not in ("sample", "timestep", *RESIDUALS)}
     if repeats > 1:
         tiled = tile(conditioning, batch, repeats)
         attention.relabel(conditioning.get("encoder_hidden_states"), tiled.get("encoder_hidden_states"), repeats)

@@ -97,17 +97,31 @@ def sample(
         if name in layers:
             processors[name] = module.processor = StoringProcessor()
 
+    xl = hasattr(pipe, "text_encoder_2")
+
     def encode(text: str) -> Any:
         with torch.no_grad():
+            if xl:
+                return pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)[0][0]
             return pipe.encode_prompt(text, "cpu", 1, False)[0][0]
 
     def words(text: str) -> int:
         return len(pipe.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def unet(z: Any, t: Any, text: Any) -> Any:
-        return pipe.unet(pipe.scheduler.scale_model_input(z, t), t, encoder_hidden_states=text).sample
+    def unet(z: Any, t: Any, text: Any, pooled: Any = None) -> Any:
+        extra = {}
+        if xl:
+            size = (4 * z.shape[2], 4 * z.shape[3])
+            ids = torch.tensor([[*size, 0, 0, *size]], dtype=z.dtype)
+            pooled = torch.zeros(len(z), 64, dtype=z.dtype) if pooled is None else pooled
+            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.repeat(len(z), 1)}
+        return pipe.unet(pipe.scheduler.scale_model_input(z, t), t, encoder_hidden_states=text, **extra).sample
 
-    nothing, text = encode(""), encode(things.text)
+    text, pooled = encode(things.text), None
+    nothing = torch.zeros_like(text) if xl else encode("")  # SDXL's negative prompt, where there is none
+    if xl:
+        with torch.no_grad():
+            pooled = pipe.encode_prompt(things.text, device="cpu", do_classifier_free_guidance=False)[2]
     phrases = [encode(phrase) for phrase in things.phrases]
     text, anchors, gone = merged(text, things.groups, mode)
     n, m = words(things.text) - gone, words(things.simplified)
@@ -149,7 +163,7 @@ def sample(
             eta = step_size * (1 - i / (steps - 1))
             for _ in range(iterations):
                 leaf, at = text.clone().requires_grad_(), moved.clone().requires_grad_()
-                unet(at, t, leaf[None])
+                unet(at, t, leaf[None], pooled)
                 maps = torch.stack([p.kept[0] for p in processors.values()]).mean((0, 1))
                 loss = entropy(maps, anchors, n)
                 focus_losses[-1].append(float(loss.detach()))
@@ -161,7 +175,8 @@ def sample(
                         text[a] -= eta * by_text[a]
                 moved = moved - 0.5 * eta * by_z
         with torch.no_grad():
-            null, cond = unet(torch.cat([moved] * 2), t, torch.stack([nothing, text])).chunk(2)
+            both = None if pooled is None else torch.cat([torch.zeros_like(pooled), pooled])
+            null, cond = unet(torch.cat([moved] * 2), t, torch.stack([nothing, text]), both).chunk(2)
             noise = null + guidance * (cond - null)
             z = pipe.scheduler.step(noise, t, moved if mode == "paper" else z).prev_sample
     return z, focus_losses, bind_losses

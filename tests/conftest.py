@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 import difffast
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def _build(**options):

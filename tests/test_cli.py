@@ -16,11 +16,21 @@ def small_demo(monkeypatch, pipe):
     monkeypatch.setattr(difffast.models, "embedded_pipeline", lambda: pipe)
 
 
-def test_info_names_versions_backends_and_pipelines(capsys):
+def test_info_names_versions_backends_and_presets(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "diffusers", "backend reference", "backend cpp", "StableDiffusionPipeline", "balanced"):
+    for word in ("torch", "diffusers", "backend reference", "backend cpp", "info --pipeline", "balanced"):
         assert word in text
+
+
+def test_info_about_a_pipeline_on_disk(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    assert cli.main(["info", "--pipeline", str(tmp_path / "pipeline")]) == 0
+    assert "StableDiffusionPipeline is supported: encoder propagation" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert cli.main(["info", "--pipeline", str(tmp_path)]) == 1
+    assert "FluxPipeline is not supported" in capsys.readouterr().out
+    assert cli.main(["info", "--pipeline", str(tmp_path / "nowhere")]) == 2
 
 
 def test_info_says_which_kernels_are_proved(capsys, monkeypatch):

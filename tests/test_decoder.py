@@ -152,12 +152,20 @@ def test_whole_calls_that_cannot_share_say_why():
     plain, shared, unshared = both(unet, call)
     assert torch.equal(plain[0], shared[0])
     assert unshared == {"up_blocks": "FreeU changes the skips"}
-    unet.disable_freeu()
+
+
+@torch.no_grad()
+def test_with_residuals():
+    unet = make("sd", torch.float64)
+    call = call_for(unet, dtype=torch.float64)
     residuals = [torch.randn_like(skip) for skip in split.skips_of(split.encode(unet, call).outputs)]
-    call |= {"down_block_additional_residuals": residuals, "mid_block_additional_residual": torch.zeros(())}
-    plain, shared, unshared = both(unet, call)
-    assert torch.equal(plain[0], shared[0])
-    assert unshared == {"up_blocks": "residuals are added to the skips"}
+    mid = torch.randn(2, 64, 4, 4, dtype=torch.float64)
+    call |= {"down_block_additional_residuals": residuals, "mid_block_additional_residual": mid}
+    plain, shared, unshared = both(unet, call, call["timestep"].expand(1))
+    assert not unshared
+    expected = unet(**call).sample
+    assert largest(plain[0], expected) <= OUTPUT_FLOAT64
+    assert largest(shared[0], expected) <= OUTPUT_FLOAT64
 
 
 def test_gradients_pass_through():

@@ -8,9 +8,10 @@ from itertools import pairwise
 import peft
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import largest
+from sampling import largest, picture
 from sampling import latents as sampled
 from tolerances import EXACT_FLOAT32, LATENTS_FLOAT64
 from torch._dynamo.utils import counters
@@ -86,6 +87,22 @@ def test_lora_scale_is_an_input(pipe, compilations):
             assert largest(run(scale, **options), stock) <= 2 * EXACT_FLOAT32
             assert layers[0].scaling["a"] == scale * layers[0].lora_alpha["a"] / layers[0].r["a"]
         assert compilations() == 1
+
+
+def test_controlnet_strength_and_picture_are_inputs(compilations):
+    pipe = zoo.ROWS["StableDiffusionControlNetPipeline"].build()
+    pipe.set_progress_bar_config(disable=True)
+    under = {"image": picture(), "height": 32, "width": 32}
+    with patched(pipe, propagation=TABLE):
+        expected = latents(pipe, controlnet_conditioning_scale=0.3, **under)
+    with patched(pipe, propagation=TABLE, compile=True) as report:
+        latents(pipe, **under)
+        assert compilations() == 4  # whole, encoder, decoders of 4 and 1 steps
+        latents(pipe, "two cats", **{**under, "image": picture(seed=1)})
+        weaker = latents(pipe, controlnet_conditioning_scale=0.3, **under)
+        assert compilations() == 0
+        assert not report.last_run.reasons
+    assert largest(weaker, expected) <= EXACT_FLOAT32
 
 
 @pytest.mark.slow

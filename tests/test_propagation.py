@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import unet_oracle
+import zoo
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -17,11 +18,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling import largest, latents, mask, picture, scheduler
-from tolerances import LATENTS_FLOAT64
+from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difffast
-from difffast import EncoderPropagation, patch, patched, unpatch
+from difffast import EncoderPropagation, FeatureReuse, patch, patched, unpatch
 from difffast.swap import is_swapped
 
 STEP_BY_STEP = EncoderPropagation(parallel=False)
@@ -142,11 +143,12 @@ def test_custom_timesteps_and_return_dict(pipe64):
     assert report.last_run.total == 10
     assert report.last_run.propagated > 0
     with patched(pipe64, "faster-diffusion"), torch.no_grad():
+        sample, text = torch.zeros(2, 4, 8, 8, dtype=torch.float64), torch.zeros(2, 77, 64, dtype=torch.float64)
         pipe64.scheduler.set_timesteps(20)
-        call = (torch.zeros(2, 4, 8, 8, dtype=torch.float64), pipe64.scheduler.timesteps[0])
-        text = torch.zeros(2, 77, 64, dtype=torch.float64)
-        by_name = pipe64.unet(*call, encoder_hidden_states=text)
-        assert torch.equal(by_name.sample, pipe64.unet(*call, text, return_dict=False)[0])
+        by_name = pipe64.unet(sample, pipe64.scheduler.timesteps[0], encoder_hidden_states=text)
+        pipe64.scheduler.set_timesteps(20)
+        by_position = pipe64.unet(sample, pipe64.scheduler.timesteps[0], text, return_dict=False)
+        assert torch.equal(by_name.sample, by_position[0])
 
 
 def test_inference_mode(pipe):
@@ -429,6 +431,39 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
         assert controller_of(pipe)._runs[0].stats.forced >= 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", [EncoderPropagation(key_steps=4), FeatureReuse(interval=4)], ids=["ahead", "reuse"])
+def test_several_calls_a_step_run_in_full(pipe, config):
+    """As for the views of a panorama: features of one call never meet another's latents."""
+    unet, steps, text = pipe.unet, pipe.scheduler, torch.randn(2, 77, 64)
+
+    def loop():
+        steps.set_timesteps(12)
+        views = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        for t in steps.timesteps:
+            views = [steps.step(unet(x, t, encoder_hidden_states=text).sample, t, x).prev_sample for x in views]
+        return torch.stack(views)
+
+    stock = loop()
+    with (
+        patched(pipe, propagation=config, fused=False) as report,
+        pytest.warns(UserWarning, match="the UNet is called several times a step"),
+    ):
+        assert largest(loop(), stock) <= LATENTS_FLOAT32
+    assert report.last_run.propagated + report.last_run.reused == 0
+
+
+def test_nothing_is_decoded_beyond_the_last_executed_step():
+    pipe = zoo.ROWS["StableDiffusionXLPipeline"].build()
+    pipe.set_progress_bar_config(disable=True)
+    with patched(pipe, propagation=EncoderPropagation(key_steps=4, max_parallel=4)) as report:
+        latents(pipe, steps=20, denoising_end=0.7, height=32, width=32)
+        assert_nothing_kept(pipe)
+    run = report.last_run
+    assert (run.total, run.key, run.propagated) == (20, 4, 10)
+    assert run.decode_batches == [4, 4, 4, 2]
+
+
 def test_memory_is_released_at_the_end_of_a_run(pipe):
     with patched(pipe, "faster-diffusion"):
         latents(pipe)
@@ -511,18 +546,16 @@ def test_hooks_on_the_unet_run_stock(pipe):
     assert report.last_run.stock == 0
 
 
-def test_residuals_run_stock_and_controlnet_pipelines_are_refused(pipe):
+def test_residuals_of_an_unpatched_controlnet_run_stock(pipe):
     controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 64)).eval()
     control_pipe = StableDiffusionControlNetPipeline(
         **pipe.components, controlnet=controlnet, requires_safety_checker=False
     )
-    with pytest.raises(ValueError, match="StableDiffusionControlNetPipeline is not supported"):
-        patch(control_pipe)
     control_pipe.set_progress_bar_config(disable=True)
     # The UNet and the scheduler are shared with a patched pipeline: still stock, never stale.
     run = lambda: latents(control_pipe, image=picture(), height=32, width=32)  # noqa: E731
     stock = run()
-    with patched(pipe, "faster-diffusion"), pytest.warns(UserWarning, match="residuals is given"):
+    with patched(pipe, "faster-diffusion"), pytest.warns(UserWarning, match="residuals are given that are not"):
         assert torch.equal(run(), stock)
 
 

@@ -4,11 +4,15 @@ import copy
 import functools
 import warnings
 
+import adapter_zoo
+import if_zoo
 import pytest
 import torch
 import video_zoo
 import zoo
-from sampling import largest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sampling import largest, scheduler
 from tolerances import LATENTS_FLOAT64
 
 from difffast import EncoderPropagation, FeatureReuse, patch, patched, support, unpatch
@@ -16,7 +20,7 @@ from difffast.swap import is_swapped
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
-ROWS = {**zoo.ROWS, **video_zoo.ROWS}
+ROWS = {**zoo.ROWS, **adapter_zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS}
 
 #: Half of the steps share features, in segments of different lengths.
 KEYS = (0, 1, 4, 6)
@@ -47,11 +51,18 @@ def pipe(request, row):
 def run(row, pipe, inputs=None):
     """The last latents of a run, in which nothing but what the row says may be warned of."""
     with warnings.catch_warnings():
-        for message in row.warnings:
-            warnings.filterwarnings("ignore", message)
-        latents = row.run(pipe, inputs or row.inputs)
+        for reason in row.reasons:
+            warnings.filterwarnings("ignore", f"difffast: {reason}")
+        latents = row.run(pipe, inputs or zoo.Inputs())
     assert latents.isfinite().all()
     return latents
+
+
+def assert_as_planned(row, stats):
+    """Nothing ran stock; a run that enters late forces one key step, and no other."""
+    assert stats.stock == 0
+    assert stats.forced <= 1
+    assert all(reason.startswith(row.reasons) for reason in stats.reasons)
 
 
 def test_every_supported_pipeline_has_a_row():
@@ -83,7 +94,7 @@ def test_a_pipeline(row, pipe):
     assert torch.equal(again, fast)
     assert largest(fast, stock) > 1000 * LATENTS_FLOAT64, "propagation must have taken place"
     assert stats.propagated > 0
-    assert (stats.stock, stats.forced) == (0, 0)
+    assert_as_planned(row, stats)
     assert (max(stats.decode_batches) > 1) == supported.parallel
     assert any("one at a time" in note for note in report.notes) != supported.parallel
 
@@ -94,7 +105,7 @@ def test_a_pipeline(row, pipe):
         with patched(pipe, propagation=reuse) as report:
             reused = run(row, pipe)
         assert report.last_run.reused > 0
-        assert (report.last_run.stock, report.last_run.forced) == (0, 0)
+        assert_as_planned(row, report.last_run)
         assert largest(reused, stock) > 1000 * LATENTS_FLOAT64
     else:
         with pytest.raises(ValueError, match="reuse"):
@@ -109,3 +120,55 @@ def test_a_pipeline(row, pipe):
     assert {name: type(module) for name, module in pipe.unet.named_modules()} == classes
     assert not is_swapped(pipe.scheduler)
     assert torch.equal(run(row, pipe), stock)
+
+
+class StopRunError(Exception):
+    pass
+
+
+def interrupted(row, pipe, inputs, calls):
+    """A run that an exception ends in the scheduler's step after so many of them."""
+    plain, seen = pipe.scheduler.step, []
+
+    def step(*args, **kwargs):
+        seen.append(1)
+        if len(seen) > calls:
+            raise StopRunError
+        return plain(*args, **kwargs)
+
+    pipe.scheduler.step = functools.wraps(plain)(step)
+    try:
+        with pytest.raises(StopRunError):
+            run(row, pipe, inputs)
+    finally:
+        del pipe.scheduler.step
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_run_of_any_pipeline(data):
+    """After a run that was cut off, look-ahead is step by step, whatever is asked for."""
+    name = data.draw(st.sampled_from(sorted(ROWS)))
+    row = ROWS[name]
+    pipe = copy.deepcopy(built(name)).to(dtype=torch.float64)
+    if type(pipe.scheduler).__name__ == "DDIMScheduler" and data.draw(st.booleans()):
+        other = data.draw(st.sampled_from(["PNDM", "Euler", "Heun", "DPM++ 2M", "UniPC"]))
+        pipe.scheduler = type(scheduler(other)).from_config(pipe.scheduler.config)
+    steps = data.draw(st.integers(8, 14))
+    inputs = zoo.Inputs(
+        prompt=data.draw(st.sampled_from(["a red circle", "two cats"])),
+        seed=data.draw(st.integers(0, 9)),
+        images=data.draw(st.integers(1, row.other.images)),
+        size=data.draw(st.sampled_from([zoo.Inputs.size, row.other.size])),
+        steps=steps,
+    )
+    keys = data.draw(
+        st.one_of(st.integers(1, 5), st.floats(0.1, 0.5), st.sets(st.integers(0, 7)).map(lambda s: s | {0}))
+    )
+    ahead = EncoderPropagation(key_steps=keys, max_parallel=data.draw(st.integers(1, 5)))
+    with patched(pipe, propagation=ahead):
+        interrupted(row, pipe, zoo.Inputs("something else", seed=11, steps=steps), data.draw(st.integers(0, 5)))
+        fast = run(row, pipe, inputs)
+    with patched(pipe, propagation=EncoderPropagation(key_steps=keys, parallel=False)):
+        assert largest(fast, run(row, pipe, inputs)) <= LATENTS_FLOAT64

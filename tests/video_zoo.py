@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from sampling import picture
 from torch import Tensor, nn
-from zoo import Inputs, Row, build_sd
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from zoo import Inputs, Row, build, parts_of_sd, sample, sd, seeded, taken_by, xl
 
-#: What all UNets here have: two levels, one layer each, text attention on the first.
-WIDTHS = (32, 64)
-LAYOUT = {"sample_size": 8, "block_out_channels": WIDTHS, "layers_per_block": 1, "cross_attention_dim": 64}
+#: What all UNets here have: two levels, one layer each.
+SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1}
+#: Of those that are no UNet2DConditionModel.
+LAYOUT = {**SMALL, "sample_size": 8, "cross_attention_dim": 64}
 
-#: The least number of steps over which difffast shares features.
-FEW = Inputs(steps=8)
 #: A second run with everything different.
-OTHER = Inputs("two cats", seed=1, images=2, size=(40, 24), steps=8, frames=3)
+OTHER = Inputs("two cats", seed=1, images=2, size=(40, 24), frames=3)
 #: The same for pipelines that make one video at a time.
 OTHER_SINGLE = replace(OTHER, images=1)
 
@@ -39,26 +40,15 @@ def video(inputs: Inputs) -> list[Image.Image]:
 
 def run(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
     """A run with those of the usual arguments that the pipeline takes."""
-    height, width = inputs.size
-    usual = {
-        "prompt": several(inputs.prompt, inputs),
-        "num_frames": inputs.frames,
-        "video_length": inputs.frames,
-        "height": height,
-        "width": width,
-        "num_inference_steps": inputs.steps,
-        "generator": inputs.generator,
-        "output_type": "latent",
-        **options,
-    }
-    taken = inspect.signature(pipe.__call__).parameters
+    given = {"prompt": several(inputs.prompt, inputs), "num_frames": inputs.frames, "video_length": inputs.frames}
+    taken = taken_by(type(pipe).__call__)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(inputs.seed)  # I2VGenXL encodes its picture with the global generator
-        return pipe(**{name: value for name, value in usual.items() if name in taken})[0]
+        return sample(pipe, inputs, **{name: value for name, value in given.items() if name in taken} | options)
 
 
 def from_video(pipe: Any, inputs: Inputs) -> Tensor:
-    """A run from a video that skips the first four steps of its schedule; the fifth is a key step in all the tests."""
+    """A run from a video that skips the first four steps of its schedule."""
     total = inputs.steps + 4
     strength = {"num_inference_steps": total, "strength": (inputs.steps + 0.5) / total}
     return run(pipe, inputs, video=several(video(inputs), inputs), **strength)
@@ -82,101 +72,26 @@ def zero_shot(pipe: Any, inputs: Inputs) -> Tensor:
         return run(pipe, inputs, t0=inputs.steps - 7, t1=inputs.steps - 5)
 
 
-def _assemble(pipeline: str, parts: Mapping[str, Any], **more: Any) -> Any:
-    """A pipeline of those parts that it takes."""
-    import diffusers
-
-    cls = getattr(diffusers, pipeline)
-    parts = {**parts, **more}
-    return cls(**{name: parts[name] for name in inspect.signature(cls.__init__).parameters if name in parts})
-
-
-def _seeded(cls: type[nn.Module], **config: Any) -> nn.Module:
-    """A module with random weights, also where Diffusers begins with zeros, which would hide a layer."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = cls(**config).eval()
-        for weight in module.parameters():
-            if weight.ndim > 1 and not weight.any():
-                nn.init.normal_(weight, std=0.05)
-    return module
-
-
-def _parts(**scheduler: Any) -> dict[str, Any]:
-    """Text encoder, tokenizer, VAE and a DDIM scheduler."""
-    from diffusers import DDIMScheduler
-
-    parts = build_sd().components
-    return {**parts, "scheduler": DDIMScheduler.from_config(parts["scheduler"].config, **scheduler)}
-
-
-def _image_encoder() -> dict[str, Any]:
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        projection_dim=64,
-        image_size=224,
-        patch_size=56,
-    )
-    return {
-        "image_encoder": _seeded(CLIPVisionModelWithProjection, config=config),
-        "feature_extractor": CLIPImageProcessor(crop_size=224, size=224),
-    }
-
-
-def _image_unet(**config: Any) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return _seeded(
-        UNet2DConditionModel,
-        **{
-            **LAYOUT,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "attention_head_dim": 2,  # in Diffusers: the number of heads
-            **config,
-        },
-    )
-
-
-def _sdxl_parts() -> dict[str, Any]:
-    """SDXL's second text encoder and its UNet."""
-    from transformers import CLIPTextModelWithProjection
-
-    parts = _parts(beta_schedule="linear")
-    encoder = _seeded(CLIPTextModelWithProjection, config=parts["text_encoder"].config)
-    unet = _image_unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 64,
-    )
-    return {**parts, "text_encoder_2": encoder, "tokenizer_2": parts["tokenizer"], "unet": unet}
+def _linear() -> DDIMScheduler:
+    """The scheduler that AnimateDiff's motion modules are trained with."""
+    return DDIMScheduler.from_config(parts_of_sd()["scheduler"].config, beta_schedule="linear")
 
 
 def _adapter(**config: Any) -> nn.Module:
-    from diffusers import MotionAdapter
-
-    layout = {"block_out_channels": WIDTHS, "motion_layers_per_block": 1, "motion_num_attention_heads": 2}
-    return _seeded(MotionAdapter, motion_max_seq_length=8, **layout, **config)
-
-
-def animatediff(pipeline: str = "AnimateDiffPipeline", in_channels: int = 4, **options: Any) -> Any:
-    """AnimateDiff as its users make it: an image UNet and a motion adapter."""
-    adapter = _adapter(conv_in_channels=in_channels if in_channels != 4 else None)
-    parts = {**_parts(beta_schedule="linear"), "unet": _image_unet(), "motion_adapter": adapter}
-    return _assemble(pipeline, parts, **options)
+    """A motion adapter."""
+    layout = {"block_out_channels": SMALL["block_out_channels"], "motion_layers_per_block": SMALL["layers_per_block"]}
+    heads = {"motion_num_attention_heads": 2, "motion_max_seq_length": 8}
+    return seeded(diffusers.MotionAdapter, **{**layout, **heads, **config})
 
 
-def animatediff_sdxl() -> Any:
-    return _assemble("AnimateDiffSDXLPipeline", _sdxl_parts(), motion_adapter=_adapter(use_motion_mid_block=False))
+def animatediff(pipeline: str = "AnimateDiffPipeline", **config: Any) -> Any:
+    """AnimateDiff as its users make it: from a UNet for pictures and a motion adapter."""
+    return sd(pipeline, SMALL, motion_adapter=_adapter(**config), scheduler=_linear())()
+
+
+def animatediff_xl() -> Any:
+    adapter = _adapter(use_motion_mid_block=False)
+    return xl("AnimateDiffSDXLPipeline", SMALL, motion_adapter=adapter, scheduler=_linear())()
 
 
 def free_init() -> Any:
@@ -193,23 +108,29 @@ def free_noise() -> Any:
     return pipe
 
 
-def stable_video() -> Any:
-    from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+def _image_encoder() -> dict[str, Any]:
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**layers, projection_dim=LAYOUT["cross_attention_dim"], image_size=224, patch_size=56)
+    return {
+        "image_encoder": seeded(CLIPVisionModelWithProjection, config),
+        "feature_extractor": CLIPImageProcessor(crop_size=224, size=224),
+    }
 
-    unet = _seeded(
-        UNetSpatioTemporalConditionModel,
+
+def stable_video() -> Any:
+    unet = seeded(
+        diffusers.UNetSpatioTemporalConditionModel,
         **LAYOUT,
         in_channels=8,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24,
+        projection_class_embeddings_input_dim=3 * 8,
         num_attention_heads=2,
     )
-    vae = _seeded(
-        AutoencoderKLTemporalDecoder, block_out_channels=(32, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3
-    )
-    scheduler = EulerDiscreteScheduler(
+    levels = {"block_out_channels": (32, 32, 64), "down_block_types": ("DownEncoderBlock2D",) * 3}
+    vae = seeded(diffusers.AutoencoderKLTemporalDecoder, **levels)
+    scheduler = diffusers.EulerDiscreteScheduler(  # as published
         prediction_type="v_prediction",
         timestep_type="continuous",
         timestep_spacing="leading",
@@ -218,45 +139,31 @@ def stable_video() -> Any:
         sigma_max=700.0,
     )
     parts = {"unet": unet, "vae": vae, "scheduler": scheduler, **_image_encoder()}
-    return _assemble("StableVideoDiffusionPipeline", parts)
+    return build("StableVideoDiffusionPipeline", parts)
+
+
+def _in_three_dimensions(cls: type[nn.Module]) -> nn.Module:
+    """A UNet with convolutions and attention over the frames after those of each frame."""
+    return seeded(
+        cls,
+        **LAYOUT,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        attention_head_dim=16,
+    )
 
 
 def text_to_video(pipeline: str = "TextToVideoSDPipeline") -> Any:
-    from diffusers import UNet3DConditionModel
-
-    unet = _seeded(
-        UNet3DConditionModel,
-        **LAYOUT,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        attention_head_dim=16,
-    )
-    return _assemble(pipeline, _parts(), unet=unet)
+    return build(pipeline, {**parts_of_sd(), "unet": _in_three_dimensions(diffusers.UNet3DConditionModel)})
 
 
 def i2vgen() -> Any:
-    from diffusers import I2VGenXLUNet
-
-    unet = _seeded(
-        I2VGenXLUNet,
-        **LAYOUT,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        attention_head_dim=16,
-    )
-    return _assemble("I2VGenXLPipeline", _parts(), unet=unet, **_image_encoder())
+    unet = _in_three_dimensions(diffusers.I2VGenXLUNet)
+    return build("I2VGenXLPipeline", {**parts_of_sd(), **_image_encoder(), "unet": unet})
 
 
-def text_to_video_zero() -> Any:
-    return _assemble("TextToVideoZeroPipeline", _parts(), unet=_image_unet(), requires_safety_checker=False)
-
-
-def text_to_video_zero_sdxl() -> Any:
-    return _assemble("TextToVideoZeroSDXLPipeline", _sdxl_parts())
-
-
-def _row(build: Callable[[], Any], runs: Callable[[Any, Inputs], Tensor] = run, other: Inputs = OTHER) -> Row:
-    return Row(build, runs, other, inputs=FEW)
+def _row(make: Callable[[], Any], runs: Callable[[Any, Inputs], Tensor] = run, other: Inputs = OTHER) -> Row:
+    return Row(make, runs, other)
 
 
 ROWS: dict[str, Row] = {
@@ -264,14 +171,14 @@ ROWS: dict[str, Row] = {
     "AnimateDiffPipeline:FreeInit": _row(free_init, other=OTHER_SINGLE),
     "AnimateDiffPipeline:FreeNoise": _row(free_noise, between_prompts, OTHER_SINGLE),
     "AnimateDiffVideoToVideoPipeline": _row(partial(animatediff, "AnimateDiffVideoToVideoPipeline"), from_video),
-    "AnimateDiffSDXLPipeline": _row(animatediff_sdxl),
+    "AnimateDiffSDXLPipeline": _row(animatediff_xl),
     "AnimateDiffPAGPipeline": _row(partial(animatediff, "AnimateDiffPAGPipeline")),
-    "PIAPipeline": _row(partial(animatediff, "PIAPipeline", 9), from_picture, OTHER_SINGLE),
+    "PIAPipeline": _row(partial(animatediff, "PIAPipeline", conv_in_channels=9), from_picture, OTHER_SINGLE),
     "StableVideoDiffusionPipeline": _row(stable_video, from_picture),
     "TextToVideoSDPipeline": _row(text_to_video),
     "VideoToVideoSDPipeline": _row(partial(text_to_video, "VideoToVideoSDPipeline"), from_video, OTHER_SINGLE),
     # Its default, the text encoder's last layer but one, is not to be had from transformers 5.
     "I2VGenXLPipeline": _row(i2vgen, partial(from_picture, clip_skip=None)),
-    "TextToVideoZeroPipeline": _row(text_to_video_zero, zero_shot, OTHER_SINGLE),
-    "TextToVideoZeroSDXLPipeline": _row(text_to_video_zero_sdxl, zero_shot, OTHER_SINGLE),
+    "TextToVideoZeroPipeline": _row(sd("TextToVideoZeroPipeline", SMALL), zero_shot, OTHER_SINGLE),
+    "TextToVideoZeroSDXLPipeline": _row(xl("TextToVideoZeroSDXLPipeline", SMALL), zero_shot, OTHER_SINGLE),
 }

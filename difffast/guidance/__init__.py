@@ -4,6 +4,7 @@ from .binding import SemanticBinding
 from .composite import correct_by_similarities
 from .losses import LOSSES
 from .tokens import Group, MarkedPrompt, get_indices, marked_prompt
+from .variable_size import variable_size_attention
 
 __all__ = [
     "LOSSES",
@@ -13,4 +14,5 @@ __all__ = [
     "correct_by_similarities",
     "get_indices",
     "marked_prompt",
+    "variable_size_attention",
 ]

@@ -8,6 +8,7 @@ import threading
 import binding_by_hand
 import pytest
 import torch
+import zoo
 from binding_by_hand import Things
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from sampling import largest, latents, mask, picture, scheduler
@@ -17,6 +18,7 @@ from difffast import EncoderPropagation, SemanticBinding, collect_maps, patch, p
 from difffast.guidance import LOSSES
 from difffast.guidance.binding import Schedule
 from difffast.guidance.run import BindingRun
+from difffast.models.tokenizer import clip_tokenizer, learn_merges
 from difffast.swap import is_swapped
 
 PROMPT = "a [red ox] by a [elk in fog]"
@@ -80,6 +82,47 @@ def test_schedulers_step_from_the_moved_latents(pipe64, name):
     ours, _ = run(pipe64, binding(bind_steps=1, focus_steps=2, replace_step=0))
     plain = latents(pipe64, THINGS.text, steps=STEPS)
     assert largest(ours, expected) <= MOTION * largest(expected, plain)
+
+
+XL_LAYERS = tuple(
+    f"{block}.attentions.{i}.transformer_blocks.{j}.attn2"
+    for block, count in (("down_blocks.1", 2), ("up_blocks.0", 3))
+    for i in range(count)
+    for j in (0, 1)
+)
+
+
+@pytest.fixture
+def xl_pipe64():
+    pipe = zoo.ROWS["StableDiffusionXLPipeline"].build().to(dtype=torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_sdxl(xl_pipe64, mode):
+    """Both text encoders' rows are merged side by side; the pooled text is not, and binding goes without it."""
+    pipe, small = xl_pipe64, {"step_size": 0.05, "bind_step_size": 3.0}
+    plain = latents(pipe, THINGS.text, steps=STEPS, guidance_scale=7.5)
+    expected, _, _ = binding_by_hand.sample(
+        pipe, THINGS, mode=mode, steps=STEPS, bind=2, focus=3, iterations=2, replace=1, layers=XL_LAYERS, **small
+    )
+    ours, report = run(pipe, binding(mode=mode, **small), guidance_scale=7.5)
+    assert largest(ours, expected) <= MOTION * largest(expected, plain)
+    assert report.trace.things == {0: ("a red ox", "a elk in fog")}
+    assert torch.equal(latents(pipe, THINGS.text, steps=STEPS, guidance_scale=7.5), plain)
+    ahead, report = run(pipe, binding(mode=mode, **small), preset="faster-diffusion", num_images_per_prompt=2)
+    assert ahead.shape[0] == 2
+    assert report.last_run.propagated > 0
+
+
+def test_sdxl_with_two_prompts_or_tokenizers_is_refused(xl_pipe64):
+    with patched(xl_pipe64, "exact", binding=binding()):
+        with pytest.raises(ValueError, match="needs one prompt for both text encoders"):
+            latents(xl_pipe64, PROMPT, prompt_2="something else", steps=STEPS)
+        xl_pipe64.tokenizer_2 = clip_tokenizer(merges=learn_merges(["red", "ox"]))
+        with pytest.raises(ValueError, match="tokenizers"):
+            latents(xl_pipe64, PROMPT, steps=STEPS)
 
 
 # Prompts and images
