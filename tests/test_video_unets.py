@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import video_zoo
+import zoo
 from sampling import largest
 from tolerances import LATENTS_FLOAT64, OUTPUT_FLOAT64
 
@@ -165,6 +166,6 @@ def test_keys_and_values_are_made_once_a_prompt_of_rows_that_differ(name, rows, 
 
     monkeypatch.setitem(attention._PROJECTIONS, "AttnProcessor2_0", counted)
     with patched(pipe, propagation=EncoderPropagation(key_steps=4)) as report:
-        row.run(pipe, row.inputs)
+        row.run(pipe, zoo.Inputs())
     assert report.last_run.text_keys["computed"] == layers > 0
     assert seen == [rows] * layers
