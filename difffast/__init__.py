@@ -4,7 +4,7 @@ from . import models
 from .attention import AttentionMaps, collect_maps
 from .guidance import SemanticBinding
 from .patch import PatchReport, patch, patched, unpatch
-from .plan import EncoderPropagation, FeatureReuse, Plan
+from .plan import EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .planner import plan_for
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "AttentionMaps",
     "EncoderPropagation",
     "FeatureReuse",
+    "GuidanceReuse",
     "PatchReport",
     "Plan",
     "SemanticBinding",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from . import attention, controlnet, ops, resnets
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
-from .plan import PRESETS, EncoderPropagation, FeatureReuse, Plan
+from .plan import PRESETS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .programs import BATCHES
 from .propagation import Controller, RunStats, Settings
 from .support import PIPELINES, UNETS, Support, denoiser_of, support_of
@@ -114,6 +114,7 @@ def patch(
     fused: bool | None = None,
     compile: bool = False,
     binding: SemanticBinding | None = None,
+    guidance: GuidanceReuse | None = None,
     force: bool = False,
 ) -> PatchReport | tuple[PatchReport, ...]:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
@@ -127,6 +128,7 @@ def patch(
             first image waits for them.
         binding: semantic binding of the things that a prompt marks, as in ``"a [black cat] and a [white dog]"``; None:
             prompts are taken as they are.
+        guidance: run the unconditional half of guidance's batch at some key steps only; replaces what the preset says.
         force: allow schedules with fewer than 8 steps.
 
     Returns:
@@ -141,8 +143,8 @@ def patch(
             maps.  Nothing is changed then.
     """
     if isinstance(pipe, (list, tuple)):
-        options = {"propagation": propagation, "fused": fused, "compile": compile, "binding": binding, "force": force}
-        return _patch_all(pipe, preset, options)
+        options = {"propagation": propagation, "fused": fused, "compile": compile, "binding": binding}
+        return _patch_all(pipe, preset, {**options, "guidance": guidance, "force": force})
     support, unet, _ = _checked_target(pipe)
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
@@ -165,12 +167,23 @@ def patch(
         "fused": fused,
         "compile": compile,
         "binding": binding,
+        "guidance": guidance,
         "force": force,
     }
     config = propagation or PRESETS[preset].propagation
     _check_meant(config, type(pipe).__name__, support)
     fused = PRESETS[preset].fused if fused is None else fused
-    settings = Settings(pipe, config, fused, compile, support, force, binder)
+    no_halves = guidance_obstacle(pipe, support)
+    if guidance is not None:
+        if not isinstance(guidance, GuidanceReuse):
+            raise TypeError(f"guidance must be a difffast.GuidanceReuse, got {type(guidance).__name__}")
+        if guidance_obstacle(pipe, support):
+            raise ValueError(
+                f"guidance cannot be reused with {type(pipe).__name__}: {guidance_obstacle(pipe, support)}"
+            )
+    elif not guidance_obstacle(pipe, support):
+        guidance = PRESETS[preset].guidance
+    settings = Settings(pipe, config, fused, compile, support, force, binder, guidance)
 
     with _lock:
         _check_shared(pipe, unet, settings)
@@ -200,6 +213,8 @@ def patch(
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
         if not support.parallel:
             notes.append(f"steps are decoded one at a time: {support.note}")
+        if PRESETS[preset].guidance is not None and settings.guidance is None:
+            notes.append(f"guidance's halves run together: {no_halves}")
         settings.adopt_scheduler()
         if binder is not None:
             swap_in(pipe, binder.methods())
@@ -342,6 +357,13 @@ def _check_meant(config: Sharing, pipeline: str, support: Support) -> None:
         )
 
 
+def guidance_obstacle(pipe: Any, support: Support) -> str:
+    """Why guidance cannot be reused: the UNet's batch is not [unconditional, conditional], or not known to be."""
+    if support.guidance:
+        return support.guidance
+    return "" if hasattr(type(pipe), "do_classifier_free_guidance") else "it does not tell whether a run is guided"
+
+
 def _controlnets(pipe: Any) -> list[nn.Module]:
     """The pipeline's ControlNet, if it has one; several come as one module."""
     found = getattr(pipe, "controlnet", None)
@@ -378,6 +400,8 @@ def _controller(unet: nn.Module) -> Controller:
 
 def _replaced(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, str]]:
     config, fused, compiled, binder = settings.propagation, settings.fused, settings.compiled, settings.binding
+    if settings.guidance is not None:
+        yield "guidance", "the conditional half alone between some key steps"
     if isinstance(config, FeatureReuse):
         yield "unet calls", f"whole UNet at key steps, outer layers (branch {config.branch}) in between"
     elif config.key_steps == 1:

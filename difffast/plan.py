@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -171,6 +171,49 @@ def _spaced(total: int, count: int, center: float, power: float) -> tuple[int, .
 
 
 @dataclass(frozen=True)
+class GuidanceReuse:
+    """Run both halves of classifier-free guidance's batch at some key steps only, the conditional half at all others.
+
+    There the unconditional half is the conditional one less their difference at the last step that ran both.
+
+    Source: the difference between the halves changes slowly over the steps (CFG-Cache in FasterCache, arXiv
+    2410.19355); taken as it is here, without its weighting of frequencies.
+
+    Args:
+        interval: both halves run at key steps that are at least so many steps apart; a float below 1: at least this
+            share of the schedule.
+        start: before this share of the schedule all steps run both.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range.
+    """
+
+    interval: int | float = 2
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.interval, (int, float)) and not hasattr(self.interval, "__index__"):
+            raise TypeError(f"interval must be an int or a float, got {self.interval!r}")
+        object.__setattr__(self, "interval", _checked_key_steps(self.interval, "interval"))
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"start must lie between 0 and 1, got {self.start}")
+
+    def applied(self, plan: Plan) -> Plan:
+        """The plan with the steps that run the conditional half alone; optimised steps never do."""
+        total = plan.total
+        apart = self.interval if isinstance(self.interval, int) else max(1, round(self.interval * total))
+        both, last = set(), -apart
+        for key in plan.keys:
+            early = key < self.start * total
+            if early or key - last >= apart or key in plan.optimised:
+                both.add(key)
+                last = key
+            if early:
+                both.update(range(key, min(plan.segment_end(key), math.ceil(self.start * total))))
+        return replace(plan, halves=tuple(order for order in range(total) if order not in both))
+
+
+@dataclass(frozen=True)
 class PlanStep:
     """One row of a plan.
 
@@ -179,12 +222,14 @@ class PlanStep:
         key: whether it runs the encoder.
         decoded_with: the orders decoded in its batch.
         reuse: whether it runs the outer layers alone.
+        half: whether it runs on guidance's conditional half alone.
     """
 
     order: int
     key: bool
     decoded_with: tuple[int, ...]
     reuse: bool = False
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +243,8 @@ class Plan:
         batches: sizes that a batch may have, ascending from 1, so that few programs serve all; None: any.
         reuse: given, steps between key steps run the outer layers alone, and nothing is decoded ahead.
         optimised: orders at which embeddings or latents are optimised; all of them are key steps.
+        halves: orders at which guidance's conditional half runs alone; where a key step does, so do the steps up to the
+            next key step, which have nothing else to reuse.
     """
 
     total: int
@@ -206,6 +253,7 @@ class Plan:
     batches: tuple[int, ...] | None = None
     reuse: FeatureReuse | None = None
     optimised: tuple[int, ...] = ()
+    halves: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.reuse is not None and self.max_batch != 1:
@@ -218,20 +266,33 @@ class Plan:
             raise ValueError(f"keys must increase strictly, got {self.keys}")
         if not set(self.optimised) <= set(self.keys):
             raise ValueError(f"optimised steps must be key steps, got {self.optimised} and keys {self.keys}")
+        halves = set(self.halves)
+        if not halves <= set(range(1, self.total)) or halves & set(self.optimised):
+            raise ValueError(f"halves must lie in 1 .. {self.total - 1} and not be optimised, got {self.halves}")
+        for key in self.keys:
+            rest = set(range(key, self.segment_end(key))) - halves
+            if key in halves and rest:
+                raise ValueError(f"step {min(rest)} needs both halves of key step {key}, which runs one")
 
     def with_optimised(self, orders: Iterable[int]) -> Plan:
         """This plan with the encoder run at ``orders`` as well, where guidance changes embeddings or latents."""
         orders = tuple(sorted(set(orders)))
-        return replace(self, keys=tuple(sorted({*self.keys, *orders})), optimised=orders)
+        halves = tuple(order for order in self.halves if order not in orders)
+        return replace(self, keys=tuple(sorted({*self.keys, *orders})), optimised=orders, halves=halves)
 
     def until(self, total: int) -> Plan:
         """The first ``total`` steps of this plan."""
-        orders = {name: tuple(o for o in getattr(self, name) if o < total) for name in ("keys", "optimised")}
+        orders = {name: tuple(o for o in getattr(self, name) if o < total) for name in ("keys", "optimised", "halves")}
         return replace(self, total=total, **orders)
 
     def is_key(self, order: int) -> bool:
         """Whether the plan runs the encoder at this order."""
         return self.keys[bisect_right(self.keys, order) - 1] == order
+
+    def is_half(self, order: int) -> bool:
+        """Whether the plan runs guidance's conditional half alone at this order."""
+        at = bisect_left(self.halves, order)
+        return at < len(self.halves) and self.halves[at] == order
 
     def segment_end(self, order: int) -> int:
         """The order of the next key step after ``order``, or ``total``."""
@@ -241,9 +302,13 @@ class Plan:
     def batch(self, order: int) -> range:
         """The orders decoded in one batch when ``order`` is the first of them that is not decoded yet.
 
-        A segment longer than ``max_batch`` is cut into batches of nearly equal size, or of the sizes there are.
+        A segment longer than ``max_batch`` is cut into batches of nearly equal size, or of the sizes there are; steps
+        that run one half never share a batch with those that run both.
         """
         left = self.segment_end(order) - order
+        if self.halves:
+            same = (o for o in range(order, order + left) if self.is_half(o) != self.is_half(order))
+            left = next(same, order + left) - order
         if self.batches is not None:
             most = min(left, self.max_batch)
             return range(order, order + max(size for size in self.batches if size <= most))
@@ -260,12 +325,15 @@ class Plan:
             together = self.batch(order)
             for o in together:
                 key = o == start or self.is_key(o)
-                rows.append(PlanStep(o, key, tuple(together), reuse=self.reuse is not None and not key))
+                half = o != start and self.is_half(o)
+                rows.append(PlanStep(o, key, tuple(together), self.reuse is not None and not key, half))
             order = together.stop
         return tuple(rows)
 
     def picture(self, path: str | Path) -> None:
         """Draw which parts of the UNet run at which step, as PNG or SVG; decoders of one batch share a frame.
+
+        Steps that run guidance's conditional half alone are half as high.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -280,7 +348,8 @@ class Plan:
             ran = parts if row.key else ("outer layers",) if row.reuse else ("decoder",)
             colour = "C3" if row.order in self.optimised else "C0" if row.key else "C1"
             for part in ran:
-                axis.add_patch(Rectangle((row.order - 0.4, parts.index(part) - 0.4), 0.8, 0.8, color=colour))
+                place = (row.order - 0.4, parts.index(part) - 0.4)
+                axis.add_patch(Rectangle(place, 0.8, 0.4 if row.half else 0.8, color=colour))
             first, last = row.decoded_with[0], row.decoded_with[-1]
             if row.order == first != last:
                 axis.add_patch(Rectangle((first - 0.5, 2.5), last - first + 1, 1, fill=False, linewidth=1.5))
@@ -318,8 +387,8 @@ class Plan:
             together = "alone" if first == last else f"{first}..{last} (batch of {last - first + 1})"
             if row.reuse:
                 together = f"outer layers alone (branch {self.reuse.branch})"
-            optimised = ", optimised" if row.order in self.optimised else ""
-            lines.append(f"{row.order:4d}  {'key' if row.key else '   '}  {together}{optimised}")
+            more = ", optimised" if row.order in self.optimised else ", conditional half" if row.half else ""
+            lines.append(f"{row.order:4d}  {'key' if row.key else '   '}  {together}{more}")
         what = "encoder" if self.reuse is None else "whole UNet"
         lines.append(f"{len(self.keys)} of {self.total} steps run the {what}")
         return "\n".join(lines)
@@ -396,10 +465,12 @@ class Preset:
     Attributes:
         propagation: which steps run the encoder, or the whole UNet.
         fused: fused layers, and text keys and values computed once a prompt.
+        guidance: at which steps both halves of guidance's batch run; None: at all.
     """
 
     propagation: EncoderPropagation | FeatureReuse
     fused: bool = True
+    guidance: GuidanceReuse | None = None
 
 
 #: Everything a preset stands for.  "exact" approximates nothing: every step runs the whole UNet.  "balanced" keeps what

@@ -17,21 +17,40 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .patch import Sharing, patched
-from .plan import EncoderPropagation, FeatureReuse
+from .patch import Sharing, guidance_obstacle, patched
+from .plan import EncoderPropagation, FeatureReuse, GuidanceReuse
+from .support import support_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-#: Everything at every step: what is chosen where nothing else is inside the budget.
-EXACT = EncoderPropagation(key_steps=1)
 
-CANDIDATES: tuple[Sharing, ...] = (
+@dataclass(frozen=True)
+class Candidate:
+    """A way to share work between steps, as ``difffast.patch`` takes it."""
+
+    propagation: Sharing
+    guidance: GuidanceReuse | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For ``difffast.patch(pipe, **options)``."""
+        return {"propagation": self.propagation, "guidance": self.guidance}
+
+    def __str__(self) -> str:
+        return str(self.propagation) + (f", {self.guidance}" if self.guidance is not None else "")
+
+
+#: Everything at every step: what is chosen where nothing else is inside the budget.
+EXACT = Candidate(EncoderPropagation(key_steps=1))
+
+CANDIDATES: tuple[Candidate, ...] = (
     EXACT,
-    *(FeatureReuse(interval) for interval in (2, 3, 4, 5, 7)),
-    *(FeatureReuse(interval, branch=1) for interval in (3, 5)),
-    *(EncoderPropagation(key_steps=interval) for interval in (2, 3, 5)),
-    EncoderPropagation(),
+    *(Candidate(FeatureReuse(interval)) for interval in (2, 3, 4, 5, 7)),
+    *(Candidate(FeatureReuse(interval, branch=1)) for interval in (3, 5)),
+    *(Candidate(FeatureReuse(interval), GuidanceReuse(both)) for interval, both in ((2, 2), (3, 3), (3, 6), (4, 8))),
+    *(Candidate(EncoderPropagation(key_steps=interval)) for interval in (2, 3, 5)),
+    Candidate(EncoderPropagation()),
 )
 
 PROMPTS = ("a red circle and a blue square", "a photo of a cat on a green field")
@@ -45,13 +64,13 @@ class Measured:
     """One candidate, measured against stock with the same seeds.
 
     Attributes:
-        sharing: the candidate, as ``difffast.patch(pipe, propagation=...)`` takes it.
-        seconds: of a whole call, per prompt.
+        candidate: which.
+        seconds: of a whole call, per prompt the least of its repeats.
         psnr_db: of the pictures, per prompt; infinite where they are the same.
         latent_error: norm of the final latents' difference over the norm of stock's, per prompt.
     """
 
-    sharing: Sharing
+    candidate: Candidate
     seconds: tuple[float, ...]
     psnr_db: tuple[float, ...]
     latent_error: tuple[float, ...]
@@ -70,17 +89,22 @@ class Choice:
     """What :func:`plan_for` measured and chose; prints as a table.
 
     Attributes:
-        propagation: the fastest candidate inside the budget, for ``difffast.patch(pipe, propagation=...)``.
+        candidate: the fastest one inside the budget, for ``difffast.patch(pipe, **choice.options)``.
         rows: every candidate, fastest first.
         stock_seconds: of the unpatched pipeline, per prompt.
     """
 
-    propagation: Sharing
+    candidate: Candidate
     rows: tuple[Measured, ...]
     stock_seconds: tuple[float, ...]
     metric: str
     budget: float
     steps: int = field(default=0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For ``difffast.patch(pipe, **options)``."""
+        return self.candidate.options
 
     @property
     def front(self) -> tuple[Measured, ...]:
@@ -97,10 +121,10 @@ class Choice:
         stock = statistics.median(self.stock_seconds)
         lines = [f"{'seconds':>8} {'of stock':>8} {'PSNR, dB':>9} {'latents':>8}  front  candidate"]
         for row in self.rows:
-            mark = "chosen" if row.sharing == self.propagation else "*" if row in self.front else ""
+            mark = "chosen" if row.candidate == self.candidate else "*" if row in self.front else ""
             lines.append(
                 f"{row.median('seconds'):8.2f} {row.median('seconds') / stock:8.2f} {row.median('psnr_db'):9.1f} "
-                f"{row.median('latent_error'):8.4f}  {mark:6} {row.sharing}"
+                f"{row.median('latent_error'):8.4f}  {mark:6} {row.candidate}"
             )
         direction = "at least" if METRICS[self.metric] else "at most"
         lines.append(f"stock: {stock:.2f} s; budget: {self.metric} {direction} {self.budget:g}; {self.steps} steps")
@@ -122,9 +146,9 @@ class Choice:
             [row.median("seconds") for row in front], [row.median(self.metric) for row in front], color="C0", zorder=1
         )
         for number, row in enumerate(finite, 1):
-            style = {"marker": "o", "linestyle": "none", "color": "C1" if row.sharing == self.propagation else "C0"}
+            style = {"marker": "o", "linestyle": "none", "color": "C1" if row.candidate == self.candidate else "C0"}
             place = row.median("seconds"), row.median(self.metric)
-            axis.plot(*place, **style, markersize=11, label=f"{number}  {row.sharing}")
+            axis.plot(*place, **style, markersize=11, label=f"{number}  {row.candidate}")
             axis.annotate(str(number), place, ha="center", va="center", fontsize=7, color="white")
         axis.axhline(self.budget, color="gray", linestyle="dashed", label="budget")
         axis.axvline(statistics.median(self.stock_seconds), color="gray", linestyle="dotted", label="stock")
@@ -141,7 +165,8 @@ def plan_for(
     budget: float = 30.0,
     metric: str = "psnr_db",
     prompts: Sequence[str] = PROMPTS,
-    candidates: Sequence[Sharing] = CANDIDATES,
+    candidates: Sequence[Candidate | Sharing] | None = None,
+    repeats: int = 2,
     cache: str | Path | None = None,
     **call: Any,
 ) -> Choice:
@@ -155,7 +180,9 @@ def plan_for(
         budget: what the median over the prompts must keep: at least so many dB, or at most so large a latent error.
         metric: "psnr_db" or "latent_error".
         prompts: what to measure with.
-        candidates: what to choose from; the exact one is always among them.
+        candidates: what to choose from; the exact one is always among them.  None: those of ``CANDIDATES`` that the
+            pipeline can be patched with.
+        repeats: how often each is timed on each prompt, in turn with the others; on a noisy machine more are better.
         cache: JSON file of measurements, which an interrupted or a later call goes on from; None: none is kept.
         call: further arguments of the pipeline's call, e.g. ``guidance_scale``, ``height`` and ``width``.
 
@@ -166,33 +193,51 @@ def plan_for(
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     if not prompts:
         raise ValueError("prompts must not be empty")
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if candidates is None:
+        candidates = [candidate for candidate in CANDIDATES if _fits(pipe, candidate)]
+    candidates = [each if isinstance(each, Candidate) else Candidate(each) for each in candidates]
     candidates = list(dict.fromkeys([EXACT, *candidates]))
     store = _Store(cache, _key(pipe, steps, call))
-    with _quiet(pipe), tqdm(total=len(prompts) * (1 + len(candidates)), desc="plan_for") as progress:
+    with _quiet(pipe), tqdm(total=len(prompts) * repeats * (1 + len(candidates)), desc="plan_for") as progress:
         for seed, prompt in enumerate(prompts):
-            missing = [candidate for candidate in candidates if not store.has(str(candidate), prompt)]
-            progress.update(len(candidates) - len(missing))
-            if missing or not store.has("stock", prompt):
-                with patched(pipe, propagation=EXACT, fused=False):
-                    if not seed:
-                        _run(pipe, prompt, seed, steps, call)  # warms up
-                    seconds, expected = _run(pipe, prompt, seed, steps, call)
-                store.add("stock", prompt, {"seconds": seconds})
-            progress.update()
-            for candidate in missing:
-                with patched(pipe, propagation=candidate):
-                    seconds, latents = _run(pipe, prompt, seed, steps, call)
-                error = float((latents - expected).float().norm() / expected.float().norm())
-                found = {"seconds": seconds, "psnr_db": _psnr(pipe, latents, expected), "latent_error": error}
-                store.add(str(candidate), prompt, found)
+            expected = None
+            for repeat in range(repeats):
+                missing = [each for each in candidates if store.count(str(each), prompt) <= repeat]
+                progress.update(len(candidates) - len(missing))
+                if (missing and expected is None) or store.count("stock", prompt) <= repeat:
+                    with patched(pipe, **EXACT.options, fused=False):
+                        if not seed and not repeat:
+                            _run(pipe, prompt, seed, steps, call)  # warms up
+                        seconds, expected = _run(pipe, prompt, seed, steps, call)
+                    store.add("stock", prompt, seconds)
                 progress.update()
+                for candidate in missing:
+                    with patched(pipe, **candidate.options):
+                        seconds, latents = _run(pipe, prompt, seed, steps, call)
+                    error = float((latents - expected).float().norm() / expected.float().norm())
+                    psnr = _psnr(pipe, latents, expected)
+                    store.add(str(candidate), prompt, seconds, psnr_db=psnr, latent_error=error)
+                    progress.update()
     rows = [
         Measured(candidate, *(store.column(str(candidate), prompts, name) for name in _COLUMNS))
         for candidate in candidates
     ]
     rows.sort(key=lambda row: row.median("seconds"))
-    chosen = next((row.sharing for row in rows if row.inside(metric, budget)), EXACT)
+    chosen = next((row.candidate for row in rows if row.inside(metric, budget)), EXACT)
     return Choice(chosen, tuple(rows), store.column("stock", prompts, "seconds"), metric, budget, steps)
+
+
+def _fits(pipe: Any, candidate: Candidate) -> bool:
+    """Whether the pipeline can be patched with a candidate."""
+    support = support_of(type(pipe))
+    if support is None:
+        return True  # patch says why not
+    return not (
+        (isinstance(candidate.propagation, FeatureReuse) and not support.reuse)
+        or (candidate.guidance is not None and guidance_obstacle(pipe, support))
+    )
 
 
 _COLUMNS = ("seconds", "psnr_db", "latent_error")
@@ -254,13 +299,17 @@ class _Store:
         self._all: dict[str, Any] = {}
         if self._path is not None and self._path.is_file():
             self._all = json.loads(self._path.read_text())
-        self._mine: dict[str, dict[str, dict[str, float]]] = self._all.setdefault(key, {})
+        self._mine: dict[str, dict[str, dict[str, Any]]] = self._all.setdefault(key, {})
 
-    def has(self, name: str, prompt: str) -> bool:
-        return prompt in self._mine.get(name, {})
+    def count(self, name: str, prompt: str) -> int:
+        """How often it has been timed."""
+        return len(self._mine.get(name, {}).get(prompt, {}).get("repeats", ()))
 
-    def add(self, name: str, prompt: str, found: dict[str, float]) -> None:
-        self._mine.setdefault(name, {})[prompt] = found
+    def add(self, name: str, prompt: str, seconds: float, **errors: float) -> None:
+        """One more timing; the errors are the same every time."""
+        found = self._mine.setdefault(name, {}).setdefault(prompt, {"repeats": []})
+        found["repeats"].append(seconds)
+        found.update(errors, seconds=min(found["repeats"]))
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             written = self._path.with_suffix(".part")

@@ -25,7 +25,7 @@ from torch.utils.weak import TensorWeakRef
 from . import attention, decoder, resnets
 from . import unet as split
 from .conditioning import RESIDUALS, Conditioning, Switches
-from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, Plan
+from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Inputs, Programs, scaled
 from .stepping import Edit, step_override
@@ -45,6 +45,7 @@ class RunStats:
         key: calls that ran the encoder.
         propagated: calls answered from cached encoder features.
         reused: calls that ran the outer layers alone.
+        halves: calls, of any of these kinds, that ran guidance's conditional half alone.
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
         forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
         decode_batches: sizes of the decoder batches, in order.
@@ -58,6 +59,7 @@ class RunStats:
     key: int = 0
     propagated: int = 0
     reused: int = 0
+    halves: int = 0
     stock: int = 0
     forced: int = 0
     decode_batches: list[int] = field(default_factory=list)
@@ -75,6 +77,8 @@ class RunStats:
         if self.controlnet:
             counts = self.controlnet
             text += f"; ControlNet computed {counts['computed']} times, reused {counts['reused']} times"
+        if self.halves:
+            text += f"; guidance's conditional half alone {self.halves} times"
         unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())
         return "\n  ".join([text, *self.reasons, *unshared])
 
@@ -91,10 +95,12 @@ class Settings:
         support: Support,
         force: bool,
         binding: Binder | None = None,
+        guidance: GuidanceReuse | None = None,
     ) -> None:
         self.pipe = weakref.ref(pipe)
         self.propagation, self.fused, self.compiled = propagation, fused, compiled
         self.support, self.force, self.binding = support, force, binding
+        self.guidance = guidance
         self.prior_noise = propagation.prior_noise if isinstance(propagation, EncoderPropagation) else None
         self.collectors: tuple[attention.AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
@@ -103,7 +109,12 @@ class Settings:
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        return {"propagation": self.propagation, "fused": self.fused, "compile": self.compiled}
+        return {
+            "propagation": self.propagation,
+            "guidance": self.guidance,
+            "fused": self.fused,
+            "compile": self.compiled,
+        }
 
     def adopt_scheduler(self) -> None:
         """Let the pipeline's scheduler as of now step from latents that binding and prior noise have edited."""
@@ -140,7 +151,9 @@ class Settings:
             plan = self.propagation.plan(total, kind=self.support.key_steps, device=device, batches=batches)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)
-        return plan if self.binding is None else plan.with_optimised(self.binding.config.optimised(total))
+        if self.binding is not None:
+            plan = plan.with_optimised(self.binding.config.optimised(total))
+        return plan if self.guidance is None else self.guidance.applied(plan)
 
     def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
         """The plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
@@ -149,7 +162,7 @@ class Settings:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
         plan = self.plan(total, device.type)
-        if steps < MIN_STEPS and not self.force and len(plan.keys) < plan.total:
+        if steps < MIN_STEPS and not self.force and (len(plan.keys) < plan.total or plan.halves):
             raise ValueError(
                 f"sharing features between steps needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
                 "neighbouring steps differ too much and images degrade. "
@@ -211,8 +224,7 @@ class Controller:
             run.note_stock(reason)
             return stock(*args, **kwargs)
         try:
-            copied = text if run.text == "repeated" else None
-            with resnets.fused(run.record if run.fused else None), attention.over_copies(copied):
+            with resnets.fused(run.record if run.fused else None):
                 sample = run.answer(unet, call, text, order, lambda: stock(*args, **kwargs)[0])
         except BaseException:
             run.clear()
@@ -291,11 +303,15 @@ class _Run:
         self._last: int | None = None
         self._features: split.Features | None = None
         self._queue: dict[int, Tensor] = {}
-        self._deep: list[tuple[int, Tensor]] = []  # (order, deep feature) of the last key steps, latest first
+        self._deep: list[tuple[int, Tensor, int]] = []  # (order, deep feature, batch) of key steps, latest first
         self._conditioning: Conditioning | None = None
         self._switches = Switches(unet)
         self._control: _Control | None = None
-        self._text_keys: attention.TextKeys | None = None
+        self._text_keys: list[attention.TextKeys] = []  # of the texts seen last: the whole, and its half
+        self._keys: attention.TextKeys | None = None  # of the call that is being answered
+        self._half_text: tuple[Tensor, Tensor] | None = None
+        self._difference: Tensor | None = None  # of guidance's halves, at the last step that ran both
+        self._both_until = 0  # before this step both run, whatever the plan says: it begins with a forced key step
         self._inputs: Inputs | None = None
         coupled = _coupled_processor(unet)
         if coupled is not None and self.plan.max_batch != 1:
@@ -367,14 +383,47 @@ class _Run:
         if self.text == "extended" or not (fused or collectors):
             return text
         frames = max(1, text.shape[0] // sample.shape[0])  # the text of a video may have a row for each
-        if self._text_keys is None or not self._text_keys.belong_to(text):
-            self._text_keys = attention.TextKeys(text, self.stats.text_keys, frames)
+        found = self._keys = self._keys_of(text, frames)
         if self._programs is not None and not collectors:
             return text
-        keys = None if torch.is_grad_enabled() else self._text_keys  # remembered ones would cut the graph
+        keys = None if torch.is_grad_enabled() else found  # remembered ones would cut the graph
         height, width = sample.shape[-2:]
         label = attention.Label(fused, text, 1, keys, collectors, (height, width), self.note, frames=frames)
         return attention.labelled(text, label)
+
+    def _keys_of(self, text: Tensor, frames: int) -> attention.TextKeys:
+        for keys in self._text_keys:
+            if keys.belong_to(text):
+                return keys
+        self._text_keys = [attention.TextKeys(text, self.stats.text_keys, frames), *self._text_keys[:1]]
+        return self._text_keys[0]
+
+    def _half_of(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The call on guidance's conditional half; the text's half is the same tensor at every step."""
+        half = split.conditional_half(dict(call), call["sample"].shape[0])
+        text = call.get("encoder_hidden_states")
+        if isinstance(text, Tensor):
+            if self._half_text is None or self._half_text[0] is not text:
+                self._half_text = (text, half["encoder_hidden_states"])
+            half["encoder_hidden_states"] = self._half_text[1]
+        return half
+
+    def _runs_half(self, order: int) -> bool:
+        """Whether this step runs guidance's conditional half alone."""
+        if not self.plan.is_half(order) or order < self._both_until:
+            return False
+        reason = None
+        if not self._guided():
+            reason = "guidance is off"
+        elif any(each.collectors for each in self.settings):
+            reason = "attention maps of both are collected"
+        if reason is not None:
+            self.record(f"guidance's halves run together: {reason}")
+        return reason is None and self._difference is not None
+
+    def _guided(self) -> bool:
+        """Whether the UNet's batch is [unconditional, conditional] at this step."""
+        return getattr(self.settings[0].pipe(), "do_classifier_free_guidance", False)
 
     def answer(
         self, unet: nn.Module, call: Mapping[str, Any], text: Any, order: int, stock: Callable[[], Tensor]
@@ -384,8 +433,6 @@ class _Run:
         ``text`` replaces the call's, which identifies the conditioning.
         """
         conditioning = Conditioning(call, self._switches.state())
-        if text is not None:
-            call = {**call, "encoder_hidden_states": text}
         self._follow(order)
         change = conditioning.change(self._conditioning) if self._conditioning is not None else None
         if change is not None and order == self._last + 1 and not self.plan.is_key(order):
@@ -393,10 +440,31 @@ class _Run:
         if self.restart or self._last is None or order != self._last + 1 or change is not None:
             self.clear()
             self.restart = False
+            if self.plan.is_half(order):
+                self._both_until = self.plan.segment_end(order)
         self._last = order
-        if self.plan.reuse is not None:
-            return self._finish(order, self._whole_or_reuse(unet, call, conditioning, order, stock))
+        half = self._runs_half(order)
+        if half:
+            call = self._half_of(call)
+            if isinstance(text, Tensor):
+                text = self.labelled(call["encoder_hidden_states"], call["sample"], stock=False)
+        if text is not None:
+            call = {**call, "encoder_hidden_states": text}
+        if half:
+            stock = functools.partial(split.run_whole, unet, call)
+        with attention.over_copies(text if self.text == "repeated" else None):
+            return self._finish(order, half, self._output(unet, call, conditioning, order, stock))
 
+    def _output(
+        self,
+        unet: nn.Module,
+        call: Mapping[str, Any],
+        conditioning: Conditioning,
+        order: int,
+        stock: Callable[[], Tensor],
+    ) -> Tensor:
+        if self.plan.reuse is not None:
+            return self._whole_or_reuse(unet, call, conditioning, order, stock)
         if order not in self._queue:
             run, prepared = self._runner(unet, call)
             if self._features is None or self.plan.is_key(order):
@@ -406,8 +474,7 @@ class _Run:
                 self.stats.forced += not self.plan.is_key(order)
                 if self.plan.segment_end(order) == order + 1:
                     self._conditioning = conditioning
-                    whole = stock() if run is split.directly else run(split.run_whole, unet, prepared)
-                    return self._finish(order, whole)
+                    return stock() if run is split.directly else run(split.run_whole, unet, prepared)
                 share = self.settings[0].propagation.share_skips
                 self._features = split.encode(unet, prepared, share=share, run=run)
                 self.stats.unshared.update(self._features.unshared)
@@ -417,7 +484,7 @@ class _Run:
             self._decode(unet, prepared, order, run)
         else:
             self.stats.propagated += 1
-        return self._finish(order, self._queue.pop(order))
+        return self._queue.pop(order)
 
     def _follow(self, order: int) -> None:
         """Fit the plan to what the sampling loop is seen to do."""
@@ -445,20 +512,21 @@ class _Run:
         if reason is not None:
             self.note_stock(f"features cannot be reused: {reason}")
             return stock()
-        reuse = self.plan.reuse
+        reuse, rows = self.plan.reuse, call["sample"].shape[0]
         run, prepared = self._runner(unet, call)
         self._conditioning = conditioning
         if self._deep and not self.plan.is_key(order):
             self.stats.reused += 1
-            deep = [feature for _, feature in self._deep]
-            weights = _extrapolation([held for held, _ in self._deep], order, deep[0].device)
+            deep = [x if batch == rows else split.conditional_half(x, batch) for _, x, batch in self._deep]
+            weights = _extrapolation([held for held, *_ in self._deep], order, deep[0].device)
             return run(split.run_reuse, unet, prepared, deep, weights, reuse.branch)
         self.stats.key += 1
         self.stats.forced += not self.plan.is_key(order)
         if len(self.plan.keys) == self.plan.total:
             return stock() if run is split.directly else run(split.run_whole, unet, prepared)
         output, feature = run(split.run_recording, unet, prepared, reuse.branch)
-        self._deep = [(order, feature), *self._deep[: reuse.order]]
+        earlier = [each for each in self._deep[: reuse.order] if each[-1] >= rows]  # half of one is of no use to both
+        self._deep = [(order, feature, rows), *earlier]
         return output
 
     def _runner(self, unet: nn.Module, call: Mapping[str, Any]) -> tuple[split.Run, Mapping[str, Any]]:
@@ -473,16 +541,18 @@ class _Run:
             return split.directly, call
         self._inputs = self._inputs or Inputs(unet)
         with scaled(unet, call) as call:
-            inputs = self._inputs.of(unet, call, self._text_keys)
+            inputs = self._inputs.of(unet, call, self._keys)
         return functools.partial(self._programs.run, inputs, self.note), call
 
     def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int, run: split.Run) -> None:
-        outputs = None
+        outputs, features = None, self._features
+        if features.batch != call["sample"].shape[0]:
+            features = features.half()
         while outputs is None:
             together = self.plan.batch(order)
             times = self.timesteps()[together.start : together.stop]
             try:
-                outputs = split.decode(unet, self._features, call, times, run=run)
+                outputs = split.decode(unet, features, call, times, run=run)
             except torch.OutOfMemoryError:
                 if len(together) == 1:
                     raise
@@ -493,11 +563,18 @@ class _Run:
         if together.stop == self.plan.segment_end(order):
             self._features = None  # the whole segment is decoded
 
-    def _finish(self, order: int, output: Tensor) -> Tensor:
+    def _finish(self, order: int, half: bool, output: Tensor) -> Tensor:
+        """What the pipeline gets: both halves, where one was run the other from their last difference."""
+        if half:
+            self.stats.halves += 1
+            output = torch.cat([output - self._difference, output])
+        elif self.plan.halves and self._guided():
+            unconditional, conditional = output.chunk(2)
+            self._difference = conditional - unconditional
         if order == self.plan.total - 1:
             self.clear()
             self._control = None
-            self._text_keys = None
+            self._text_keys, self._keys, self._half_text, self._difference = [], None, None, None
         return output
 
     def note_stock(self, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -17,6 +17,7 @@ class Support:
         parallel: whether several decoder steps can run as one batch; False: always one at a time.
         reuse: whether :class:`difffast.FeatureReuse` works.
         prior_noise: whether prior noise injection is meant for it.
+        guidance: why guidance cannot be reused; empty where the UNet's batch is [unconditional, conditional].
         note: what a user should know.
     """
 
@@ -25,6 +26,7 @@ class Support:
     parallel: bool = True
     reuse: bool = True
     prior_noise: bool = True
+    guidance: str = ""
     note: str = ""
 
 
@@ -55,7 +57,8 @@ UNETS: dict[str, Denoiser] = {
 
 _SD = Support("Stable Diffusion 1, 2")
 _XL = Support("Stable Diffusion XL")
-_PAG = Support("Perturbed-attention guidance")
+_THREE = "its batch has three parts"
+_PAG = Support("Perturbed-attention guidance", guidance=_THREE)
 _CONTROLNET = Support("ControlNet", note="ControlNet runs at key steps only")
 _IF_1 = Support("DeepFloyd IF, stage I", key_steps="if-1", prior_noise=False)
 _IF_2 = Support("DeepFloyd IF, stage II", key_steps="if-2", prior_noise=False)
@@ -76,7 +79,7 @@ PIPELINES: dict[str, Support] = {
     "StableDiffusionPipeline": _SD,
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionInpaintPipeline": _SD,
-    "StableDiffusionInstructPix2PixPipeline": _SD,
+    "StableDiffusionInstructPix2PixPipeline": replace(_SD, guidance=_THREE),
     "StableDiffusionXLPipeline": _XL,
     "StableDiffusionXLImg2ImgPipeline": _XL,
     "StableDiffusionXLInpaintPipeline": _XL,
@@ -89,19 +92,19 @@ PIPELINES: dict[str, Support] = {
     "StableDiffusionControlNetPipeline": _CONTROLNET,
     "StableDiffusionControlNetImg2ImgPipeline": _CONTROLNET,
     "StableDiffusionControlNetInpaintPipeline": _CONTROLNET,
-    "StableDiffusionControlNetPAGPipeline": _CONTROLNET,
-    "StableDiffusionControlNetPAGInpaintPipeline": _CONTROLNET,
+    "StableDiffusionControlNetPAGPipeline": replace(_CONTROLNET, guidance=_THREE),
+    "StableDiffusionControlNetPAGInpaintPipeline": replace(_CONTROLNET, guidance=_THREE),
     "StableDiffusionXLControlNetPipeline": _CONTROLNET,
     "StableDiffusionXLControlNetImg2ImgPipeline": _CONTROLNET,
     "StableDiffusionXLControlNetInpaintPipeline": _CONTROLNET,
-    "StableDiffusionXLControlNetPAGPipeline": _CONTROLNET,
-    "StableDiffusionXLControlNetPAGImg2ImgPipeline": _CONTROLNET,
+    "StableDiffusionXLControlNetPAGPipeline": replace(_CONTROLNET, guidance=_THREE),
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": replace(_CONTROLNET, guidance=_THREE),
     "StableDiffusionXLControlNetUnionPipeline": _CONTROLNET,
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": _CONTROLNET,
     "StableDiffusionXLControlNetUnionInpaintPipeline": _CONTROLNET,
     "StableDiffusionAdapterPipeline": _ADAPTER,
     "StableDiffusionXLAdapterPipeline": _ADAPTER,
-    "StableDiffusionXLInstructPix2PixPipeline": _XL,
+    "StableDiffusionXLInstructPix2PixPipeline": replace(_XL, guidance=_THREE),
     "StableDiffusionUpscalePipeline": Support("Stable Diffusion x4 upscaler", key_steps="upscaler"),
     "StableDiffusionGLIGENPipeline": Support("GLIGEN", note="the step at which grounding ends is a key step"),
     "StableDiffusionImageVariationPipeline": _SD,
@@ -110,7 +113,7 @@ PIPELINES: dict[str, Support] = {
     "KandinskyV22Img2ImgPipeline": _KANDINSKY,
     "KandinskyV22ControlnetPipeline": _KANDINSKY,
     "KolorsPipeline": _KOLORS,
-    "KolorsPAGPipeline": _KOLORS,
+    "KolorsPAGPipeline": replace(_KOLORS, guidance=_THREE),
     "IFPipeline": _IF_1,
     "IFImg2ImgPipeline": _IF_1,
     "IFInpaintingPipeline": _IF_1,
@@ -120,7 +123,7 @@ PIPELINES: dict[str, Support] = {
     "StableDiffusionDepth2ImgPipeline": _SD,
     "AnimateDiffPipeline": _ANIMATEDIFF,
     "AnimateDiffVideoToVideoPipeline": _ANIMATEDIFF,
-    "AnimateDiffPAGPipeline": _ANIMATEDIFF,
+    "AnimateDiffPAGPipeline": replace(_ANIMATEDIFF, guidance=_THREE),
     "AnimateDiffSDXLPipeline": _ANIMATEDIFF,
     "PIAPipeline": _ANIMATEDIFF,
     "StableVideoDiffusionPipeline": Support("Stable Video Diffusion", prior_noise=False),

@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,12 +67,27 @@ class Features:
     unshared: Mapping[str, str] = field(default_factory=dict)
     _weights: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
 
+    def half(self) -> Features:
+        """Those of guidance's conditional half."""
+        outputs, parts = (conditional_half(each, self.batch) for each in (self.outputs, self.parts))
+        return replace(self, outputs=outputs, parts=parts, batch=self.batch // 2)
+
     def refresh(self, unet: nn.Module) -> None:
         """Make the parts anew if the weights that they depend on have changed since."""
         weights = decoder.weights_state(unet, tuple(self.parts))
         if not decoder.same_weights(weights, self._weights):
             self.parts = decoder.share(unet, skips_of(self.outputs), _bottleneck(self.outputs), tuple(self.parts))
             self._weights = weights
+
+
+def conditional_half(value: Any, batch: int) -> Any:
+    """The second half of all tensors with rows for a batch of [unconditional, conditional]; others stay as they are."""
+
+    def half(tensor: Tensor) -> Tensor:
+        rows = tensor.shape[0] if tensor.ndim else 1
+        return tensor[rows // 2 :] if rows % batch == 0 else tensor
+
+    return tree_map(half, value)
 
 
 def skips_of(outputs: Mapping[str, Any]) -> list[Tensor]:

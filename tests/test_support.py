@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sampling import largest, scheduler
 from tolerances import LATENTS_FLOAT64
 
-from difffast import EncoderPropagation, FeatureReuse, patch, patched, support, unpatch
+from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patch, patched, support, unpatch
 from difffast.swap import is_swapped
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -114,6 +114,17 @@ def test_a_pipeline(row, pipe):
     if not supported.prior_noise:
         with pytest.raises(ValueError, match="prior noise"):
             patch(pipe, propagation=EncoderPropagation(prior_noise=0.003))
+
+    halves = {"propagation": AHEAD, "guidance": GuidanceReuse(2)}
+    if supported.guidance or not hasattr(pipe, "do_classifier_free_guidance"):
+        with pytest.raises(ValueError, match=f"guidance cannot be reused with {type(pipe).__name__}"):
+            patch(pipe, **halves)
+    else:
+        with patched(pipe, **halves) as report:
+            fast = run(row, pipe)
+        assert report.last_run.halves > 0 or any("guidance is off" in reason for reason in report.last_run.reasons)
+        with patched(pipe, **{**halves, "propagation": STEP_BY_STEP}):
+            assert largest(fast, run(row, pipe)) <= LATENTS_FLOAT64
 
     unpatch(pipe)
     assert vars(pipe.unet) == state
