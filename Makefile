@@ -1,6 +1,7 @@
 # Everything a fresh machine needs: Python >= 3.10 and a C++ compiler. `make demo`, `make test`.
 PYTHON ?= python3
 VENV   := .venv
+CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
 DEPS   := $(VENV)/.dependencies
 BUILT  := $(VENV)/.difffast
@@ -8,19 +9,19 @@ BUILT  := $(VENV)/.difffast
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-slow bench fidelity lint readme clean
+.PHONY: install demo test suite test-oldest test-slow bench fidelity lint readme clean
 
 install: $(BUILT)
 
 # torch first and exactly as pinned: asked for loosely by another package, it would be the newest CUDA build.
-$(DEPS): constraints.txt pyproject.toml
+$(DEPS): $(CONSTRAINTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit(f"difffast needs Python >= 3.10, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" "$$(grep '^setuptools==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' $(CONSTRAINTS))" "$$(grep '^setuptools==' $(CONSTRAINTS))"
 	$(BIN)/python -c 'import tomllib' 2>/dev/null || $(BIN)/python -m pip install --quiet tomli
 	$(BIN)/python -c 'import sys; t = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli"); p = t.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"] + p["optional-dependencies"]["bench"]))' > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r $(VENV)/requirements.txt
 	touch $@
 
 # Editable: Python files need no second installation, C++ sources do. A build that fails is an error here, so that no
@@ -32,8 +33,15 @@ $(BUILT): $(DEPS) setup.py $(shell find csrc -type f)
 demo: install
 	$(BIN)/difffast demo --out out/demo
 
-test: install lint
+test: lint suite
+
+suite: install
 	$(BIN)/python -m pytest
+
+# The same suite with the oldest supported versions, in an environment of its own. What is built in place is the same
+# stable-ABI library, whichever environment built it last.
+test-oldest:
+	$(MAKE) suite VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

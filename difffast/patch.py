@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
@@ -391,7 +392,15 @@ def _unet_methods(unet: nn.Module) -> dict[str, Any]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)
 
-    return {"__call__": call, "_difffast_controller": controller}
+    methods = {"__call__": call, "_difffast_controller": controller}
+    if hasattr(plain, "process_encoder_hidden_states"):
+
+        def process(self: nn.Module, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            own = plain.process_encoder_hidden_states
+            return attention.processed(self, encoder_hidden_states, lambda text: own(self, text, *args, **kwargs))
+
+        methods["process_encoder_hidden_states"] = process
+    return methods
 
 
 def _controller(unet: nn.Module) -> Controller:
@@ -417,9 +426,10 @@ def _replaced(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, str]]:
         )
     weight = next(unet.parameters())
     layers = attention.layers_of(unet)
-    if fused and layers:
-        backend = ops.default_backend("cross_attention", weight.device, weight.dtype)
-        yield f"attn2 ({len(layers)} layers)", f"cross_attention ({backend}), text keys and values once a prompt"
+    kinds = Counter((attention.kind_of(layer), attention.operator_of(layer)) for layer in layers.values())
+    for (kind, operator), count in kinds.items() if fused else ():
+        backend = ops.default_backend(operator, weight.device, weight.dtype)
+        yield f"{kind} ({count} layers)", f"{operator} ({backend}), text keys and values once a prompt"
     layers = resnets.resnets_of(unet)
     backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
     if fused and layers and backend != "reference" and not compiled:

@@ -47,15 +47,15 @@ class Inputs:
         self._scales: dict[tuple[str, str], tuple[float, Tensor]] = {}
 
     def of(self, unet: nn.Module, call: Mapping[str, Any], keys: attention.TextKeys | None) -> dict[str, Any]:
-        """Per name: keys and values of an attn2 layer, or the scales of a LoRA layer's adapters as tensors [].
+        """Per name: keys and values of a cross-attention layer, or the scales of a LoRA layer's adapters as tensors [].
 
         Args:
             call: arguments of the UNet call, without a LoRA scale (:func:`scaled`).
-            keys: text keys and values of the run; None: attn2 layers run stock.
+            keys: text keys and values of the run; None: cross-attention layers run stock.
         """
         found: dict[str, Any] = {}
         if keys is not None:
-            found.update(attention.static_keys(self._attention, call, keys))
+            found.update(attention.static_keys(unet, self._attention, call, keys))
         for name, layer in self._adapted.items():
             scales = {adapter: self._scale(name, adapter, scale, unet) for adapter, scale in layer.scaling.items()}
             found[f"{name}.scaling"] = scales

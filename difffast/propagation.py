@@ -50,7 +50,7 @@ class RunStats:
         forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
         decode_batches: sizes of the decoder batches, in order.
         unshared: up-resnets whose skip parts were computed at every step, with the reason.
-        text_keys: how often an attn2 layer's text keys and values were "computed" and "reused".
+        text_keys: how often a cross-attention layer's text keys and values were "computed" and "reused".
         controlnet: how often ControlNet's outputs were "computed" and "reused".
         reasons: what fell back, or was forced, and why.
     """
@@ -374,7 +374,7 @@ class _Run:
         return None
 
     def labelled(self, text: Tensor, sample: Tensor, *, stock: bool) -> Tensor:
-        """The text tensor as the attn2 layers of this call shall see it; in a stock call, only maps are collected.
+        """The text tensor as the call's cross-attention layers shall see it; in a stock call, only maps are collected.
 
         Programs do not see labels: they get text keys and values as inputs.
         """

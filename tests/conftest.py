@@ -5,8 +5,10 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before any kernel is imported: Triton reads it when a kernel is defined.
+    # Before any kernel is imported, also Triton's own (transformers does): Triton reads it when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import transformers.models.clip.modeling_clip as clip
 
 import difffast
 
@@ -27,6 +29,20 @@ def _built():
 @pytest.fixture(scope="session")
 def _built_inpaint():
     return _build(in_channels=9)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clip_in_float64():
+    """Before transformers 5.0 CLIP cannot run in float64: its mask holds float64's lowest number, in float32."""
+    name = "_create_4d_causal_attention_mask"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if create := getattr(clip, name, None):
+
+            def in_range(shape, dtype, **options):
+                return create(shape, torch.float32 if dtype == torch.float64 else dtype, **options).to(dtype)
+
+            monkeypatch.setattr(clip, name, in_range)
+        yield
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ def test_commands_exist():
 def test_the_examples_run(pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"pipe": pipe, "prompt": "a red circle", "difffast": difffast}
-    names.update(zip("qkv", (torch.randn(2, 4, n, 32) for n in (64, 77, 77)), strict=True))
+    rows = {"q": 64, "k": 77, "v": 77, "text_k": 9, "text_v": 9}
+    names.update({name: torch.randn(2, 4, n, 32) for name, n in rows.items()})
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 6
     try:

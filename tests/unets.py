@@ -58,9 +58,10 @@ CONFIGS = {
 }
 
 
-def make(name, dtype=torch.float32, seed=0):
+def make(name, dtype=torch.float32, seed=0, **changes):
+    """A UNet of a published layout, with ``changes`` to its configuration."""
     torch.manual_seed(seed)
-    return UNet2DConditionModel(sample_size=8, **{**_ATTENTION, **CONFIGS[name]}).to(dtype).eval()
+    return UNet2DConditionModel(sample_size=8, **{**_ATTENTION, **CONFIGS[name], **changes}).to(dtype).eval()
 
 
 def call_for(unet, *, batch=2, size=(8, 8), dtype=torch.float32, **extra):

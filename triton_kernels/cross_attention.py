@@ -36,14 +36,14 @@ LOG2_E = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
-def _load_columns(x, x_rows, x_in, x_stride_d, cols, D: tl.constexpr):
+def load_columns(x, x_rows, x_in, x_stride_d, cols, D: tl.constexpr):
     """[rows, columns] of x [rows, D], zeros outside; x_rows are the offsets of the rows in elements."""
     mask = x_in[:, None] & (cols < D)[None, :]
     return tl.load(x + (x_rows[:, None] + (cols * x_stride_d)[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_columns(acc, out, out_rows, out_in, cols, D: tl.constexpr):
+def store_columns(acc, out, out_rows, out_in, cols, D: tl.constexpr):
     """acc [rows, columns] to out [rows, D], rows of D neighbours at offsets out_rows in elements."""
     mask = out_in[:, None] & (cols < D)[None, :]
     tl.store(out + (out_rows[:, None] + cols[None, :]), acc.to(out.dtype.element_ty), mask=mask)
@@ -69,23 +69,23 @@ def _add_products(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """s0 and s1 of :func:`_products`, plus the products over some columns."""
+    """s0 and s1 of :func:`products`, plus the products over some columns."""
     t = tl.arange(0, KEYS)
-    xc = _load_columns(x, x_rows, x_in, x_stride_d, cols, D).to(DOT)
-    yc = _load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
+    xc = load_columns(x, x_rows, x_in, x_stride_d, cols, D).to(DOT)
+    yc = load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
     if TRANSPOSED:
         s0 = tl.dot(yc, tl.trans(xc), s0, input_precision="ieee", out_dtype=ACC)
     else:
         s0 = tl.dot(xc, tl.trans(yc), s0, input_precision="ieee", out_dtype=ACC)
     if KEYS_REST > 0:
         t = KEYS + tl.arange(0, KEYS_REST)
-        yc = _load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
+        yc = load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
         s1 = tl.dot(xc, tl.trans(yc), s1, input_precision="ieee", out_dtype=ACC)
     return s0, s1
 
 
 @triton.jit
-def _products(
+def products(
     x,  # [BLOCK, D], any strides: first row of this tile
     x_rows,  # int32 [BLOCK], offsets of the rows in elements
     x_in,  # bool [BLOCK], which rows exist
@@ -147,13 +147,13 @@ def _store_weighted_columns(
 ):
     """Some columns of :func:`_store_weighted`, which has the shapes."""
     t = tl.arange(0, KEYS)
-    yc = _load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
+    yc = load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
     acc = tl.dot(w0, yc, input_precision="ieee", out_dtype=ACC)
     if KEYS_REST > 0:
         t = KEYS + tl.arange(0, KEYS_REST)
-        yc = _load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
+        yc = load_columns(y, t * y_stride_t, t < T, y_stride_d, cols, D).to(DOT)
         acc = tl.dot(w1, yc, acc, input_precision="ieee", out_dtype=ACC)
-    _store_columns(acc * factor[:, None], out, out_rows, out_in, cols, D)
+    store_columns(acc * factor[:, None], out, out_rows, out_in, cols, D)
 
 
 @triton.jit
@@ -206,11 +206,36 @@ def _logits(s0, s1, scale_log2, T, KEYS: tl.constexpr, KEYS_REST: tl.constexpr):
 
 
 @triton.jit
-def _chosen(low, high, first, KEYS: tl.constexpr):
+def chosen_keys(low, high, first, KEYS: tl.constexpr):
     """Which of the keys first .. first + KEYS - 1 are chosen, int32 [KEYS] of 0 and 1: bits of two 64-bit words."""
     t = first + tl.arange(0, KEYS)
     word = tl.where(t < 64, low.to(tl.int64), high.to(tl.int64))
     return ((word >> (t & 63).to(tl.int64)) & 1).to(tl.int32)
+
+
+@triton.jit
+def store_maps(
+    map0,  # [BLOCK, KEYS], sums over heads for the first keys
+    map1,  # [BLOCK, KEYS_REST], for the others; anything without them
+    share,  # factor of the sums
+    maps,  # [BLOCK, M] contiguous: first row of this tile
+    rows,  # int32 [BLOCK]
+    rows_in,  # bool [BLOCK], which rows exist
+    low,  # chosen keys 0 .. 63, one bit each
+    high,  # chosen keys 64 .. 127
+    M,  # how many are chosen
+    KEYS: tl.constexpr,
+    KEYS_REST: tl.constexpr,
+):
+    """The columns of the chosen keys side by side."""
+    map_rows = (rows * M)[:, None]
+    chosen0 = chosen_keys(low, high, 0, KEYS)
+    slots = tl.cumsum(chosen0, 0) - 1
+    tl.store(maps + (map_rows + slots[None, :]), map0 * share, mask=rows_in[:, None] & (chosen0 > 0)[None, :])
+    if KEYS_REST > 0:
+        chosen1 = chosen_keys(low, high, KEYS, KEYS_REST)
+        slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
+        tl.store(maps + (map_rows + slots[None, :]), map1 * share, mask=rows_in[:, None] & (chosen1 > 0)[None, :])
 
 
 @triton.jit(
@@ -280,7 +305,7 @@ def forward_kernel(
     # Without maps one turn, which the compiler sees: no loop remains.
     for turn in tl.range(0, tl.minimum(heads, H - group * heads) if MAPS else 1, disable_licm=True):
         h = (group * heads + turn).to(tl.int64)
-        s0, s1 = _products(
+        s0, s1 = products(
             q + (b * q_stride_b + h * q_stride_h + start * q_stride_n) * VECTOR, rows * (q_stride_n * VECTOR), rows_in,
             q_stride_d,
             k + (key_b * k_stride_b + h * k_stride_h) * VECTOR, k_stride_t * VECTOR, k_stride_d, T,
@@ -310,16 +335,10 @@ def forward_kernel(
             if KEYS_REST > 0:
                 map1 += p1 * inverse[:, None]
     if MAPS:
-        share = 1.0 / H.to(ACC)
+        if KEYS_REST == 0:
+            map1 = map0
         target = maps + ((group * tl.num_programs(1) + b) * N + start) * M
-        map_rows = (rows * M)[:, None]
-        chosen0 = _chosen(low, high, 0, KEYS)
-        slots = tl.cumsum(chosen0, 0) - 1
-        tl.store(target + (map_rows + slots[None, :]), map0 * share, mask=rows_in[:, None] & (chosen0 > 0)[None, :])
-        if KEYS_REST > 0:
-            chosen1 = _chosen(low, high, KEYS, KEYS_REST)
-            slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
-            tl.store(target + (map_rows + slots[None, :]), map1 * share, mask=rows_in[:, None] & (chosen1 > 0)[None, :])
+        store_maps(map0, map1, 1.0 / H.to(ACC), target, rows, rows_in, low, high, M, KEYS, KEYS_REST)
 
 
 @triton.jit(
@@ -389,13 +408,13 @@ def backward_q_kernel(
     rows = tl.arange(0, BLOCK)
     rows_in = rows < N - tile * BLOCK
     k_head = k + (key_b * k_stride_b + h * k_stride_h) * VECTOR
-    s0, s1 = _products(
+    s0, s1 = products(
         q + (b * q_stride_b + h * q_stride_h + start * q_stride_n) * VECTOR, rows * (q_stride_n * VECTOR), rows_in,
         q_stride_d, k_head, k_stride_t * VECTOR, k_stride_d, T,
         D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, BLOCK, False, DOT, ACC,
     )  # fmt: skip
     if OUT:
-        dp0, dp1 = _products(
+        dp0, dp1 = products(
             grad_out + (b * go_stride_b + h * go_stride_h + start * go_stride_n) * VECTOR,
             rows * (go_stride_n * VECTOR), rows_in, go_stride_d,
             v + (key_b * v_stride_b + h * v_stride_h) * VECTOR, v_stride_t * VECTOR, v_stride_d, T,
@@ -408,12 +427,12 @@ def backward_q_kernel(
         share = 1.0 / H.to(ACC)
         source = grad_maps + (b * gm_stride_b + start * gm_stride_n)
         map_rows = (rows * gm_stride_n)[:, None]
-        chosen0 = _chosen(low, high, 0, KEYS)
+        chosen0 = chosen_keys(low, high, 0, KEYS)
         slots = tl.cumsum(chosen0, 0) - 1
         mask = rows_in[:, None] & (chosen0 > 0)[None, :]
         dp0 += tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
         if KEYS_REST > 0:
-            chosen1 = _chosen(low, high, KEYS, KEYS_REST)
+            chosen1 = chosen_keys(low, high, KEYS, KEYS_REST)
             slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
             mask = rows_in[:, None] & (chosen1 > 0)[None, :]
             dp1 += tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
@@ -542,9 +561,9 @@ def backward_kv_kernel(
     if MAPS:
         share = 1.0 / H.to(ACC)
         # All keys before this tile count for the slots of its own.
-        chosen = _chosen(low, high, 0, 128)
+        chosen = chosen_keys(low, high, 0, 128)
         before = tl.sum(tl.where(tl.arange(0, 128) < key_tile * KEYS, chosen, 0), 0)
-        chosen = _chosen(low, high, key_tile * KEYS, KEYS)
+        chosen = chosen_keys(low, high, key_tile * KEYS, KEYS)
         slots = ((before + tl.cumsum(chosen, 0) - 1) * gm_stride_m)[:, None]
     for turn in tl.range(0, repeats * tiles, disable_licm=True):
         b = key_b * repeats + turn // tiles
@@ -553,7 +572,7 @@ def backward_kv_kernel(
         rows_in = rows < tl.minimum(split_rows - offset, N - start)
         source = statistics + ((b * H + h) * N + start) + rows
         q_tile = q + (b * q_stride_b + h * q_stride_h + start * q_stride_n) * VECTOR
-        s, _ = _products(
+        s, _ = products(
             q_tile, q_rows, rows_in, q_stride_d, k_tile, k_stride_t * VECTOR, k_stride_d, n_keys,
             D, CHUNK, CHUNKS, REST, KEYS, 0, BLOCK, True, DOT, ACC,
         )  # fmt: skip
@@ -564,15 +583,15 @@ def backward_kv_kernel(
         p = tl.exp2(s * scale_log2 - peak[None, :]) * inverse[None, :]
         if OUT:
             go_tile = grad_out + (b * go_stride_b + h * go_stride_h + start * go_stride_n) * VECTOR
-            dp, _ = _products(
+            dp, _ = products(
                 go_tile, go_rows, rows_in, go_stride_d, v_tile, v_stride_t * VECTOR, v_stride_d, n_keys,
                 D, CHUNK, CHUNKS, REST, KEYS, 0, BLOCK, True, DOT, ACC,
             )  # fmt: skip
             w = p.to(v.dtype.element_ty).to(DOT)
-            go = _load_columns(go_tile, go_rows, rows_in, go_stride_d, cols0, D).to(DOT)
+            go = load_columns(go_tile, go_rows, rows_in, go_stride_d, cols0, D).to(DOT)
             dv0 = tl.dot(w, go, dv0, input_precision="ieee", out_dtype=ACC)
             if WIDTH_REST > 0:
-                go = _load_columns(go_tile, go_rows, rows_in, go_stride_d, cols1, D).to(DOT)
+                go = load_columns(go_tile, go_rows, rows_in, go_stride_d, cols1, D).to(DOT)
                 dv1 = tl.dot(w, go, dv1, input_precision="ieee", out_dtype=ACC)
         else:
             dp = tl.zeros([KEYS, BLOCK], ACC)
@@ -581,32 +600,32 @@ def backward_kv_kernel(
             mask = rows_in[None, :] & (chosen > 0)[:, None]
             dp += tl.load(map_tile + ((rows * gm_stride_n)[None, :] + slots), mask=mask, other=0.0).to(ACC) * share
         w = (p * (dp - dot[None, :])).to(q.dtype.element_ty).to(DOT)
-        qc = _load_columns(q_tile, q_rows, rows_in, q_stride_d, cols0, D).to(DOT)
+        qc = load_columns(q_tile, q_rows, rows_in, q_stride_d, cols0, D).to(DOT)
         dk0 = tl.dot(w, qc, dk0, input_precision="ieee", out_dtype=ACC)
         if WIDTH_REST > 0:
-            qc = _load_columns(q_tile, q_rows, rows_in, q_stride_d, cols1, D).to(DOT)
+            qc = load_columns(q_tile, q_rows, rows_in, q_stride_d, cols1, D).to(DOT)
             dk1 = tl.dot(w, qc, dk1, input_precision="ieee", out_dtype=ACC)
     target = (((split * key_batches + key_b) * H + h) * T + key_start) * D
     t = tl.arange(0, KEYS)
     t_in = t < n_keys
-    _store_columns(dk0 * scale, dk + target, t * D, t_in, cols0, D)
+    store_columns(dk0 * scale, dk + target, t * D, t_in, cols0, D)
     if OUT:
-        _store_columns(dv0, dv + target, t * D, t_in, cols0, D)
+        store_columns(dv0, dv + target, t * D, t_in, cols0, D)
     if WIDTH_REST > 0:
-        _store_columns(dk1 * scale, dk + target, t * D, t_in, cols1, D)
+        store_columns(dk1 * scale, dk + target, t * D, t_in, cols1, D)
         if OUT:
-            _store_columns(dv1, dv + target, t * D, t_in, cols1, D)
+            store_columns(dv1, dv + target, t * D, t_in, cols1, D)
 
 
 #: Triton's interpreter replaces every kernel at import when TRITON_INTERPRET is set.
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why these inputs (shapes and dtypes as in :func:`forward`) cannot run, or None."""
-    dtypes = (*_DTYPES, torch.float64) if INTERPRETED else _DTYPES
+    dtypes = (*DTYPES, torch.float64) if INTERPRETED else DTYPES
     if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"q, k and v must have one dtype of {names}, got {q.dtype}, {k.dtype} and {v.dtype}"
@@ -629,7 +648,7 @@ def _capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def _parts(size: int, widest: int) -> tuple[int, int, int]:
+def partition(size: int, widest: int) -> tuple[int, int, int]:
     """(chunk, how many chunks, rest): powers of two >= 16 that cover ``size`` with the least padding, rest may be 0."""
     chunk = min(widest, max(16, 1 << (size.bit_length() - 1)))
     chunks = max(1, size // chunk)
@@ -640,11 +659,11 @@ def _parts(size: int, widest: int) -> tuple[int, int, int]:
     return (2 * chunk, 1, 0) if chunk < widest else (chunk, chunks + 1, 0)
 
 
-def _sizes(d: int, n_keys: int, dtype: torch.dtype, widest: int = 64) -> dict:
+def tile_sizes(d: int, n_keys: int, dtype: torch.dtype, widest: int = 64) -> dict:
     """Compile-time arguments that all kernels share; chunks of at most ``widest`` columns."""
     # FMA units keep a whole operand in registers: narrower chunks in float32.
-    chunk, chunks, rest = _parts(d, 16 if dtype.itemsize == 4 else widest)
-    keys, _, keys_rest = _parts(n_keys, 128)
+    chunk, chunks, rest = partition(d, 16 if dtype.itemsize == 4 else widest)
+    keys, _, keys_rest = partition(n_keys, 128)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     # The interpreter multiplies the bit patterns of bfloat16 operands: it is given the rounded values in float32.
     dot = tl.float32 if INTERPRETED and dtype == torch.bfloat16 else getattr(tl, str(dtype).removeprefix("torch."))
@@ -656,7 +675,7 @@ def _sizes(d: int, n_keys: int, dtype: torch.dtype, widest: int = 64) -> dict:
 
 def forward_launch(d: int, n_keys: int, dtype: torch.dtype, maps: bool) -> tuple[dict, dict]:
     """(compile-time arguments, compiler options) of :data:`forward_kernel`, all but VECTOR."""
-    sizes = _sizes(d, n_keys, dtype)
+    sizes = tile_sizes(d, n_keys, dtype)
     # Tiles of 128 queries halve what the keys and values cost; wide heads with maps and float32 lack the registers.
     one_chunk = sizes["CHUNKS"] == 1
     block = 16 if dtype.itemsize == 4 else 128 if one_chunk else 32 if maps else 64
@@ -667,7 +686,7 @@ def forward_launch(d: int, n_keys: int, dtype: torch.dtype, maps: bool) -> tuple
 def backward_q_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: bool) -> tuple[dict, dict]:
     """(compile-time arguments, compiler options) of :data:`backward_q_kernel`, all but VECTOR and DQ."""
     # With maps registers are scarce, and a rest costs more of them than more turns of a loop.
-    sizes = _sizes(d, n_keys, dtype, 16 if maps and 64 < d <= 80 else 64)
+    sizes = tile_sizes(d, n_keys, dtype, 16 if maps and 64 < d <= 80 else 64)
     block = 32 if maps or dtype.itemsize == 4 else 64
     options = {"num_warps": 8, "num_stages": 1}
     if dtype.itemsize == 4:
@@ -678,12 +697,12 @@ def backward_q_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: 
 
 def backward_kv_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: bool) -> tuple[dict, dict]:
     """(compile-time arguments, compiler options) of :data:`backward_kv_kernel`, all but VECTOR."""
-    sizes = _sizes(d, n_keys, dtype)
+    sizes = tile_sizes(d, n_keys, dtype)
     # 77 keys are three tiles of 32: two of 64 would compute a third more.
     padded = triton.next_power_of_2(max(16, n_keys))
     keys = min(padded, 32 if dtype.itemsize == 4 or d > 160 or 64 < n_keys <= 96 else 64)
     # Narrow heads in one part; of wide ones a program sums a part only and computes the scores anew for it.
-    width, parts, width_rest = _parts(d, 32 if dtype.itemsize == 4 else 64)
+    width, parts, width_rest = partition(d, 32 if dtype.itemsize == 4 else 64)
     if parts > 1 or dtype.itemsize == 4:
         width_rest = 0
     sizes = {name: size for name, size in sizes.items() if name != "KEYS_REST"} | {"KEYS": keys}
@@ -693,13 +712,13 @@ def backward_kv_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps:
     return {**sizes, **widths, "OUT": out, "MAPS": maps, "BLOCK": block}, options
 
 
-def _near(x: Tensor) -> Tensor:
+def near(x: Tensor) -> Tensor:
     """x, copied if the elements of one tile lie further apart than the 32-bit offsets within a tile reach."""
     reach = sum(min(size, 256) * stride for size, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True))
     return x if reach < 2**31 else x.contiguous()
 
 
-def _vector(*tensors: Tensor) -> int:
+def stride_unit(*tensors: Tensor) -> int:
     """Elements, a power of two of at most 16 bytes, that all strides but unit ones are multiples of."""
     common = 16 // tensors[0].element_size()
     for x in tensors:
@@ -710,12 +729,12 @@ def _vector(*tensors: Tensor) -> int:
     return common
 
 
-def _strides(x: Tensor, vector: int) -> tuple[int, int, int, int]:
+def strides_in(x: Tensor, vector: int) -> tuple[int, int, int, int]:
     b, h, n, d = (stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
     return b // vector, h // vector, n // vector, 1 if x.shape[3] == 1 else d
 
 
-def _head_groups(batch: int, heads: int, queries: int) -> int:
+def head_groups(batch: int, heads: int, queries: int) -> int:
     """Heads of one program that writes maps: all, unless too few programs would be left to fill a large GPU.
 
     It depends on the problem alone, so that a map is the same sum in the same order on every machine.
@@ -750,23 +769,23 @@ def forward(
         probabilities over the heads, in float32, or float64 for float64 inputs.
     """
     (batch, heads, queries, d), n_keys, n_maps = q.shape, k.shape[2], len(map_tokens)
-    q, k, v = _near(q), _near(k), _near(v)
+    q, k, v = near(q), near(k), near(v)
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty([batch, queries, heads, d])
-    group = _head_groups(batch, heads, queries) if n_maps and queries else 1
+    group = head_groups(batch, heads, queries) if n_maps and queries else 1
     groups = triton.cdiv(heads, group)
     maps = q.new_empty([groups if n_maps else 1, batch, queries, n_maps], dtype=precise)
     if out.numel():
         constants, options = forward_launch(d, n_keys, q.dtype, n_maps > 0)
-        vector = _vector(q, k, v)
+        vector = stride_unit(q, k, v)
         with on_device_of(q):
             forward_kernel[(triton.cdiv(queries, constants["BLOCK"]) * groups, batch)](
                 q, k, v, out, maps,
-                *_strides(q, vector), *_strides(k, vector), *_strides(v, vector),
+                *strides_in(q, vector), *strides_in(k, vector), *strides_in(v, vector),
                 scale * LOG2_E.value, sink, *bits(map_tokens), n_maps, heads, queries, n_keys, batch // k.shape[0],
                 group, VECTOR=vector, **constants, **options,
             )  # fmt: skip
-    return out.transpose(1, 2), _summed(maps)
+    return out.transpose(1, 2), summed(maps)
 
 
 def backward(
@@ -798,15 +817,16 @@ def backward(
     if not (with_out or with_maps) or q.numel() == 0:
         dq = q.new_zeros([batch, queries, heads, d]).transpose(1, 2) if need_q else q.new_empty(0)
         return dq, *((x.new_zeros(x.shape) if need_kv else x.new_empty(0)) for x in (k, v))
-    q, k, v = _near(q), _near(k), _near(v)
-    grad_out = _near(grad_out) if with_out else None
-    grad_maps = _near(grad_maps) if with_maps else None
-    vector = _vector(q, k, v, grad_out) if with_out else _vector(q, k, v)
+    q, k, v = near(q), near(k), near(v)
+    grad_out = near(grad_out) if with_out else None
+    grad_maps = near(grad_maps) if with_maps else None
+    vector = stride_unit(q, k, v, grad_out) if with_out else stride_unit(q, k, v)
     dq = q.new_empty([batch, queries, heads, d]).transpose(1, 2) if need_q else q.new_empty(0)
     statistics = q.new_empty([3, batch, heads, queries], dtype=precise)
     strides = (
-        *(_strides(grad_out, vector) if with_out else (0, 0, 0, 1)), *(grad_maps.stride() if with_maps else (0, 0, 0)),
-        *_strides(q, vector), *_strides(k, vector), *_strides(v, vector),
+        *(strides_in(grad_out, vector) if with_out else (0, 0, 0, 1)),
+        *(grad_maps.stride() if with_maps else (0, 0, 0)),
+        *strides_in(q, vector), *strides_in(k, vector), *strides_in(v, vector),
     )  # fmt: skip
     # A pointer that a kernel does not follow: an operand that is there anyway.
     inputs = (grad_out if with_out else q, grad_maps if with_maps else statistics, q, k, v, statistics)
@@ -832,12 +852,12 @@ def backward(
             *inputs, dk, dv if with_out else dk, *strides, *scales, *rest, split_rows,
             VECTOR=vector, **constants, **options,
         )  # fmt: skip
-    dk = _summed(dk).to(k.dtype)
-    dv = _summed(dv).to(v.dtype) if with_out else v.new_zeros(v.shape)
+    dk = summed(dk).to(k.dtype)
+    dv = summed(dv).to(v.dtype) if with_out else v.new_zeros(v.shape)
     return dq, dk, dv
 
 
-def _summed(parts: Tensor) -> Tensor:
+def summed(parts: Tensor) -> Tensor:
     """parts [n, ...] summed over n, without a launch when there is one."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
@@ -850,7 +870,7 @@ def aot_cases(capability: int, quick: bool = False) -> Iterator[tuple]:
         16, as in Triton's own tools.
     """
     shapes = [(40, 77), (64, 77), (160, 77)] if quick else [(40, 77), (64, 77), (80, 77), (160, 77), (256, 128)]
-    for dtype in _DTYPES[:1] if quick else _DTYPES:
+    for dtype in DTYPES[:1] if quick else DTYPES:
         for d, n_keys in shapes:
             arguments = (d, n_keys, dtype)
             launches = []
@@ -868,12 +888,12 @@ def aot_cases(capability: int, quick: bool = False) -> Iterator[tuple]:
                 constants = {**constants, "VECTOR": math.gcd(d, 16 // dtype.itemsize)}
                 signature = _signature(kernel, constants, dtype)
                 constants |= {name: 1 for name in kernel.arg_names if name.endswith("_stride_d")}
-                yield f"{name} {_NAMES[dtype]} d={d} T={n_keys}", kernel, signature, constants, options
+                yield f"{name} {NAMES[dtype]} d={d} T={n_keys}", kernel, signature, constants, options
 
 
 def _signature(kernel: triton.JITFunction, constants: dict, dtype: torch.dtype) -> dict[str, str]:
     """Types of a kernel's arguments for contiguous inputs."""
-    pointers = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), f"*{_NAMES[dtype]}:16")
+    pointers = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), f"*{NAMES[dtype]}:16")
     pointers |= dict.fromkeys(("maps", "grad_maps", "statistics"), "*fp32:16")
     scalars = (
         dict.fromkeys(("scale", "scale_log2"), "fp32")

@@ -78,6 +78,11 @@ def map_layers(unet: nn.Module, layers: Any) -> tuple[str, ...]:
     Raises:
         ValueError: a pattern that matches none, or a UNet without such layers.
     """
+    if any(map(attention.has_added_keys, attention.layers_of(unet).values())):
+        raise ValueError(
+            f"{type(unet).__name__} has attention with added keys in place of attn2 layers: after its norm and biases "
+            "the rows of absorbed tokens are not zero, so that semantic binding cannot leave them out"
+        )
     if layers is not None:
         return attention.choose_layers(unet, layers)
     names = tuple(attention.layers_of(unet))

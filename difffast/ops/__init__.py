@@ -4,6 +4,7 @@ from ._registry import BACKENDS, INSTRUCTION_SET, OPERATORS, PROVED, Proof, defa
 from .attention_entropy import attention_entropy
 from .cross_attention import cross_attention
 from .group_norm_silu import group_norm_silu
+from .joint_attention import joint_attention
 from .repeat_batch import repeat_batch
 from .skip_norm_silu import skip_norm_silu
 
@@ -17,6 +18,7 @@ __all__ = [
     "cross_attention",
     "default_backend",
     "group_norm_silu",
+    "joint_attention",
     "missing",
     "repeat_batch",
     "skip_norm_silu",

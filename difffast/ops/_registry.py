@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "attention_entropy": ("cpp", "triton", "reference"),
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
     "group_norm_silu": ("cuda", "cpp", "triton", "reference"),
+    "joint_attention": ("triton", "sdpa", "reference"),
     "repeat_batch": ("cpp", "reference"),
     "skip_norm_silu": ("cuda", "cpp", "triton", "reference"),
 }
@@ -167,6 +168,33 @@ def default_backend(operator: str, device: torch.device, dtype: torch.dtype) -> 
     """The backend that an operator tries first on this device, forced or not; shapes may rule it out."""
     order = OPERATORS[operator]
     return forced(operator, device) or next(backend for backend in order if default(operator, backend, device, dtype))
+
+
+def choose(
+    operator: str,
+    x: torch.Tensor,
+    obstacle: Callable[[str], str | None],
+    loses: Callable[[str], bool] = lambda backend: False,
+) -> str:
+    """The backend for operands like ``x``: the forced one, or the first that may be a default and serves them.
+
+    Args:
+        obstacle: why a backend that exists here cannot serve these operands, or None.
+        loses: whether a backend that could run is slower than the next on this shape.
+
+    Raises:
+        RuntimeError: the forced backend cannot run.
+    """
+    backend = forced(operator, x.device)
+    if backend is not None:
+        reason = obstacle(backend)
+        if reason is not None:
+            raise cannot_run(operator, backend, reason)
+        return backend
+    for backend in OPERATORS[operator]:
+        if default(operator, backend, x.device, x.dtype) and obstacle(backend) is None and not loses(backend):
+            return backend
+    raise AssertionError("the reference always runs")
 
 
 def cannot_run(operator: str, backend: str, reason: str) -> RuntimeError:

@@ -165,16 +165,7 @@ def obstacle(backend: str, maps: Tensor) -> str | None:
 
 
 def _backend(maps: Tensor) -> str:
-    forced = _registry.forced("attention_entropy", maps.device)
-    if forced is not None:
-        reason = obstacle(forced, maps)
-        if reason is not None:
-            raise _registry.cannot_run("attention_entropy", forced, reason)
-        return forced
-    for backend in _registry.OPERATORS["attention_entropy"]:
-        if _registry.default("attention_entropy", backend, maps.device, maps.dtype) and obstacle(backend, maps) is None:
-            return backend
-    raise AssertionError("the reference always runs")
+    return _registry.choose("attention_entropy", maps, lambda backend: obstacle(backend, maps))
 
 
 # anchors increase.  shares [B, K, N]: p of each subject.  stats [B, K, 4]: S, sum(g) - N gbar, gbar, the subject's part

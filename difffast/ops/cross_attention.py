@@ -55,10 +55,10 @@ def cross_attention(
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    scale = _checked(q, k, v, scale, sink)
+    scale = checked(q, k, v, scale, sink)
     if map_tokens is None:
         return _run(q, k, v, scale, sink, [])[0]
-    tokens = _checked_tokens(map_tokens, k.shape[2])
+    tokens = checked_tokens(map_tokens, k.shape[2])
     increasing = sorted(set(tokens))
     out, maps = _run(q, k, v, scale, sink, increasing)
     if tokens != increasing:
@@ -71,13 +71,13 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (x.to(compute) for x in (q, *_repeated(q, k, v)))
+    q_, k_, v_ = (x.to(compute) for x in (q, *repeated(q, k, v)))
     logits = q_ @ k_.transpose(-1, -2) * scale
     if sink:
         # One more column of logit log(sink) is `sink` columns of logit 0.
         logits = F.pad(logits, (0, 1), value=math.log(sink))
     p = logits.softmax(-1)[..., : k.shape[2]]
-    return _stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
+    return stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
 
 def reference_backward(
@@ -96,7 +96,7 @@ def reference_backward(
     dv = P^T dO.  The sink takes no part: its dP is 0.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (x.to(compute) for x in (q, *_repeated(q, k, v)))
+    q_, k_, v_ = (x.to(compute) for x in (q, *repeated(q, k, v)))
     logits = q_ @ k_.transpose(-1, -2) * scale
     if sink:
         logits = F.pad(logits, (0, 1), value=math.log(sink))
@@ -111,49 +111,52 @@ def reference_backward(
         x.unflatten(0, (-1, repeats)).sum(1).to(k.dtype)
         for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)
     )
-    return _stored_by_row((ds @ k_).to(q.dtype)), dk, dv
+    return stored_by_row((ds @ k_).to(q.dtype)), dk, dv
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int) -> Tensor:
-    k, v = _repeated(q, k, v)
+    k, v = repeated(q, k, v)
     if sink:
         k, v = F.pad(k, (0, 0, 0, sink)), F.pad(v, (0, 0, 0, sink))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     repeats = q.shape[0] // k.shape[0]
     return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
 
 
-def _stored_by_row(x: Tensor) -> Tensor:
+def stored_by_row(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, sink: int) -> float:
-    """The scale, after all operands have been checked."""
+def checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, sink: int = 0, prefix: str = "") -> float:
+    """The scale, after all operands have been checked; errors put ``prefix`` before the names of k and v."""
+    of_k, of_v = f"{prefix}k", f"{prefix}v"
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
-            "q, k and v must be [batch, heads, rows, head_dim], got "
+            f"q, {of_k} and {of_v} must be [batch, heads, rows, head_dim], got "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if k.shape != v.shape:
-        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(f"{of_k} and {of_v} must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have the same heads and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}")
+        raise ValueError(
+            f"q and {of_k} must have the same heads and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     if not k.shape[0] or q.shape[0] % k.shape[0]:
-        raise ValueError(f"k's batch must divide q's, got {k.shape[0]} and {q.shape[0]}")
+        raise ValueError(f"{of_k}'s batch must divide q's, got {k.shape[0]} and {q.shape[0]}")
     if not 1 <= k.shape[2] <= MAX_KEYS:
-        raise ValueError(f"k must have 1 to {MAX_KEYS} keys, got {k.shape[2]}")
+        raise ValueError(f"{of_k} must have 1 to {MAX_KEYS} keys, got {k.shape[2]}")
     if not q.shape[1] or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"q needs a head and a head_dim of 1 to {MAX_HEAD_DIM}, got {tuple(q.shape)}")
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
-            "q, k and v must have one dtype of float16, bfloat16, float32 and float64, "
+            f"q, {of_k} and {of_v} must have one dtype of float16, bfloat16, float32 and float64, "
             f"got {q.dtype}, {k.dtype} and {v.dtype}"
         )
     if k.device != q.device or v.device != q.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+        raise ValueError(f"q, {of_k} and {of_v} must be on one device, got {q.device}, {k.device} and {v.device}")
     if type(sink) is not int or sink < 0:
         raise ValueError(f"sink must be an int of at least 0, got {sink!r}")
     if scale is None:
@@ -163,7 +166,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, sink: int) ->
     return float(scale)
 
 
-def _checked_tokens(map_tokens: Sequence[int], keys: int) -> list[int]:
+def checked_tokens(map_tokens: Sequence[int], keys: int) -> list[int]:
     tokens = list(map_tokens)
     if not tokens:
         raise ValueError("map_tokens must name at least one token (or be None), got none")
@@ -200,20 +203,12 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_to
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str:
-    forced = _registry.forced("cross_attention", q.device)
-    if forced is not None:
-        reason = obstacle(forced, q, k, v, scale, map_tokens)
-        if reason is not None:
-            raise _registry.cannot_run("cross_attention", forced, reason)
-        return forced
-    for backend in _registry.OPERATORS["cross_attention"]:
-        if (
-            _registry.default("cross_attention", backend, q.device, q.dtype)
-            and obstacle(backend, q, k, v, scale, map_tokens) is None
-            and not _loses(backend, q, k, map_tokens)
-        ):
-            return backend
-    raise AssertionError("the reference always runs")
+    return _registry.choose(
+        "cross_attention",
+        q,
+        lambda backend: obstacle(backend, q, k, v, scale, map_tokens),
+        lambda backend: _loses(backend, q, k, map_tokens),
+    )
 
 
 def _loses(backend: str, q: Tensor, k: Tensor, map_tokens: Sequence[int]) -> bool:

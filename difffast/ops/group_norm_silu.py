@@ -245,20 +245,7 @@ def obstacle(backend: str, x: Tensor, size: int) -> str | None:
 
 def choose(operator: str, x: Tensor, size: int) -> str:
     """The backend of this operator or of skip_norm_silu for this operand, whose groups have ``size`` channels."""
-    forced = _registry.forced(operator, x.device)
-    if forced is not None:
-        reason = obstacle(forced, x, size)
-        if reason is not None:
-            raise _registry.cannot_run(operator, forced, reason)
-        return forced
-    for backend in _registry.OPERATORS[operator]:
-        if (
-            _registry.default(operator, backend, x.device, x.dtype)
-            and obstacle(backend, x, size) is None
-            and not _loses(backend, x)
-        ):
-            return backend
-    raise AssertionError("the reference always runs")
+    return _registry.choose(operator, x, lambda backend: obstacle(backend, x, size), lambda backend: _loses(backend, x))
 
 
 def _loses(backend: str, x: Tensor) -> bool:

@@ -36,7 +36,7 @@ LAYERS = tuple(f"down_blocks.0.attentions.{i}.transformer_blocks.0.attn2" for i 
 MOTION = 1e-10
 STEPS = 8
 ALL_KEY = EncoderPropagation(key_steps=1)
-OPTIONS = {"step_size": 0.5, "bind_step_size": 30.0}
+OPTIONS = {"step_size": 0.1, "bind_step_size": 3.0}
 #: No other loss than the entropy, and no early end.
 FIXED = {"losses": {"entropy": 1}, "thresholds": (), "iterations": 2}
 

@@ -135,7 +135,10 @@ def test_layers_for_maps():
     with pytest.raises(ValueError, match="no cross-attention layer matches"):
         map_layers(make("sd"), "up_blocks.9.*")
     with pytest.raises(ValueError, match="no cross-attention in its encoder"):
-        map_layers(make("if"), None)
+        map_layers(make("sd", down_block_types=("DownBlock2D", "DownBlock2D")), None)
+    for layers in (None, "mid_block.*"):
+        with pytest.raises(ValueError, match="attention with added keys in place of attn2 layers"):
+            map_layers(make("if"), layers)
 
 
 def test_frozen_parameters_change_no_gradient():

@@ -342,13 +342,17 @@ def test_no_second_derivative_but_from_the_reference(backend):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
-    pixels=st.integers(2, 70),
-    words=st.integers(2, 20),
+    pixels=st.integers(3, 70),
+    words=st.integers(4, 20),
     shift=st.floats(-10, 10),
     subjects=st.integers(1, 3),
 )
 def test_invariance_and_order(seed, pixels, words, shift, subjects):
-    """A constant added to all words of a pixel changes nothing; a focused map costs less than a spread one."""
+    """A constant added to all words of a pixel changes nothing; a focused map costs less than a spread one.
+
+    Two pixels always give p = (1, 0), whose gradient is rounding; without a word that is no subject there is nothing
+    to focus away from.
+    """
     generator = torch.Generator().manual_seed(seed)
     anchors = (torch.randperm(words, generator=generator)[:subjects] + 1).tolist()
     spread = torch.rand(1, pixels, words + 3, generator=generator, dtype=torch.float64) / 10
@@ -364,8 +368,7 @@ def test_invariance_and_order(seed, pixels, words, shift, subjects):
         torch.testing.assert_close(moved_grad, grad, rtol=1e-6, atol=1e-8 * float(grad.abs().max()))
         # The softmax is invariant, so that its gradient has no part along the shift.
         assert float(grad.sum(-1).abs().max()) <= 1e-10 * float(grad.abs().max())
-        if pixels > 2:
-            assert run_backend(backend, focused, torch.ones(1), anchors, words)[0] < loss
+        assert run_backend(backend, focused, torch.ones(1), anchors, words)[0] < loss
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced tokens", "transposed"])

@@ -7,19 +7,12 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_operands import DTYPES, LAYOUTS, absent, assert_as_good
 
 from difffast import ops
-from difffast.ops._registry import INTERPRETED
 from difffast.ops.cross_attention import reference, reference_backward
 
 needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
-
-
-def absent(backend):
-    """Why a backend cannot take CPU tensors here, or None."""
-    if backend == "triton" and not INTERPRETED:
-        return "the Triton kernels take CPU tensors in the interpreter only (TRITON_INTERPRET=1)"
-    return ops.missing(backend)
 
 
 KERNELS = [
@@ -40,26 +33,6 @@ SHAPES = [
     (3, 3, 5, 31, 17, 33),
     (8, 2, 2, 100, 80, 96),
 ]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def _contiguous(batch, heads, rows, dim, dtype):
-    return torch.randn(batch, heads, rows, dim, dtype=torch.float64).to(dtype)
-
-
-def _by_row(batch, heads, rows, dim, dtype):
-    return _contiguous(batch, rows, heads, dim, dtype).transpose(1, 2)
-
-
-#: How operands lie in memory; ``by row`` is what Diffusers' layers make.
-LAYOUTS = {
-    "contiguous": _contiguous,
-    "by row": _by_row,
-    "channels_last": lambda *a: _contiguous(*a).contiguous(memory_format=torch.channels_last),
-    "strided head_dim": lambda b, h, n, d, t: _contiguous(b, h, d, n, t).transpose(2, 3),
-    "expanded batch": lambda b, h, n, d, t: _contiguous(1, h, n, d, t).expand(b, h, n, d),
-    "sliced": lambda b, h, n, d, t: _contiguous(b, h, 2 * n, d + 3, t)[:, :, ::2, 2 : d + 2],
-}
 
 
 def operands(shape, dtype, layout="by row"):
@@ -82,18 +55,6 @@ def eager(q, k, v, scale, sink, tokens):
         k, v = F.pad(k, (0, 0, 0, sink)), F.pad(v, (0, 0, 0, sink))
     p = (q @ k.transpose(-1, -2) * scale).softmax(-1)
     return p @ v, p[..., tokens].mean(1)
-
-
-def assert_as_good(ours, theirs, exact):
-    """Error against float64 at most 1.2x the eager composition's (root mean square), and twice its largest."""
-    assert ours.shape == exact.shape
-    error, other = ((x.double() - exact).abs() for x in (ours, theirs))
-    # Two root mean squares of n numbers are told apart to about 1 / sqrt(n) only; in float64, `exact` is the eager
-    # composition itself.
-    floor = torch.finfo(ours.dtype).eps * float(exact.abs().max())
-    floor *= 100 if ours.dtype == torch.float64 else 4 / ours.numel() ** 0.5
-    assert float(error.square().mean().sqrt()) <= 1.2 * float(other.square().mean().sqrt()) + floor
-    assert float(error.max()) <= 2 * float(other.max()) + floor
 
 
 @pytest.mark.parametrize("sink", [0, 5])

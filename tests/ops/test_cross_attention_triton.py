@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from triton_interpreter import as_hardware
 
 pytest.importorskip("triton")
 
@@ -22,38 +23,7 @@ EMPTY = ()
 
 @pytest.fixture(scope="module", autouse=True)
 def _interpreter():
-    """Triton's interpreter as the hardware rounds, and faster."""
-    if not kernels.INTERPRETED:
-        yield
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-    patched = set()
-
-    def round_to_nearest(self, src, dst_type):
-        # It truncates float32 to bfloat16, which doubles the error; the hardware rounds to nearest, ties to even.
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            bits = np.ascontiguousarray(src.data).view(np.uint32)
-            bits = np.where(np.isnan(src.data), np.uint32(0x7FC00000), bits + 0x7FFF + ((bits >> 16) & 1))
-            return interpreter.TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
-        return cast(self, src, dst_type)
-
-    def call(self, *args, **kwargs):
-        # It patches the language anew at each call of a function inside a kernel: most of its time.
-        space = self.fn.__globals__
-        if space is not vars(kernels) and id(space) not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(id(space))
-        return self.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", round_to_nearest)
-        for name in ("create_fp_trunc", "create_fp_ext"):
-            patch.setattr(interpreter.InterpreterBuilder, name, round_to_nearest)
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    with as_hardware(kernels):
         yield
 
 
@@ -238,7 +208,7 @@ def test_sums_over_head_groups_and_splits(monkeypatch, heads):
     """Groups of heads and splits of queries, which small problems do not have."""
     q, k, v, grad_out = inputs(2, heads, 130, 17, 8, torch.float64, repeats=2)
     grad_maps = torch.randn([2, 130, 2], dtype=torch.float64, device=DEVICE)
-    monkeypatch.setattr(kernels, "_head_groups", lambda *_: 2)
+    monkeypatch.setattr(kernels, "head_groups", lambda *_: 2)
     monkeypatch.setattr(kernels, "_split_rows", lambda *_: 50)
     check(q, k, v, grad_out, grad_maps, 0.3, 3, (0, 16))
 
@@ -247,9 +217,9 @@ def test_groups_and_splits_depend_on_the_problem_alone():
     assert kernels._split_rows(1, 64) == 64
     assert kernels._split_rows(2 * 8 * 3, 4096) == 384
     assert kernels._split_rows(10**6, 4096) == 4096
-    assert kernels._head_groups(1, 8, 64) == 1
-    assert kernels._head_groups(2, 8, 4096) == 2
-    assert kernels._head_groups(64, 10, 4096) == 10
+    assert kernels.head_groups(1, 8, 64) == 1
+    assert kernels.head_groups(2, 8, 4096) == 2
+    assert kernels.head_groups(64, 10, 4096) == 10
 
 
 @pytest.mark.parametrize(("value", "sink"), [(-60.0, 0), (-60.0, 3), (60.0, 3), (500.0, 1), (-500.0, 0), (-500.0, 2)])
@@ -321,4 +291,4 @@ def test_obstacles():
     ],
 )
 def test_parts(size, widest, expected):
-    assert kernels._parts(size, widest) == expected
+    assert kernels.partition(size, widest) == expected

@@ -1,0 +1,197 @@
+"""joint_attention: attention over text and pixels at once, as in DeepFloyd IF's UNets, without joining their keys.
+
+    P = softmax(scale * q [text_k ; k]^T),  out = P [text_v ; v],  maps = mean over heads of P at chosen text keys
+
+Shapes: q [B, H, N, d]; text_k, text_v [Bt, H, T, d], B = Bt * r, row b of q uses row b // r of them; k, v [B, H, M, d];
+out [B, H, N, d]; maps [B, N, m] float32.  Text and pixels share one softmax: what a map gives to the words of a text is
+less than 1.  Source: GLIDE (arXiv 2112.10741, section 4.1), as Diffusers' AttnAddedKVProcessor2_0 computes it.
+
+The keys of a text are constant over the denoising steps, those of the pixels are not: a kernel that takes the two
+apart reads both where they are.  PyTorch's attention needs them joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _registry
+from .cross_attention import checked, checked_tokens, cross_attention, repeated, stored_by_row
+
+
+def joint_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    map_tokens: Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over text keys and pixel keys in one softmax, with the head-averaged map of chosen tokens on request.
+
+    Differentiable as often as PyTorch can, in all operands and from both outputs.  The backward pass of the kernel is
+    the closed form in plain PyTorch, which holds the probabilities of all heads.
+
+    Args:
+        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
+        text_k, text_v: [Bt, H, T, d] with 1 <= T <= 128; Bt divides B, and row b of q uses row b // (B / Bt).
+        k, v: [B, H, M, d] with any M; both None: there is text alone, which is :func:`cross_attention`.
+        scale: factor of the logits; None: 1 / sqrt(d).
+        map_tokens: text keys whose probabilities are wanted, in this order; None: no maps.
+
+    Returns:
+        out [B, H, N, d], stored as [B, N, H, d]; with ``map_tokens`` also maps [B, N, m] in float32 (float64 for
+        float64): the mean over heads of the probabilities among all keys, pixels included.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or values.
+        RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
+    """
+    if k is None or v is None:
+        if k is not v:
+            raise ValueError(
+                f"k and v must both be tensors or both be None, got {type(k).__name__}, {type(v).__name__}"
+            )
+        return cross_attention(q, text_k, text_v, scale=scale, map_tokens=map_tokens)
+    scale = checked(q, text_k, text_v, scale, prefix="text_")
+    _check_pixels(q, k, v)
+    tokens = [] if map_tokens is None else checked_tokens(map_tokens, text_k.shape[2])
+    increasing = sorted(set(tokens))
+    backend = _registry.choose("joint_attention", q, lambda backend: obstacle(backend, q, text_k, text_v, increasing))
+    if backend == "sdpa":
+        return _sdpa(q, text_k, text_v, k, v, scale)
+    run = reference if backend == "reference" else _OPERATORS[backend]
+    out, maps = run(q, text_k, text_v, k, v, scale, increasing)
+    if map_tokens is None:
+        return out
+    return out, maps if tokens == increasing else maps[..., [increasing.index(token) for token in tokens]]
+
+
+def reference(
+    q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
+    q_, k_, v_ = _joined(q, text_k, text_v, k, v)
+    p = (q_ @ k_.transpose(-1, -2) * scale).softmax(-1)
+    return stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
+
+
+def reference_backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    map_tokens: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The closed-form gradients in plain PyTorch.  -> (dq, dtext_k, dtext_v, dk, dv)
+
+    FlashAttention's (arXiv 2205.14135, appendix B), with the maps' gradient added to dP: dP = dO v^T, plus dmaps / H
+    at the chosen tokens; dS = P (dP - rowsum(P dP)); dq = scale dS k, dk = scale dS^T q, dv = P^T dO.
+    """
+    q_, k_, v_ = _joined(q, text_k, text_v, k, v)
+    p = (q_ @ k_.transpose(-1, -2) * scale).softmax(-1)
+    grad = torch.zeros_like(q_) if grad_out is None else grad_out.to(q_.dtype)
+    dp = grad @ v_.transpose(-1, -2)
+    if grad_maps is not None and len(map_tokens):
+        columns = torch.tensor(list(map_tokens), device=q.device)
+        share = (grad_maps / q.shape[1]).unsqueeze(1).expand(-1, q.shape[1], -1, -1)
+        dp = dp.index_add(-1, columns, share)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    parts = [text_k.shape[2], k.shape[2]]
+    of_text, of_pixels = zip(
+        *((x.split(parts, 2)) for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)), strict=True
+    )
+    repeats = q.shape[0] // text_k.shape[0]
+    of_text = (x.unflatten(0, (-1, repeats)).sum(1) for x in of_text)
+    dq = stored_by_row((ds @ k_).to(q.dtype))
+    return dq, *(x.to(q.dtype) for x in (*of_text, *of_pixels))
+
+
+def _joined(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, keys and values in the dtype of the computation."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    text_k, text_v = repeated(q, text_k, text_v)
+    return tuple(x.to(compute) for x in (q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)))
+
+
+def _sdpa(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    # On a CPU, two calls of PyTorch's attention merged by their log-sum-exp take as long as this (DeepFloyd IF's
+    # shapes, float32), and the log-sum-exp carries no gradient.
+    text_k, text_v = repeated(q, text_k, text_v)
+    return F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), scale=scale)
+
+
+def _check_pixels(q: Tensor, k: Tensor, v: Tensor) -> None:
+    batch, heads, _, dim = q.shape
+    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
+        raise ValueError(f"k must be [{batch}, {heads}, pixels, {dim}] like q, got {tuple(k.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+
+
+def obstacle(backend: str, q: Tensor, text_k: Tensor, text_v: Tensor, map_tokens: Sequence[int]) -> str | None:
+    """Why a backend that exists here cannot serve these operands, or None."""
+    if backend == "sdpa" and map_tokens:
+        return "PyTorch's fused attention returns no maps"
+    if backend == "triton":
+        from difffast.triton_kernels import joint_attention as kernels
+
+        return kernels.obstacle(q, text_k, text_v)
+    return None
+
+
+_SCHEMA = (
+    "(Tensor q, Tensor text_k, Tensor text_v, Tensor k, Tensor v, float scale, int[] map_tokens) "
+    "-> (Tensor out, Tensor maps)"
+)
+_OPERATORS: dict[str, Any] = {}
+
+
+def _fake(
+    q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, dim = q.shape
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, rows, heads, dim).transpose(1, 2), q.new_empty(batch, rows, len(map_tokens), dtype=sums)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *operands, ctx.scale, ctx.map_tokens = inputs
+    ctx.save_for_backward(*operands)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple[Any, ...]:
+    if grad_out is None and grad_maps is None:
+        return (None,) * 7
+    gradients = reference_backward(grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, ctx.map_tokens)
+    return (*gradients, None, None)
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from difffast.triton_kernels import joint_attention as kernels
+
+    return kernels.forward(*arguments)
+
+
+_registry.LIBRARY.define(f"joint_attention.triton{_SCHEMA}")
+torch.library.register_fake("difffast::joint_attention.triton", _fake, lib=_registry.LIBRARY)
+torch.library.register_autograd(
+    "difffast::joint_attention.triton", _differentiate, setup_context=_save, lib=_registry.LIBRARY
+)
+_OPERATORS["triton"] = torch.ops.difffast.joint_attention.triton
+for _device in ("CPU", "CUDA"):
+    _registry.LIBRARY.impl("joint_attention.triton", _triton, _device)
