@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +37,20 @@ class TextKeys:
     An entry holds as long as the layer's weights do: :func:`weights_state` sees LoRA, hot-swaps, moves and updates.
 
     Args:
-        text: the tensor.
+        text: the tensor [B * frames, T, D].
         counts: where "computed" and "reused" are counted.
+        frames: rows of the text for each sample.  If they are all equal, keys and values are made for one of them; to
+            find out, they are compared, which waits for the device once a text.
+
+    Attributes:
+        rows: rows of keys and values for each sample.
     """
 
-    def __init__(self, text: Tensor, counts: Counter[str]) -> None:
+    def __init__(self, text: Tensor, counts: Counter[str], frames: int = 1) -> None:
         self.text, self._version = text, _version(text)
+        first = text[::frames]
+        equal = frames > 1 and torch.equal(text, first.repeat_interleave(frames, 0))
+        self._distinct, self.rows = (first, 1) if equal else (text, frames)
         self._entries: dict[nn.Module, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
         self._projected: tuple[list[Any], TextKeys] | None = None
         self._counts = counts
@@ -66,7 +75,7 @@ class TextKeys:
         if state is not None and entry is not None and _same(entry[0], state):
             self._counts["reused"] += 1
             return entry[1:]
-        keys, values = project(layer, self.text)
+        keys, values = project(layer, self._distinct)
         self._counts["computed"] += 1
         if state is not None:
             self._entries[layer] = (state, keys, values)
@@ -79,13 +88,14 @@ class Label:
 
     Attributes:
         fused: whether layers use the operator.
-        text: the text tensor [B, T, D] that layers see, before it was repeated for parallel decoding.
+        text: the text tensor [B * frames, T, D] that layers see, before it was repeated for parallel decoding.
         repeats: decoder steps in the batch, batch-major.
         keys: where keys and values are remembered; None: nowhere (gradients are wanted).
         collectors: who wants maps.
         size: (height, width) of the latents.
         note: told the reason when a layer runs stock.
         stop: whether the call ends, by :class:`AllCollected`, once every collector has all of its layers.
+        frames: rows of the text for each sample.
         sink: rows of zeros that ``text`` stands without; they are in the softmax all the same.
     """
 
@@ -97,6 +107,7 @@ class Label:
     size: tuple[int, int]
     note: Callable[[str], None]
     stop: bool = False
+    frames: int = 1
     sink: int = 0
 
 
@@ -116,6 +127,23 @@ def relabel(text: Any, copy: Any, repeats: int) -> None:
     found = getattr(text, _LABEL, None)
     if found is not None and copy is not text:
         setattr(copy, _LABEL, dataclasses.replace(found, repeats=repeats * found.repeats))
+
+
+#: Inside :func:`over_copies`: the label of the text that attn2 layers get copies of.
+_copied: ContextVar[Label | None] = ContextVar("difffast_copied_text", default=None)
+
+
+@contextlib.contextmanager
+def over_copies(text: Any) -> Iterator[None]:
+    """Inside the block this thread's attn2 layers take whatever text they get for copies of ``text``, with its label.
+
+    For UNets that repeat their text over frames or pixels: the copies of a sample's row are neighbours.
+    """
+    token = _copied.set(getattr(text, _LABEL, None))
+    try:
+        yield
+    finally:
+        _copied.reset(token)
 
 
 def processed(unet: nn.Module, text: Any, process: Callable[[Any], Any]) -> Any:
@@ -177,7 +205,7 @@ def _call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         text = args[0] if args else kwargs.get("encoder_hidden_states")
         # A compiled region must not depend on what a tensor carries beside its data.
-        found = None if torch.compiler.is_compiling() else getattr(_text_of(text), _LABEL, None)
+        found = None if torch.compiler.is_compiling() else getattr(_text_of(text), _LABEL, _copied.get())
         if found is None:
             return plain(self, hidden_states, *args, **kwargs)
         wanted = [c for c in found.collectors if name in c.layers]
@@ -213,7 +241,7 @@ def _obstacle(
     ``rank`` is that of its input; None: what the UNet gives it.
     """
     processor = type(layer.processor)
-    if processor.__module__ != "diffusers.models.attention_processor" or processor.__name__ not in _PROJECTIONS:
+    if not processor.__module__.startswith("diffusers.") or processor.__name__ not in _PROJECTIONS:
         return f"attention processor {processor.__qualname__}"
     given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
     if positional or given:
@@ -246,13 +274,16 @@ def _obstacle(
 def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, wanted: Sequence[AttentionMaps]) -> Tensor:
     """What the layer's processor computes, through the operator."""
     project = _PROJECTIONS[type(layer.processor).__name__]
-    one = isinstance(text, Tensor) and text.shape[1] == 1 and not has_added_keys(layer)
-    if one and found.repeats == 1 and not (wanted or found.sink):
-        # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
-        value = project(layer, text)[1]
-        return layer.to_out[1](layer.to_out[0](value)).expand(-1, hidden.shape[1], -1)
-    query, pixels = _own(layer, hidden)
     keys, values = project(layer, found.text) if found.keys is None else found.keys.get(layer, project)
+    if found.repeats > 1 and found.keys is not None and found.keys.rows > 1:
+        # The operator lets neighbouring rows share keys; here one step's frames are neighbours, not one frame's steps.
+        by_sample = (x.unflatten(0, (-1, found.keys.rows)) for x in (keys, values))
+        keys, values = (ops.repeat_batch(x, found.repeats).flatten(0, 1) for x in by_sample)
+    if isinstance(text, Tensor) and text.shape[1] == 1 and not (wanted or found.sink or has_added_keys(layer)):
+        # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
+        out = layer.to_out[1](layer.to_out[0](values))
+        return out.repeat_interleave(len(hidden) // len(out), 0).expand(-1, hidden.shape[1], -1)
+    query, pixels = _own(layer, hidden)
     keys, values = _by_head(layer, keys), _by_head(layer, values)
     if wanted:
         tokens = sorted({token for collector in wanted for token in collector.columns(keys.shape[2])})
@@ -260,7 +291,8 @@ def _attend(name: str, layer: Any, hidden: Tensor, text: Any, found: Label, want
         for collector in wanted:
             columns = collector.columns(keys.shape[2])
             chosen = maps if columns == tokens else maps[..., [tokens.index(token) for token in columns]]
-            collector.add(name, chosen.unflatten(0, (-1, found.repeats)), found.size)
+            by_step = chosen.unflatten(0, (-1, found.repeats, found.frames)).transpose(1, 2).flatten(0, 1)
+            collector.add(name, by_step, found.size)
         if found.stop and all(len(collector.latest) == len(collector.layers) for collector in found.collectors):
             raise AllCollected
     else:
@@ -294,6 +326,8 @@ def static_keys(
     keys = keys if projection is None else keys.after(projection)
     text = keys.text
     given = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
+    if keys.rows > 1:  # programs repeat nothing
+        return found
     if any(call.get(name) is not None for name in given):
         return found
     for name, layer in layers.items():
@@ -379,6 +413,7 @@ _PROJECTIONS: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "AttnProcessor2_0": _separate,
     "FusedAttnProcessor2_0": _together,
     "IPAdapterAttnProcessor2_0": _separate,
+    "CrossFrameAttnProcessor2_0": _separate,  # Text2Video-Zero's, whose frames meet in self-attention only
     _ADDED: _added,
 }
 

@@ -16,7 +16,7 @@ from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .programs import BATCHES
 from .propagation import Controller, RunStats, Settings
-from .support import PIPELINES, Support, support_of
+from .support import PIPELINES, UNETS, Support, denoiser_of, support_of
 from .swap import is_swapped, plain_class, swap_in, swap_out
 from .unet import reentry
 
@@ -139,8 +139,9 @@ def patch(
     Raises:
         TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
             ``fused`` or ``compile`` no bool, ``binding`` no :class:`SemanticBinding`.
-        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, a branch that the UNet does not have,
-            or no layers for binding's maps.  Nothing is changed then.
+        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, feature reuse, prior noise or binding
+            where the pipeline's kind rules it out, a branch that the UNet does not have, or no layers for binding's
+            maps.  Nothing is changed then.
     """
     if isinstance(pipe, (list, tuple)):
         options = {"propagation": propagation, "fused": fused, "compile": compile, "binding": binding}
@@ -158,6 +159,8 @@ def patch(
         raise TypeError(f"compile must be True or False, got {compile!r}")
     if binding is not None and not isinstance(binding, SemanticBinding):
         raise TypeError(f"binding must be a difffast.SemanticBinding, got {type(binding).__name__}")
+    if binding is not None and not denoiser_of(type(unet)).binding:
+        raise ValueError(f"semantic binding is for pictures, got a {type(unet).__name__}")
     binder = Binder(binding, pipe, unet) if binding is not None else None
     arguments = {
         "preset": preset,
@@ -169,6 +172,7 @@ def patch(
         "force": force,
     }
     config = propagation or PRESETS[preset].propagation
+    _check_meant(config, type(pipe).__name__, support)
     fused = PRESETS[preset].fused if fused is None else fused
     no_halves = guidance_obstacle(pipe, support)
     if guidance is not None:
@@ -208,6 +212,8 @@ def patch(
             )
         if getattr(unet, "_compiled_call_impl", None) is not None:
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
+        if not support.parallel:
+            notes.append(f"steps are decoded one at a time: {support.note}")
         if PRESETS[preset].guidance is not None and settings.guidance is None:
             notes.append(f"guidance's halves run together: {no_halves}")
         settings.adopt_scheduler()
@@ -299,6 +305,13 @@ def _put_back(pipe: DiffusionPipeline, arguments: Mapping[str, Any] | None) -> N
 @contextlib.contextmanager
 def collecting(pipe: DiffusionPipeline, make: Callable[[nn.Module], Any]) -> Iterator[Any]:
     """Let the pipeline's runs fill ``make(unet)`` inside the block; see :func:`difffast.collect_maps`."""
+    _, unet, _ = _checked_target(pipe)
+    text = denoiser_of(type(unet)).text
+    if text != "given":
+        raise ValueError(
+            f"no attention maps can be collected from a {type(unet).__name__}: its layers get the text {text}, "
+            "which leaves no map a picture"
+        )
     with contextlib.ExitStack() as stack:
         if pipe not in _patches:
             stack.enter_context(patched(pipe, "exact"))
@@ -314,7 +327,7 @@ def collecting(pipe: DiffusionPipeline, make: Callable[[nn.Module], Any]) -> Ite
 
 def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
     """What is supported of the pipeline, its plain UNet, and the compiled wrapper around it if there is one."""
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from diffusers import DiffusionPipeline
 
     name = type(pipe).__name__
     if not isinstance(pipe, DiffusionPipeline):
@@ -328,9 +341,21 @@ def _checked_target(pipe: Any) -> tuple[Support, nn.Module, Any]:
         raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(PIPELINES)}")
     compiled = unet if hasattr(unet, "_orig_mod") else None
     plain = unet._orig_mod if compiled is not None else unet
-    if not isinstance(plain, UNet2DConditionModel):
-        raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: UNet2DConditionModel")
+    if denoiser_of(type(plain)) is None:
+        raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: {', '.join(UNETS)}")
     return supported, plain, compiled
+
+
+def _check_meant(config: Sharing, pipeline: str, support: Support) -> None:
+    """Refuse what the pipeline's kind rules out, with the reason."""
+    why = f": {support.note}" if support.note else ""
+    if isinstance(config, FeatureReuse) and not support.reuse:
+        raise ValueError(f"feature reuse does not work with {pipeline}{why}")
+    if isinstance(config, EncoderPropagation) and config.prior_noise and not support.prior_noise:
+        raise ValueError(
+            f"prior noise is not meant for {pipeline} ({support.family}), got prior_noise={config.prior_noise}: "
+            "use prior_noise=None"
+        )
 
 
 def guidance_obstacle(pipe: Any, support: Support) -> str:

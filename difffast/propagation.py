@@ -29,11 +29,11 @@ from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, GuidanceReuse, Pl
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Inputs, Programs, scaled
 from .stepping import Edit, step_override
+from .support import Support, denoiser_of, output_of
 from .swap import is_swapped, swap_in, swap_out
 
 if TYPE_CHECKING:
     from .guidance.binder import Binder
-    from .support import Support
 
 
 @dataclass
@@ -149,6 +149,8 @@ class Settings:
         else:
             batches = BATCHES if self.compiled else None
             plan = self.propagation.plan(total, kind=self.support.key_steps, device=device, batches=batches)
+        if not self.support.parallel:
+            plan = replace(plan, max_batch=1)
         if self.binding is not None:
             plan = plan.with_optimised(self.binding.config.optimised(total))
         return plan if self.guidance is None else self.guidance.applied(plan)
@@ -228,9 +230,7 @@ class Controller:
             run.clear()
             raise
         if call.get("return_dict", True):
-            from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-            return UNet2DConditionOutput(sample=sample)
+            return output_of(type(unet))(sample=sample)
         return (sample,)
 
     def run_of(self, timestep: Any, device: torch.device) -> _Run | None:
@@ -284,6 +284,7 @@ class _Run:
         self.plan = settings[0].resolve(len(timesteps), _denoising_steps(scheduler, timesteps), device)
         self._resolved = self.plan
         self.fused = settings[0].fused
+        self.text = denoiser_of(type(unet)).text
         self._programs = programs if settings[0].compiled else None
         self.stats = RunStats(total=len(timesteps))
         for each in settings:
@@ -314,7 +315,7 @@ class _Run:
         self._both_until = 0  # before this step both run, whatever the plan says: it begins with a forced key step
         self._inputs: Inputs | None = None
         coupled = _coupled_processor(unet)
-        if coupled is not None:
+        if coupled is not None and self.plan.max_batch != 1:
             # Attention that mixes samples of a batch would mix time steps as well.
             self.plan = self._resolved = replace(self.plan, max_batch=1)
             self.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
@@ -381,20 +382,22 @@ class _Run:
         """
         fused = self.fused and not stock
         collectors = tuple(maps for each in self.settings for maps in each.collectors)
-        if not fused and not collectors:
+        if self.text == "extended" or not (fused or collectors):
             return text
-        found = self._keys = self._keys_of(text)
+        frames = max(1, text.shape[0] // sample.shape[0])  # the text of a video may have a row for each
+        found = self._keys = self._keys_of(text, frames)
         if self._programs is not None and not collectors:
             return text
         keys = None if torch.is_grad_enabled() else found  # remembered ones would cut the graph
         height, width = sample.shape[-2:]
-        return attention.labelled(text, attention.Label(fused, text, 1, keys, collectors, (height, width), self.note))
+        label = attention.Label(fused, text, 1, keys, collectors, (height, width), self.note, frames=frames)
+        return attention.labelled(text, label)
 
-    def _keys_of(self, text: Tensor) -> attention.TextKeys:
+    def _keys_of(self, text: Tensor, frames: int) -> attention.TextKeys:
         for keys in self._text_keys:
             if keys.belong_to(text):
                 return keys
-        self._text_keys = [attention.TextKeys(text, self.stats.text_keys), *self._text_keys[:1]]
+        self._text_keys = [attention.TextKeys(text, self.stats.text_keys, frames), *self._text_keys[:1]]
         return self._text_keys[0]
 
     def _half_of(self, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -451,9 +454,19 @@ class _Run:
             call = {**call, "encoder_hidden_states": text}
         if half:
             stock = functools.partial(split.run_whole, unet, call)
-        if self.plan.reuse is not None:
-            return self._finish(order, half, self._whole_or_reuse(unet, call, conditioning, order, stock))
+        with attention.over_copies(text if self.text == "repeated" else None):
+            return self._finish(order, half, self._output(unet, call, conditioning, order, stock))
 
+    def _output(
+        self,
+        unet: nn.Module,
+        call: Mapping[str, Any],
+        conditioning: Conditioning,
+        order: int,
+        stock: Callable[[], Tensor],
+    ) -> Tensor:
+        if self.plan.reuse is not None:
+            return self._whole_or_reuse(unet, call, conditioning, order, stock)
         if order not in self._queue:
             run, prepared = self._runner(unet, call)
             if self._features is None or self.plan.is_key(order):
@@ -463,8 +476,7 @@ class _Run:
                 self.stats.forced += not self.plan.is_key(order)
                 if self.plan.segment_end(order) == order + 1:
                     self._conditioning = conditioning
-                    whole = stock() if run is split.directly else run(split.run_whole, unet, prepared)
-                    return self._finish(order, half, whole)
+                    return stock() if run is split.directly else run(split.run_whole, unet, prepared)
                 config = self.settings[0].propagation
                 share = config.share_skips and not config.order
                 self._features = split.encode(unet, prepared, share=share, run=run)
@@ -476,7 +488,7 @@ class _Run:
             self._decode(unet, prepared, order, run)
         else:
             self.stats.propagated += 1
-        return self._finish(order, half, self._queue.pop(order))
+        return self._queue.pop(order)
 
     def _follow(self, order: int) -> None:
         """Fit the plan to what the sampling loop is seen to do."""
@@ -487,9 +499,9 @@ class _Run:
                 self.plan = self.plan.until(order + executed)  # e.g. denoising_end: nothing is decoded beyond it
         if order >= self.plan.total:
             self.plan = self._resolved
-        if order == self._last and len(self.plan.keys) < self.plan.total:
+        if order == self._last and (len(self.plan.keys) < self.plan.total or self.plan.halves):
             # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
-            self.plan = replace(self.plan, keys=tuple(range(self.plan.total)), optimised=())
+            self.plan = replace(self.plan, keys=tuple(range(self.plan.total)), optimised=(), halves=())
             self.note("every step is a key step: the UNet is called several times a step")
 
     def _whole_or_reuse(
@@ -626,11 +638,16 @@ def _needs_stock(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
     """Why this call must run the unpatched forward, or None."""
     if torch.is_grad_enabled():
         return "gradients are enabled (cached features would cut the graph); use torch.no_grad()"
-    if unet.training:
-        return "the UNet is in training mode; call unet.eval()"
+    if unet.training and _drops_values(unet):
+        return "the UNet is in training mode and has dropout; call unet.eval()"
     if unet._forward_hooks or unet._forward_pre_hooks:
         return "forward hooks are registered on the UNet itself and must see every call"
     return split.obstacle(unet)
+
+
+def _drops_values(unet: nn.Module) -> bool:
+    """Whether any layer's dropout is active; training mode alone changes nothing, and AnimateDiff's UNets are in it."""
+    return any(type(m) is nn.Dropout and m.training and m.p > 0 for m in unet.modules())
 
 
 @functools.cache

@@ -61,15 +61,15 @@ def resnets_of(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: nn.Module, hidden: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self: nn.Module, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         note = None if torch.compiler.is_compiling() else _note.get()
-        if note is None or temb is None or not _wins(hidden):
-            return plain(self, hidden, temb, *args, **kwargs)
-        reason = "it was called with more than two arguments" if args or kwargs else _obstacle(self, hidden)
+        if note is None or temb is None or not _wins(input_tensor):
+            return plain(self, input_tensor, temb, *args, **kwargs)
+        reason = "it was called with more than two arguments" if args or kwargs else _obstacle(self, input_tensor)
         if reason is not None:
             note(f"resnets run stock: {reason}")
-            return plain(self, hidden, temb, *args, **kwargs)
-        return _forward(self, hidden, temb)
+            return plain(self, input_tensor, temb, *args, **kwargs)
+        return _forward(self, input_tensor, temb)
 
     return call
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,31 @@ class Support:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Denoiser:
+    """What sets one class of UNets apart from another.
+
+    Attributes:
+        output: what a call returns: the name of a class in the UNet's module.
+        text: how attn2 layers get the text argument: "given", as it is; "repeated", over frames or pixels; "extended",
+            by tokens that the UNet makes from other arguments.
+        binding: whether semantic binding is meant for it.
+    """
+
+    output: str
+    text: Literal["given", "repeated", "extended"]
+    binding: bool = False
+
+
+#: UNets that are split in two, by class name; subclasses are taken for what they derive from.
+UNETS: dict[str, Denoiser] = {
+    "UNet2DConditionModel": Denoiser("UNet2DConditionOutput", "given", binding=True),
+    "UNetMotionModel": Denoiser("UNetMotionOutput", "given"),
+    "UNetSpatioTemporalConditionModel": Denoiser("UNetSpatioTemporalConditionOutput", "repeated"),
+    "UNet3DConditionModel": Denoiser("UNet3DConditionOutput", "repeated"),
+    "I2VGenXLUNet": Denoiser("UNet3DConditionOutput", "extended"),
+}
+
 _SD = Support("Stable Diffusion 1, 2")
 _XL = Support("Stable Diffusion XL")
 _THREE = "its batch has three parts"
@@ -37,6 +64,14 @@ _IF_1 = Support("DeepFloyd IF, stage I", key_steps="if-1", prior_noise=False)
 _IF_2 = Support("DeepFloyd IF, stage II", key_steps="if-2", prior_noise=False)
 _KANDINSKY = Support("Kandinsky 2.2 decoder")
 _KOLORS = Support("Kolors")
+_ANIMATEDIFF = Support("AnimateDiff", prior_noise=False)
+_MODELSCOPE = Support("ModelScope text-to-video", prior_noise=False)
+_ZERO = Support(
+    "Text2Video-Zero",
+    parallel=False,
+    prior_noise=False,
+    note="all frames attend to the first of the batch, which would mix steps that are decoded together",
+)
 _ADAPTER = Support("T2I-Adapter", note="the adapter's features enter at key steps only")
 
 #: By class name; subclasses are taken for what they derive from.
@@ -86,12 +121,34 @@ PIPELINES: dict[str, Support] = {
     "IFImg2ImgSuperResolutionPipeline": _IF_2,
     "IFInpaintingSuperResolutionPipeline": _IF_2,
     "StableDiffusionDepth2ImgPipeline": _SD,
+    "AnimateDiffPipeline": _ANIMATEDIFF,
+    "AnimateDiffVideoToVideoPipeline": _ANIMATEDIFF,
+    "AnimateDiffPAGPipeline": replace(_ANIMATEDIFF, guidance=_THREE),
+    "AnimateDiffSDXLPipeline": _ANIMATEDIFF,
+    "PIAPipeline": _ANIMATEDIFF,
+    "StableVideoDiffusionPipeline": Support("Stable Video Diffusion", prior_noise=False),
+    "TextToVideoSDPipeline": _MODELSCOPE,
+    "VideoToVideoSDPipeline": _MODELSCOPE,
+    "I2VGenXLPipeline": Support("I2VGen-XL", prior_noise=False),
+    "TextToVideoZeroPipeline": _ZERO,
+    "TextToVideoZeroSDXLPipeline": _ZERO,
 }
 
 
 def support_of(pipeline: type) -> Support | None:
     """The entry of a class of pipelines, or of the nearest class that it derives from."""
     return next((PIPELINES[base.__name__] for base in pipeline.__mro__ if base.__name__ in PIPELINES), None)
+
+
+def denoiser_of(unet: type) -> Denoiser | None:
+    """The entry of a class of UNets; None if it is not supported."""
+    return next((UNETS[base.__name__] for base in unet.__mro__ if base.__name__ in UNETS), None)
+
+
+def output_of(unet: type) -> type:
+    """What calls of a supported class of UNets return with ``return_dict=True``."""
+    module = next(base.__module__ for base in unet.__mro__ if base.__name__ in UNETS)
+    return getattr(sys.modules[module], denoiser_of(unet).output)
 
 
 #: Head of :func:`table`.

@@ -24,8 +24,18 @@ from .conditioning import RESIDUALS
 from .ops import repeat_batch
 from .view import replaced, view
 
-_ENCODER = ("conv_in", "down_blocks", "mid_block")
+_ENCODER = (
+    "image_latents_proj_in",
+    "image_latents_temporal_encoder",
+    "conv_in",
+    "transformer_in",
+    "down_blocks",
+    "mid_block",
+)
 _DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
+
+#: Lists of layers in down and up blocks, of which those with one index run one after another.
+_LAYERS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
 
 #: What runs a function of this module on its arguments: directly, or as a compiled program (:mod:`.programs`).
 Run = Callable[..., Any]
@@ -82,8 +92,9 @@ def conditional_half(value: Any, batch: int) -> Any:
 
 def skips_of(outputs: Mapping[str, Any]) -> list[Tensor]:
     """The skip tensors [B, C, H, W] in the order in which the encoder made them."""
+    first = outputs["transformer_in"][0] if "transformer_in" in outputs else outputs["conv_in"]
     blocks = [out[1] for name, out in outputs.items() if name.startswith("down_blocks.")]
-    return [outputs["conv_in"], *(skip for block in blocks for skip in block)]
+    return [first, *(skip for block in blocks for skip in block)]
 
 
 def _bottleneck(outputs: Mapping[str, Any]) -> Tensor:
@@ -180,11 +191,12 @@ def run_recording(unet: nn.Module, call: Mapping[str, Any], branch: int) -> tupl
     deep: list[Tensor] = []
     i, j = reentry(unet, branch)
     resnet = unet.up_blocks[i].resnets[j]
-    own = resnet.in_channels - _skip_channels(unet, branch)
+    of_skip = _skip_channels(unet, branch)
 
-    def run(both: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        deep.append(both[:, :own].contiguous())
-        return resnet(both, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        both = args[0] if args else kwargs["input_tensor"]
+        deep.append(both[:, : both.shape[1] - of_skip].contiguous())
+        return resnet(*args, **kwargs)
 
     whole = replaced(unet, {f"up_blocks.{i}.resnets.{j}": _StandIn(resnet, run)})
     return run_whole(whole, call), deep[0]
@@ -192,10 +204,11 @@ def run_recording(unet: nn.Module, call: Mapping[str, Any], branch: int) -> tupl
 
 def _skip_channels(unet: nn.Module, branch: int) -> int:
     """Channels of the skip with this index."""
-    makers = [unet.conv_in]
-    for block in unet.down_blocks:
-        makers += [*block.resnets, *(block.downsamplers or ())]
-    return makers[branch].out_channels
+    widths = unet.config.block_out_channels
+    channels = [widths[0]]
+    for width, block in zip(widths, unet.down_blocks, strict=True):
+        channels += [width] * (len(block.resnets) + len(block.downsamplers or ()))
+    return channels[branch]
 
 
 def run_reuse(unet: nn.Module, call: Mapping[str, Any], deep: Sequence[Tensor], weights: Tensor, branch: int) -> Tensor:
@@ -242,7 +255,7 @@ def _without_deep_residuals(call: Mapping[str, Any], blocks: int) -> dict[str, A
 
 def _cut(block: nn.Module, layers: slice, **children: Any) -> Any:
     """A view of a down or up block with some of its layers."""
-    lists = (name for name in ("resnets", "attentions") if hasattr(block, name))
+    lists = (name for name in _LAYERS if hasattr(block, name))
     return view(block, {**{name: list(getattr(block, name))[layers] for name in lists}, **children})
 
 
@@ -295,7 +308,7 @@ def run_encoder(
     half = view(unet, {**_stand_ins(unet, _ENCODER, record), **_stand_ins(unet, _DECODER, hand_on)})
     # Adapters' lists are popped by forward; the caller's list must survive.
     arguments = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
-    half.forward(**{**arguments, **dict.fromkeys(_ADDED_LATER), "return_dict": False})
+    half.forward(**{**arguments, **dict.fromkeys(arguments.keys() & _ADDED_LATER), "return_dict": False})
     outputs = _with_residuals(outputs, call)
     return outputs, decoder.share(unet, skips_of(outputs), _bottleneck(outputs), names)
 

@@ -63,6 +63,15 @@ def inpaint_pipe64(_built_inpaint):
     return copy.deepcopy(_built_inpaint).to(dtype=torch.float64)
 
 
+@pytest.fixture(scope="module")
+def _one_thread():
+    """For models so small that a second thread costs more than it helps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def _nan_memory():
     """Uninitialised memory is NaN (integers: their largest), whoever allocates it: Python or C++."""

@@ -18,6 +18,8 @@ from tolerances import LATENTS_FLOAT64
 from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patch, patched, support, unpatch
 from difffast.swap import is_swapped
 
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 ROWS = {**zoo.ROWS, **adapter_zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS}
 
 #: Half of the steps share features, in segments of different lengths.
@@ -25,15 +27,6 @@ KEYS = (0, 1, 4, 6)
 AHEAD = EncoderPropagation(key_steps=KEYS, max_parallel=3)
 STEP_BY_STEP = EncoderPropagation(key_steps=KEYS, parallel=False)
 ALL_KEY = EncoderPropagation(key_steps=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are so small that a second thread costs more than it helps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -103,6 +96,7 @@ def test_a_pipeline(row, pipe):
     assert stats.propagated > 0
     assert_as_planned(row, stats)
     assert (max(stats.decode_batches) > 1) == supported.parallel
+    assert any("one at a time" in note for note in report.notes) != supported.parallel
 
     reuse = FeatureReuse(interval=2)
     if supported.reuse:
@@ -116,6 +110,10 @@ def test_a_pipeline(row, pipe):
     else:
         with pytest.raises(ValueError, match="reuse"):
             patch(pipe, propagation=reuse)
+
+    if not supported.prior_noise:
+        with pytest.raises(ValueError, match="prior noise"):
+            patch(pipe, propagation=EncoderPropagation(prior_noise=0.003))
 
     halves = {"propagation": AHEAD, "guidance": GuidanceReuse(2)}
     if supported.guidance or not hasattr(pipe, "do_classifier_free_guidance"):

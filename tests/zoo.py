@@ -29,6 +29,7 @@ class Inputs:
         images: how many at once.
         size: (height, width) in pixels; latents are a quarter of it.
         steps: denoising steps.
+        frames: of each video; pictures have none.
     """
 
     prompt: str = "a red circle"
@@ -36,6 +37,7 @@ class Inputs:
     images: int = 1
     size: tuple[int, int] = (32, 32)
     steps: int = 8
+    frames: int = 2
 
     @property
     def generator(self) -> torch.Generator:
