@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from difffast import EncoderPropagation, FeatureReuse, patched
+from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patched
 from difffast.demo import device_name, psnr
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
@@ -64,6 +64,10 @@ def ways() -> list[Way]:
         name = f"difffast, reuse, a key step every {interval}" + ", extrapolated" * bool(order)
         return Way(name, "difffast, reuse", context=lambda pipe: patched(pipe, propagation=propagation))
 
+    def with_guidance(name: str, **options: Any) -> Way:
+        return Way(f"difffast, {name}", "difffast, guidance", context=lambda pipe: patched(pipe, **options))
+
+    exact = EncoderPropagation(key_steps=1)
     return [
         *(Way(f"stock, {steps} steps", "stock", steps) for steps in (50, 30, 20, 15, 10)),
         *(
@@ -72,6 +76,8 @@ def ways() -> list[Way]:
         ),
         *map(every, (2, 3, 5)),
         *(reuse(3), reuse(5), reuse(3, order=1)),
+        with_guidance("guidance every 3", propagation=exact, guidance=GuidanceReuse(3)),
+        with_guidance("reuse and guidance, every 3", propagation=FeatureReuse(3), guidance=GuidanceReuse(1)),
         *(Way(f"DeepCache {n}", "DeepCache", context=lambda pipe, n=n: peers.deepcache(pipe, n)) for n in (2, 3, 5)),
         *(
             Way(f"tomesd {r:.0%}", "tomesd", context=lambda pipe, r=r: peers.token_merging(pipe, r))

@@ -71,17 +71,17 @@ class Costs:
 
     def image(self, plan: Plan) -> int:
         """A whole schedule."""
-        rows = plan.steps()
         total = 0
-        for row in rows:
+        for row in plan.steps():
             alone = plan.segment_end(row.order) == row.order + 1
             if row.reuse:
-                total += self.reuse
+                cost = self.reuse
             elif row.key and (plan.reuse is not None or alone):
-                total += self.whole
+                cost = self.whole
             else:
-                total += self.encode * row.key
-                total += self.decode(len(row.decoded_with)) * (row.order == row.decoded_with[0])
+                cost = self.encode * row.key
+                cost += self.decode(len(row.decoded_with)) * (row.order == row.decoded_with[0])
+            total += cost // 2 if row.half else cost
         return total
 
 
@@ -94,7 +94,8 @@ def record() -> dict[str, Any]:
         for preset, meaning in PRESETS.items():
             way = meaning.propagation
             options = {"device": "cuda"} if isinstance(way, EncoderPropagation) else {}
-            images[preset] = costs.image(way.plan(STEPS, **options))
+            plan = way.plan(STEPS, **options)
+            images[preset] = costs.image(meaning.guidance.applied(plan) if meaning.guidance is not None else plan)
         parts = {"whole": costs.whole, "encoder": costs.encode, "decoder": costs.decode(1), "reuse step": costs.reuse}
         found["unets"][name] = {"parts": parts, "images": images}
     return found

@@ -27,6 +27,7 @@ BARS = (
     Bar("difffast balanced", STOCK, 0.56, source=_ISSUE_5),
     Bar("difffast exact compiled", registry.COMPILED, 1.03, source=_ISSUE_5),
     Bar("difffast turbo", STOCK, 0.28, source=_ISSUE_6),
+    *(Bar(f"difffast, reuse {n}", f"DeepCache {n}", 1 / 1.15, source=_ISSUE_6) for n in (3, 5)),
 )
 
 
@@ -63,8 +64,9 @@ def image(channels: tuple[int, ...], weight: float) -> Case:
             registry.stock(),
             *registry.presets(),
             registry.stock_compiled(),
-            *registry.presets(compiled=True),
             *registry.competitors(),
+            *(registry.reuse(interval) for interval in (3, 5)),
+            *registry.presets(compiled=True),
             *registry.savings(),
             registry.stock_steps(25, STEPS),
         ),

@@ -14,7 +14,7 @@ import peers
 import torch
 from workloads import Images, Run
 
-from difffast import EncoderPropagation, attention, ops, patch, patched, resnets
+from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, attention, ops, patch, patched, resnets
 from difffast.plan import PRESETS
 
 #: Largest relative error (of norms) of a provider that computes what its gate's provider computes, by dtype.  float32:
@@ -271,13 +271,18 @@ def difffast(
     return on_images(name, "difffast", prepare, gate, during=during, startup=startup)
 
 
-#: What propagation with balanced's key steps computes, in the plainest way: it is what the faster ways must equal.
+#: Propagation with balanced's key steps, in the plainest way.
 _PLAIN = EncoderPropagation(key_steps=PRESETS["balanced"].propagation.key_steps, parallel=False, share_skips=False)
-_STEP_BY_STEP = "propagation alone, step by step"
-
+#: What computes the same as balanced in the plainest way, and what does without guidance reuse.
+_PLAINEST, _STEP_BY_STEP = "balanced, step by step", "propagation alone, step by step"
 
 _APPROXIMATES = Gate(tolerance=APPROXIMATION)
-_GATES = {"balanced": Gate(_STEP_BY_STEP), "turbo": _APPROXIMATES, "exact": Gate()}
+#: Guidance reuse makes half of the outputs from the other half, which is due at every step.
+_GATES = {
+    "balanced": Gate(_PLAINEST, share=0.5),
+    "turbo": Gate(tolerance=APPROXIMATION, share=0.5),
+    "exact": Gate(),
+}
 
 
 def presets(*, compiled: bool = False) -> tuple[Provider, ...]:
@@ -286,7 +291,8 @@ def presets(*, compiled: bool = False) -> tuple[Provider, ...]:
         return tuple(
             difffast(f"difffast {preset} compiled", preset, gate, compile=True) for preset, gate in _GATES.items()
         )
-    plain = difffast(_STEP_BY_STEP, "balanced", _APPROXIMATES, propagation=_PLAIN, fused=False)
+    guidance = PRESETS["balanced"].guidance
+    plain = difffast(_PLAINEST, "exact", _GATES["turbo"], propagation=_PLAIN, guidance=guidance, fused=False)
     return (*(difffast(f"difffast {preset}", preset, gate) for preset, gate in _GATES.items()), plain)
 
 
@@ -294,8 +300,14 @@ def published_key_steps() -> Provider:
     return difffast("difffast faster-diffusion", "faster-diffusion", _APPROXIMATES)
 
 
+def reuse(interval: int) -> Provider:
+    """Feature reuse at one of DeepCache's intervals, and guidance's, as in turbo."""
+    options = {"propagation": FeatureReuse(interval), "guidance": GuidanceReuse(1)}
+    return difffast(f"difffast, reuse {interval}", "exact", _GATES["turbo"], **options)
+
+
 def savings() -> tuple[Provider, ...]:
-    """Each saving alone, so that its worth is seen; propagation step by step is among :func:`presets`."""
+    """Each saving alone, so that its worth is seen, on top of "exact"."""
     keys = _PLAIN.key_steps
     parallel = EncoderPropagation(key_steps=keys, share_skips=False)
     shared = EncoderPropagation(key_steps=keys)
@@ -307,8 +319,10 @@ def savings() -> tuple[Provider, ...]:
 
     truth = Gate(_STEP_BY_STEP)
     return (
-        difffast("propagation alone, parallel", "balanced", truth, propagation=parallel, fused=False),
-        difffast("the same with shared skips", "balanced", truth, propagation=shared, fused=False),
+        difffast(_STEP_BY_STEP, "exact", _APPROXIMATES, propagation=_PLAIN, fused=False),
+        difffast("propagation alone, parallel", "exact", truth, propagation=parallel, fused=False),
+        difffast("the same with shared skips", "exact", truth, propagation=shared, fused=False),
+        difffast("guidance reuse alone", "exact", _GATES["turbo"], guidance=GuidanceReuse(3), fused=False),
         difffast("fused norms alone", "exact", Gate(), without=(attention,)),
         difffast("text K/V once alone", "exact", Gate(), during=only_text_keys),
         difffast("fused cross-attention with text K/V", "exact", Gate(), without=(resnets,)),

@@ -15,7 +15,8 @@ from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .programs import BATCHES
-from .propagation import Controller, RunStats, Settings
+from .propagation import Controller, Settings
+from .run import RunStats
 from .support import PIPELINES, UNETS, Support, denoiser_of, support_of
 from .swap import is_swapped, plain_class, swap_in, swap_out
 from .unet import reentry
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 #: How steps share features.
 Sharing = EncoderPropagation | FeatureReuse
+
+#: Arguments of :func:`patch` that replace a part of the preset.
+_REPLACING = ("propagation", "guidance", "fused")
 
 _patches: weakref.WeakKeyDictionary[Any, _Patch] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -47,7 +51,7 @@ class PatchReport:
 
     Attributes:
         pipeline, unet: class names.
-        preset: name of the preset, or "custom" where ``propagation`` or ``fused`` was given.
+        preset: name of the preset, or "custom" where ``propagation``, ``guidance`` or ``fused`` was given.
         propagation: the configuration in force.
         fused: whether fused layers are on.
         replaced: (what, by what) pairs.
@@ -123,7 +127,7 @@ def patch(
     Args:
         pipe: a pipeline with a UNet; see ``difffast.support.PIPELINES``.  Or several, such as the stages of a cascade.
         preset: a name from ``difffast.plan.PRESETS``.
-        propagation: replaces what the preset says about steps that share features.
+        propagation: replaces what the preset says about steps that share features, or guidance.
         fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
         compile: run the UNet's halves as programs made by torch.compile, once per shape (:mod:`difffast.programs`); the
             first image waits for them.
@@ -138,7 +142,8 @@ def patch(
 
     Raises:
         TypeError: ``pipe`` is no pipeline, ``propagation`` no :class:`EncoderPropagation` or :class:`FeatureReuse`,
-            ``fused`` or ``compile`` no bool, ``binding`` no :class:`SemanticBinding`.
+            ``fused`` or ``compile`` no bool, ``binding`` no :class:`SemanticBinding`, ``guidance`` no
+            :class:`GuidanceReuse`.
         ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, feature reuse, prior noise or binding
             where the pipeline's kind rules it out, a branch that the UNet does not have, or no layers for binding's
             maps.  Nothing is changed then.
@@ -159,6 +164,8 @@ def patch(
         raise TypeError(f"compile must be True or False, got {compile!r}")
     if binding is not None and not isinstance(binding, SemanticBinding):
         raise TypeError(f"binding must be a difffast.SemanticBinding, got {type(binding).__name__}")
+    if guidance is not None and not isinstance(guidance, GuidanceReuse):
+        raise TypeError(f"guidance must be a difffast.GuidanceReuse, got {type(guidance).__name__}")
     if binding is not None and not denoiser_of(type(unet)).binding:
         raise ValueError(f"semantic binding is for pictures, got a {type(unet).__name__}")
     binder = Binder(binding, pipe, unet) if binding is not None else None
@@ -174,16 +181,11 @@ def patch(
     config = propagation or PRESETS[preset].propagation
     _check_meant(config, type(pipe).__name__, support)
     fused = PRESETS[preset].fused if fused is None else fused
-    no_halves = guidance_obstacle(pipe, support)
-    if guidance is not None:
-        if not isinstance(guidance, GuidanceReuse):
-            raise TypeError(f"guidance must be a difffast.GuidanceReuse, got {type(guidance).__name__}")
-        if guidance_obstacle(pipe, support):
-            raise ValueError(
-                f"guidance cannot be reused with {type(pipe).__name__}: {guidance_obstacle(pipe, support)}"
-            )
-    elif not guidance_obstacle(pipe, support):
-        guidance = PRESETS[preset].guidance
+    wanted = PRESETS[preset].guidance if guidance is None and propagation is None else guidance
+    no_halves = guidance_obstacle(pipe, support) if wanted is not None else ""
+    if guidance is not None and no_halves:
+        raise ValueError(f"guidance cannot be reused with {type(pipe).__name__}: {no_halves}")
+    guidance = None if no_halves else wanted
     settings = Settings(pipe, config, fused, compile, support, force, binder, guidance)
 
     with _lock:
@@ -214,7 +216,7 @@ def patch(
             notes.append("unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly")
         if not support.parallel:
             notes.append(f"steps are decoded one at a time: {support.note}")
-        if PRESETS[preset].guidance is not None and settings.guidance is None:
+        if no_halves:
             notes.append(f"guidance's halves run together: {no_halves}")
         settings.adopt_scheduler()
         if binder is not None:
@@ -227,7 +229,9 @@ def patch(
     return PatchReport(
         pipeline=type(pipe).__name__,
         unet=type(unet).__name__,
-        preset=preset if arguments["propagation"] is None and arguments["fused"] is None else "custom",
+        preset="custom"
+        if any(arguments[name] is not None for name in ("propagation", "guidance", "fused"))
+        else preset,
         propagation=config,
         fused=fused,
         replaced=tuple(_replaced(unet, settings)),

@@ -15,7 +15,7 @@ from unets import CONFIGS, call_for, make
 import difffast
 from difffast import FeatureReuse, patch, patched, unpatch
 from difffast import unet as split
-from difffast.propagation import _extrapolation
+from difffast.run import _extrapolation
 
 
 def deepcache(pipe, interval, branch, **options):
