@@ -2,7 +2,8 @@
 
     python bench/report.py                                        the README's tables, from the committed results
     python bench/report.py out/bench/results.json --out out/bench     report.md, report.html and the charts of a run
-    python bench/report.py out/bench/results.json --out out/bench --keep    and commit it in place of the last results
+    python bench/report.py out/bench/results.json --out out/bench --keep    and take it in place of the last results of
+                                                                  the groups that it measured
 
 What became slower than the last results is printed in red; with --keep it stays in bench/results/regressions.json, and
 in every later report.
@@ -483,6 +484,14 @@ def write(source: Path, out: Path, *, last: Path, history: Path) -> list[dict[st
     return slower
 
 
+def in_place_of(source: Path, last: Path) -> dict[str, Any]:
+    """A run's results, and the last ones of the groups that it did not measure; each record names its own commit."""
+    run = json.loads(source.read_text())
+    earlier = json.loads(last.read_text())["benchmarks"] if last.is_file() else []
+    groups = {each["group"] for each in run["benchmarks"]}
+    return {**run, "benchmarks": [*run["benchmarks"], *(each for each in earlier if each["group"] not in groups)]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, help="pytest-benchmark JSON of a run; none: the README")
@@ -506,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.keep:
         kept = json.loads(history.read_text()) if history.is_file() else []
         history.write_text(json.dumps([*kept, *slower], indent=1) + "\n")
-        last.write_text(arguments.results.read_text())
+        last.write_text(json.dumps(in_place_of(arguments.results, last), indent=1) + "\n")
     console.print(f"written: {arguments.out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

@@ -330,8 +330,10 @@ def static_keys(
         return found
     if any(call.get(name) is not None for name in given):
         return found
+    operators = {operator_of(layer) for layer in layers.values()}
+    slow = {each for each in operators if ops.default_backend(each, text.device, text.dtype) == "reference"}
     for name, layer in layers.items():
-        if ops.default_backend(operator_of(layer), text.device, text.dtype) == "reference":
+        if operator_of(layer) in slow:
             continue
         if _obstacle(layer, text, (), {}) is None:
             pair = keys.get(layer, _PROJECTIONS[type(layer.processor).__name__])
@@ -444,11 +446,13 @@ def weights_state(projection: nn.Module) -> list[Any] | None:
     ):
         return None  # quantised, or of a kind not known here
     state: list[Any] = []
-    for module in projection.modules():
+    # This runs for every layer at every step: walking a plain layer's tree costs more than all the rest.
+    for module in (projection,) if plain else projection.modules():
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return None  # offloaded layer by layer, or observed
-    for weight in projection.parameters():
-        state += (weight, _version(weight), weight.data_ptr())
+    for weight in projection._parameters.values() if plain else projection.parameters():
+        if weight is not None:
+            state += (weight, _version(weight), weight.data_ptr())
     if not plain:
         state += (
             tuple(projection.active_adapters),

@@ -169,6 +169,7 @@ def test_maps_need_both_halves(pipe):
     assert report.last_run.halves == 0
 
 
+@pytest.mark.slow
 def test_compiled(pipe, monkeypatch):
     monkeypatch.setattr(programs, "BACKEND", "eager")
     with patched(pipe, propagation=FeatureReuse(3), guidance=GuidanceReuse(6)):

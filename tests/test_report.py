@@ -174,12 +174,22 @@ def test_regressions_are_kept_when_the_results_are(tmp_path, monkeypatch, capsys
     assert "fast missed its bar: 0.500 of stock" in printed
     assert not (folder / "regressions.json").exists()
     assert report.main([str(run), "--out", str(out), "--keep"]) == 0
-    assert (folder / "cpu.json").read_text() == run.read_text()
+    assert json.loads((folder / "cpu.json").read_text()) == json.loads(run.read_text())
     assert len(json.loads((folder / "regressions.json").read_text())) == 1
 
     assert report.main([str(run), "--out", str(out), "--keep"]) == 0  # nothing new, nothing forgotten
     assert len(json.loads((folder / "regressions.json").read_text())) == 1
     assert "- kept from abc: unet, UNet at 32x32, 50 steps: fast now 0.500" in (out / "report.md").read_text()
+
+
+def test_groups_that_a_run_did_not_measure_stay(tmp_path):
+    last, run = results(tmp_path / "last.json", 1.5), results(tmp_path / "run.json", 2.0)
+    earlier = json.loads(last.read_text())
+    other = {**earlier["benchmarks"][0], "group": "memory"}
+    last.write_text(json.dumps({**earlier, "benchmarks": [*earlier["benchmarks"], other]}))
+    kept = report.in_place_of(run, last)["benchmarks"]
+    assert kept == [*json.loads(run.read_text())["benchmarks"], other]
+    assert report.in_place_of(run, tmp_path / "none")["benchmarks"] == kept[:-1]
 
 
 def test_the_readme_table_shows_who_is_absent_and_what_is_missed(tmp_path):
