@@ -437,9 +437,9 @@ def test_unpatch_is_exact(pipe):
 def test_two_threads_share_a_unet(pipe):
     pipes = []
     for _ in range(2):
-        other = type(pipe)(
-            **{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, requires_safety_checker=False
-        )
+        # A tokenizer keeps its padding and truncation as state: threads need one each, stock pipelines as well.
+        own = {name: copy.deepcopy(pipe.components[name]) for name in ("scheduler", "tokenizer")}
+        other = type(pipe)(**{**pipe.components, **own}, requires_safety_checker=False)
         other.set_progress_bar_config(disable=True)
         pipes.append(other)
     prompts = [PROMPT, "a [tin can] and a [cat]"]
