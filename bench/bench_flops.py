@@ -27,6 +27,8 @@ from difffast.plan import PRESETS, EncoderPropagation, Plan
 STEPS = 50
 #: UNet -> (latent height and width, text tokens).
 SIZES = {"sd15": (64, 77), "sd21": (96, 77), "sdxl": (128, 77), "if-i-xl": (64, 77)}
+#: Those whose pipelines do not tell whether a run is guided, so that guidance is not reused.
+UNGUIDED = ("if-i-xl",)
 
 
 def counted(run: Callable[[], Any]) -> tuple[int, Any]:
@@ -95,7 +97,8 @@ def record() -> dict[str, Any]:
             way = meaning.propagation
             options = {"device": "cuda"} if isinstance(way, EncoderPropagation) else {}
             plan = way.plan(STEPS, **options)
-            images[preset] = costs.image(meaning.guidance.applied(plan) if meaning.guidance is not None else plan)
+            guidance = None if name in UNGUIDED else meaning.guidance
+            images[preset] = costs.image(plan if guidance is None else guidance.applied(plan))
         parts = {"whole": costs.whole, "encoder": costs.encode, "decoder": costs.decode(1), "reuse step": costs.reuse}
         found["unets"][name] = {"parts": parts, "images": images}
     return found
