@@ -15,7 +15,9 @@ import torch
 from workloads import Images, Run
 
 from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, attention, ops, patch, patched, resnets
+from difffast.patch import guidance_obstacle
 from difffast.plan import PRESETS
+from difffast.support import support_of
 
 #: Largest relative error (of norms) of a provider that computes what its gate's provider computes, by dtype.  float32:
 #: measured 6e-7 for fused layers after 50 steps; the others: not measured on a GPU.
@@ -263,7 +265,10 @@ def difffast(
         if options.get("compile"):
             images.stop_counting()
         for stage in images.stages:
-            stack.enter_context(patched(stage.pipe, preset, **options))
+            taken = dict(options)
+            if "guidance" in taken and guidance_obstacle(stage.pipe, support_of(type(stage.pipe))):
+                del taken["guidance"]  # as a preset does
+            stack.enter_context(patched(stage.pipe, preset, **taken))
             for layers in without:
                 layers.uninstall(stage.pipe.unet)
 
