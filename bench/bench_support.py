@@ -34,7 +34,7 @@ import difffast
 from difffast.demo import device_name
 from difffast.swap import is_swapped, swap_in, swap_out
 
-ROUNDS = 3
+ROUNDS = 2
 #: Name -> what runs.
 WAYS: dict[str, Any] = {
     "stock": None,

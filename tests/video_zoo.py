@@ -15,7 +15,7 @@ from PIL import Image
 from sampling import picture
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-from zoo import Inputs, Row, build, parts_of_sd, sample, sd, seeded, taken_by, xl
+from zoo import Inputs, Row, build, controlnet, parts_of_sd, sample, sd, seeded, taken_by, xl
 
 #: What all UNets here have: two levels, one layer each.
 SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1}
@@ -47,11 +47,11 @@ def run(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
         return sample(pipe, inputs, **{name: value for name, value in given.items() if name in taken} | options)
 
 
-def from_video(pipe: Any, inputs: Inputs) -> Tensor:
+def from_video(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
     """A run from a video that skips the first four steps of its schedule."""
     total = inputs.steps + 4
     strength = {"num_inference_steps": total, "strength": (inputs.steps + 0.5) / total}
-    return run(pipe, inputs, video=several(video(inputs), inputs), **strength)
+    return run(pipe, inputs, video=several(video(inputs), inputs), **strength, **options)
 
 
 def from_picture(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
@@ -92,6 +92,39 @@ def animatediff(pipeline: str = "AnimateDiffPipeline", **config: Any) -> Any:
 def animatediff_xl() -> Any:
     adapter = _adapter(use_motion_mid_block=False)
     return xl("AnimateDiffSDXLPipeline", SMALL, motion_adapter=adapter, scheduler=_linear())()
+
+
+def animatediff_under(make: Callable[[nn.Module], nn.Module], pipeline: str) -> Any:
+    """AnimateDiff with a ControlNet made from the UNet for pictures."""
+    return sd(pipeline, SMALL, motion_adapter=_adapter(), scheduler=_linear(), controlnet=make)()
+
+
+def sparse_controlnet(unet: nn.Module) -> nn.Module:
+    """A ControlNet for some of the frames."""
+    config = {
+        **{name: value for name, value in LAYOUT.items() if name != "sample_size"},
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "motion_num_attention_heads": 2,
+        "conditioning_embedding_out_channels": (16, 32, 64),
+        "conditioning_channels": 3,
+        "use_simplified_condition_embedding": False,
+    }
+    return seeded(diffusers.SparseControlNetModel, **config)
+
+
+def under_some_frames(pipe: Any, inputs: Inputs) -> Tensor:
+    """A run under a picture for the first frame."""
+    return run(pipe, inputs, conditioning_frames=video(inputs)[:1], controlnet_frame_indices=[0])
+
+
+def from_video_under_frames(pipe: Any, inputs: Inputs) -> Tensor:
+    """A run from a video under a picture for every frame."""
+    return from_video(pipe, inputs, conditioning_frames=video(inputs))
+
+
+def under_frames(pipe: Any, inputs: Inputs) -> Tensor:
+    """A run under a picture for every frame."""
+    return run(pipe, inputs, conditioning_frames=video(inputs))
 
 
 def free_init() -> Any:
@@ -167,6 +200,19 @@ def _row(make: Callable[[], Any], runs: Callable[[Any, Inputs], Tensor] = run, o
 
 
 ROWS: dict[str, Row] = {
+    "AnimateDiffControlNetPipeline": Row(
+        partial(animatediff_under, controlnet, "AnimateDiffControlNetPipeline"), under_frames, OTHER_SINGLE
+    ),
+    "AnimateDiffVideoToVideoControlNetPipeline": Row(
+        partial(animatediff_under, controlnet, "AnimateDiffVideoToVideoControlNetPipeline"),
+        from_video_under_frames,
+        OTHER_SINGLE,
+    ),
+    "AnimateDiffSparseControlNetPipeline": Row(
+        partial(animatediff_under, sparse_controlnet, "AnimateDiffSparseControlNetPipeline"),
+        under_some_frames,
+        OTHER_SINGLE,
+    ),
     "AnimateDiffPipeline": _row(animatediff),
     "AnimateDiffPipeline:FreeInit": _row(free_init, other=OTHER_SINGLE),
     "AnimateDiffPipeline:FreeNoise": _row(free_noise, between_prompts, OTHER_SINGLE),
