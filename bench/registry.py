@@ -265,8 +265,8 @@ def difffast(
         if options.get("compile"):
             images.stop_counting()
         for stage in images.stages:
-            taken = dict(options)
-            if "guidance" in taken and guidance_obstacle(stage.pipe, support_of(type(stage.pipe))):
+            taken, support = dict(options), support_of(type(stage.pipe))
+            if "guidance" in taken and support is not None and guidance_obstacle(stage.pipe, support):
                 del taken["guidance"]  # as a preset does
             stack.enter_context(patched(stage.pipe, preset, **taken))
             for layers in without:
