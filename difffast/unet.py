@@ -29,6 +29,7 @@ _ENCODER = (
     "image_latents_temporal_encoder",
     "conv_in",
     "transformer_in",
+    "add_embedding",  # of pooled text, sizes, an image or a hint: the same at every time
     "down_blocks",
     "mid_block",
 )
@@ -123,10 +124,13 @@ def _without_channels(outputs: Mapping[str, Any], batch: int, repeats: int) -> M
     def empty(skip: Tensor) -> Tensor:
         return skip.new_empty((batch * (1 if skip is last else repeats), 0, *skip.shape[2:]))
 
-    return {
-        name: (out[0], tree_map(empty, out[1])) if name.startswith("down_blocks.") else out
-        for name, out in outputs.items()
-    } | {"conv_in": empty(outputs["conv_in"])}
+    changed = {"conv_in": empty(outputs["conv_in"])}
+    for name, out in outputs.items():
+        if name.startswith("down_blocks."):
+            changed[name] = (out[0], tree_map(empty, out[1]))
+    if "add_embedding" in outputs:
+        changed["add_embedding"] = tile(outputs["add_embedding"], batch, repeats)
+    return {**outputs, **changed}
 
 
 def bind(unet: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,7 +323,7 @@ def _with_residuals(outputs: dict[str, Any], call: Mapping[str, Any]) -> dict[st
     if down is None:
         return outputs
     left = iter(down)
-    added = {"conv_in": outputs["conv_in"] + next(left)}
+    added = {**outputs, "conv_in": outputs["conv_in"] + next(left)}
     for name, out in outputs.items():
         if name.startswith("down_blocks."):
             added[name] = (out[0], tuple(skip + next(left) for skip in out[1]))
