@@ -58,7 +58,10 @@ class Conditioning:
 
 
 class Switches:
-    """What pipelines and callbacks change inside a UNet in the middle of a run, without changing an argument."""
+    """What pipelines and callbacks change inside a UNet in the middle of a run, without changing an argument.
+
+    The modules that have them are looked for once: a walk over a UNet takes longer than its calls may wait.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         from diffusers.models.attention import GatedSelfAttentionDense

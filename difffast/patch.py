@@ -43,6 +43,7 @@ class _Patch:
     settings: Settings
     unet: nn.Module
     compiled: Any
+    controlnets: Sequence[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PatchReport:
     Attributes:
         pipeline, unet: class names.
         preset: name of the preset, or "custom" where ``propagation``, ``guidance`` or ``fused`` was given.
-        propagation: the configuration in force.
+        propagation, guidance: the configurations in force.
         fused: whether fused layers are on.
         replaced: (what, by what) pairs.
         notes: what was left alone or changed on the way, and why.
@@ -62,6 +63,7 @@ class PatchReport:
     unet: str
     preset: str
     propagation: EncoderPropagation | FeatureReuse
+    guidance: GuidanceReuse | None
     fused: bool
     replaced: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
@@ -203,7 +205,8 @@ def patch(
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
         controller.add(settings)
-        for net in _controlnets(pipe):
+        nets = _controlnets(pipe)
+        for net in nets:
             controlnet.install(net, controller)
         notes = []
         if compiled is not None:
@@ -221,7 +224,7 @@ def patch(
         settings.adopt_scheduler()
         if binder is not None:
             swap_in(pipe, binder.methods())
-        _patches[pipe] = _Patch(arguments, settings, unet, compiled)
+        _patches[pipe] = _Patch(arguments, settings, unet, compiled, nets)
 
     reason = ops.missing("cpp")
     if reason is not None:
@@ -233,6 +236,7 @@ def patch(
         if any(arguments[name] is not None for name in ("propagation", "guidance", "fused"))
         else preset,
         propagation=config,
+        guidance=guidance,
         fused=fused,
         replaced=tuple(_replaced(unet, settings)),
         notes=tuple(notes),
@@ -266,8 +270,8 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
         if done is None:
             return False
         controller = _controller(done.unet)
-        for net in _controlnets(pipe):
-            if not any(net in _controlnets(other) and each.unet is done.unet for other, each in _patches.items()):
+        for net in done.controlnets:  # the pipeline may have another one by now
+            if not any(net in each.controlnets and each.unet is done.unet for each in _patches.values()):
                 controlnet.uninstall(net, controller)
         if controller.remove(done.settings):
             swap_out(done.unet)

@@ -164,7 +164,7 @@ class Controller:
         if run.binding is not None:
             call = run.binding.apply(call, order, run.scheduler(), stock)
             args, kwargs = (), dict(call)
-        reason = _needs_stock(unet, call) or run.foreign_residuals(call, order)
+        reason = _needs_stock(unet, run) or run.foreign_residuals(call, order)
         text = call.get("encoder_hidden_states")
         if isinstance(text, Tensor):
             text = run.labelled(text, call["sample"], stock=reason is not None)
@@ -223,17 +223,12 @@ def _is_element(timestep: Tensor, timesteps: Tensor | None) -> bool:
     )
 
 
-def _needs_stock(unet: nn.Module, call: Mapping[str, Any]) -> str | None:
-    """Why this call must run the unpatched forward, or None."""
+def _needs_stock(unet: nn.Module, run: Run) -> str | None:
+    """Why a call must run the unpatched forward, or None."""
     if torch.is_grad_enabled():
         return "gradients are enabled (cached features would cut the graph); use torch.no_grad()"
-    if unet.training and _drops_values(unet):
+    if unet.training and run.drops_values():
         return "the UNet is in training mode and has dropout; call unet.eval()"
     if unet._forward_hooks or unet._forward_pre_hooks:
         return "forward hooks are registered on the UNet itself and must see every call"
     return split.obstacle(unet)
-
-
-def _drops_values(unet: nn.Module) -> bool:
-    """Whether any layer's dropout is active; training mode alone changes nothing, and AnimateDiff's UNets are in it."""
-    return any(type(m) is nn.Dropout and m.training and m.p > 0 for m in unet.modules())

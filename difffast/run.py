@@ -115,7 +115,7 @@ class Run:
         self._begin: int | None = None
         self._last: int | None = None
         self._features: split.Features | None = None
-        self._queue: dict[int, Tensor] = {}
+        self._queue: dict[int, tuple[bool, Tensor]] = {}  # order -> (is it the conditional half alone, output)
         self._deep: list[tuple[int, Tensor, int]] = []  # (order, deep feature, batch) of key steps, latest first
         self._known: list[tuple[int, split.Features]] = []  # (order, features) of key steps, to extrapolate over
         self._conditioning: Conditioning | None = None
@@ -127,6 +127,7 @@ class Run:
         self._difference: Tensor | None = None  # of guidance's halves, at the last step that ran both
         self._both_until = 0  # before this step both run, whatever the plan says: it begins with a forced key step
         self._inputs: Inputs | None = None
+        self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         coupled = _coupled_processor(unet)
         if coupled is not None and self.plan.max_batch != 1:
             # Attention that mixes samples of a batch would mix time steps as well.
@@ -146,6 +147,10 @@ class Run:
         """The scheduler whose schedule it is."""
         return self.settings[0].scheduler()
 
+    def drops_values(self) -> bool:
+        """Whether any dropout is active: training mode alone changes nothing, and AnimateDiff's UNets are in it."""
+        return any(dropout.training for dropout in self._dropouts)
+
     def clear(self) -> None:
         """Forget the features; ControlNet's outputs stay, which were made for the step that is being answered."""
         self._features, self._conditioning, self._last = None, None, None
@@ -164,13 +169,13 @@ class Run:
         conditioning = Conditioning(call)
         held = self._control
         goes_on = not self.restart and self._last is not None and order == self._last + 1
-        if held is not None and goes_on and not self.plan.is_key(order) and conditioning.same(held.conditioning):
-            held.order = order
-            self.stats.controlnet["reused"] += 1
-            return held.output
         if held is not None and goes_on and not self.plan.is_key(order):
-            self.restart = True
             change = conditioning.change(held.conditioning)
+            if change is None:
+                held.order = order
+                self.stats.controlnet["reused"] += 1
+                return held.output
+            self.restart = True
             self.record(f"key step at {order}: ControlNet's {change} changed")
         output = stock()
         self._control = _Control(conditioning, order, output)
@@ -258,6 +263,9 @@ class Run:
             if self.plan.is_half(order):
                 self._both_until = self.plan.segment_end(order)
         self._last = order
+        if order in self._queue:
+            self.stats.propagated += 1
+            return self._finish(order, *self._queue.pop(order))
         half = self._runs_half(order)
         if half:
             call = self._half_of(call)
@@ -268,7 +276,7 @@ class Run:
         if half:
             stock = functools.partial(split.run_whole, unet, call)
         with attention.over_copies(text if self.text == "repeated" else None):
-            return self._finish(order, half, self._output(unet, call, conditioning, order, stock))
+            return self._finish(order, half, self._output(unet, call, conditioning, order, half, stock))
 
     def _output(
         self,
@@ -276,32 +284,30 @@ class Run:
         call: Mapping[str, Any],
         conditioning: Conditioning,
         order: int,
+        half: bool,
         stock: Callable[[], Tensor],
     ) -> Tensor:
+        """What the UNet gives for this call; steps that are decoded with it are queued."""
+        self._conditioning = conditioning
+        run, prepared = self._runner(unet, call)
         if self.plan.reuse is not None:
-            return self._whole_or_reuse(unet, call, conditioning, order, stock)
-        if order not in self._queue:
-            run, prepared = self._runner(unet, call)
-            if self._features is None or self.plan.is_key(order):
-                self._queue.clear()
-                self._features = None
-                self.stats.key += 1
-                self.stats.forced += not self.plan.is_key(order)
-                if self.plan.segment_end(order) == order + 1:
-                    self._conditioning = conditioning
-                    return stock() if run is split.directly else run(split.run_whole, unet, prepared)
-                config = self.settings[0].propagation
-                share = config.share_skips and not config.order
-                self._features = split.encode(unet, prepared, share=share, run=run)
-                self._remember(order, config.order)
-                self.stats.unshared.update(self._features.unshared)
-            else:
-                self.stats.propagated += 1
-            self._conditioning = conditioning
-            self._decode(unet, prepared, order, run)
+            return self._whole_or_reuse(unet, prepared, order, run, stock)
+        if self._features is None or self.plan.is_key(order):
+            self._features = None
+            self.stats.key += 1
+            self.stats.forced += not self.plan.is_key(order)
+            if self.plan.segment_end(order) == order + 1:
+                return stock() if run is split.directly else run(split.run_whole, unet, prepared)
+            config = self.settings[0].propagation
+            share = config.share_skips and not config.order
+            self._features = split.encode(unet, prepared, share=share, run=run)
+            self._remember(order, config.order)
+            self.stats.unshared.update(self._features.unshared)
         else:
             self.stats.propagated += 1
-        return self._queue.pop(order)
+        output, *others = self._decode(unet, prepared, order, run)
+        self._queue.update((order + 1 + i, (half, other)) for i, other in enumerate(others))
+        return output
 
     def _follow(self, order: int) -> None:
         """Fit the plan to what the sampling loop is seen to do."""
@@ -321,8 +327,8 @@ class Run:
         self,
         unet: nn.Module,
         call: Mapping[str, Any],
-        conditioning: Conditioning,
         order: int,
+        run: split.Run,
         stock: Callable[[], Tensor],
     ) -> Tensor:
         reason = decoder.freeu_reason(unet)
@@ -330,18 +336,16 @@ class Run:
             self.note_stock(f"features cannot be reused: {reason}")
             return stock()
         reuse, rows = self.plan.reuse, call["sample"].shape[0]
-        run, prepared = self._runner(unet, call)
-        self._conditioning = conditioning
         if self._deep and not self.plan.is_key(order):
             self.stats.reused += 1
             deep = [x if batch == rows else split.conditional_half(x, batch) for _, x, batch in self._deep]
             weights = _extrapolation([held for held, *_ in self._deep], order, deep[0].device)
-            return run(split.run_reuse, unet, prepared, deep, weights, reuse.branch)
+            return run(split.run_reuse, unet, call, deep, weights, reuse.branch)
         self.stats.key += 1
         self.stats.forced += not self.plan.is_key(order)
         if len(self.plan.keys) == self.plan.total:
-            return stock() if run is split.directly else run(split.run_whole, unet, prepared)
-        output, feature = run(split.run_recording, unet, prepared, reuse.branch)
+            return stock() if run is split.directly else run(split.run_whole, unet, call)
+        output, feature = run(split.run_recording, unet, call, reuse.branch)
         earlier = [each for each in self._deep[: reuse.order] if each[-1] >= rows]  # half of one is of no use to both
         self._deep = [(order, feature, rows), *earlier]
         return output
@@ -368,7 +372,8 @@ class Run:
             earlier = [each for each in self._known[:count] if each[1].batch >= batch]  # both from half is impossible
             self._known = [(order, self._features), *earlier]
 
-    def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int, run: split.Run) -> None:
+    def _decode(self, unet: nn.Module, call: Mapping[str, Any], order: int, run: split.Run) -> Sequence[Tensor]:
+        """The UNet's outputs for this step, and for those of the plan's batch that follow it."""
         outputs, batch = None, call["sample"].shape[0]
         known = self._known or [(order, self._features)]
         features, *earlier = (each if each.batch == batch else each.half() for _, each in known)
@@ -386,10 +391,10 @@ class Run:
                     raise
                 self.plan = replace(self.plan, max_batch=len(together) // 2)
                 self.note(f"out of memory decoding {len(together)} steps at once: {self.plan.max_batch} from now on")
-        self._queue.update(zip(together, outputs, strict=True))
         self.stats.decode_batches.append(len(together))
         if together.stop == self.plan.segment_end(order):
             self._features = None  # the whole segment is decoded
+        return outputs
 
     def _finish(self, order: int, half: bool, output: Tensor) -> Tensor:
         """What the pipeline gets: both halves, where one was run the other from their last difference."""

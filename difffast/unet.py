@@ -427,12 +427,19 @@ def run_decoder(
     return result.unflatten(0, (batch, repeats)).unbind(1)
 
 
+#: Arguments whose rows are adapters, not samples.
+_PER_ADAPTER = ("ip_adapter_masks",)
+
+
 def tree_map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply ``function`` to every tensor inside nested dicts, lists and tuples; other leaves stay as they are."""
+    """Apply ``function`` to every tensor inside nested dicts, lists and tuples; other leaves stay as they are.
+
+    So do those in entries of dicts that are not made of samples.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: tree_map(function, item) for key, item in value.items()}
+        return {key: item if key in _PER_ADAPTER else tree_map(function, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(tree_map(function, item) for item in value)
     return value

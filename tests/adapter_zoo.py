@@ -52,10 +52,10 @@ def with_pictures(pipe: Any, inputs: Inputs, count: int = 1, **options: Any) -> 
 
 
 def with_masks(pipe: Any, inputs: Inputs) -> Tensor:
-    """A run in which each picture counts in its own half."""
+    """A run in which each picture counts in its own half; as many masks as adapters, in one tensor as documented."""
     left = torch.zeros(1, 1, *inputs.size)
     left[..., : inputs.size[1] // 2] = 1
-    return with_pictures(pipe, inputs, 2, cross_attention_kwargs={"ip_adapter_masks": [left, 1 - left]})
+    return with_pictures(pipe, inputs, 2, cross_attention_kwargs={"ip_adapter_masks": torch.cat([left, 1 - left])})
 
 
 def custom_diffusion() -> Any:

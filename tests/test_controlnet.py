@@ -144,6 +144,20 @@ def test_a_shared_controlnet(pipe):
     assert torch.equal(run(other), stock)
 
 
+def test_another_controlnet_after_patching(pipe):
+    """Its residuals run stock, and unpatch gives the first its class back."""
+    first, second = pipe.controlnet, copy.deepcopy(pipe.controlnet)
+    stock = run(pipe)
+    patch(pipe, propagation=KEYS)
+    pipe.controlnet = second
+    with pytest.warns(UserWarning, match="not of the patched pipeline's own ControlNet"):
+        assert torch.equal(run(pipe), stock)
+    assert is_swapped(first)
+    unpatch(pipe)
+    assert not is_swapped(first)
+    assert not is_swapped(second)
+
+
 def test_a_pipeline_without_it_shares_the_unet(pipe):
     plain = StableDiffusionPipeline(
         **{name: part for name, part in pipe.components.items() if name != "controlnet"}, requires_safety_checker=False

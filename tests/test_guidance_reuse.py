@@ -162,6 +162,22 @@ def test_guidance_that_is_off(pipe64):
     assert report.last_run.halves == 3  # steps 1, 2 and 4
 
 
+def test_maps_wanted_from_the_middle_of_a_run_on(pipe):
+    """Halves that are decoded already come out as halves."""
+    begun = []
+
+    def begin(pipe, step, timestep, tensors):
+        if step == 4:
+            begun.append(collect_maps(pipe))
+            begun[-1].__enter__()
+        return tensors
+
+    with patched(pipe, propagation=EVERY_THIRD, guidance=GuidanceReuse(3)) as report:
+        assert run(pipe, callback_on_step_end=begin).shape[0] == 1
+        begun[-1].__exit__(None, None, None)
+    assert report.last_run.halves == 4  # steps 1, 2, 4 and 5, the last of which was waiting
+
+
 def test_maps_need_both_halves(pipe):
     with patched(pipe, "exact", guidance=GuidanceReuse(2)) as report, collect_maps(pipe) as maps:
         run(pipe)
