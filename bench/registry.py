@@ -14,7 +14,17 @@ import peers
 import torch
 from workloads import Images, Run
 
-from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, attention, ops, patch, patched, resnets
+from difffast import (
+    EncoderPropagation,
+    FeatureReuse,
+    GuidanceReuse,
+    attention,
+    ops,
+    patch,
+    patched,
+    resnets,
+    self_attention,
+)
 from difffast.patch import guidance_obstacle
 from difffast.plan import PRESETS
 from difffast.support import support_of
@@ -319,7 +329,10 @@ def savings() -> tuple[Provider, ...]:
 
     @contextlib.contextmanager
     def only_text_keys() -> Any:
-        with ops.use_backend("sdpa", "cross_attention"), ops.use_backend("reference", "group_norm_silu"):
+        with (
+            ops.use_backend("sdpa", "cross_attention", "self_attention"),
+            ops.use_backend("reference", "group_norm_silu"),
+        ):
             yield
 
     truth = Gate(_STEP_BY_STEP)
@@ -328,9 +341,10 @@ def savings() -> tuple[Provider, ...]:
         difffast("propagation alone, parallel", "exact", truth, propagation=parallel, fused=False),
         difffast("the same with shared skips", "exact", truth, propagation=shared, fused=False),
         difffast("guidance reuse alone", "exact", _GATES["turbo"], guidance=GuidanceReuse(3), fused=False),
-        difffast("fused norms alone", "exact", Gate(), without=(attention,)),
+        difffast("fused self-attention alone", "exact", Gate(), without=(attention, resnets)),
+        difffast("fused norms alone", "exact", Gate(), without=(attention, self_attention)),
         difffast("text K/V once alone", "exact", Gate(), during=only_text_keys),
-        difffast("fused cross-attention with text K/V", "exact", Gate(), without=(resnets,)),
+        difffast("fused cross-attention with text K/V", "exact", Gate(), without=(resnets, self_attention)),
     )
 
 

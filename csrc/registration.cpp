@@ -22,6 +22,7 @@
 #include "cpu/cross_attention.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/instruction_set.h"
+#include "cpu/joint_attention.h"
 #include "cpu/repeat_batch.h"
 
 namespace {
@@ -151,6 +152,71 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
     });
   }
   return {need_q ? torch::stable::transpose(dq, 1, 2) : dq, dk, dv};
+}
+
+// text_k and text_v may be null: there are pixels alone.
+std::tuple<Tensor, Tensor> joint_attention_parts(const Tensor& q, const Tensor* text_k, const Tensor* text_v,
+                                                 const Tensor& k, const Tensor& v, double scale,
+                                                 const std::vector<int64_t>& map_tokens) {
+  const auto fits = [&](const Tensor& x, const Tensor& like) {
+    return x.dim() == 4 && x.sizes() == like.sizes() && x.size(1) == q.size(1) && x.size(3) == q.size(3) &&
+           x.scalar_type() == q.scalar_type();
+  };
+  STD_TORCH_CHECK(q.dim() == 4, "q must be [batch, heads, rows, head_dim]");
+  STD_TORCH_CHECK(fits(k, k) && fits(v, k) && k.size(0) == q.size(0),
+                  "k and v must have equal sizes, and q's dtype, batch, heads and head_dim");
+  difffast::JointAttention p{};
+  p.dtype = scalar_of(q);
+  p.batch = q.size(0);
+  p.heads = q.size(1);
+  p.queries = q.size(2);
+  p.head_dim = q.size(3);
+  p.keys = k.size(2);
+  p.repeats = 1;
+  p.scale = scale;
+  p.q = view(q);
+  p.k = view(k);
+  p.v = view(v);
+  if (text_k) {
+    STD_TORCH_CHECK(fits(*text_k, *text_k) && fits(*text_v, *text_k) && text_k->size(0) > 0 &&
+                        q.size(0) % text_k->size(0) == 0,
+                    "text_k and text_v must have equal sizes, q's dtype, heads and head_dim, and a batch that divides q's");
+    p.text_keys = text_k->size(2);
+    p.repeats = q.size(0) / text_k->size(0);
+    p.text_k = view(*text_k);
+    p.text_v = view(*text_v);
+  }
+  STD_TORCH_CHECK(p.text_keys + p.keys > 0, "at least one key is needed");
+  for (int64_t token : map_tokens) {
+    STD_TORCH_CHECK(token >= 0 && token < p.text_keys, "map_tokens must lie in 0 .. ", p.text_keys - 1, ", got ", token);
+  }
+  p.map_tokens = map_tokens.data();
+  p.map_count = static_cast<int64_t>(map_tokens.size());
+
+  const auto sums = p.dtype == difffast::Scalar::kFloat64 ? q.scalar_type() : torch::headeronly::ScalarType::Float;
+  Tensor out = empty({p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type(), q);
+  Tensor maps = empty({p.batch, p.queries, p.map_count}, sums, q);
+  if (out.numel() > 0) {
+    Tensor packed = empty({difffast::packed_bytes(p)}, torch::headeronly::ScalarType::Byte, q);
+    void* packed_data = packed.mutable_data_ptr();
+    torch::stable::parallel_for(0, difffast::pack_count(p), 4, [&](int64_t begin, int64_t end) {
+      difffast::pack_keys(p, packed_data, begin, end);
+    });
+    void* maps_data = p.map_count > 0 ? maps.mutable_data_ptr() : nullptr;
+    torch::stable::parallel_for(0, difffast::forward_count(p), 1, [&](int64_t begin, int64_t end) {
+      difffast::forward(p, packed_data, out.mutable_data_ptr(), maps_data, begin, end);
+    });
+  }
+  return {torch::stable::transpose(out, 1, 2), maps};
+}
+
+std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor& text_k, const Tensor& text_v, const Tensor& k,
+                                           const Tensor& v, double scale, std::vector<int64_t> map_tokens) {
+  return joint_attention_parts(q, &text_k, &text_v, k, v, scale, map_tokens);
+}
+
+Tensor self_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  return std::get<0>(joint_attention_parts(q, nullptr, nullptr, k, v, scale, {}));
 }
 
 // The sizes and operands of a call; `anchors` must outlive the result.
@@ -457,6 +523,8 @@ STABLE_TORCH_LIBRARY_IMPL(difffast, CPU, m) {
   m.impl("cross_attention.cpp", TORCH_BOX(&cross_attention));
   m.impl("cross_attention_backward.cpp", TORCH_BOX(&cross_attention_backward));
   m.impl("group_norm_silu.cpp", TORCH_BOX(&group_norm_silu<difffast::GroupNormSilu>));
+  m.impl("joint_attention.cpp", TORCH_BOX(&joint_attention));
+  m.impl("self_attention.cpp", TORCH_BOX(&self_attention));
   m.impl("skip_norm_silu.cpp", TORCH_BOX(&skip_norm_silu<difffast::GroupNormSilu>));
 }
 

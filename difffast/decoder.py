@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conditioning import FREEU
+from .fusion import is_plain, is_wrapped
 from .ops import group_norm_silu, repeat_batch, skip_norm_silu
-from .resnets import StandIn, is_plain, is_wrapped
+from .resnets import StandIn
 from .swap import plain_class
 from .view import view
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
-from . import attention, controlnet, ops, resnets
+from . import attention, controlnet, ops, resnets, self_attention
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
@@ -201,6 +201,7 @@ def patch(
             swap_in(unet, _unet_methods(unet))
         attention.install(unet)
         resnets.install(unet)
+        self_attention.install(unet)
         controller = _controller(unet)
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
@@ -277,6 +278,7 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
             swap_out(done.unet)
             attention.uninstall(done.unet)
             resnets.uninstall(done.unet)
+            self_attention.uninstall(done.unet)
         done.settings.release_schedulers()
         swap_out(pipe)
         if done.compiled is not None and pipe.unet is done.unet:
@@ -438,6 +440,10 @@ def _replaced(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, str]]:
     for (kind, operator), count in kinds.items() if fused else ():
         backend = ops.default_backend(operator, weight.device, weight.dtype)
         yield f"{kind} ({count} layers)", f"{operator} ({backend}), text keys and values once a prompt"
+    layers = self_attention.layers_of(unet)
+    if fused and layers and self_attention.wins(weight):
+        backend = ops.default_backend("self_attention", weight.device, weight.dtype)
+        yield f"self-attention ({len(layers)} layers)", f"self_attention ({backend})"
     layers = resnets.resnets_of(unet)
     backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
     if fused and layers and backend != "reference" and not compiled:

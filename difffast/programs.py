@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, self_attention
 from .unet import tree_map
 from .view import descendant, replaced
 
@@ -40,20 +40,32 @@ class Inputs:
 
     def __init__(self, unet: nn.Module) -> None:
         self._attention = attention.layers_of(unet)
+        self._self_attention = self_attention.layers_of(unet)
         self._adapted = {
             name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
         }
         #: Of each LoRA layer and adapter: the scale, and the tensor that holds it.
         self._scales: dict[tuple[str, str], tuple[float, Tensor]] = {}
 
-    def of(self, unet: nn.Module, call: Mapping[str, Any], keys: attention.TextKeys | None) -> dict[str, Any]:
-        """Per name: keys and values of a cross-attention layer, or the scales of a LoRA layer's adapters as tensors [].
+    def of(
+        self, unet: nn.Module, call: Mapping[str, Any], keys: attention.TextKeys | None, fused: bool
+    ) -> dict[str, Any]:
+        """What layers take from a program's inputs.
+
+        Per name: keys and values of a cross-attention layer, () of a self-attention layer that the operator computes,
+        or the scales of a LoRA layer's adapters as tensors [].
 
         Args:
             call: arguments of the UNet call, without a LoRA scale (:func:`scaled`).
             keys: text keys and values of the run; None: cross-attention layers run stock.
+            fused: whether self-attention layers may be fused.
         """
         found: dict[str, Any] = {}
+        given = dict.fromkeys(call.get("cross_attention_kwargs") or {}, True)
+        if fused and self_attention.wins(call["sample"]) and call.get("attention_mask") is None:
+            for name, layer in self._self_attention.items():
+                if self_attention.obstacle(layer, (), given) is None:
+                    found[name] = ()
         if keys is not None:
             found.update(attention.static_keys(unet, self._attention, call, keys))
         for name, layer in self._adapted.items():
@@ -148,6 +160,8 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
         unet = replaced(unet, scales)
         keyed = {
             name: attention.Keyed(descendant(unet, name), *value)
+            if value
+            else self_attention.Fused(descendant(unet, name))
             for name, value in inputs.items()
             if name not in scales
         }

@@ -11,14 +11,14 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import attention, resnets
+from . import attention, fusion
 from . import unet as split
 from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .prior_noise import PriorNoise
@@ -173,7 +173,7 @@ class Controller:
             run.note_stock(reason)
             return stock(*args, **kwargs)
         try:
-            with resnets.fused(run.record if run.fused else None):
+            with fusion.fused(run.record if run.fused else None):
                 sample = run.answer(unet, call, text, order, lambda: stock(*args, **kwargs)[0])
         except BaseException:
             run.clear()

@@ -1,41 +1,24 @@
 """Fused norms in a stock UNet: ResnetBlock2D with GroupNorm, time embedding and SiLU in one operator.
 
-A resnet is fused inside :func:`fused` only, which the patched UNet's call enters; elsewhere it is stock.
+A resnet is fused inside :func:`.fusion.fused` only; elsewhere it is stock.
 """
 
 from __future__ import annotations
 
-import contextlib
-import types
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import fusion, ops
+from .fusion import is_plain, is_wrapped
 from .ops.group_norm_silu import choose
 from .swap import plain_class, swap_calls, swap_out
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-#: Inside :func:`fused`: who is told why a resnet runs stock.
-_note: ContextVar[Callable[[str], object] | None] = ContextVar("difffast_fused_resnets", default=None)
-
-
-@contextlib.contextmanager
-def fused(note: Callable[[str], object] | None) -> Iterator[None]:
-    """Let this thread's resnets use the operators inside the block; ``note`` is told why one does not.  None: stock."""
-    token = _note.set(note)
-    try:
-        yield
-    finally:
-        _note.reset(token)
-
 
 def install(unet: nn.Module) -> None:
-    """Put :func:`_call` in front of every resnet that can be fused; outside :func:`fused` nothing changes."""
+    """Put :func:`_call` in front of every resnet that can be fused; outside :func:`.fusion.fused` nothing changes."""
     swap_calls(resnets_of(unet), _call)
 
 
@@ -62,7 +45,7 @@ def resnets_of(unet: nn.Module) -> dict[str, nn.Module]:
 
 def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        note = None if torch.compiler.is_compiling() else _note.get()
+        note = fusion.note()
         if note is None or temb is None or not _wins(input_tensor):
             return plain(self, input_tensor, temb, *args, **kwargs)
         reason = "it was called with more than two arguments" if args or kwargs else _obstacle(self, input_tensor)
@@ -95,21 +78,6 @@ def _obstacle(resnet: Any, hidden: Tensor) -> str | None:
         if norm.weight.dtype != hidden.dtype:
             return f"a norm's weights are {norm.weight.dtype}, its input {hidden.dtype}"
     return None
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is just a ``kind`` whose weights are there to be used."""
-    if type(module) is not kind or is_wrapped(module):
-        return False
-    return type(module.weight) is nn.Parameter and not module.weight.is_meta
-
-
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether a module does anything else than its class's forward when called."""
-    own = vars(module)
-    # accelerate leaves the class's own method behind on the instance when its hooks go.
-    plain = own.get("forward") in (None, types.MethodType(type(module).forward, module))
-    return not plain or "parametrizations" in own["_modules"] or any(own[name] for name in _HOOKS)
 
 
 class StandIn:

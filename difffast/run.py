@@ -362,7 +362,7 @@ class Run:
             return split.directly, call
         self._inputs = self._inputs or Inputs(unet)
         with scaled(unet, call) as call:
-            inputs = self._inputs.of(unet, call, self._keys)
+            inputs = self._inputs.of(unet, call, self._keys, self.fused)
         return functools.partial(self._programs.run, inputs, self.note), call
 
     def _remember(self, order: int, count: int) -> None:

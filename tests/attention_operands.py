@@ -1,5 +1,6 @@
 """Operands of the attention operators in every layout, and how exact a result has to be."""
 
+import pytest
 import torch
 
 from difffast import ops
@@ -13,6 +14,16 @@ def absent(backend):
     if backend == "triton" and not INTERPRETED:
         return "the Triton kernels take CPU tensors in the interpreter only (TRITON_INTERPRET=1)"
     return ops.missing(backend)
+
+
+def with_dtypes(backends, dtypes=DTYPES):
+    """Pairs of a backend and a dtype that it takes, to parametrise a test by."""
+    pairs = []
+    for each in backends:
+        name, marks = (each, ()) if isinstance(each, str) else (each.values[0], each.marks)
+        taken = [dtype for dtype in dtypes if (name, dtype) != ("cpp", torch.float16)]
+        pairs += [pytest.param(name, dtype, marks=marks, id=f"{name}-{dtype}") for dtype in taken]
+    return pairs
 
 
 def _contiguous(batch, heads, rows, dim, dtype):

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from difffast import ops, patch, resnets, unpatch
+from difffast import fusion, ops, patch, resnets, unpatch
 from difffast.swap import is_swapped
 
 pytestmark = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
@@ -32,7 +32,7 @@ def run(holder, dtype=torch.float32, *, fused=True, layout=torch.contiguous_form
     reasons = []
     # By itself the kernel is chosen for larger operands only.
     kernel = ops.use_backend("cpp", "group_norm_silu") if fused else contextlib.nullcontext()
-    with torch.no_grad(), kernel, resnets.fused(reasons.append if fused else None):
+    with torch.no_grad(), kernel, fusion.fused(reasons.append if fused else None):
         return holder["resnet"](hidden, temb), reasons
 
 
@@ -122,7 +122,7 @@ def test_a_patched_pipeline_uses_them_and_unpatch_takes_them_out(pipe):
     assert found
     report = patch(pipe, "exact")
     assert all(map(is_swapped, found.values()))
-    assert f"resnets ({len(found)} layers)  group_norm_silu (cpp)" in " ".join(str(report).split("\n"))
+    assert f"resnets ({len(found)} layers) group_norm_silu (cpp)" in " ".join(str(report).split())
     unpatch(pipe)
     assert not any(map(is_swapped, found.values()))
     assert "resnets (" not in str(patch(pipe, "exact", fused=False))
@@ -137,6 +137,6 @@ def test_small_operands_run_stock_altogether(monkeypatch):
     monkeypatch.setattr(ops, "group_norm_silu", lambda *a, **k: calls.append(1) or plain(*a, **k))
     for size, fused in (((3, 48, 34, 33), True), ((2, 48, 8, 8), False)):
         calls.clear()
-        with torch.no_grad(), resnets.fused(lambda reason: pytest.fail(reason)):
+        with torch.no_grad(), fusion.fused(lambda reason: pytest.fail(reason)):
             holder["resnet"](torch.randn(size), torch.randn(size[0], 24))
         assert bool(calls) == fused

@@ -5,14 +5,9 @@
 #include <cstdint>
 
 #include "scalar.h"
+#include "view4.h"
 
 namespace difffast {
-
-// [batch, heads, rows, head_dim] with element strides.
-struct View4 {
-  const void* data;
-  int64_t stride[4];
-};
 
 struct CrossAttention {
   Scalar dtype;
@@ -25,9 +20,6 @@ struct CrossAttention {
   bool backward;  // which direction the keys and values are packed for
   View4 q, k, v;
 };
-
-// What sums are kept in: float, or double for float64.
-inline int64_t compute_size(Scalar dtype) { return dtype == Scalar::kFloat64 ? 8 : 4; }
 
 // Bytes of the packed keys and values that the other stages read.
 int64_t packed_bytes(const CrossAttention& p);

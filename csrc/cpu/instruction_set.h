@@ -1,6 +1,10 @@
 // Which of the compiled instruction sets runs on this machine.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>  // for simd.h, which is included inside namespaces
+#endif
+
 namespace difffast {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };

@@ -21,4 +21,7 @@ struct Compute<double> {
   using type = double;
 };
 
+// What sums are kept in: float, or double for float64.
+inline int64_t compute_size(Scalar dtype) { return dtype == Scalar::kFloat64 ? 8 : 4; }
+
 }  // namespace difffast

@@ -80,13 +80,8 @@ DIFFFAST_INLINE double add_lanes(Vec<T> v) {
   return sum;
 }
 
-// 2^x for -125 <= x <= 126.
-DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
-  typedef int32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
-  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
-  const Vec<float> shifted = x + 12582912.0f;
-  const Vec<float> f = x - (shifted - 12582912.0f);
-  // 2^f on [-1/2, 1/2]: Taylor series of exp(f ln 2) to the seventh power, relative error below 1e-8.
+// 2^f for -1/2 <= f <= 1/2: Taylor series of exp(f ln 2) to the seventh power, relative error below 1e-8.
+DIFFFAST_INLINE Vec<float> exp2_fraction(Vec<float> f) {
   Vec<float> p = broadcast(1.525273380405984e-5f);
   p = p * f + 1.540353039338161e-4f;
   p = p * f + 1.333355814642844e-3f;
@@ -94,15 +89,31 @@ DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
   p = p * f + 5.550410866482158e-2f;
   p = p * f + 2.402265069591007e-1f;
   p = p * f + 6.931471805599453e-1f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+// 2^x for -125 <= x <= 126.
+DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
+  typedef int32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
+  const Vec<float> shifted = x + 12582912.0f;
+  const Vec<float> p = exp2_fraction(x - (shifted - 12582912.0f));
   return (Vec<float>)((Int)p + (((Int)shifted - 0x4B400000) << 23));
 }
 
 // 2^x for x <= 0, NaN for NaN; results below 2^-125 become 2^-125, not zero.
+#if DIFFFAST_VECTOR_BYTES == 64
+DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
+  x = _mm512_max_ps(broadcast(-125.0f), x);  // of a NaN and a number it returns the second operand
+  const Vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_fraction(x - n), n);
+}
+#else
 DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
   const Vec<float> lowest = broadcast(-125.0f);
   return x == x ? exp2_within(x < lowest ? lowest : x) : x;
 }
+#endif
 
 DIFFFAST_INLINE Vec<double> exp2_of(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp2(x[i]);

@@ -6,6 +6,7 @@ from .cross_attention import cross_attention
 from .group_norm_silu import group_norm_silu
 from .joint_attention import joint_attention
 from .repeat_batch import repeat_batch
+from .self_attention import self_attention
 from .skip_norm_silu import skip_norm_silu
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "joint_attention",
     "missing",
     "repeat_batch",
+    "self_attention",
     "skip_norm_silu",
     "use_backend",
 ]

@@ -30,8 +30,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "attention_entropy": ("cpp", "triton", "reference"),
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
     "group_norm_silu": ("cuda", "cpp", "triton", "reference"),
-    "joint_attention": ("triton", "sdpa", "reference"),
+    "joint_attention": ("triton", "cpp", "sdpa", "reference"),
     "repeat_batch": ("cpp", "reference"),
+    "self_attention": ("cpp", "sdpa", "reference"),
     "skip_norm_silu": ("cuda", "cpp", "triton", "reference"),
 }
 
@@ -66,6 +67,8 @@ PROVED: tuple[Proof, ...] = (
     Proof("attention_entropy", "cpp", "cpu", frozenset({torch.float32, torch.float64}), _ON_CPU),
     Proof("cross_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
     Proof("group_norm_silu", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
+    Proof("joint_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
+    Proof("self_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
     Proof("skip_norm_silu", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
 )
 

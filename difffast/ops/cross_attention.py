@@ -130,8 +130,19 @@ def stored_by_row(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, sink: int = 0, prefix: str = "") -> float:
-    """The scale, after all operands have been checked; errors put ``prefix`` before the names of k and v."""
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    sink: int = 0,
+    prefix: str = "",
+    most: int | None = MAX_KEYS,
+) -> float:
+    """The scale, after all operands have been checked; errors put ``prefix`` before the names of k and v.
+
+    ``most`` is how many keys there may be.
+    """
     of_k, of_v = f"{prefix}k", f"{prefix}v"
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
@@ -146,8 +157,10 @@ def checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, sink: int = 0,
         )
     if not k.shape[0] or q.shape[0] % k.shape[0]:
         raise ValueError(f"{of_k}'s batch must divide q's, got {k.shape[0]} and {q.shape[0]}")
-    if not 1 <= k.shape[2] <= MAX_KEYS:
-        raise ValueError(f"{of_k} must have 1 to {MAX_KEYS} keys, got {k.shape[2]}")
+    if k.shape[2] < 1 or (most is not None and k.shape[2] > most):
+        raise ValueError(
+            f"{of_k} must have {'at least 1 key' if most is None else f'1 to {most} keys'}, got {k.shape[2]}"
+        )
     if not q.shape[1] or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"q needs a head and a head_dim of 1 to {MAX_HEAD_DIM}, got {tuple(q.shape)}")
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:

@@ -125,8 +125,6 @@ def _joined(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def _sdpa(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    # On a CPU, two calls of PyTorch's attention merged by their log-sum-exp take as long as this (DeepFloyd IF's
-    # shapes, float32), and the log-sum-exp carries no gradient.
     text_k, text_v = repeated(q, text_k, text_v)
     return F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), scale=scale)
 
@@ -146,6 +144,8 @@ def obstacle(backend: str, q: Tensor, text_k: Tensor, text_v: Tensor, map_tokens
     """Why a backend that exists here cannot serve these operands, or None."""
     if backend == "sdpa" and map_tokens:
         return "PyTorch's fused attention returns no maps"
+    if backend == "cpp" and q.dtype == torch.float16:
+        return "it takes float32, float64 and bfloat16, got float16"
     if backend == "triton":
         from difffast.triton_kernels import joint_attention as kernels
 
@@ -187,11 +187,11 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     return kernels.forward(*arguments)
 
 
-_registry.LIBRARY.define(f"joint_attention.triton{_SCHEMA}")
-torch.library.register_fake("difffast::joint_attention.triton", _fake, lib=_registry.LIBRARY)
-torch.library.register_autograd(
-    "difffast::joint_attention.triton", _differentiate, setup_context=_save, lib=_registry.LIBRARY
-)
-_OPERATORS["triton"] = torch.ops.difffast.joint_attention.triton
+for _backend in ("triton", "cpp"):
+    _name = f"joint_attention.{_backend}"
+    _registry.LIBRARY.define(f"{_name}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::{_name}", _fake, lib=_registry.LIBRARY)
+    torch.library.register_autograd(f"difffast::{_name}", _differentiate, setup_context=_save, lib=_registry.LIBRARY)
+    _OPERATORS[_backend] = getattr(torch.ops.difffast.joint_attention, _backend)
 for _device in ("CPU", "CUDA"):
     _registry.LIBRARY.impl("joint_attention.triton", _triton, _device)

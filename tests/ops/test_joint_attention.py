@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_operands import DTYPES, LAYOUTS, absent, assert_as_good
+from attention_operands import LAYOUTS, absent, assert_as_good, with_dtypes
 from triton_interpreter import as_hardware
 
 from difffast import ops
@@ -12,8 +12,10 @@ from difffast.ops.joint_attention import reference, reference_backward
 
 needs_triton = pytest.mark.skipif(absent("triton") is not None, reason=str(absent("triton")))
 TRITON = pytest.param("triton", marks=needs_triton)
-BACKENDS = ["reference", "sdpa", TRITON]
-WITH_MAPS = ["reference", TRITON]
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(absent("cpp") is not None, reason=str(absent("cpp"))))
+KERNELS = [TRITON, CPP]
+BACKENDS = ["reference", "sdpa", *KERNELS]
+WITH_MAPS = ["reference", *KERNELS]
 
 #: (batch, text batch, heads, queries, text keys, pixel keys, head_dim): odd sizes, sizes that are no multiple of a
 #: tile, one key, no pixels.
@@ -61,9 +63,8 @@ def eager(q, text_k, text_v, k, v, scale, tokens):
     return p @ v, p[..., tokens].mean(1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(BACKENDS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("_nan_memory")
 def test_error_is_no_worse_than_eager(backend, shape, dtype):
     made = operands(shape, dtype)
@@ -147,11 +148,11 @@ def test_maps_are_summed_over_groups_of_heads(monkeypatch):
         )
 
 
-@needs_triton
-def test_rows_do_not_depend_on_their_batch():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_rows_do_not_depend_on_their_batch(backend):
     """A batch of decoders must equal one at a time to the last bit."""
     q, text_k, text_v, k, v = operands((4, 2, 2, 20, 18, 9, 8), torch.float32)
-    with ops.use_backend("triton"):
+    with ops.use_backend(backend):
         out, maps = ops.joint_attention(q, text_k, text_v, k, v, map_tokens=[1, 2])
         for row in range(4):
             rows, text = slice(row, row + 1), slice(row // 2, row // 2 + 1)
@@ -204,10 +205,9 @@ def test_closed_form_is_autograd(shape):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@needs_triton
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(KERNELS, (torch.float32, torch.bfloat16, torch.float16)))
 @pytest.mark.usefixtures("_nan_memory")
-def test_gradients_are_no_worse_than_eager(dtype):
+def test_gradients_are_no_worse_than_eager(backend, dtype):
     made, tokens, scale = operands((4, 2, 2, 17, 18, 19, 40), dtype), [0, 16], 40**-0.5
     d_out, d_maps = torch.randn_like(made[0].double()), torch.randn(4, 17, 2).double()
 
@@ -218,7 +218,7 @@ def test_gradients_are_no_worse_than_eager(dtype):
 
     exact = gradients(lambda *x: eager(*x, scale, tokens), torch.float64)
     theirs = gradients(lambda *x: eager(*x, scale, tokens), dtype)
-    with ops.use_backend("triton"):
+    with ops.use_backend(backend):
         ours = gradients(lambda *x: ops.joint_attention(*x, scale=scale, map_tokens=tokens), dtype)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype == dtype
@@ -244,12 +244,12 @@ def test_gradcheck_of_pytorch_attention():
         assert torch.autograd.gradcheck(lambda *leaves: ops.joint_attention(*leaves), leaves, fast_mode=True)
 
 
-@needs_triton
-def test_second_derivatives():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_second_derivatives(backend):
     leaves = [x.requires_grad_() for x in operands((2, 1, 2, 3, 4, 5, 2), torch.float64)]
     results = []
-    for backend in ("reference", "triton"):
-        with ops.use_backend(backend):
+    for each in ("reference", backend):
+        with ops.use_backend(each):
             out, maps = ops.joint_attention(*leaves, map_tokens=[1])
         first = torch.autograd.grad(out.sin().sum() + maps.sin().sum(), leaves, create_graph=True)
         results.append(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
@@ -260,16 +260,21 @@ def test_second_derivatives():
 # Registration
 
 
-@needs_triton
 @pytest.mark.parametrize(("layout", "tokens"), [("by row", []), ("sliced", [0, 2])])
-def test_opcheck(layout, tokens):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend, layout, tokens):
     made = [x.requires_grad_() for x in operands((2, 1, 1, 3, 4, 5, 6), torch.float32, layout)]
-    torch.library.opcheck(torch.ops.difffast.joint_attention.triton, (*made, 0.3, tokens))
+    torch.library.opcheck(getattr(torch.ops.difffast.joint_attention, backend), (*made, 0.3, tokens))
 
 
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("reference", False), ("sdpa", True), pytest.param("triton", True, marks=needs_triton)],
+    [
+        ("reference", False),
+        ("sdpa", True),
+        pytest.param("triton", True, marks=needs_triton),
+        pytest.param("cpp", True, marks=CPP.marks),
+    ],
 )
 def test_compiles_without_graph_breaks(backend, dynamic):
     torch._dynamo.reset()
@@ -326,6 +331,8 @@ def test_bad_input(backend, made, options, message):
 def test_forced_backends_that_cannot_run():
     wide, long = torch.ones(1, 1, 2, 129), torch.ones(1, 1, 2, 8)
     cases = [("sdpa", (long,) * 5, "returns no maps")]
+    if absent("cpp") is None:
+        cases.append(("cpp", (long.half(),) * 5, "it takes float32, float64 and bfloat16, got float16"))
     if absent("triton") is None:
         cases.append(("triton", (wide,) * 5, "heads of at most 128 are supported, got d = 129"))
     for backend, made, message in cases:

@@ -1,0 +1,87 @@
+"""self_attention: attention over any number of keys, forward.
+
+    out = softmax(scale * q k^T) v
+
+Shapes: q [B, H, N, d]; k, v [B, H, M, d]; out [B, H, N, d].  On a GPU PyTorch's attention leaves little to win, and is
+what runs.  On a CPU its kernel is made for wide heads, and UNets have narrow ones (8 to 40 numbers): the C++ kernel
+holds several query rows in a vector, so that every head fills it.
+
+Softmax with a running maximum: arXiv 1805.02867; in tiles of keys: FlashAttention (arXiv 2205.14135, section 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _registry
+from .cross_attention import checked, reference
+
+#: Products q k below which the C++ kernel loses to PyTorch's attention, and keys in bfloat16.
+_SMALL, _FEW = 1 << 14, 64
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention over keys of the same rows, such as all pixels.
+
+    Differentiable by PyTorch's own attention, which runs where a gradient is wanted.
+
+    Args:
+        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
+        k, v: [B, H, M, d] with M >= 1.
+        scale: factor of the logits; None: 1 / sqrt(d).
+
+    Returns:
+        out [B, H, N, d], stored as [B, N, H, d].
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or values.
+        RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
+    """
+    scale = checked(q, k, v, scale, most=None)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
+    backend = _registry.choose(
+        "self_attention", q, lambda backend: obstacle(backend, q, k, v), lambda backend: _loses(backend, q, k)
+    )
+    if backend == "reference":
+        return reference(q, k, v, scale)[0]
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return torch.ops.difffast.self_attention.cpp(q, k, v, scale)
+
+
+def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why a backend that exists here cannot serve these operands, or None."""
+    if backend != "cpp":
+        return None
+    if q.dtype == torch.float16:
+        return "it takes float32, float64 and bfloat16, got float16"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it has no backward pass"
+    return None
+
+
+def _loses(backend: str, q: Tensor, k: Tensor) -> bool:
+    """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
+    if backend != "cpp":
+        return False
+    # A few thousand products do not pay for the call, and few keys not for widening bfloat16.
+    return q.numel() * k.shape[2] < _SMALL or (q.dtype == torch.bfloat16 and k.shape[2] < _FEW)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    batch, heads, rows, dim = q.shape
+    return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
+def _refuse(_ctx: Any, *_grads: Any) -> None:
+    raise RuntimeError("self_attention: the C++ kernel has no backward pass; difffast.ops.self_attention takes another")
+
+
+_registry.LIBRARY.define("self_attention.cpp(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+torch.library.register_fake("difffast::self_attention.cpp", _fake, lib=_registry.LIBRARY)
+torch.library.register_autograd("difffast::self_attention.cpp", _refuse, lib=_registry.LIBRARY)
