@@ -24,8 +24,9 @@ from bench_fidelity import SEED
 from tqdm import tqdm
 
 from difffast import SemanticBinding, patched
-from difffast.binding_demo import BIND_STEP_SIZE
+from difffast.binding_demo import EMBEDDED
 from difffast.demo import device_name
+from difffast.guidance.binding import PRESETS
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
 from difffast.models.judge import judge, summary
@@ -42,25 +43,29 @@ STEP_SIZES = {
     "divide-and-bind": 2.0,
 }
 CONTROL = "stock"
-
-
-def _binding(preset: str = "attribute", **options: Any) -> SemanticBinding:
-    return SemanticBinding(preset, **{"bind_step_size": BIND_STEP_SIZE, **options})
+#: Of a verdict, what is compared.
+KINDS = ("binding", "full_binding", "leakage")
 
 
 def ways() -> dict[str, SemanticBinding | None]:
-    """Presets, what they are made of one by one, and the other losses, on latents alone."""
+    """Presets and what they are made of one by one, with ToMe's numbers and with the model's, and the other losses.
+
+    The other losses are on latents alone.
+    """
     none = {"bind_steps": 0, "focus_steps": 0}
+    own = EMBEDDED["weights"]
     return {
         CONTROL: None,
-        "object": _binding("object"),
-        "attribute": _binding("attribute"),
-        "object without layout": _binding("object", losses={"entropy": 1}),
-        "composite tokens alone": _binding(**none),
-        "composite tokens, end tokens replaced": _binding("object", **none),
+        # ToMe's step size for binding makes its loss grow at once, and every such step is taken back.
+        **{preset: SemanticBinding(preset, bind_step_size=EMBEDDED["bind_step_size"]) for preset in PRESETS},
+        "composite tokens alone": SemanticBinding("attribute", **none),
+        **{f"{preset}, the model's numbers": SemanticBinding(preset, **EMBEDDED) for preset in PRESETS},
+        "composite tokens alone, the model's": SemanticBinding("attribute", weights=own, **none),
+        "these, end tokens replaced": SemanticBinding("object", weights=own, **none),
+        "these, bound, no other loss": SemanticBinding("attribute", **{**EMBEDDED, "focus_steps": 0}),
         **{
-            f"{loss} alone, not merged": _binding(
-                merge=False, bind_steps=0, optimise="latents", losses={loss: 1}, step_size=step_size
+            f"{loss} alone, not merged": SemanticBinding(
+                "attribute", merge=False, bind_steps=0, optimise="latents", losses={loss: 1}, step_size=step_size
             )
             for loss, step_size in STEP_SIZES.items()
         },
@@ -132,9 +137,9 @@ def make(
     return Made(np.concatenate(pictures), seconds, dict(outcomes))
 
 
-def gain(control: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
-    """Percentage points gained on the same pictures: (value, 95% bootstrap low, high)."""
-    difference = np.array(ours) - np.array(control)
+def gain(control: Sequence[float | None], ours: Sequence[float | None]) -> tuple[float, float, float]:
+    """Percentage points gained on the same pictures, where both are known: (value, 95% bootstrap low, high)."""
+    difference = np.array([b - a for a, b in zip(control, ours, strict=True) if a is not None and b is not None])
     draws = np.random.default_rng(0).integers(0, len(difference), (2000, len(difference)))
     return 100 * difference.mean(), *(100 * np.quantile(difference[draws].mean(1), (0.025, 0.975)))
 
@@ -165,7 +170,7 @@ def main() -> None:
             seconds += made.seconds
             outcomes.update(made.outcomes)
         row = {**summary(verdicts), "seconds_a_batch": statistics.median(seconds), "outcomes": dict(outcomes)}
-        row["each"] = {kind: [getattr(v, kind) for v in verdicts] for kind in ("binding", "full_binding")}
+        row["each"] = {kind: [getattr(v, kind) for v in verdicts] for kind in KINDS}
         rows[name] = row
         for kind, values in row["each"].items():
             row[f"{kind}_points_gained"] = gain(rows[CONTROL]["each"][kind], values)
@@ -183,7 +188,7 @@ def write(rows: dict[str, Any], arguments: argparse.Namespace, version: str) -> 
         "seeds": arguments.seeds,
         "steps": arguments.steps,
         "batch": BATCH,
-        "bind_step_size": BIND_STEP_SIZE,
+        "numbers": EMBEDDED,
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "dtype": "float32",

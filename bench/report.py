@@ -106,6 +106,24 @@ def attention_table(results: Path = RESULTS) -> str:
     )
 
 
+def pixel_attention_table(results: Path = RESULTS) -> str:
+    """Milliseconds of attention to pixels, alone and in one softmax with a text; the C++ kernel against PyTorch's."""
+    rows = [
+        "| shape | SDPA | SDPA compiled | C++ | faster than SDPA | than compiled |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = [*_measured(results, "self_attention"), *_measured(results, "joint_attention")]
+    for info in found:
+        seconds = info["seconds"]
+        names = ("SDPA", "SDPA compiled", "cpp")
+        times = (f"{statistics.median(seconds[name]) * 1e3:.2f} ms" for name in names)
+        ratios = (_quartiles(seconds, other, "cpp") for other in names[:2])
+        rows.append(f"| {info['case'].split(':')[0]} | {' | '.join((*times, *ratios))} |")
+    rounds = sorted({len(info["seconds"]["cpp"]) for info in found})
+    note = f"{_machine(found[0])}; {' and '.join(map(str, rounds))} interleaved rounds, quartiles."
+    return "\n".join([*rows, "", f"IF: `joint_attention` with 77 text keys; SDPA with joining the keys. {note}"])
+
+
 def entropy_table(results: Path = RESULTS) -> str:
     """Microseconds of the entropy loss with its gradient."""
     rows = ["| maps | eager | torch.compile | C++ | faster than eager |", "|---|---|---|---|---|"]
@@ -204,9 +222,13 @@ def guidance_table(results: Path = RESULTS) -> str:
 def binding_table(results: Path = RESULTS) -> str:
     """What semantic binding does to the embedded model's pictures, from ``binding.json`` (bench_binding.py)."""
     record = json.loads((results / "binding.json").read_text())
-    kinds = {"binding": "shape and colour right", "full_binding": "texture and part as well"}
-    heads = " | ".join(f"{title} | points gained (95%)" for title in kinds.values())
-    lines = [f"| way | {heads} |", "|" + "---|" * 5]
+    kinds = {
+        "binding": "shape and colour right",
+        "full_binding": "texture and part as well",
+        "leakage": "has what is another's",
+    }
+    heads = " | ".join(f"{title} | points (95%)" for title in kinds.values())
+    lines = [f"| way | {heads} |", "|" + "---|" * (1 + 2 * len(kinds))]
     for name, row in record["rows"].items():
         cells = [name]
         for kind in kinds:
@@ -215,7 +237,7 @@ def binding_table(results: Path = RESULTS) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         f"{record['prompts']} prompts x {record['seeds']} seeds, {record['steps']} steps; points: against stock "
-        f"on the same prompts and seeds. {_machine(record)}."
+        f"on the same prompts and seeds; the model's numbers: {record['numbers']}. {_machine(record)}."
     )
     return "\n".join([*lines, "", note])
 
@@ -274,6 +296,7 @@ TABLES = {
     "fidelity": fidelity_table,
     "attention": attention_table,
     "entropy": entropy_table,
+    "pixels": pixel_attention_table,
     "norms": norm_table,
     "flops": flops_table,
     "guidance": guidance_table,

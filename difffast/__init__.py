@@ -1,7 +1,7 @@
 """difffast: faster Hugging Face Diffusers UNet pipelines, patched in with one call and exactly out again."""
 
 from . import models
-from .attention import AttentionMaps, collect_maps
+from .attention_maps import AttentionMaps, collect_maps
 from .guidance import SemanticBinding
 from .patch import PatchReport, patch, patched, unpatch
 from .plan import EncoderPropagation, FeatureReuse, GuidanceReuse, Plan

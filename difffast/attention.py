@@ -1,4 +1,4 @@
-"""Fused cross-attention in a stock UNet: text keys and values made once a prompt, maps on request.
+"""Fused cross-attention in a stock UNet: text keys and values made once a prompt; :mod:`.attention_maps` on request.
 
 Two kinds of layers: attn2 layers, which attend to the text, and those with added keys (DeepFloyd IF), which attend to
 text and pixels in one softmax.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -26,7 +25,7 @@ from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS
 from .swap import swap_calls, swap_out
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from .attention_maps import AttentionMaps
 
 _LABEL = "_difffast_label"
 
@@ -470,130 +469,3 @@ def _version(tensor: Tensor) -> int | None:
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(a, b, strict=True))
-
-
-@dataclasses.dataclass
-class AttentionMaps:
-    """Cross-attention maps of one image's steps, averaged over heads; see :func:`collect_maps`.
-
-    Batch rows are the UNet's: with guidance, the first half belongs to the negative prompt.
-
-    Attributes:
-        layers: names of the chosen layers.
-        tokens: chosen token positions; None: all.
-        latest: per layer, the maps [B, N, M] of the latest step (with their graph where gradients are enabled).
-        steps: per layer, how many steps went into the mean.  At propagated steps encoder layers do not run.
-    """
-
-    layers: tuple[str, ...]
-    tokens: tuple[int, ...] | None
-    latest: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    steps: dict[str, int] = dataclasses.field(default_factory=dict)
-    _sums: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
-    _size: tuple[int, int] = (0, 0)
-
-    def mean(self, layer: str | None = None) -> Tensor:
-        """Mean over steps [B, N, M] of one layer, or of all chosen layers, which must then be of one size.
-
-        Raises:
-            ValueError: unknown layer, nothing collected yet, or layers of several sizes.
-        """
-        if layer is not None and layer not in self.layers:
-            raise ValueError(f"layer must be one of {', '.join(self.layers)}, got {layer!r}")
-        names = [name for name in ((layer,) if layer else self.layers) if name in self._sums]
-        if not names:
-            raise ValueError("no maps have been collected yet: run the pipeline inside the `with` block")
-        sizes = {name: self._sums[name].shape[1] for name in names}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(
-                f"the chosen layers differ in size (pixels: {sizes}); name one, or choose layers of one size"
-            )
-        return torch.stack([self._sums[name] / self.steps[name] for name in names]).mean(0)
-
-    def grid(self, layer: str | None = None) -> Tensor:
-        """:meth:`mean` as pictures [B, M, height, width].
-
-        Raises:
-            ValueError: as :meth:`mean`.
-        """
-        mean = self.mean(layer)
-        return mean.unflatten(1, self.picture_size(mean.shape[1])).permute(0, 3, 1, 2)
-
-    def picture_size(self, pixels: int) -> tuple[int, int]:
-        """(height, width) of maps with so many pixels."""
-        height, width = self._size
-        while height * width > pixels:
-            height, width = -(-height // 2), -(-width // 2)  # each level halves both, rounding up
-        return height, width
-
-    def reset(self) -> None:
-        """Forget everything collected; a new image does."""
-        for values in (self.latest, self.steps, self._sums):
-            values.clear()
-
-    def columns(self, keys: int) -> list[int]:
-        """The chosen tokens of a text with ``keys`` tokens.
-
-        Raises:
-            ValueError: a token beyond its end.
-        """
-        if self.tokens is None:
-            return list(range(keys))
-        if max(self.tokens) >= keys:
-            raise ValueError(f"tokens must lie in 0 .. {keys - 1}, got {max(self.tokens)}")
-        return list(self.tokens)
-
-    def add(self, layer: str, maps: Tensor, size: tuple[int, int]) -> None:
-        """Add maps [B, steps, N, M] of a layer; ``size`` is the latents' height and width."""
-        self._size = size
-        self.latest[layer] = maps[:, -1]
-        total = maps.detach().sum(1)
-        self._sums[layer] = self._sums[layer] + total if layer in self._sums else total
-        self.steps[layer] = self.steps.get(layer, 0) + maps.shape[1]
-
-
-def choose_layers(unet: nn.Module, layers: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of cross-attention layers that match any of the shell-style patterns; None: all.
-
-    Raises:
-        ValueError: a pattern that matches none.
-    """
-    names = tuple(layers_of(unet))
-    if layers is None:
-        return names
-    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"no cross-attention layer matches {pattern!r}; there are: {', '.join(names)}")
-    return tuple(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-
-
-@contextlib.contextmanager
-def collect_maps(
-    pipe: DiffusionPipeline, *, layers: str | Sequence[str] | None = None, tokens: Sequence[int] | None = None
-) -> Iterator[AttentionMaps]:
-    """Collect head-averaged cross-attention maps while a pipeline runs, without ever storing per-head maps.
-
-    A pipeline that is not patched is patched with the preset "exact" inside the block.
-
-    Args:
-        pipe: a pipeline that :func:`difffast.patch` supports.
-        layers: names of cross-attention layers of the UNet (attn2, or DeepFloyd IF's with added keys, whose maps leave
-            to the pixels what they take), or shell-style patterns such as ``"up_blocks.1.*"``; None: all.
-        tokens: positions in the tokenised prompt (0 is the start token); None: all.
-
-    Returns:
-        For ``as``: an :class:`AttentionMaps`, which each new image starts afresh.
-
-    Raises:
-        ValueError: no such layer, bad tokens, or a pipeline that cannot be patched.
-        RuntimeError: (while the pipeline runs) a chosen layer cannot be fused, with the reason.
-    """
-    from .patch import collecting
-
-    if tokens is not None:
-        tokens = tuple(tokens)
-        if not tokens or any(type(token) is not int or token < 0 for token in tokens):
-            raise ValueError(f"tokens must be at least one int of at least 0 (or None), got {tokens}")
-    with collecting(pipe, lambda unet: AttentionMaps(choose_layers(unet, layers), tokens)) as maps:
-        yield maps

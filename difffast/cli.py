@@ -235,7 +235,7 @@ def _binding_demo(arguments: argparse.Namespace) -> int:
             pipe,
             binding_demo.PROMPTS,
             seeds,
-            SemanticBinding(arguments.binding, bind_step_size=binding_demo.BIND_STEP_SIZE),
+            SemanticBinding(arguments.binding, **binding_demo.EMBEDDED),
             steps=arguments.steps,
             preset=arguments.preset,
             on_step=lambda: progress.advance(task),

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, fusion
+from . import fusion
 from . import unet as split
+from .attention_maps import AttentionMaps
 from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .prior_noise import PriorNoise
 from .programs import BATCHES, Programs
@@ -51,7 +52,7 @@ class Settings:
         self.support, self.force, self.binding = support, force, binding
         self.guidance = guidance
         self.prior_noise = propagation.prior_noise if isinstance(propagation, EncoderPropagation) else None
-        self.collectors: tuple[attention.AttentionMaps, ...] = ()
+        self.collectors: tuple[AttentionMaps, ...] = ()
         self.last_run: RunStats | None = None
         self._schedulers: list[Any] = []
 

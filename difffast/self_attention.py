@@ -13,6 +13,8 @@ from .swap import swap_calls, swap_out
 
 #: Processors that can be fused.
 _PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
+#: Arguments that a pipeline gives to every layer and these processors ignore.
+_IGNORED = ("ip_adapter_masks",)
 
 
 def install(unet: nn.Module) -> None:
@@ -55,10 +57,16 @@ def obstacle(layer: Any, positional: Sequence[Any], named: Mapping[str, Any]) ->
     processor = type(layer.processor)
     if not processor.__module__.startswith("diffusers.") or processor.__name__ not in _PROCESSORS:
         return f"attention processor {processor.__qualname__}"
-    given = [key for key, value in named.items() if value is not None]
+    given = [key for key, value in named.items() if value is not None and key not in _IGNORED]
     if given or any(value is not None for value in positional):
         return f"arguments {', '.join(given) or 'by position'}"
     return "the layer has hooks, or a forward of its own" if fusion.is_wrapped(layer) else None
+
+
+def is_another_attention(processor: Any) -> bool:
+    """Whether it computes something else on purpose (perturbed-attention guidance, attention across frames)."""
+    name = type(processor).__name__
+    return type(processor).__module__.startswith("diffusers.") and ("PAG" in name or "CrossFrame" in name)
 
 
 def forward(layer: Any, hidden: Tensor) -> Tensor:
@@ -79,10 +87,11 @@ def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if note is None or hidden_states.ndim != 3 or not wins(hidden_states):
             return plain(self, hidden_states, *args, **kwargs)
         reason = obstacle(self, args, kwargs)
-        if reason is not None:
+        if reason is None:
+            return forward(self, hidden_states)
+        if not is_another_attention(self.processor):
             note(f"self-attention layers run stock: {reason}")
-            return plain(self, hidden_states, *args, **kwargs)
-        return forward(self, hidden_states)
+        return plain(self, hidden_states, *args, **kwargs)
 
     return call
 

@@ -113,6 +113,7 @@ PIPELINES: dict[str, Support] = {
     "KandinskyV22Img2ImgPipeline": _KANDINSKY,
     "KandinskyV22ControlnetPipeline": _KANDINSKY,
     "KolorsPipeline": _KOLORS,
+    "KolorsImg2ImgPipeline": _KOLORS,
     "KolorsPAGPipeline": replace(_KOLORS, guidance=_THREE),
     "IFPipeline": _IF_1,
     "IFImg2ImgPipeline": _IF_1,

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -150,13 +151,26 @@ def kolors(pipeline: str) -> Callable[[], Any]:
     return despite("`torch.jit.script` is deprecated", zoo.xl(pipeline, layout, **without))
 
 
+def text_embeddings(pipe: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """A Kolors run's arguments for text embeddings that depend on the prompt."""
+    seed, n = sum(inputs.prompt.encode()), inputs.images  # Kolors repeats only what it has encoded itself
+    return {
+        "prompt_embeds": draw(pipe, seed, n, 9, 24),
+        "negative_prompt_embeds": draw(pipe, 0, n, 9, 24),
+        "pooled_prompt_embeds": draw(pipe, seed, n, 64),
+        "negative_pooled_prompt_embeds": draw(pipe, 0, n, 64),
+    }
+
+
 def of_text_embedding(pipe: Any, inputs: Inputs) -> Tensor:
-    """A Kolors run on text embeddings that depend on the prompt."""
-    seed = sum(inputs.prompt.encode())
-    n = inputs.images  # Kolors repeats only what it has encoded itself
-    texts = {"prompt_embeds": draw(pipe, seed, n, 9, 24), "negative_prompt_embeds": draw(pipe, 0, n, 9, 24)}
-    pooled = {"pooled_prompt_embeds": draw(pipe, seed, n, 64), "negative_pooled_prompt_embeds": draw(pipe, 0, n, 64)}
-    return zoo.sample(pipe, inputs, prompt=None, num_images_per_prompt=1, **texts, **pooled)
+    return zoo.sample(pipe, inputs, prompt=None, num_images_per_prompt=1, **text_embeddings(pipe, inputs))
+
+
+def from_picture_and_embedding(pipe: Any, inputs: Inputs) -> Tensor:
+    """A Kolors run from a picture; upstream forgets to pass pooled embeddings on, so they come from the encoder."""
+    texts = text_embeddings(pipe, inputs)
+    with mock.patch.object(pipe, "encode_prompt", return_value=tuple(texts.values())):
+        return zoo.image_to_image(pipe, inputs, prompt=None, num_images_per_prompt=1, **texts)
 
 
 def variation() -> Any:
@@ -211,6 +225,7 @@ ROWS: dict[str, Row] = {
         kandinsky("KandinskyV22ControlnetPipeline", 8, addition_embed_type="image_hint"), under_hint
     ),
     "KolorsPipeline": Row(kolors("KolorsPipeline"), of_text_embedding),
+    "KolorsImg2ImgPipeline": Row(kolors("KolorsImg2ImgPipeline"), from_picture_and_embedding),
     "KolorsPAGPipeline": Row(kolors("KolorsPAGPipeline"), of_text_embedding),
     "StableDiffusionImageVariationPipeline": Row(variation, zoo.under_map),
     "LatentConsistencyModelPipeline": Row(consistency, zoo.sample),

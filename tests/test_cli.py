@@ -71,7 +71,7 @@ def test_demo_writes_a_grid_and_the_numbers(small_demo, tmp_path, capsys):
 
 def test_demo_of_binding_draws_maps(small_demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(binding_demo, "PROMPTS", ("a [red ox] and a [cat]",))
-    monkeypatch.setattr(binding_demo, "BIND_STEP_SIZE", 1.0)
+    monkeypatch.setitem(binding_demo.EMBEDDED, "bind_step_size", 1.0)
     options = ("--steps", "8", "--seeds", "2", "--binding", "attribute", "--preset", "exact")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "difffast: semantic binding diverged")  # weights are random

@@ -19,7 +19,8 @@ from sampling import latents as sampled
 from tolerances import EXACT_FLOAT32, EXACT_FLOAT64, LATENTS_FLOAT64, OUTPUT_FLOAT64
 
 import difffast
-from difffast import EncoderPropagation, attention, ops, patch, patched, programs, unpatch
+from difffast import AttentionMaps, EncoderPropagation, attention, ops, patch, patched, programs, unpatch
+from difffast.attention_maps import choose_layers
 from difffast.ops._registry import INTERPRETED
 
 STEPS = 8
@@ -362,7 +363,7 @@ def test_maps_carry_gradients_to_the_text(pipe64):
     """Through the projection, which is not remembered then."""
     call = unets.call_for(pipe64.unet, dtype=torch.float64)
     text = call["encoder_hidden_states"].requires_grad_()
-    collected = attention.AttentionMaps(attention.choose_layers(pipe64.unet, "mid_block.*"), (2,))
+    collected = AttentionMaps(choose_layers(pipe64.unet, "mid_block.*"), (2,))
     patch(pipe64, "exact")
     labelled = _labelled(call, collectors=(collected,))
     type(pipe64.unet).__mro__[1].__call__(pipe64.unet, **{**call, "encoder_hidden_states": labelled})

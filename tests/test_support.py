@@ -178,8 +178,12 @@ def test_any_run_of_any_pipeline(data):
         st.one_of(st.integers(1, 5), st.floats(0.1, 0.5), st.sets(st.integers(0, 7)).map(lambda s: s | {0}))
     )
     ahead = EncoderPropagation(key_steps=keys, max_parallel=data.draw(st.integers(1, 5)))
-    with patched(pipe, propagation=ahead):
+    options = {}
+    if hasattr(pipe, "do_classifier_free_guidance") and not support.support_of(type(pipe)).guidance:
+        interval = data.draw(st.sampled_from([None, 1, 2, 3]))
+        options["guidance"] = interval and GuidanceReuse(interval, start=data.draw(st.floats(0, 0.5)))
+    with patched(pipe, propagation=ahead, **options):
         interrupted(row, pipe, zoo.Inputs("something else", seed=11, steps=steps), data.draw(st.integers(0, 5)))
         fast = run(row, pipe, inputs)
-    with patched(pipe, propagation=EncoderPropagation(key_steps=keys, parallel=False)):
+    with patched(pipe, propagation=EncoderPropagation(key_steps=keys, parallel=False), **options):
         assert largest(fast, run(row, pipe, inputs)) <= LATENTS_FLOAT64

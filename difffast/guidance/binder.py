@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import attention
+from ..attention_maps import choose_layers
 from .binding import BindingTrace, SemanticBinding
 from .prompts import EncodedPrompts, encode_prompt_override
 from .run import BindingRun
@@ -84,7 +85,7 @@ def map_layers(unet: nn.Module, layers: Any) -> tuple[str, ...]:
             "the rows of absorbed tokens are not zero, so that semantic binding cannot leave them out"
         )
     if layers is not None:
-        return attention.choose_layers(unet, layers)
+        return choose_layers(unet, layers)
     names = tuple(attention.layers_of(unet))
     sdxl = tuple(f"up_blocks.0.attentions.1.transformer_blocks.{i}.attn2" for i in (1, 2, 3))
     if set(sdxl) <= set(names):

@@ -69,6 +69,8 @@ class SemanticBinding:
             rows of the embedding optimised, the scheduler stepping from latents that are not.
         groups: (nouns, modifiers) of each thing as token positions, for a prompt without marks.
         merge: make composite tokens; False keeps the embedding, for losses that need the attributes' own maps.
+        weights: of the nouns' and of the modifiers' rows in a composite token (:func:`.composite.merge`); None: the
+            mode's.
         optimise: what the losses on maps move: "latents", "text" or "both".
         losses: name -> weight, from ``difffast.guidance.LOSSES``; None: {"entropy": 1}, and the preset's layout.
         bind_steps, focus_steps, iterations, bind_iterations: see :class:`Schedule`; None: the preset's, the steps in
@@ -91,6 +93,7 @@ class SemanticBinding:
     mode: Literal["paper", "reference"] = "paper"
     groups: Sequence[Sequence[Sequence[int]]] | None = None
     merge: bool = True
+    weights: tuple[float, float] | None = None
     optimise: Literal["both", "latents", "text"] = "both"
     losses: Mapping[str, float] | Iterable[tuple[str, float]] | None = None
     bind_steps: int | None = None
@@ -122,6 +125,11 @@ class SemanticBinding:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.weights is not None:
+            weights = tuple(self.weights)
+            if len(weights) != 2 or not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
+                raise ValueError(f"weights must be two finite numbers, got {self.weights!r}")
+            object.__setattr__(self, "weights", weights)
         if self.groups is not None:
             fixed = tuple(tuple(tuple(_as_int("groups", p) for p in part) for part in pair) for pair in self.groups)
             if not fixed or any(len(pair) != 2 for pair in fixed):

@@ -40,10 +40,18 @@ def unmerged(groups: Sequence[Group], length: int) -> Columns:
     return Columns(tuple(g.anchor for g in groups), tuple(g.modifiers for g in groups), length)
 
 
-def merge(text: Tensor, groups: Sequence[Group], length: int, mode: Mode = "paper") -> tuple[Tensor, Columns]:
+def merge(
+    text: Tensor,
+    groups: Sequence[Group],
+    length: int,
+    mode: Mode = "paper",
+    weights: tuple[float, float] | None = None,
+) -> tuple[Tensor, Columns]:
     """Put the sum of a thing's rows in its noun's place; differentiable in ``text``.
 
-    With nouns N and modifiers M of a thing, e[anchor] = u * sum(e[N]) + w * sum(e[M]), (u, w) from ``WEIGHTS``.
+    With nouns N and modifiers M of a thing, e[anchor] = u * sum(e[N]) + w * sum(e[M]), (u, w) from ``WEIGHTS``.  Text
+    encoders whose rows do not add up as CLIP's do, because a noun's row already speaks of what stands before it, need a
+    smaller w.
     The absorbed rows are taken out, and the last row is repeated at the end, so that T stays ("paper"); or they become
     zero ("reference"), which without biases is a key of logit 0 and value 0: an attention sink.
 
@@ -52,11 +60,12 @@ def merge(text: Tensor, groups: Sequence[Group], length: int, mode: Mode = "pape
         groups: the things, on disjoint rows of 1 .. ``length``.
         length: number of words.
         mode: one of ``WEIGHTS``.
+        weights: (u, w); None: the mode's.
 
     Returns:
         the embedding [T, D], and where the things are now.
     """
-    noun_weight, modifier_weight = WEIGHTS[mode]
+    noun_weight, modifier_weight = WEIGHTS[mode] if weights is None else weights
     sums = [
         noun_weight * text[list(group.nouns)].sum(0) + modifier_weight * text[list(group.modifiers)].sum(0)
         for group in groups

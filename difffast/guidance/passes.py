@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import attention
+from ..attention_maps import AttentionMaps
 from ..unet import tree_map
 
 
@@ -47,7 +48,7 @@ class Passes:
         Raises:
             ValueError: layers of several sizes.
         """
-        collected = attention.AttentionMaps(self.layers, None)
+        collected = AttentionMaps(self.layers, None)
         # Before Diffusers 0.36, an exception would leave LoRA layers scaled.
         stop = not (call.get("cross_attention_kwargs") or {}).get("scale")
         with contextlib.suppress(attention.AllCollected):

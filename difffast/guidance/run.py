@@ -64,7 +64,7 @@ class BindingRun:
             marked = self._marked(row)
             if self._config.merge:
                 self._text[row], self._columns[row] = merge(
-                    self._text[row].clone(), marked.groups, marked.length, self._config.mode
+                    self._text[row].clone(), marked.groups, marked.length, self._config.mode, self._config.weights
                 )
             else:
                 self._columns[row] = unmerged(marked.groups, marked.length)

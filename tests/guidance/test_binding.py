@@ -504,6 +504,8 @@ def test_step_sizes_fall_and_thresholds_follow_the_schedule():
         ({"bind_steps": -1}, "bind_steps must not be negative"),
         ({"step_size": -1.0}, "step_size must be finite"),
         ({"groups": [((1,),)]}, "pairs"),
+        ({"weights": (1.0,)}, r"two finite numbers, got \(1.0,\)"),
+        ({"weights": (1.0, float("nan"))}, "two finite numbers"),
     ],
 )
 def test_bad_values_are_refused(options, message):

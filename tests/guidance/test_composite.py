@@ -35,6 +35,14 @@ def test_reference(text):
     assert columns == Columns((2, 8), ((), ()), 9)
 
 
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_weights_replace_the_modes(text, mode):
+    merged, columns = merge(text, GROUPS, LENGTH, mode, (0.5, 0.1))
+    first, second = columns.anchors
+    assert largest(merged[first], 0.5 * text[2] + 0.1 * (text[3] + text[4])) <= 1e-12
+    assert largest(merged[second], 0.5 * (text[8] + text[9]) + 0.1 * text[7]) <= 1e-12
+
+
 def test_a_thing_without_modifiers_stays_itself(text):
     merged, columns = merge(text, (Group((3,), (), "a cat"),), LENGTH, "paper")
     assert torch.equal(merged, text)
