@@ -8,6 +8,7 @@ from itertools import pairwise
 import peft
 import pytest
 import torch
+import video_zoo
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from tolerances import EXACT_FLOAT32, LATENTS_FLOAT64
 from torch._dynamo.utils import counters
 
 import difffast
-from difffast import EncoderPropagation, collect_maps, patch, patched, programs, unpatch
+from difffast import EncoderPropagation, collect_maps, ops, patch, patched, programs, self_attention, unpatch
 from difffast import unet as split
 
 TABLE = EncoderPropagation(key_steps=(0, 1, 2, 7), max_parallel=4)
@@ -54,6 +55,37 @@ def test_it_is_what_runs_uncompiled(pipe64, options):
         assert largest(latents(pipe64), expected) <= LATENTS_FLOAT64
         assert not report.last_run.reasons
     assert "programs" in dict(report.replaced)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["AnimateDiffPipeline", "StableVideoDiffusionPipeline", "TextToVideoSDPipeline", "I2VGenXLPipeline"]
+)
+def test_video_unets_are_compiled(name, compilations):
+    row = video_zoo.ROWS[name]
+    pipe = row.build().to(dtype=torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    propagation = EncoderPropagation(key_steps=(0, 1, 4, 6), max_parallel=2)
+    with patched(pipe, propagation=propagation):
+        expected = row.run(pipe, zoo.Inputs())
+    with patched(pipe, propagation=propagation, compile=True) as report:
+        row.run(pipe, zoo.Inputs())
+        compilations()
+        assert largest(row.run(pipe, zoo.Inputs()), expected) <= LATENTS_FLOAT64
+        assert not compilations()
+        assert not report.last_run.reasons
+
+
+@pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+@pytest.mark.parametrize("fused", [True, False])
+def test_self_attention_is_in_the_programs(pipe, fused):
+    report = patch(pipe, "exact", fused=fused, compile=True)
+    latents(pipe)
+    with torch.profiler.profile() as profile:
+        latents(pipe)
+    calls = sum(event.count for event in profile.key_averages() if event.key == "difffast::self_attention")
+    assert calls == fused * len(self_attention.layers_of(pipe.unet)) * report.last_run.total
+    assert not report.last_run.reasons
 
 
 def test_programs_serve_every_prompt_seed_guidance_and_length(pipe, compilations):
