@@ -163,6 +163,8 @@ def stable_video() -> Any:
     )
     levels = {"block_out_channels": (32, 32, 64), "down_block_types": ("DownEncoderBlock2D",) * 3}
     vae = seeded(diffusers.AutoencoderKLTemporalDecoder, **levels)
+    # Old pipelines encode their picture in float32, whatever the VAE is in.
+    vae.encoder.register_forward_pre_hook(lambda encoder, args: (args[0].to(encoder.conv_in.weight.dtype),))
     scheduler = diffusers.EulerDiscreteScheduler(  # as published
         prediction_type="v_prediction",
         timestep_type="continuous",
