@@ -32,6 +32,9 @@ RESULTS = ROOT / "bench" / "results"
 
 Record = Mapping[str, Any]
 
+#: What names of PyTorch's providers begin with in the operators' benchmarks.
+_OTHERS = ("eager", "SDPA", "compiled")
+
 #: A ratio that grew by less is not called a regression, however small the spread.
 _NOISE = 1.03
 
@@ -325,7 +328,7 @@ def baseline(record: Record) -> str:
 
 
 def regressions(new: Sequence[Record], old: Sequence[Record]) -> list[dict[str, Any]]:
-    """Providers whose ratio to the baseline of their own run became worse beyond the spread of both runs.
+    """Providers of ours whose ratio to the baseline of their own run became worse beyond the spread of both runs.
 
     Absolute seconds are not compared: they belong to a machine and its day.  Runs on another device, or with another
     number of threads, are not compared at all.
@@ -340,7 +343,7 @@ def regressions(new: Sequence[Record], old: Sequence[Record]) -> list[dict[str, 
             continue
         for name in record["seconds"]:
             spreads = [_spread(each, name) for each in (record, before)]
-            if None in spreads or name == baseline(record):
+            if None in spreads or name == baseline(record) or not _ours(record, name):
                 continue
             (low, now, _), (_, then, high) = spreads
             if low > high and now > _NOISE * then:
@@ -357,6 +360,11 @@ def regressions(new: Sequence[Record], old: Sequence[Record]) -> list[dict[str, 
                     }
                 )
     return found
+
+
+def _ours(record: Record, name: str) -> bool:
+    """Whether a provider is difffast's; operators' benchmarks name no kinds."""
+    return record["kinds"][name] == "difffast" if "kinds" in record else not name.startswith(_OTHERS)
 
 
 def _spread(record: Record, name: str) -> tuple[float, float, float] | None:

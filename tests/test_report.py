@@ -161,6 +161,23 @@ def test_noise_is_no_regression():
     assert not report.regressions([record({"fast": [0.9] * 4})], [before])
 
 
+def test_what_others_do_is_no_regression_of_ours():
+    def record(seconds, **kinds):
+        case = {**MACHINE, "group": "g", "case": "c", "dtype": "float32", "baseline": "stock"}
+        return {**case, "seconds": {"stock": [1.0] * 4, **{name: [seconds] * 4 for name in kinds}}, "kinds": kinds}
+
+    kinds = {"fast": "difffast", "DeepCache 3": "peer", "stock compiled": "stock"}
+    slower = report.regressions([record(0.9, **kinds)], [record(0.5, **kinds)])
+    assert [row["provider"] for row in slower] == ["fast"]
+    operators = [
+        {**record(each, **kinds), "seconds": {"eager": [1.0] * 4, "SDPA": [each] * 4, "cpp": [each] * 4}}
+        for each in (0.9, 0.5)
+    ]
+    for each in operators:
+        del each["kinds"], each["baseline"]
+    assert [row["provider"] for row in report.regressions(operators[:1], operators[1:])] == ["cpp"]
+
+
 def test_regressions_are_kept_when_the_results_are(tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "committed", tmp_path / "out"
     folder.mkdir()
