@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS
+from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS, repeated
 from .swap import swap_calls, swap_out
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         wanted = [c for c in found.collectors if name in c.layers]
         if not (found.fused or wanted or found.sink):
             return plain(self, hidden_states, *args, **kwargs)
-        reason = _obstacle(self, text, args[1:], kwargs, found.sink, hidden_states.ndim)
+        reason = _obstacle(self, text, args[1:], kwargs, found.sink, hidden_states.ndim, maps=bool(wanted))
         if reason is not None:
             if wanted or found.sink:
                 what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
@@ -234,10 +234,12 @@ def _obstacle(
     named: Mapping[str, Any],
     sink: int = 0,
     rank: int | None = None,
+    *,
+    maps: bool = False,
 ) -> str | None:
     """Why a layer cannot be fused in this call, or None; decided by the processor that is there now.
 
-    ``rank`` is that of its input; None: what the UNet gives it.
+    ``rank`` is that of its input; None: what the UNet gives it.  ``maps`` are wanted.
     """
     processor = type(layer.processor)
     if not processor.__module__.startswith("diffusers.") or processor.__name__ not in _PROJECTIONS:
@@ -254,8 +256,10 @@ def _obstacle(
     if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return "the layer has hooks, or a forward of its own"
     keys = _text_of(text).shape[1]
-    if keys > MAX_KEYS or layer.inner_dim // layer.heads > MAX_HEAD_DIM:
-        return f"more than {MAX_KEYS} text tokens ({keys}), or heads wider than {MAX_HEAD_DIM}"
+    if layer.inner_dim // layer.heads > MAX_HEAD_DIM:
+        return f"heads wider than {MAX_HEAD_DIM}"
+    if keys > MAX_KEYS and (maps or sink or operator_of(layer) == "joint_attention"):
+        return f"more than {MAX_KEYS} text tokens ({keys})"
     if has_added_keys(layer):
         if rank not in (4, None):
             return "no [B, C, height, width] input"
@@ -376,6 +380,9 @@ def _own(layer: Any, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def _operate(query: Tensor, keys: Tensor, values: Tensor, pixels: Sequence[Tensor], sink: int, **options: Any) -> Any:
     """The layer's operator, on text keys and values and on those of its own input, if there are any; -> out by head."""
+    if keys.shape[2] > MAX_KEYS:
+        # Long prompts, and texts of other encoders than CLIP's: Kolors has 256 tokens.
+        return ops.self_attention(query, *repeated(query, keys, values))
     if pixels:
         return ops.joint_attention(query, keys, values, *pixels, **options)
     return ops.cross_attention(query, keys, values, sink=sink, **options)

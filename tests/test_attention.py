@@ -103,6 +103,24 @@ def test_text_keys_are_shared_by_parallel_decoders(pipe):
     assert report.last_run.text_keys["computed"] == len(layers(pipe))
 
 
+def test_texts_that_are_longer_than_a_tile(pipe64):
+    """Kolors has 256 tokens, and prompts may be chained: keys are made once all the same, maps are refused."""
+    width = pipe64.unet.config.cross_attention_dim
+    texts = {f"{name}prompt_embeds": torch.randn(1, 200, width).double() for name in ("", "negative_")}
+    stock = latents(pipe64, None, **texts)
+    with patched(pipe64, "exact") as report:
+        torch.testing.assert_close(latents(pipe64, None, **texts), stock, rtol=1e-9, atol=1e-9)
+        assert report.last_run.text_keys == {"computed": len(layers(pipe64)), "reused": 19 * len(layers(pipe64))}
+        assert not report.last_run.reasons
+    ahead, slow = (EncoderPropagation(key_steps=3, max_parallel=2, parallel=parallel) for parallel in (True, False))
+    with patched(pipe64, propagation=ahead):
+        fast = latents(pipe64, None, **texts)
+    with patched(pipe64, propagation=slow):
+        torch.testing.assert_close(fast, latents(pipe64, None, **texts), rtol=1e-9, atol=1e-9)
+    with difffast.collect_maps(pipe64), pytest.raises(RuntimeError, match=r"more than 128 text tokens \(200\)"):
+        latents(pipe64, None, **texts)
+
+
 def _run_with(pipe, change, *, at=10, preset="exact", **options):
     """Latents when ``change`` is called after step ``at``, with the report's counts."""
 
