@@ -3,8 +3,8 @@
     out = softmax(scale * q k^T) v
 
 Shapes: q [B, H, N, d]; k, v [B, H, M, d]; out [B, H, N, d].  On a GPU PyTorch's attention leaves little to win, and is
-what runs.  On a CPU the C++ kernel takes half of its time and less (bench/ops/bench_self_attention.py): it holds several
-query rows in a vector, so that heads of any width fill it and softmax needs no sums across one.
+what runs.  On a CPU the C++ kernel takes half of its time and less (bench/ops/bench_self_attention.py): a vector
+holds several query rows, so that heads of any width fill it and softmax needs no sums across it.
 
 Softmax with a running maximum: arXiv 1805.02867; in tiles of keys: FlashAttention (arXiv 2205.14135, section 3.1).
 """
