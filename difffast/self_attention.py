@@ -13,6 +13,13 @@ from .swap import swap_calls, swap_out
 
 #: Processors that can be fused.
 _PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
+#: Those that compute something else on purpose: perturbed-attention guidance, Text2Video-Zero.  No report complains.
+_ON_PURPOSE = (
+    "PAGIdentitySelfAttnProcessor2_0",
+    "PAGCFGIdentitySelfAttnProcessor2_0",
+    "CrossFrameAttnProcessor",
+    "CrossFrameAttnProcessor2_0",
+)
 #: Arguments that a pipeline gives to every layer and these processors ignore.
 _IGNORED = ("ip_adapter_masks",)
 
@@ -48,8 +55,8 @@ def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def wins(x: Tensor) -> bool:
-    """Whether a kernel is the faster one for an input like this."""
-    return ops.default_backend("self_attention", x.device, x.dtype) != "sdpa"
+    """Whether a kernel is the faster one for an input like this; every layer asks at every call, on GPUs in vain."""
+    return x.device.type == "cpu" and ops.default_backend("self_attention", x.device, x.dtype) != "sdpa"
 
 
 def obstacle(layer: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> str | None:
@@ -61,12 +68,6 @@ def obstacle(layer: Any, positional: Sequence[Any], named: Mapping[str, Any]) ->
     if given or any(value is not None for value in positional):
         return f"arguments {', '.join(given) or 'by position'}"
     return "the layer has hooks, or a forward of its own" if fusion.is_wrapped(layer) else None
-
-
-def is_another_attention(processor: Any) -> bool:
-    """Whether it computes something else on purpose (perturbed-attention guidance, attention across frames)."""
-    name = type(processor).__name__
-    return type(processor).__module__.startswith("diffusers.") and ("PAG" in name or "CrossFrame" in name)
 
 
 def forward(layer: Any, hidden: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         reason = obstacle(self, args, kwargs)
         if reason is None:
             return forward(self, hidden_states)
-        if not is_another_attention(self.processor):
+        if type(self.processor).__name__ not in _ON_PURPOSE:
             note(f"self-attention layers run stock: {reason}")
         return plain(self, hidden_states, *args, **kwargs)
 

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from sampling import latents
 
-from difffast import ops, patch, patched, self_attention, unpatch
+from difffast import SemanticBinding, ops, patch, patched, self_attention, unpatch
 from difffast.swap import is_swapped
 
 pytestmark = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
@@ -44,6 +44,15 @@ def test_layers_are_stock_outside_the_pipeline(pipe, counted):
         layer = next(iter(self_attention.layers_of(pipe.unet).values()))
         layer(torch.randn(1, 16, layer.inner_dim))
     assert not counted
+
+
+def test_gradients_run_stock_whatever_is_forced(pipe, counted):
+    """Semantic binding differentiates the UNet: a kernel that was forced must not refuse there."""
+    binding = SemanticBinding("attribute", bind_steps=1, focus_steps=1, iterations=1, bind_iterations=1)
+    with ops.use_backend("cpp"), patched(pipe, "exact", binding=binding) as report:
+        latents(pipe, "a [red circle] and a [blue square]", steps=8)
+    assert {step.kind for step in report.trace.steps} == {"bind", "focus"}
+    assert counted, "the steps themselves are not differentiated"
 
 
 def test_projections_that_are_fused(pipe64, counted):

@@ -28,7 +28,8 @@ int64_t packed_bytes(const JointAttention& p) {
 }
 
 int64_t pack_count(const JointAttention& p) {
-  return p.dtype != Scalar::kBFloat16 ? 0 : p.heads * ((p.text_keys > 0 ? p.batch / p.repeats : 0) + (p.keys > 0 ? p.batch : 0));
+  if (p.dtype != Scalar::kBFloat16) return 0;
+  return p.heads * ((p.text_keys > 0 ? p.batch / p.repeats : 0) + (p.keys > 0 ? p.batch : 0));
 }
 
 void pack_keys(const JointAttention& p, void* packed, int64_t begin, int64_t end) {

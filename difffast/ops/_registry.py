@@ -200,6 +200,11 @@ def choose(
     raise AssertionError("the reference always runs")
 
 
+def wants_gradient(*operands: torch.Tensor) -> bool:
+    """Whether a call on these operands will be differentiated."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+
+
 def cannot_run(operator: str, backend: str, reason: str) -> RuntimeError:
     """The error for a forced backend that cannot run."""
     return RuntimeError(f"{operator}: backend {backend!r} was forced but cannot run: {reason}")

@@ -63,7 +63,14 @@ def joint_attention(
     _check_pixels(q, k, v)
     tokens = [] if map_tokens is None else checked_tokens(map_tokens, text_k.shape[2])
     increasing = sorted(set(tokens))
-    backend = _registry.choose("joint_attention", q, lambda backend: obstacle(backend, q, text_k, text_v, increasing))
+    # The closed form in plain PyTorch takes up to 2.5 times as long as the backward pass of PyTorch's attention.
+    slow = map_tokens is None and _registry.wants_gradient(q, text_k, text_v, k, v)
+    backend = _registry.choose(
+        "joint_attention",
+        q,
+        lambda backend: obstacle(backend, q, text_k, text_v, increasing),
+        lambda backend: backend == "cpp" and slow,
+    )
     if backend == "sdpa":
         return _sdpa(q, text_k, text_v, k, v, scale)
     run = reference if backend == "reference" else _OPERATORS[backend]

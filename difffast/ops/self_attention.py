@@ -60,7 +60,7 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
     if q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _registry.wants_gradient(q, k, v):
         return "it has no backward pass"
     return None
 

@@ -1,9 +1,6 @@
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
+import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -480,11 +477,9 @@ def test_the_default():
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
 def test_smaller_instruction_sets(instruction_set):
     """The same numbers from every instruction set that this machine has; the best one runs in all other tests."""
-    code = textwrap.dedent("""
+    code = """
         import torch
-        from difffast import ops
         from difffast.ops.attention_entropy import reference
-        print(ops.INSTRUCTION_SET)
         torch.manual_seed(0)
         for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-11)):
             for shape, words, anchors in (((67, 77), 12, [3, 7]), ((1, 4), 3, [2]), ((300, 128), 127, [1, 64, 127])):
@@ -497,10 +492,5 @@ def test_smaller_instruction_sets(instruction_set):
                     for a, b in ((ours, theirs), (*torch.autograd.grad(ours.sum(), leaf),
                                                   *torch.autograd.grad(theirs.sum(), exact))):
                         assert float((a - b).abs().max()) <= tolerance * float(b.abs().max()), (dtype, shape)
-        print("passed")
-    """)
-    environment = {**os.environ, "DIFFFAST_INSTRUCTION_SET": instruction_set}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.stdout.endswith("passed\n"), result.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert result.stdout.startswith(order[min(order.index(instruction_set), order.index(ops.INSTRUCTION_SET))])
+    """
+    instruction_sets.run(code, instruction_set)

@@ -1,9 +1,6 @@
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
+import instruction_sets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -355,14 +352,12 @@ def test_unproved_gpu_kernels_are_no_default():
 
 
 @needs_cpp
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", instruction_sets.SETS)
 def test_every_instruction_set(instruction_set):
     """The same numbers from every instruction set that this machine has."""
-    code = textwrap.dedent("""
+    code = """
         import torch
-        from difffast import ops
         from difffast.ops.cross_attention import reference
-        print(ops.INSTRUCTION_SET)
         torch.manual_seed(0)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 5e-2)):
             for batch, keys, dim in ((2, 77, 40), (1, 128, 256), (3, 1, 1), (2, 5, 33)):
@@ -377,14 +372,8 @@ def test_every_instruction_set(instruction_set):
                 )):
                     for a, b in zip(*results):
                         assert float((a - b).abs().max()) <= tolerance * (1 + float(b.abs().max())), (dtype, keys, dim)
-        print("passed")
-    """)
-    environment = {**os.environ, "DIFFFAST_INSTRUCTION_SET": instruction_set}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.stdout.endswith("passed\n"), result.stderr
-    order = ("baseline", "avx2", "avx512")
-    best = min(order.index(instruction_set), order.index(ops.INSTRUCTION_SET))
-    assert result.stdout.startswith(order[best])
+    """
+    instruction_sets.run(code, instruction_set)
 
 
 @pytest.mark.gpu

@@ -1,9 +1,6 @@
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
+import instruction_sets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -521,10 +518,8 @@ def test_the_default(operator):
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
 def test_smaller_instruction_sets(instruction_set):
     """The same numbers from every instruction set that this machine has; the best one runs in all other tests."""
-    code = textwrap.dedent("""
+    code = """
         import torch
-        from difffast import ops
-        print(ops.INSTRUCTION_SET)
         torch.manual_seed(0)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)):
             for layout in (torch.contiguous_format, torch.channels_last):
@@ -541,10 +536,5 @@ def test_smaller_instruction_sets(instruction_set):
                             exact = operator(*wide, **{name: t.double() for name, t in options.items()})
                         for a, b in zip(ours, exact):
                             assert float((a - b).abs().max() if b.numel() else 0) <= tolerance * 8, (dtype, channels)
-        print("passed")
-    """)
-    environment = {**os.environ, "DIFFFAST_INSTRUCTION_SET": instruction_set}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.stdout.endswith("passed\n"), result.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert result.stdout.startswith(order[min(order.index(instruction_set), order.index(ops.INSTRUCTION_SET))])
+    """
+    instruction_sets.run(code, instruction_set)

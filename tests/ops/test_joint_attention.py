@@ -1,5 +1,6 @@
 """joint_attention: every backend against float64, its gradients, and what it must not do."""
 
+import importlib
 import math
 
 import pytest
@@ -9,6 +10,9 @@ from triton_interpreter import as_hardware
 
 from difffast import ops
 from difffast.ops.joint_attention import reference, reference_backward
+
+#: The module; the package's attribute of this name is the function.
+joint_module = importlib.import_module("difffast.ops.joint_attention")
 
 needs_triton = pytest.mark.skipif(absent("triton") is not None, reason=str(absent("triton")))
 TRITON = pytest.param("triton", marks=needs_triton)
@@ -236,6 +240,23 @@ def test_gradcheck(backend, wanted):
 
     with ops.use_backend(backend):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+def test_pytorchs_attention_is_differentiated_where_it_is_the_faster_one(monkeypatch):
+    """The C++ kernel is a default on CPUs, but its backward pass is plain PyTorch."""
+    made, calls = operands((2, 1, 2, 3, 7, 5, 4), torch.float32), []
+    original = joint_module._sdpa
+    monkeypatch.setattr(joint_module, "_sdpa", lambda *a: calls.append(1) or original(*a))
+    ops.joint_attention(*made)
+    assert bool(calls) == (ops.missing("cpp") is not None)
+    calls.clear()
+    leaves = [x.requires_grad_() for x in made]
+    ops.joint_attention(*leaves).sum().backward()
+    assert calls
+    calls.clear()
+    with torch.no_grad():
+        ops.joint_attention(*leaves)
+    assert bool(calls) == (ops.missing("cpp") is not None)
 
 
 def test_gradcheck_of_pytorch_attention():

@@ -1,11 +1,8 @@
 """self_attention: every backend against float64, and what it must not do."""
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
+import instruction_sets
 import pytest
 import torch
 from attention_operands import LAYOUTS, absent, assert_as_good, with_dtypes
@@ -127,16 +124,14 @@ def test_compiles_without_graph_breaks(backend):
 
 
 @needs_cpp
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", instruction_sets.SETS)
 def test_every_instruction_set(instruction_set):
     """The same numbers from every instruction set that this machine has, with a text and without."""
-    code = textwrap.dedent("""
+    code = """
         import torch
-        from difffast import ops
         from difffast.ops import cross_attention, joint_attention
         from difffast.ops.cross_attention import reference
         from difffast.ops.joint_attention import reference as joint
-        print(ops.INSTRUCTION_SET)
         torch.manual_seed(0)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 5e-2)):
             for batch, keys, dim in ((2, 77, 40), (1, 128, 256), (3, 1, 1), (2, 200, 8), (2, 5, 33)):
@@ -149,13 +144,8 @@ def test_every_instruction_set(instruction_set):
                 theirs = reference(q, k, v, dim**-0.5)[0], *joint(q, *text, k, v, dim**-0.5, [0, 19])
                 for a, b in zip(ours, theirs):
                     torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, equal_nan=True)
-        print("passed")
-    """)
-    environment = {**os.environ, "DIFFFAST_INSTRUCTION_SET": instruction_set}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.stdout.endswith("passed\n"), result.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert result.stdout.startswith(order[min(order.index(instruction_set), order.index(ops.INSTRUCTION_SET))])
+    """
+    instruction_sets.run(code, instruction_set)
 
 
 Q, K = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
