@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
+# A process for each core.  Threads that wait must not spin: the processes share the cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 DEPS   := $(VENV)/.dependencies
 BUILT  := $(VENV)/.difffast
 
@@ -36,7 +38,7 @@ demo: install
 test: lint suite
 
 suite: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The same suite with the oldest supported versions, in an environment of its own. What is built in place is the same
 # stable-ABI library, whichever environment built it last.
@@ -44,7 +46,7 @@ test-oldest:
 	$(MAKE) suite VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 bench: install
 	$(BIN)/difffast bench --budget-minutes 14

@@ -14,7 +14,7 @@ from . import attention, controlnet, ops, resnets, self_attention
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
-from .programs import BATCHES
+from .programs import BATCHES, ProgramStats
 from .propagation import Controller, Settings
 from .run import RunStats
 from .support import PIPELINES, UNETS, Support, denoiser_of, support_of
@@ -84,6 +84,11 @@ class PatchReport:
     def trace(self) -> BindingTrace | None:
         """Losses and maps of semantic binding in the latest run; None without binding, or before the first run."""
         return self._settings.binding.trace if self._settings.binding is not None else None
+
+    @property
+    def programs(self) -> ProgramStats:
+        """How many compiled programs the UNet has, and the GPU memory of their CUDA graphs; zeros without any."""
+        return self._controller.program_stats()
 
     def invalidate(self) -> None:
         """Make the next step a key step, e.g. from a callback after a large edit of the latents."""

@@ -12,6 +12,7 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +25,46 @@ from .view import descendant, replaced
 #: Most programs that one UNet keeps; beyond, the one that has not run for longest is dropped.
 MAX_PROGRAMS = 16
 
+#: Id of the allocator's own pool of GPU memory; CUDA graphs have pools apart from it.
+_SHARED_POOL = (0, 0)
+
 #: Decoder batches that get a program; segments are decoded in batches of these sizes.
 BATCHES = (1, 2, 4, 8)
 
 #: torch.compile's backend; on a GPU always Inductor, with CUDA graphs.
 BACKEND = "inductor"
+
+
+@dataclass(frozen=True)
+class ProgramStats:
+    """What compiled programs of a UNet take.
+
+    Attributes:
+        kept: programs at present.
+        limit: the most that are kept.
+        graph_bytes: GPU memory that CUDA graphs hold on the UNet's device; 0 on others.  All of the process's graphs:
+            Inductor has one pool for a device.
+    """
+
+    kept: int
+    limit: int
+    graph_bytes: int
+
+    def __str__(self) -> str:
+        graphs = f"; CUDA graphs hold {self.graph_bytes / 2**20:.0f} MiB" if self.graph_bytes else ""
+        return f"{self.kept} compiled, at most {self.limit}{graphs}"
+
+
+def graph_bytes(device: torch.device) -> int:
+    """GPU memory [bytes] in the pools of CUDA graphs on ``device``; 0 where there is no CUDA."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot(include_traces=False)
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != _SHARED_POOL
+    )
 
 
 class Inputs:
@@ -111,8 +147,9 @@ class Programs:
         self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._compiled)
+    def stats(self, device: torch.device) -> ProgramStats:
+        """``device``: the UNet's."""
+        return ProgramStats(len(self._compiled), MAX_PROGRAMS, graph_bytes(device))
 
     def run(
         self,

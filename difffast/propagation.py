@@ -23,7 +23,7 @@ from . import unet as split
 from .attention_maps import AttentionMaps
 from .plan import MIN_STEPS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .prior_noise import PriorNoise
-from .programs import BATCHES, Programs
+from .programs import BATCHES, Programs, ProgramStats
 from .run import Run, RunStats
 from .stepping import Edit, step_override
 from .support import Support, output_of
@@ -128,7 +128,7 @@ class Controller:
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self.programs = Programs()
+        self._programs = Programs()
         self._unet = weakref.ref(unet)
         self._settings: list[Settings] = []
         self._runs: list[Run] = []
@@ -144,6 +144,10 @@ class Controller:
             self._settings = [s for s in self._settings if s is not settings and s.pipe() is not None]
             self._runs = [run for run in self._runs if settings not in run.settings]
             return not self._settings
+
+    def program_stats(self) -> ProgramStats:
+        unet = self._unet()
+        return self._programs.stats(torch.device("cpu") if unet is None else unet.device)
 
     def invalidate(self, settings: Settings) -> None:
         """Make the next call of every run of this pipeline a key step."""
@@ -199,7 +203,7 @@ class Controller:
                     return run
             asking = [s for s in self._settings if _is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
             if asking:
-                run = Run(asking, self._unet(), device, self.programs)
+                run = Run(asking, self._unet(), device, self._programs)
                 self._runs.append(run)
                 return run
         return None

@@ -55,6 +55,7 @@ def test_captured_programs_are_what_runs_uncompiled(pipe, propagation):
             with torch.no_grad():
                 pipe.unet.conv_in.weight.div_(2)
         assert not report.last_run.reasons
+        assert report.programs.graph_bytes > 0
 
 
 class _SyncsForbidden:

@@ -179,11 +179,26 @@ def test_more_changes_than_torch_compile_keeps_are_no_error(pipe):
 def test_a_new_size_gets_its_own_programs_and_their_number_is_bounded(pipe, monkeypatch, compilations):
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
     report = patch(pipe, "exact", compile=True)
-    held = report._controller.programs
     for height in (64, 80, 64, 96, 64):
         latents(pipe, height=height, width=64)
-        assert len(held) <= 2
+        assert report.programs.kept <= 2
+    assert str(report.programs) == "2 compiled, at most 2"
     assert compilations() == 3  # the size used last stays
+
+
+def test_memory_of_cuda_graphs_is_what_the_allocator_keeps_apart_for_them(monkeypatch):
+    """As ``torch.cuda.memory_snapshot`` describes it; no GPU is needed to add it up."""
+
+    def segment(device, pool, total_size):
+        return {"device": device, "segment_pool_id": pool, "total_size": total_size}
+
+    segments = [segment(0, (0, 0), 7), segment(0, (0, 1), 5 << 20), segment(0, (3, 0), 1 << 20), segment(1, (0, 2), 9)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda include_traces: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert programs.graph_bytes(torch.device("cuda:0")) == 6 << 20
+    assert programs.graph_bytes(torch.device("cuda")) == 9
+    assert programs.graph_bytes(torch.device("cpu")) == 0
+    assert str(programs.Programs().stats(torch.device("cuda:0"))) == "0 compiled, at most 16; CUDA graphs hold 6 MiB"
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(pipe, monkeypatch):

@@ -29,25 +29,6 @@ STEP_BY_STEP = EncoderPropagation(key_steps=KEYS, parallel=False)
 ALL_KEY = EncoderPropagation(key_steps=1)
 
 
-#: Rows whose UNet call is another row's, so that `make test` leaves them to `make test-slow`.
-SIBLINGS = {
-    "AnimateDiffVideoToVideoControlNetPipeline",
-    "IFImg2ImgSuperResolutionPipeline",
-    "IFInpaintingSuperResolutionPipeline",
-    "KolorsPAGPipeline",
-    "StableDiffusionControlNetPAGInpaintPipeline",
-    "StableDiffusionPAGImg2ImgPipeline",
-    "StableDiffusionPAGInpaintPipeline",
-    "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLControlNetInpaintPipeline",
-    "StableDiffusionXLControlNetPAGImg2ImgPipeline",
-    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
-    "StableDiffusionXLControlNetUnionInpaintPipeline",
-    "StableDiffusionXLPAGImg2ImgPipeline",
-    "StableDiffusionXLPAGInpaintPipeline",
-}
-
-
 @functools.cache
 def built(name):
     pipe = ROWS[name].build()
@@ -55,7 +36,7 @@ def built(name):
     return pipe
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ()) for name in ROWS])
+@pytest.fixture(params=ROWS)
 def row(request):
     return ROWS[request.param]
 
