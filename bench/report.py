@@ -20,6 +20,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ _STYLE = (
 )
 
 
-def unet_table(results: Path = RESULTS) -> str:
+def unet_table(results: Path = RESULTS, group: str = "unet") -> str:
     """Seconds inside the UNet."""
-    found = _measured(results, "unet")
+    found = _measured(results, group)
     head = "| provider |" + "".join(f" {info['case'].split(' at ')[0]}, seconds | against stock |" for info in found)
     rows = [head, "|" + "---|" * (1 + 2 * len(found))]
     for name in dict.fromkeys(name for info in found for name in (*info["seconds"], *info.get("absent", {}))):
@@ -295,6 +296,7 @@ TABLES = {
     "ways": ways_table,
     "support": support_table,
     "unet": unet_table,
+    "full_size": partial(unet_table, group="full size"),
     "demo": demo_table,
     "fidelity": fidelity_table,
     "attention": attention_table,

@@ -21,7 +21,7 @@ from workloads import Images, Stage
 import difffast
 from difffast.swap import is_swapped
 
-SUITES = ("bench_unet", "bench_pipelines", "bench_guidance", "bench_memory")
+SUITES = ("bench_unet", "bench_pipelines", "bench_guidance", "bench_memory", "bench_full_size")
 TRUTH = torch.arange(1.0, 9.0)
 STEPS = 8
 

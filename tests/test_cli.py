@@ -141,6 +141,8 @@ def test_bench_measures_and_then_reports(commands, tmp_path):
     assert cli.main(["bench", "--size", "cpu", "--budget-minutes", "3", "--out", str(tmp_path)]) == 0
     measuring, reporting = ran
     assert measuring[3].endswith("/bench")
+    assert measuring[4].startswith("--ignore=")
+    assert Path(measuring[4].removeprefix("--ignore=")).name == "bench_full_size.py"
     assert {"--size=cpu", "--budget-minutes=3.0", f"--records={tmp_path / 'cases'}"} <= set(measuring)
     assert reporting[1].endswith("bench/report.py")
     assert reporting[2:] == [str(tmp_path / "results.json"), "--out", str(tmp_path), "--size", "cpu"]
@@ -155,6 +157,7 @@ def test_bench_of_one_suite_or_your_own_model(commands, tmp_path):
     for suite in cli.BENCHMARKS:
         assert cli.main(["bench", "--only", suite, "--out", str(tmp_path)]) == 0
         assert Path(ran[-2][3]).exists()
+        assert not any(each.startswith("--ignore") for each in ran[-2])
     assert cli.main(["bench", "--model", "mine", "--out", str(tmp_path)]) == 0
     assert ran[-2][3].endswith("bench_pipelines.py")
     assert "--bench-model=mine" in ran[-2]
