@@ -5,7 +5,8 @@ Every provider in turn in one run (A B C D, A B C D, ...), the correctness gate 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import registry
@@ -41,8 +42,19 @@ def cases(size: str, model: str | None) -> list[Case]:
     return [
         *(forward(name, full=False) for name in ("SD2.1", "SDXL", "IF-I")),
         *(decode(NARROW, k) for k in (1, 2, 4, 8)),
-        image(NARROW, weight=210),
-        image(WIDE, weight=250),  # of 750: the rest is for a second run
+        image(NARROW, weight=170),
+        image(WIDE, weight=240),  # of 780: the rest is for a second run
+        *(
+            savings(
+                f"UNet {channels}",
+                {"channels": list(channels), "latent": SIZE},
+                lambda channels=channels: [workloads.tiny(channels, SIZE)],
+                steps=10,
+                rounds=(5, 21),
+                weight=weight,
+            )
+            for channels, weight in ((NARROW, 40), (WIDE, 40))
+        ),
     ]
 
 
@@ -52,7 +64,7 @@ def test_unet(benchmark, session, case):
 
 
 def image(channels: tuple[int, ...], weight: float) -> Case:
-    """Seconds inside the UNet for one image: what the issues ask for, and every saving alone."""
+    """Seconds inside the UNet for one image: what the issues ask for, and what balanced is made of."""
     providers = (
         registry.stock(),
         *registry.presets(),
@@ -78,6 +90,36 @@ def image(channels: tuple[int, ...], weight: float) -> Case:
         rounds=(2, 11),
         weight=weight,
         bars=BARS,
+    )
+
+
+def savings(
+    name: str,
+    shapes: Mapping[str, Any],
+    stages: Callable[[], Sequence[workloads.Stage]],
+    *,
+    steps: int,
+    rounds: tuple[int, int],
+    weight: float,
+) -> Case:
+    """What exact is made of, in a short run: every step costs the same, and many rounds show small differences."""
+    return Case(
+        group="savings",
+        name=f"{name}, exact at {shapes['latent']}x{shapes['latent']}, {steps} steps",
+        shapes={**shapes, "steps": steps, "batch": 1},
+        dtype="float32",
+        device="cpu",
+        build=lambda: Images(stages(), steps, latent=True, unet_only=True),
+        providers=(
+            registry.stock(),
+            registry.difffast("difffast exact", "exact", Gate()),
+            *registry.exact_savings(),
+            registry.stock_channels_last(),
+        ),
+        timed="seconds inside the UNet",
+        headline="difffast exact",
+        rounds=rounds,
+        weight=weight,
     )
 
 

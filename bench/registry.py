@@ -19,6 +19,7 @@ from difffast import (
     FeatureReuse,
     GuidanceReuse,
     attention,
+    linears,
     ops,
     patch,
     patched,
@@ -322,29 +323,37 @@ def reuse(interval: int) -> Provider:
 
 
 def savings() -> tuple[Provider, ...]:
-    """Each saving alone, so that its worth is seen, on top of "exact"."""
+    """What balanced is made of, each alone or on top of the one before."""
     keys = _PLAIN.key_steps
     parallel = EncoderPropagation(key_steps=keys, share_skips=False)
     shared = EncoderPropagation(key_steps=keys)
-
-    @contextlib.contextmanager
-    def only_text_keys() -> Any:
-        with (
-            ops.use_backend("sdpa", "cross_attention", "self_attention"),
-            ops.use_backend("reference", "group_norm_silu"),
-        ):
-            yield
-
     truth = Gate(_STEP_BY_STEP)
     return (
         difffast(_STEP_BY_STEP, "exact", _APPROXIMATES, propagation=_PLAIN, fused=False),
         difffast("propagation alone, parallel", "exact", truth, propagation=parallel, fused=False),
         difffast("the same with shared skips", "exact", truth, propagation=shared, fused=False),
         difffast("guidance reuse alone", "exact", _GATES["turbo"], guidance=GuidanceReuse(3), fused=False),
-        difffast("fused self-attention alone", "exact", Gate(), without=(attention, resnets)),
-        difffast("fused norms alone", "exact", Gate(), without=(attention, self_attention)),
+    )
+
+
+def exact_savings() -> tuple[Provider, ...]:
+    """What exact is made of, each alone."""
+
+    @contextlib.contextmanager
+    def only_text_keys() -> Any:
+        with (
+            ops.use_backend("sdpa", "cross_attention", "self_attention"),
+            ops.use_backend("reference", "group_norm_silu", "linear"),
+        ):
+            yield
+
+    return (
+        difffast("linear layers alone", "exact", Gate(), without=(attention, resnets, self_attention)),
+        difffast("self-attention alone", "exact", Gate(), without=(attention, linears, resnets)),
+        difffast("norms alone", "exact", Gate(), without=(attention, linears, self_attention)),
         difffast("text K/V once alone", "exact", Gate(), during=only_text_keys),
-        difffast("fused cross-attention with text K/V", "exact", Gate(), without=(resnets, self_attention)),
+        difffast("cross-attention with text K/V", "exact", Gate(), without=(linears, resnets, self_attention)),
+        difffast("the patch alone", "exact", Gate(), fused=False),
     )
 
 

@@ -62,8 +62,8 @@ def unet_table(results: Path = RESULTS, group: str = "unet") -> str:
             cells += [f"{statistics.median(info['seconds'][name]):.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
         rows.append(f"| {' | '.join(cells)} |")
     rounds = " and ".join(str(len(info["seconds"]["stock"])) for info in found)
-    case = found[0]["case"].split(" at ")[1]
-    note = f"At {case}. {_measured_on(found[0])}; {rounds} interleaved rounds, quartiles."
+    settings = " and ".join(dict.fromkeys(info["case"].split(" at ")[1] for info in found))
+    note = f"At {settings}. {_measured_on(found[0])}; {rounds} interleaved rounds, quartiles."
     return "\n".join([*rows, "", note, *_bars(found)])
 
 
@@ -140,6 +140,22 @@ def entropy_table(results: Path = RESULTS) -> str:
     return "\n".join(
         [*rows, "", f"Forward and backward. {_machine(found[0])}; {rounds} interleaved rounds, quartiles."]
     )
+
+
+def linear_table(results: Path = RESULTS) -> str:
+    """Milliseconds of linear layers; oneDNN against what PyTorch takes by itself."""
+    rows = [
+        "| layer | F.linear | compiled | oneDNN | faster than F.linear | than compiled |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = _measured(results, "linear")
+    for info in found:
+        seconds = info["seconds"]
+        times = (f"{statistics.median(seconds[name]) * 1e3:.2f} ms" for name in ("eager", "compiled", "onednn"))
+        ratios = (_quartiles(seconds, slow, "onednn") for slow in ("eager", "compiled"))
+        rows.append(f"| {info['case'].split(':')[0]} | {' | '.join((*times, *ratios))} |")
+    rounds = len(found[0]["seconds"]["onednn"])
+    return "\n".join([*rows, "", f"{_machine(found[0])}; {rounds} interleaved rounds, quartiles."])
 
 
 def norm_table(results: Path = RESULTS) -> str:
@@ -296,12 +312,14 @@ TABLES = {
     "ways": ways_table,
     "support": support_table,
     "unet": unet_table,
+    "savings": partial(unet_table, group="savings"),
     "full_size": partial(unet_table, group="full size"),
     "demo": demo_table,
     "fidelity": fidelity_table,
     "attention": attention_table,
     "entropy": entropy_table,
     "pixels": pixel_attention_table,
+    "linear": linear_table,
     "norms": norm_table,
     "flops": flops_table,
     "guidance": guidance_table,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS, repeated
-from .swap import swap_calls, swap_out
+from .swap import plain_class, swap_calls, swap_out
 
 if TYPE_CHECKING:
     from .attention_maps import AttentionMaps
@@ -446,9 +446,9 @@ def projections_state(layer: Any) -> tuple[Any, ...] | None:
 
 def weights_state(projection: nn.Module) -> list[Any] | None:
     """Identity, version and address of every weight, and the switches of LoRA layers; None if there may be more."""
-    plain = type(projection) in (nn.Linear, nn.GroupNorm, nn.LayerNorm)
+    plain = plain_class(projection) in (nn.Linear, nn.GroupNorm, nn.LayerNorm)
     if not plain and not (
-        type(projection).__module__ == "peft.tuners.lora.layer" and type(projection.base_layer) is nn.Linear
+        type(projection).__module__ == "peft.tuners.lora.layer" and plain_class(projection.base_layer) is nn.Linear
     ):
         return None  # quantised, or of a kind not known here
     state: list[Any] = []

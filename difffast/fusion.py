@@ -10,6 +10,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from .swap import plain_class
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: Inside :func:`fused`: who is told why a layer runs stock.
@@ -33,7 +35,7 @@ def note() -> Callable[[str], object] | None:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is just a ``kind`` whose weights are there to be used."""
-    if type(module) is not kind or is_wrapped(module):
+    if plain_class(module) is not kind or is_wrapped(module):
         return False
     return type(module.weight) is nn.Parameter and not module.weight.is_meta
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
-from . import attention, controlnet, ops, resnets, self_attention
+from . import attention, controlnet, linears, ops, resnets, self_attention
 from .guidance.binder import Binder
 from .guidance.binding import BindingTrace, SemanticBinding
+from .ops.linear import backend_of_large
 from .plan import PRESETS, EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
 from .programs import BATCHES, ProgramStats
 from .propagation import Controller, Settings
@@ -207,6 +208,7 @@ def patch(
         attention.install(unet)
         resnets.install(unet)
         self_attention.install(unet)
+        linears.install(unet)
         controller = _controller(unet)
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
@@ -284,6 +286,7 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
             attention.uninstall(done.unet)
             resnets.uninstall(done.unet)
             self_attention.uninstall(done.unet)
+            linears.uninstall(done.unet)
         done.settings.release_schedulers()
         swap_out(pipe)
         if done.compiled is not None and pipe.unet is done.unet:
@@ -449,6 +452,10 @@ def _replaced(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, str]]:
     if fused and layers and self_attention.wins(weight):
         backend = ops.default_backend("self_attention", weight.device, weight.dtype)
         yield f"self-attention ({len(layers)} layers)", f"self_attention ({backend})"
+    layers = linears.layers_of(unet)
+    backend = backend_of_large(weight)
+    if fused and layers and backend != "reference":
+        yield f"linear layers ({len(layers)})", f"linear ({backend}), where large enough"
     layers = resnets.resnets_of(unet)
     backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
     if fused and layers and backend != "reference" and not compiled:

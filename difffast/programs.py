@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, self_attention
+from . import attention, linears, self_attention
+from .fusion import is_plain
+from .ops.linear import backend_of_large
 from .unet import tree_map
 from .view import descendant, replaced
 
@@ -77,6 +79,7 @@ class Inputs:
     def __init__(self, unet: nn.Module) -> None:
         self._attention = attention.layers_of(unet)
         self._self_attention = self_attention.layers_of(unet)
+        self._linears = linears.layers_of(unet)
         self._adapted = {
             name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
         }
@@ -88,13 +91,13 @@ class Inputs:
     ) -> dict[str, Any]:
         """What layers take from a program's inputs.
 
-        Per name: keys and values of a cross-attention layer, () of a self-attention layer that the operator computes,
-        or the scales of a LoRA layer's adapters as tensors [].
+        Per name: keys and values of a cross-attention layer, () of a self-attention or linear layer that an operator
+        computes, or the scales of a LoRA layer's adapters as tensors [].
 
         Args:
             call: arguments of the UNet call, without a LoRA scale (:func:`scaled`).
             keys: text keys and values of the run; None: cross-attention layers run stock.
-            fused: whether self-attention layers may be fused.
+            fused: whether self-attention and linear layers may be fused.
         """
         found: dict[str, Any] = {}
         given = dict.fromkeys(call.get("cross_attention_kwargs") or {}, True)
@@ -102,6 +105,8 @@ class Inputs:
             for name, layer in self._self_attention.items():
                 if self_attention.obstacle(layer, (), given) is None:
                     found[name] = ()
+        if fused and backend_of_large(call["sample"]) != "reference":
+            found.update((name, ()) for name, layer in self._linears.items() if is_plain(layer, nn.Linear))
         if keys is not None:
             found.update(attention.static_keys(unet, self._attention, call, keys))
         for name, layer in self._adapted.items():
@@ -193,16 +198,19 @@ class Programs:
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def program(unet: nn.Module, inputs: Mapping[str, Any], arguments: tuple[Any, ...]) -> Any:
-        scales = {name: value for name, value in inputs.items() if isinstance(value, Mapping)}
-        unet = replaced(unet, scales)
-        keyed = {
-            name: attention.Keyed(descendant(unet, name), *value)
-            if value
-            else self_attention.Fused(descendant(unet, name))
-            for name, value in inputs.items()
-            if name not in scales
-        }
-        return function(replaced(unet, keyed), *arguments)
+        inner, outer = {}, {}  # scales and linear layers are parts of attention layers
+        for name, value in inputs.items():
+            if isinstance(value, Mapping):
+                inner[name] = value
+            elif not value and isinstance(layer := descendant(unet, name), nn.Linear):
+                inner[name] = linears.Fused(layer)
+            else:
+                outer[name] = value
+        unet = replaced(unet, inner)
+        for name, value in outer.items():
+            layer = descendant(unet, name)
+            outer[name] = attention.Keyed(layer, *value) if value else self_attention.Fused(layer)
+        return function(replaced(unet, outer), *arguments)
 
     return program
 

@@ -369,6 +369,7 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
         registry.published_key_steps(),
         *registry.competitors(),
         *registry.savings(),
+        *registry.exact_savings(),
         *(registry.reuse(interval) for interval in (3, 5)),
         registry.stock_channels_last(),
     )

@@ -5,6 +5,7 @@ from .attention_entropy import attention_entropy
 from .cross_attention import cross_attention
 from .group_norm_silu import group_norm_silu
 from .joint_attention import joint_attention
+from .linear import linear
 from .repeat_batch import repeat_batch
 from .self_attention import self_attention
 from .skip_norm_silu import skip_norm_silu
@@ -20,6 +21,7 @@ __all__ = [
     "default_backend",
     "group_norm_silu",
     "joint_attention",
+    "linear",
     "missing",
     "repeat_batch",
     "self_attention",

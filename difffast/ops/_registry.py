@@ -1,6 +1,7 @@
 """Backends of the operators: which exist, why one is missing, which are proved on which hardware, and which one runs.
 
-``reference`` is plain PyTorch and always runs; ``sdpa`` is PyTorch's own fused attention.  ``cpp`` (CPU) and ``cuda``
+``reference`` is plain PyTorch and always runs; ``sdpa`` is PyTorch's own fused attention, ``onednn`` its way to that
+library's matrix products on CPUs.  ``cpp`` (CPU) and ``cuda``
 (NVIDIA) are compiled into ``difffast._C`` by setup.py through LibTorch's stable ABI; ``triton`` needs a GPU, or
 TRITON_INTERPRET=1 on a CPU.  ``DIFFFAST_BACKEND`` (read at import) or :func:`use_backend` force one.
 
@@ -22,7 +23,7 @@ import torch
 #: Schemas of all operators; the C++ side only adds implementations, so that they exist without it.
 LIBRARY = torch.library.Library("difffast", "DEF")
 
-BACKENDS = ("reference", "sdpa", "cpp", "triton", "cuda")
+BACKENDS = ("reference", "sdpa", "onednn", "cpp", "triton", "cuda")
 
 
 #: Operator -> its backends, in the order in which they are tried.
@@ -31,6 +32,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
     "group_norm_silu": ("cuda", "cpp", "triton", "reference"),
     "joint_attention": ("triton", "cpp", "sdpa", "reference"),
+    "linear": ("onednn", "reference"),
     "repeat_batch": ("cpp", "reference"),
     "self_attention": ("cpp", "sdpa", "reference"),
     "skip_norm_silu": ("cuda", "cpp", "triton", "reference"),
@@ -112,6 +114,7 @@ _extension, _not_built = _load_extension()
 _missing: dict[str, str | None] = {
     "reference": None,
     "sdpa": None,
+    "onednn": None if torch.backends.mkldnn.is_available() else "PyTorch was built without oneDNN",
     "cpp": _not_built,
     "triton": _no_triton(),
     "cuda": _no_cuda(),
@@ -124,7 +127,12 @@ _forced: dict[str | None, str] = {}
 if "DIFFFAST_BACKEND" in os.environ:
     _forced[None] = os.environ["DIFFFAST_BACKEND"]
 
-_DEVICES = {"cpp": ("cpu",), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",), "cuda": ("cuda",)}
+_DEVICES = {
+    "onednn": ("cpu",),
+    "cpp": ("cpu",),
+    "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
+    "cuda": ("cuda",),
+}
 
 
 def missing(backend: str) -> str | None:
@@ -215,7 +223,7 @@ def proved(operator: str, backend: str, device: torch.device, dtype: torch.dtype
 
     A C++ kernel for the CPU may be a default for every dtype it takes: the tests run on the user's kind of machine.
     """
-    if backend in ("reference", "sdpa"):
+    if backend in ("reference", "sdpa", "onednn"):
         return True
     rows = [p for p in PROVED if p.operator == operator and p.backend == backend]
     if device.type == "cpu":

@@ -1,0 +1,60 @@
+"""Linear layers of a stock UNet through :func:`difffast.ops.linear`, on processors on which that is the faster way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import fusion, ops
+from .ops.linear import choose
+from .swap import plain_class, swap_calls, swap_out
+
+
+def install(unet: nn.Module) -> None:
+    """Put :func:`_call` in front of every linear layer; outside :func:`.fusion.fused` nothing changes."""
+    swap_calls(layers_of(unet), _call)
+
+
+def uninstall(unet: nn.Module) -> None:
+    """Undo :func:`install`."""
+    for layer in layers_of(unet).values():
+        swap_out(layer)
+
+
+def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers, by name; those that LoRA wraps among them."""
+    return {name: module for name, module in unet.named_modules() if plain_class(module) is nn.Linear}
+
+
+def wins(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operator is faster than F.linear for operands like these; every layer asks, on GPUs in vain."""
+    return x.device.type == "cpu" and choose(x, weight) != "reference"
+
+
+def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        note = fusion.note()
+        if note is None or args or kwargs or not wins(input, self.weight):
+            return plain(self, input, *args, **kwargs)
+        if fusion.is_plain(self, nn.Linear):
+            return ops.linear(input, self.weight, self.bias)
+        note("linear layers run stock: one has hooks, a forward of its own, or is quantised or offloaded")
+        return plain(self, input)
+
+    return call
+
+
+class Fused:
+    """In place of a layer in a compiled program, which cannot ask whether it is to be fused.
+
+    Args:
+        layer: the layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self._layer.weight, self._layer.bias)

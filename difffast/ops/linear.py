@@ -1,0 +1,164 @@
+"""linear: a layer's product with its weights, by the faster of PyTorch's two libraries.
+
+    y[..., o] = sum_k x[..., k] weight[o, k] + bias[o]
+
+Shapes: x [..., K]; weight [O, K]; bias [O]; y [..., O].  On a CPU PyTorch multiplies float32 matrices with MKL, which
+leaves AVX-512 unused on processors that are not Intel's.  A 1x1 convolution of pixels whose channels lie side by side
+is the same product of the same memory, and goes to oneDNN, which does use it: half of the time on an AMD EPYC
+(bench/ops/bench_linear.py).  Which is faster here is measured once a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _registry
+
+#: Multiply-adds, and rows, below which oneDNN loses: it reorders the weights at every call.
+_SMALL, _FEW = 6_000_000, 64
+#: Numbers in one image above which PyTorch gives convolutions of it to oneDNN at all.
+_ACCEPTED = 20480
+#: oneDNN is used where it is so many times faster than F.linear: less may be noise, and elsewhere they are equal.
+_WORTH = 1.25
+#: Side of the square matrices that tell: short enough to finish undisturbed now and then, however busy the machine is.
+_SIDE = 320
+#: Most rounds, and seconds, that they are given.
+_ROUNDS, _SECONDS = 100, 0.2
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, differentiable.
+
+    Args:
+        x: [..., K]; any strides and floating-point dtype.
+        weight: [O, K].
+        bias: [O], or None.
+
+    Returns:
+        y [..., O], contiguous.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices.
+        RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
+    """
+    _check(x, weight, bias)
+    if choose(x, weight) == "reference":
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():  # around a convolution Inductor would change layouts
+        return torch.ops.difffast.linear.onednn(x, weight, bias)
+    return _convolution(x, weight, bias)
+
+
+def choose(x: Tensor, weight: Tensor) -> str:
+    """The backend that :func:`linear` takes for these operands.
+
+    Raises:
+        RuntimeError: the forced backend cannot run.
+    """
+    return _registry.choose(
+        "linear", x, lambda backend: _obstacle(backend, x, weight), lambda backend: _loses(backend, x, weight)
+    )
+
+
+def backend_of_large(weight: Tensor) -> str:
+    """The backend of products with such weights where they are large enough for it to matter.
+
+    Raises:
+        RuntimeError: the forced backend cannot run.
+    """
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return "reference"
+    return _registry.forced("linear", weight.device) or ("onednn" if _pays() else "reference")
+
+
+@functools.cache
+def advantage() -> float:
+    """How many times faster oneDNN is here than F.linear, measured once a process, in some 50 ms; 1 without oneDNN."""
+    if _registry.missing("onednn") is not None:
+        return 1.0
+    x, weight = torch.ones(2, _SIDE, _SIDE, dtype=torch.float32, device="cpu")
+    best = dict.fromkeys((F.linear, _convolution), float("inf"))
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(_ROUNDS):
+            for product in best:
+                start = time.perf_counter()
+                product(x, weight, None)
+                best[product] = min(best[product], time.perf_counter() - start)
+            if time.perf_counter() - begin > _SECONDS:
+                break
+    return best[F.linear] / best[_convolution]
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product as a convolution of one image [1, K, rows, 1] in channels_last; no operand is copied."""
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = F.conv2d(rows, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [..., K] and weight [O, K], got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}] as weight's rows, got shape {tuple(bias.shape)}")
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is not None and (operand.dtype != x.dtype or operand.device != x.device):
+            raise ValueError(f"{name} must be {x.dtype} on {x.device} as x, got {operand.dtype} on {operand.device}")
+
+
+def _obstacle(backend: str, x: Tensor, weight: Tensor) -> str | None:
+    """Why a backend that exists here cannot serve these operands, or None."""
+    if backend != "onednn":
+        return None
+    if x.dtype != torch.float32:
+        return f"it takes float32, got {str(x.dtype).removeprefix('torch.')}"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "an operand is empty"
+    if torch.compiler.is_compiling() and _registry.wants_gradient(x, weight):
+        return "compiled it has no backward pass"
+    return _setting()
+
+
+@torch.compiler.assume_constant_result
+def _setting() -> str | None:
+    """Why PyTorch would not give float32 convolutions to oneDNN as they are, or None."""
+    if not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn is switched off"
+    if torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
+        return f"convolutions may be {torch.backends.mkldnn.conv.fp32_precision}"
+    return "autocast chooses the dtype" if torch.is_autocast_enabled("cpu") else None
+
+
+def _loses(backend: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether a backend that could run is slower than the next for these operands (measured, bench/ops)."""
+    if backend != "onednn":
+        return False
+    size = x.numel()
+    small = size <= _ACCEPTED or size < _FEW * x.shape[-1] or size * weight.shape[0] < _SMALL
+    return small or not _pays()
+
+
+@torch.compiler.assume_constant_result
+def _pays() -> bool:
+    # Who allows lower precision gets it from F.linear, which is the faster one then.
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and advantage() >= _WORTH
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _refuse(_ctx: object, *_grads: object) -> None:
+    raise RuntimeError("linear: the operator has no backward pass; difffast.ops.linear takes another way")
+
+
+_registry.LIBRARY.define("linear.onednn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_registry.LIBRARY.impl("linear.onednn", _convolution, "CPU")
+torch.library.register_fake("difffast::linear.onednn", _fake, lib=_registry.LIBRARY)
+torch.library.register_autograd("difffast::linear.onednn", _refuse, lib=_registry.LIBRARY)
