@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import fusion, ops
-from .ops.linear import choose
+from .ops.linear import choose, through_onednn
 from .swap import plain_class, swap_calls, swap_out
+
+#: Parts of names of layers with a row for each sample: too few ever to win.
+_ONE_ROW = ("time_emb", "add_embedding", "class_embedding")
 
 
 def install(unet: nn.Module) -> None:
@@ -24,22 +27,21 @@ def uninstall(unet: nn.Module) -> None:
 
 
 def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers, by name; those that LoRA wraps among them."""
-    return {name: module for name, module in unet.named_modules() if plain_class(module) is nn.Linear}
-
-
-def wins(x: Tensor, weight: Tensor) -> bool:
-    """Whether the operator is faster than F.linear for operands like these; every layer asks, on GPUs in vain."""
-    return x.device.type == "cpu" and choose(x, weight) != "reference"
+    """The linear layers that see pixels or tokens, by name; those that LoRA wraps among them."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if plain_class(module) is nn.Linear and not any(part in name for part in _ONE_ROW)
+    }
 
 
 def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         note = fusion.note()
-        if note is None or args or kwargs or not wins(input, self.weight):
+        if note is None or args or kwargs or choose(input, self.weight) == "reference":
             return plain(self, input, *args, **kwargs)
         if fusion.is_plain(self, nn.Linear):
-            return ops.linear(input, self.weight, self.bias)
+            return through_onednn(input, self.weight, self.bias)
         note("linear layers run stock: one has hooks, a forward of its own, or is quantised or offloaded")
         return plain(self, input)
 

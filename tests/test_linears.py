@@ -39,11 +39,6 @@ def counted(monkeypatch):
     return calls
 
 
-def large(unet):
-    """The layers that see pixels or tokens: all but those of time embeddings."""
-    return [name for name in linears.layers_of(unet) if "time_emb" not in name]
-
-
 def of_text(names):
     """Those of them that make text keys and values, once a prompt."""
     return [name for name in names if name.endswith(("attn2.to_k", "attn2.to_v"))]
@@ -55,7 +50,7 @@ def test_a_patched_pipeline_uses_it_and_unpatch_takes_it_out(pipe, counted):
     report = patch(pipe, "exact")
     assert f"linear layers ({len(layers)}) linear (onednn)" in " ".join(str(report).split())
     assert largest(latents(pipe), stock) <= EXACT_FLOAT32
-    names, steps = large(pipe.unet), report.last_run.total
+    names, steps = list(linears.layers_of(pipe.unet)), report.last_run.total
     text = len(of_text(names))
     assert text
     assert len(counted) == (len(names) - text) * steps + text
@@ -72,7 +67,7 @@ def test_layers_are_stock_outside_the_pipeline(pipe, counted):
     with patched(pipe, "exact", fused=False):
         latents(pipe)
     with patched(pipe, "exact"):
-        layer = linears.layers_of(pipe.unet)[large(pipe.unet)[0]]
+        layer = next(iter(linears.layers_of(pipe.unet).values()))
         layer(torch.randn(1, 64, layer.in_features))
     assert not counted
 
@@ -118,7 +113,7 @@ class _Quantised(nn.Parameter):
 
 
 def test_hooks_and_other_weights_run_stock(pipe, counted):
-    hooked, quantised = (linears.layers_of(pipe.unet)[name] for name in large(pipe.unet)[:2])
+    hooked, quantised, *_ = linears.layers_of(pipe.unet).values()
     seen = []
     handle = hooked.register_forward_hook(lambda *_: seen.append(1))
     quantised.weight = _Quantised(quantised.weight.detach())
@@ -127,7 +122,7 @@ def test_hooks_and_other_weights_run_stock(pipe, counted):
     handle.remove()
     assert len(seen) == report.last_run.total
     assert any("linear layers run stock: one has hooks" in reason for reason in report.last_run.reasons)
-    names, steps = large(pipe.unet), report.last_run.total
+    names, steps = list(linears.layers_of(pipe.unet)), report.last_run.total
     text = len(of_text(names))
     assert len(counted) == (len(names) - text - 2) * steps + text
 
@@ -146,5 +141,5 @@ def test_they_are_in_the_programs(pipe, fused, monkeypatch):
     with patched(pipe, "exact", fused=fused, compile=True) as report:
         assert largest(latents(pipe), expected) <= EXACT_FLOAT32
     assert not report.last_run.reasons
-    layers = large(pipe.unet)
+    layers = list(linears.layers_of(pipe.unet))
     assert len(found) == fused * (len(layers) - len(of_text(layers)))

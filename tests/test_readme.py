@@ -54,6 +54,7 @@ def test_the_examples_run(pipe, tmp_path, monkeypatch):
     names = {"pipe": pipe, "prompt": "a red circle", "difffast": difffast}
     rows = {"q": 64, "k": 77, "v": 77, "text_k": 9, "text_v": 9}
     names.update({name: torch.randn(2, 4, n, 32) for name, n in rows.items()})
+    names.update(x=torch.randn(2, 9, 5), weight=torch.randn(7, 5), bias=torch.randn(7))
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 6
     try:

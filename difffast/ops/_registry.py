@@ -154,6 +154,11 @@ def obstacle(backend: str, device: torch.device) -> str | None:
     return reason
 
 
+def forces() -> bool:
+    """Whether any operator's backend is forced."""
+    return bool(_forced)
+
+
 def forced(operator: str, device: torch.device) -> str | None:
     """The backend that was forced for an operator, or None.
 
