@@ -37,9 +37,11 @@ def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
 
 def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        note = fusion.note()
-        if note is None or args or kwargs or choose(input, self.weight) == "reference":
+        if args or kwargs or input.device.type != "cpu":
             return plain(self, input, *args, **kwargs)
+        note = fusion.note()
+        if note is None or choose(input, self.weight) == "reference":
+            return plain(self, input)
         if fusion.is_plain(self, nn.Linear):
             return through_onednn(input, self.weight, self.bias)
         note("linear layers run stock: one has hooks, a forward of its own, or is quantised or offloaded")
