@@ -158,11 +158,12 @@ def _info_pipeline(folder: Path) -> int:
 def _proof_table() -> Table:
     """For every operator and backend, the runs that proved it."""
     from . import ops
+    from .ops._registry import PYTORCHS
 
     table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
     for operator, backends in ops.OPERATORS.items():
         for backend in backends:
-            if backend in ("reference", "sdpa"):
+            if backend in PYTORCHS:
                 table.add_row(operator, backend, "plain PyTorch", "", "")
                 continue
             rows = [proof for proof in ops.PROVED if (proof.operator, proof.backend) == (operator, backend)]

@@ -25,6 +25,8 @@ LIBRARY = torch.library.Library("difffast", "DEF")
 
 BACKENDS = ("reference", "sdpa", "onednn", "cpp", "triton", "cuda")
 
+#: Those that are PyTorch's own and need no proof.
+PYTORCHS = BACKENDS[:3]
 
 #: Operator -> its backends, in the order in which they are tried.
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -228,7 +230,7 @@ def proved(operator: str, backend: str, device: torch.device, dtype: torch.dtype
 
     A C++ kernel for the CPU may be a default for every dtype it takes: the tests run on the user's kind of machine.
     """
-    if backend in ("reference", "sdpa", "onednn"):
+    if backend in PYTORCHS:
         return True
     rows = [p for p in PROVED if p.operator == operator and p.backend == backend]
     if device.type == "cpu":
