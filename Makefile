@@ -59,7 +59,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 readme: install
-	$(BIN)/python bench/report.py
+	$(BIN)/python bench/tables.py
 
 clean:
 	rm -rf build out *.egg-info difffast/*.so

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import flops_table
+from tables import flops_table
 from torch.utils.flop_counter import FlopCounterMode
 
 from difffast import models

@@ -27,8 +27,8 @@ import adapter_zoo
 import if_zoo
 import video_zoo
 import zoo
-from report import ways_table
 from rich.progress import track
+from tables import ways_table
 
 import difffast
 from difffast.demo import device_name

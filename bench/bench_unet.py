@@ -45,7 +45,7 @@ def cases(size: str, model: str | None) -> list[Case]:
         image(NARROW, weight=170),
         image(WIDE, weight=240),  # of 780: the rest is for a second run
         *(
-            savings(
+            exact_savings(
                 f"UNet {channels}",
                 {"channels": list(channels), "latent": SIZE},
                 lambda channels=channels: [workloads.tiny(channels, SIZE)],
@@ -93,7 +93,7 @@ def image(channels: tuple[int, ...], weight: float) -> Case:
     )
 
 
-def savings(
+def exact_savings(
     name: str,
     shapes: Mapping[str, Any],
     stages: Callable[[], Sequence[workloads.Stage]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,7 +102,7 @@ def roofline(found: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     groups = list(dict.fromkeys(record["group"] for record in found))
-    markers = dict(zip(groups, "osD^v", strict=False))
+    markers = dict(zip(groups, itertools.cycle("osD^vPX"), strict=False))
     providers = [name for name in dict.fromkeys(n for r in found for n in r["seconds"]) if "maps" not in name]
     seen = set()
     for record in found:

@@ -22,7 +22,7 @@ from .plan import PRESETS
 
 console = Console()
 
-#: The suites of ``difffast bench``; the last one, which takes an hour, only runs by name.
+#: The suites of ``difffast bench``; the last one, a quarter of an hour by itself, runs by name only.
 BENCHMARKS = ("ops", "unet", "pipelines", "guidance", "memory", "full-size")
 
 
@@ -158,12 +158,12 @@ def _info_pipeline(folder: Path) -> int:
 def _proof_table() -> Table:
     """For every operator and backend, the runs that proved it."""
     from . import ops
-    from .ops._registry import PYTORCHS
+    from .ops._registry import FROM_PYTORCH
 
     table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
     for operator, backends in ops.OPERATORS.items():
         for backend in backends:
-            if backend in PYTORCHS:
+            if backend in FROM_PYTORCH:
                 table.add_row(operator, backend, "plain PyTorch", "", "")
                 continue
             rows = [proof for proof in ops.PROVED if (proof.operator, proof.backend) == (operator, backend)]

@@ -40,7 +40,7 @@ def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if args or kwargs or input.device.type != "cpu":
             return plain(self, input, *args, **kwargs)
         note = fusion.note()
-        if note is None or choose(input, self.weight) == "reference":
+        if note is None or choose(input, self.weight, self.bias) == "reference":
             return plain(self, input)
         if fusion.is_plain(self, nn.Linear):
             return through_onednn(input, self.weight, self.bias)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: How steps share features.
 Sharing = EncoderPropagation | FeatureReuse
 
+#: Kinds of layers that are fused, each with an install(unet) and an uninstall(unet).
+_FUSED = (attention, resnets, self_attention, linears)
+
 #: Arguments of :func:`patch` that replace a part of the preset.
 _REPLACING = ("propagation", "guidance", "fused")
 
@@ -205,10 +208,8 @@ def patch(
         _, unet, compiled = _checked_target(pipe)  # unpatch may have put a compiled UNet back
         if not is_swapped(unet):
             swap_in(unet, _unet_methods(unet))
-        attention.install(unet)
-        resnets.install(unet)
-        self_attention.install(unet)
-        linears.install(unet)
+        for layers in _FUSED:
+            layers.install(unet)
         controller = _controller(unet)
         if earlier is not None:
             settings.collectors = earlier.settings.collectors
@@ -283,10 +284,8 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
                 controlnet.uninstall(net, controller)
         if controller.remove(done.settings):
             swap_out(done.unet)
-            attention.uninstall(done.unet)
-            resnets.uninstall(done.unet)
-            self_attention.uninstall(done.unet)
-            linears.uninstall(done.unet)
+            for layers in _FUSED:
+                layers.uninstall(done.unet)
         done.settings.release_schedulers()
         swap_out(pipe)
         if done.compiled is not None and pipe.unet is done.unet:

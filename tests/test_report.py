@@ -6,6 +6,7 @@ import re
 import charts
 import pytest
 import report
+import tables
 from PIL import Image
 from registry import COMPILED, Bar, Missing, Provider
 from session import measure
@@ -211,7 +212,7 @@ def test_groups_that_a_run_did_not_measure_stay(tmp_path):
 
 def test_the_readme_table_shows_who_is_absent_and_what_is_missed(tmp_path):
     results(tmp_path / "cpu.json", 2.0)
-    table = report.unet_table(tmp_path)
+    table = tables.unet_table(tmp_path)
     assert "| fast | 2.00 | 0.50 (0.50 to 0.50) |" in table
     assert "| cheat | failed |  |" in table
     assert "| peer <1> | missing |  |" in table

@@ -80,6 +80,6 @@ def test_forward(benchmark, environment, shape):
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
         print(f"  {name:10s} {middle * 1e3:8.3f} ms (quartiles {low * 1e3:.3f} to {high * 1e3:.3f})")
-    if module.choose(x, weight) == "onednn":
+    if module.choose(x, weight, bias) == "onednn":
         for other in ("eager", "compiled"):
             assert ratio(seconds, other, "onednn")[1] >= 1.0, "what loses on a shape must not be chosen for it"

@@ -1,9 +1,9 @@
 """Backends of the operators: which exist, why one is missing, which are proved on which hardware, and which one runs.
 
 ``reference`` is plain PyTorch and always runs; ``sdpa`` is PyTorch's own fused attention, ``onednn`` its way to that
-library's matrix products on CPUs.  ``cpp`` (CPU) and ``cuda``
-(NVIDIA) are compiled into ``difffast._C`` by setup.py through LibTorch's stable ABI; ``triton`` needs a GPU, or
-TRITON_INTERPRET=1 on a CPU.  ``DIFFFAST_BACKEND`` (read at import) or :func:`use_backend` force one.
+library's matrix products on CPUs.  ``cpp`` (CPU) and ``cuda`` (NVIDIA) are compiled into ``difffast._C`` by setup.py
+through LibTorch's stable ABI; ``triton`` needs a GPU, or TRITON_INTERPRET=1 on a CPU.  ``DIFFFAST_BACKEND`` (read at
+import) or :func:`use_backend` force one.
 
 All state is in plain module globals, which torch.compile guards: a change recompiles instead of going stale.
 """
@@ -23,10 +23,9 @@ import torch
 #: Schemas of all operators; the C++ side only adds implementations, so that they exist without it.
 LIBRARY = torch.library.Library("difffast", "DEF")
 
-BACKENDS = ("reference", "sdpa", "onednn", "cpp", "triton", "cuda")
-
-#: Those that are PyTorch's own and need no proof.
-PYTORCHS = BACKENDS[:3]
+#: PyTorch's own, which need no proof.
+FROM_PYTORCH = ("reference", "sdpa", "onednn")
+BACKENDS = (*FROM_PYTORCH, "cpp", "triton", "cuda")
 
 #: Operator -> its backends, in the order in which they are tried.
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -230,7 +229,7 @@ def proved(operator: str, backend: str, device: torch.device, dtype: torch.dtype
 
     A C++ kernel for the CPU may be a default for every dtype it takes: the tests run on the user's kind of machine.
     """
-    if backend in PYTORCHS:
+    if backend in FROM_PYTORCH:
         return True
     rows = [p for p in PROVED if p.operator == operator and p.backend == backend]
     if device.type == "cpu":

@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
     _check(x, weight, bias)
-    return F.linear(x, weight, bias) if choose(x, weight) == "reference" else through_onednn(x, weight, bias)
+    return F.linear(x, weight, bias) if choose(x, weight, bias) == "reference" else through_onednn(x, weight, bias)
 
 
 def through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,29 +58,29 @@ def through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _convolution(x, weight, bias)
 
 
-def choose(x: Tensor, weight: Tensor) -> str:
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """The backend that :func:`linear` takes for these operands.
 
     Raises:
         RuntimeError: the forced backend cannot run.
     """
     if not _registry.forces():  # every linear layer of a UNet asks at every call: 2 us instead of 12
-        lost = x.device.type != "cpu" or _loses("onednn", x, weight) or _obstacle("onednn", x, weight) is not None
+        lost = x.device.type != "cpu" or _loses("onednn", x, weight) or _obstacle("onednn", x, weight, bias) is not None
         return "reference" if lost else "onednn"
     return _registry.choose(
-        "linear", x, lambda backend: _obstacle(backend, x, weight), lambda backend: _loses(backend, x, weight)
+        "linear", x, lambda backend: _obstacle(backend, x, weight, bias), lambda backend: _loses(backend, x, weight)
     )
 
 
-def backend_of_large(weight: Tensor) -> str:
-    """The backend of products with such weights where they are large enough for it to matter.
+def backend_of_large(like: Tensor) -> str:
+    """The backend of products of operands with the dtype and device of ``like``, where they are large.
 
     Raises:
         RuntimeError: the forced backend cannot run.
     """
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if like.dtype != torch.float32 or like.device.type != "cpu":
         return "reference"
-    return _registry.forced("linear", weight.device) or ("onednn" if _pays() else "reference")
+    return _registry.forced("linear", like.device) or ("onednn" if _pays() else "reference")
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} must be {x.dtype} on {x.device} as x, got {operand.dtype} on {operand.device}")
 
 
-def _obstacle(backend: str, x: Tensor, weight: Tensor) -> str | None:
+def _obstacle(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why a backend that exists here cannot serve these operands, or None."""
     if backend != "onednn":
         return None
@@ -127,7 +127,7 @@ def _obstacle(backend: str, x: Tensor, weight: Tensor) -> str | None:
         return f"it takes float32, got {str(x.dtype).removeprefix('torch.')}"
     if x.numel() == 0 or weight.numel() == 0:
         return "an operand is empty"
-    if torch.compiler.is_compiling() and _registry.wants_gradient(x, weight):
+    if torch.compiler.is_compiling() and _registry.wants_gradient(x, weight, *([] if bias is None else [bias])):
         return "compiled it has no backward pass"
     return _setting()
 

@@ -89,25 +89,25 @@ def test_gradients():
 @pytest.mark.usefixtures("_pays")
 def test_other_dtypes_are_pytorchs(dtype):
     made = operands(*LARGE, dtype=dtype)
-    assert module.choose(*made[:2]) == module.backend_of_large(made[1]) == "reference"
+    assert module.choose(*made) == module.backend_of_large(made[1]) == "reference"
     torch.testing.assert_close(ops.linear(*made), F.linear(*made), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("_pays")
 def test_when_it_runs(monkeypatch):
     x, weight, _ = operands(*LARGE)
-    assert module.choose(x, weight) == module.backend_of_large(weight) == "onednn"
-    assert module.choose(x[:, :100], weight) == "onednn"
-    assert module.choose(x[:1, :60].expand(1, 60, 160), torch.randn(4096, 160)) == "reference"  # too few rows
-    assert module.choose(x, weight[:64]) == "reference"  # too few products
-    assert module.choose(x[:, :64, :], torch.randn(5000, 160)) == "reference"  # PyTorch keeps these from oneDNN
-    assert module.choose(x[:, :0], weight) == module.choose(x, weight[:0]) == "reference"
-    assert module.choose(x.to("meta"), weight.to("meta")) == "reference"
+    assert module.choose(x, weight, None) == module.backend_of_large(weight) == "onednn"
+    assert module.choose(x[:, :100], weight, None) == "onednn"
+    assert module.choose(torch.randn(60, 400), torch.randn(4096, 400), None) == "reference"  # too few rows
+    assert module.choose(x, weight[:64], None) == "reference"  # too few products
+    assert module.choose(x[:, :64, :], torch.randn(5000, 160), None) == "reference"  # PyTorch keeps these from oneDNN
+    assert module.choose(x[:, :0], weight, None) == module.choose(x, weight[:0], None) == "reference"
+    assert module.choose(x.to("meta"), weight.to("meta"), None) == "reference"
     assert module.backend_of_large(weight.to("meta")) == "reference"
     monkeypatch.setattr(module, "advantage", lambda: 1.1)
-    assert module.choose(x, weight) == module.backend_of_large(weight) == "reference"
+    assert module.choose(x, weight, None) == module.backend_of_large(weight) == "reference"
     with ops.use_backend("onednn", "linear"):
-        assert module.choose(x, weight[:64]) == module.backend_of_large(weight) == "onednn"
+        assert module.choose(x, weight[:64], None) == module.backend_of_large(weight) == "onednn"
 
 
 @pytest.mark.usefixtures("_pays")
@@ -118,20 +118,20 @@ def test_settings_that_would_change_the_numbers_are_kept_to():
         assert ops.linear(*made).dtype == torch.bfloat16
     enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
     try:
-        assert module.choose(*made[:2]) == "reference"
+        assert module.choose(*made) == "reference"
     finally:
         torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)
     for setting, reason in ((conv, "convolutions may be bf16"), (matmul, None)):
         earlier = setting.fp32_precision
         setting.fp32_precision = "bf16"
         try:
-            assert module.choose(*made[:2]) == "reference"
+            assert module.choose(*made) == "reference"
             if reason is not None:
                 with ops.use_backend("onednn", "linear"), pytest.raises(RuntimeError, match=reason):
                     ops.linear(*made)
         finally:
             setting.fp32_precision = earlier
-    assert module.choose(*made[:2]) == "onednn"
+    assert module.choose(*made) == "onednn"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,9 @@ def test_compiles_without_graph_breaks():
         with pytest.raises(RuntimeError, match="compiled it has no backward pass"):
             compiled(*made)
     compiled(*made).sum().backward()
+    bias = made[2].clone().requires_grad_()  # alone
+    compiled(made[0].detach(), made[1], bias).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, made[0].shape[:-1].numel()))
     torch.testing.assert_close(made[0].grad, made[1].sum(0).expand_as(made[0]))
 
 
