@@ -24,13 +24,13 @@ from bench_fidelity import SEED
 from tqdm import tqdm
 
 from difffast import SemanticBinding, patched
-from difffast.binding_demo import EMBEDDED
-from difffast.demo import device_name
-from difffast.guidance.binding import PRESETS
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
 from difffast.models.judge import judge, summary
 from difffast.models.shapes import Scene, draw_scene
+from difffast.steering.binding.config import PRESETS
+from difffast.tools.binding_demo import EMBEDDED
+from difffast.tools.demo import device_name
 
 BATCH = 10
 #: Of the losses on the latents alone; from one look at 20 of the prompts with one seed, no search.

@@ -26,14 +26,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patched
-from difffast.demo import device_name, psnr
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patched
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
 from difffast.models.judge import judge, summary
 from difffast.models.likeness import distance, features, frechet
 from difffast.models.shapes import Scene, draw_scene, render
-from difffast.plan import PRESETS
+from difffast.presets import PRESETS
+from difffast.tools.demo import device_name, psnr
 
 #: Scenes of this seed are in no training set.
 SEED = 7
@@ -59,9 +59,9 @@ def ways() -> list[Way]:
         name = f"difffast, a key step every {interval}"
         return Way(name, "difffast, uniform", context=lambda pipe: patched(pipe, propagation=propagation))
 
-    def reuse(interval: int, order: int = 0) -> Way:
-        propagation = FeatureReuse(interval, order=order)
-        name = f"difffast, reuse, a key step every {interval}" + ", extrapolated" * bool(order)
+    def reuse(interval: int, extrapolate: int = 0) -> Way:
+        propagation = FeatureReuse(interval, extrapolate=extrapolate)
+        name = f"difffast, reuse, a key step every {interval}" + ", extrapolated" * bool(extrapolate)
         return Way(name, "difffast, reuse", context=lambda pipe: patched(pipe, propagation=propagation))
 
     def with_guidance(name: str, **options: Any) -> Way:
@@ -75,9 +75,9 @@ def ways() -> list[Way]:
             for preset in PRESETS
         ),
         *map(every, (2, 3, 5)),
-        *(reuse(3), reuse(5), reuse(3, order=1)),
-        with_guidance("guidance every 3", propagation=exact, guidance=GuidanceReuse(3)),
-        with_guidance("reuse and guidance, every 3", propagation=FeatureReuse(3), guidance=GuidanceReuse(1)),
+        *(reuse(3), reuse(5), reuse(3, extrapolate=1)),
+        with_guidance("guidance every 3", propagation=exact, cfg=CfgReuse(3)),
+        with_guidance("reuse and guidance, every 3", propagation=FeatureReuse(3), cfg=CfgReuse(1)),
         *(Way(f"DeepCache {n}", "DeepCache", context=lambda pipe, n=n: peers.deepcache(pipe, n)) for n in (2, 3, 5)),
         *(
             Way(f"tomesd {r:.0%}", "tomesd", context=lambda pipe, r=r: peers.token_merging(pipe, r))

@@ -21,8 +21,11 @@ from tables import flops_table
 from torch.utils.flop_counter import FlopCounterMode
 
 from difffast import models
-from difffast import unet as split
-from difffast.plan import PRESETS, EncoderPropagation, Plan
+from difffast.plan import EncoderPropagation, Plan
+from difffast.presets import PRESETS
+from difffast.surgery.calls import bind_arguments
+from difffast.unet import split
+from difffast.unet.outer_layers import run_recording, run_reuse
 
 STEPS = 50
 #: UNet -> (latent height and width, text tokens).
@@ -54,12 +57,12 @@ class Costs:
                 "time_ids": torch.empty(2, 6, **kind),
             }
         sample = torch.empty(2, unet.config.in_channels, side, side, **kind)
-        self._call = split.bind(unet, (sample, torch.zeros((), device="meta")), given)
+        self._call = bind_arguments(unet, (sample, torch.zeros((), device="meta")), given)
         # On the meta device weights are "away"; here all resnets share their skips, as with weights they would.
         resnets = (name for name, _ in unet.named_modules() if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+", name))
-        self.whole, (_, deep) = counted(lambda: split.run_recording(unet, self._call, 0))
+        self.whole, (_, deep) = counted(lambda: run_recording(unet, self._call, 0))
         self.encode, (self._outputs, self._parts) = counted(lambda: split.run_encoder(unet, self._call, tuple(resnets)))
-        self.reuse, _ = counted(lambda: split.run_reuse(unet, self._call, [deep], torch.ones(1), 0))
+        self.reuse, _ = counted(lambda: run_reuse(unet, self._call, [deep], torch.ones(1), 0))
         self._decode: dict[int, int] = {}
 
     def decode(self, steps: int) -> int:
@@ -75,14 +78,14 @@ class Costs:
         """A whole schedule."""
         total = 0
         for row in plan.steps():
-            alone = plan.segment_end(row.order) == row.order + 1
+            alone = plan.segment_end(row.step) == row.step + 1
             if row.reuse:
                 cost = self.reuse
             elif row.key and (plan.reuse is not None or alone):
                 cost = self.whole
             else:
                 cost = self.encode * row.key
-                cost += self.decode(len(row.decoded_with)) * (row.order == row.decoded_with[0])
+                cost += self.decode(len(row.decoded_with)) * (row.step == row.decoded_with[0])
             total += cost // 2 if row.half else cost
         return total
 
@@ -97,7 +100,7 @@ def record() -> dict[str, Any]:
             way = meaning.propagation
             options = {"device": "cuda"} if isinstance(way, EncoderPropagation) else {}
             plan = way.plan(STEPS, **options)
-            guidance = None if name in UNGUIDED else meaning.guidance
+            guidance = None if name in UNGUIDED else meaning.cfg
             images[preset] = costs.image(plan if guidance is None else guidance.applied(plan))
         parts = {"whole": costs.whole, "encoder": costs.encode, "decoder": costs.decode(1), "reuse step": costs.reuse}
         found["unets"][name] = {"parts": parts, "images": images}

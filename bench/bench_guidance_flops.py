@@ -26,14 +26,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from difffast import attention, models
-from difffast.guidance import LOSSES
-from difffast.guidance.binder import map_layers
-from difffast.guidance.binding import PRESETS
-from difffast.guidance.composite import Columns
-from difffast.guidance.freezing import frozen
-from difffast.guidance.losses import Target
-from difffast.guidance.passes import Passes, without_pooled_text
+from difffast import models
+from difffast.layers.context import CallContext, Text, use_context
+from difffast.layers.cross_attention import CrossAttention
+from difffast.layers.text_kv import TextKV
+from difffast.steering.binding.config import PRESETS
+from difffast.steering.binding.extension import choose_map_layers
+from difffast.steering.composite import Columns
+from difffast.steering.losses import LOSSES, Target
+from difffast.steering.passes import Passes, drop_pooled_text
+from difffast.surgery.freezing import freeze
 
 #: The module; its name in difffast.ops is the operator's.
 cross_attention = importlib.import_module("difffast.ops.cross_attention")
@@ -132,7 +134,7 @@ def cost(unet: nn.Module, run: Callable[[], Tensor], leaves: list[Tensor]) -> Co
     """Of ``run``, which returns what is differentiated by the leaves; none: of the forward pass alone."""
     saved = Saved(unet)
     counters = [FlopCounterMode(display=False, custom_mapping=FORMULAS) for _ in range(2)]
-    with fused_kernels(), frozen(unet):
+    with fused_kernels(), freeze(unet):
         with counters[0], torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
             result = run()
         if leaves:
@@ -144,7 +146,7 @@ def cost(unet: nn.Module, run: Callable[[], Tensor], leaves: list[Tensor]) -> Co
 def costs(name: str) -> dict[str, Cost]:
     """Of one UNet call of each kind, one image."""
     unet = models.unet(name, dtype=torch.float16)
-    attention.install(unet)
+    CrossAttention().put_in(unet)
     side, width = SIZES[name], unet.config.cross_attention_dim
     kind = {"device": "meta", "dtype": torch.float16}
 
@@ -160,7 +162,7 @@ def costs(name: str) -> dict[str, Cost]:
     def text(batch: int, tokens: int = 77) -> Tensor:
         return torch.empty(batch, tokens, width, **kind)
 
-    passes = Passes(unet, map_layers(unet, None), True, lambda reason: None)
+    passes = Passes(unet, choose_map_layers(unet, None), True, lambda reason: None)
     plain = cost(unet, lambda: unet(**call(2), encoder_hidden_states=text(2), return_dict=False)[0].detach(), [])
     things = Target(Columns((2, 5), ((), ()), 8), (side // 4, side // 4))
 
@@ -169,14 +171,16 @@ def costs(name: str) -> dict[str, Cost]:
         return LOSSES["entropy"](maps, things).sum() + LOSSES["layout"](maps, things).sum()
 
     def bind(leaf: Tensor) -> Tensor:
-        return passes.prediction(without_pooled_text(call(1)), leaf).square().mean()
+        return passes.prediction(drop_pooled_text(call(1)), leaf).square().mean()
 
     both = text(2)
-    keys = attention.TextKeys(both, Counter())
+    silent = lambda reason: None  # noqa: E731
+    seen = Text(both, both, TextKV(both, Counter()))
+    context = CallContext(True, silent, silent, seen, size=(side, side), only_text=True)
 
     def step() -> Tensor:
-        label = attention.Label(True, both, 1, keys, (), (side, side), lambda reason: None)
-        return unet(**call(2), encoder_hidden_states=attention.labelled(both, label), return_dict=False)[0]
+        with use_context(context):
+            return unet(**call(2), encoder_hidden_states=both, return_dict=False)[0]
 
     leaf, latents, token = text(1).requires_grad_(), call(1)["sample"].requires_grad_(), text(1, 1).requires_grad_()
     with torch.no_grad():
@@ -190,7 +194,7 @@ def costs(name: str) -> dict[str, Cost]:
         "binding target": target,
         "binding iteration": cost(unet, lambda: bind(token), [token]),
     }
-    attention.uninstall(unet)
+    CrossAttention().take_out(unet)
     return found
 
 

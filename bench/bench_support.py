@@ -31,8 +31,8 @@ from rich.progress import track
 from tables import ways_table
 
 import difffast
-from difffast.demo import device_name
-from difffast.swap import is_swapped, swap_in, swap_out
+from difffast.surgery.subclass import is_swapped, swap_in, swap_out
+from difffast.tools.demo import device_name
 
 ROUNDS = 2
 #: Name -> what runs.

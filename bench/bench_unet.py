@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from workloads import Images
 
 from difffast import models
-from difffast import unet as split
+from difffast.surgery.calls import bind_arguments
+from difffast.unet import split
+from difffast.unet.features import Features
 
 STEPS = 50
 NARROW, WIDE = (64, 128, 192), (128, 256, 512, 512)
@@ -208,7 +210,7 @@ class Decode:
             text["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": draw(2, 6)}
         sample = draw(2, unet.config.in_channels, size, size)
         self._times = torch.linspace(800, 700, k, device=unet.device)
-        self._call = split.bind(unet, (sample, self._times[0]), text)
+        self._call = bind_arguments(unet, (sample, self._times[0]), text)
         with torch.no_grad():
             self._features = split.encode(unet, self._call)
             self._sharing = split.encode(unet, self._call, share=True)
@@ -225,8 +227,8 @@ class Decode:
 
     def shared(self) -> Run:
         # As after every key step: features that know no weights make what depends on the skips alone anew.
-        features = split.Features(self._sharing.outputs, self._sharing.batch, self._sharing.parts)
+        features = Features(self._sharing.outputs, self._sharing.batch, self._sharing.parts)
         return Run(torch.stack(self._decode(features, self._times)))
 
-    def _decode(self, features: split.Features, times: Tensor) -> tuple[Tensor, ...]:
+    def _decode(self, features: Features, times: Tensor) -> tuple[Tensor, ...]:
         return split.decode(self._unet, features, self._call, times)

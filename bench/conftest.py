@@ -10,7 +10,7 @@ import torch
 from ceilings import ceilings
 from session import Budget, Session
 
-from difffast.demo import device_name
+from difffast.tools.demo import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 _STARTED = pytest.StashKey[float]()

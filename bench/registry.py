@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +15,16 @@ import torch
 from workloads import Images, Run
 
 from difffast import (
+    CfgReuse,
     EncoderPropagation,
     FeatureReuse,
-    GuidanceReuse,
-    attention,
-    linears,
     ops,
     patch,
     patched,
-    resnets,
-    self_attention,
 )
-from difffast.patch import guidance_obstacle
-from difffast.plan import PRESETS
-from difffast.support import support_of
+from difffast.layers.registry import LAYERS
+from difffast.presets import PRESETS
+from difffast.target import Target
 
 #: Largest relative error (of norms) of a provider that computes what its gate's provider computes, by dtype.  float32:
 #: measured 6e-7 for fused layers after 50 steps; the others: not measured on a GPU.
@@ -258,13 +254,13 @@ def difffast(
     gate: Gate,
     *,
     during: Callable[[], Any] = contextlib.nullcontext,
-    without: Sequence[Any] = (),
+    only: str | None = None,
     **options: Any,
 ) -> Provider:
     """A preset of difffast, with options of ``difffast.patch``; missing where this version has no such thing.
 
     Args:
-        without: modules of difffast whose layers are taken out again, so that the rest is measured alone.
+        only: the one kind of fused layers that is left in, by name; None: all.
     """
 
     def prepare(images: Images, stack: ExitStack) -> None:
@@ -276,12 +272,13 @@ def difffast(
         if options.get("compile"):
             images.stop_counting()
         for stage in images.stages:
-            taken, support = dict(options), support_of(type(stage.pipe))
-            if "guidance" in taken and support is not None and guidance_obstacle(stage.pipe, support):
-                del taken["guidance"]  # as a preset does
+            taken = dict(options)
+            if "cfg" in taken and Target.of(stage.pipe).refuse_cfg_reuse():
+                del taken["cfg"]  # as a preset does
             stack.enter_context(patched(stage.pipe, preset, **taken))
-            for layers in without:
-                layers.uninstall(stage.pipe.unet)
+            for kind in LAYERS if only is not None else ():
+                if kind.name != only:
+                    kind.take_out(stage.pipe.unet)
 
     startup = COMPILATION if options.get("compile") else 0.0
     return on_images(name, "difffast", prepare, gate, during=during, startup=startup)
@@ -307,8 +304,8 @@ def presets(*, compiled: bool = False) -> tuple[Provider, ...]:
         return tuple(
             difffast(f"difffast {preset} compiled", preset, gate, compile=True) for preset, gate in _GATES.items()
         )
-    guidance = PRESETS["balanced"].guidance
-    plain = difffast(_PLAINEST, "exact", _GATES["turbo"], propagation=_PLAIN, guidance=guidance, fused=False)
+    guidance = PRESETS["balanced"].cfg
+    plain = difffast(_PLAINEST, "exact", _GATES["turbo"], propagation=_PLAIN, cfg=guidance, fused=False)
     return (*(difffast(f"difffast {preset}", preset, gate) for preset, gate in _GATES.items()), plain)
 
 
@@ -318,7 +315,7 @@ def published_key_steps() -> Provider:
 
 def reuse(interval: int) -> Provider:
     """Feature reuse at one of DeepCache's intervals, and guidance's, as in turbo."""
-    options = {"propagation": FeatureReuse(interval), "guidance": GuidanceReuse(1)}
+    options = {"propagation": FeatureReuse(interval), "cfg": CfgReuse(1)}
     return difffast(f"difffast, reuse {interval}", "exact", _GATES["turbo"], **options)
 
 
@@ -332,7 +329,7 @@ def savings() -> tuple[Provider, ...]:
         difffast(_STEP_BY_STEP, "exact", _APPROXIMATES, propagation=_PLAIN, fused=False),
         difffast("propagation alone, parallel", "exact", truth, propagation=parallel, fused=False),
         difffast("the same with shared skips", "exact", truth, propagation=shared, fused=False),
-        difffast("guidance reuse alone", "exact", _GATES["turbo"], guidance=GuidanceReuse(3), fused=False),
+        difffast("guidance reuse alone", "exact", _GATES["turbo"], cfg=CfgReuse(3), fused=False),
     )
 
 
@@ -348,11 +345,11 @@ def exact_savings() -> tuple[Provider, ...]:
             yield
 
     return (
-        difffast("linear layers alone", "exact", Gate(), without=(attention, resnets, self_attention)),
-        difffast("self-attention alone", "exact", Gate(), without=(attention, linears, resnets)),
-        difffast("norms alone", "exact", Gate(), without=(attention, linears, self_attention)),
+        difffast("linear layers alone", "exact", Gate(), only="linear layers"),
+        difffast("self-attention alone", "exact", Gate(), only="self-attention layers"),
+        difffast("norms alone", "exact", Gate(), only="resnets"),
         difffast("text K/V once alone", "exact", Gate(), during=only_text_keys),
-        difffast("cross-attention with text K/V", "exact", Gate(), without=(linears, resnets, self_attention)),
+        difffast("cross-attention with text K/V", "exact", Gate(), only="cross-attention layers"),
         difffast("the patch alone", "exact", Gate(), fused=False),
     )
 

@@ -29,11 +29,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from difffast.demo import device_name
 from difffast.models import tiny_pipeline
 from difffast.models.embedded import write_checksums
 from difffast.models.shapes import COLOURS, SHAPES, SIDE, TEXTURES, draw_scene, render
 from difffast.models.tokenizer import clip_tokenizer, learn_merges
+from difffast.tools.demo import device_name
 
 #: Scenes of this seed are for training only; the judge's come from others.
 DATA_SEED = 0
@@ -128,8 +128,7 @@ def build(recipe: Recipe, captions: list[str]) -> Any:
         channels=recipe.channels,
         sample_size=SIDE // 4,
         norm_groups=16,
-        text_width=recipe.text_width,
-        text_layers=recipe.text_layers,
+        text=(recipe.text_width, recipe.text_layers),
         tokenizer=clip_tokenizer(learn_merges(words)),
     )
 

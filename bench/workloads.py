@@ -18,8 +18,8 @@ from peak_memory import PeakMemory
 from torch import Tensor, nn
 
 from difffast import models
+from difffast.engines.programs import count_graph_bytes
 from difffast.models.tiny import ddim_scheduler
-from difffast.programs import graph_bytes
 
 PROMPT = "a red circle on a blue square"
 _TOKENS = 77
@@ -162,10 +162,10 @@ class Images:
         self._outputs = 0
         clocks = [_UNetClock(stage.pipe.unet, self.device) for stage in self.stages] if self.unet_only else []
         if self.memory and not self._warm:
-            before = graph_bytes(self.device)
+            before = count_graph_bytes(self.device)
             self._make(seed)  # what is allocated once a process is nobody's peak
             # Graphs keep their memory between images, where a peak above what is held does not see it.
-            self._graphs = graph_bytes(self.device) - before
+            self._graphs = count_graph_bytes(self.device) - before
             self._warm, self._outputs = True, 0
         with ExitStack() as stack:
             for stage, clock in zip(self.stages, clocks, strict=False):

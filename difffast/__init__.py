@@ -1,19 +1,24 @@
 """difffast: faster Hugging Face Diffusers UNet pipelines, patched in with one call and exactly out again."""
 
+from typing import Any
+
 from . import models
-from .attention_maps import AttentionMaps, collect_maps
-from .guidance import SemanticBinding
-from .patch import PatchReport, patch, patched, unpatch
-from .plan import EncoderPropagation, FeatureReuse, GuidanceReuse, Plan
-from .planner import plan_for
+from .collect import collect_maps
+from .layers.maps import AttentionMaps
+from .patch import patch, patched, unpatch
+from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan
+from .renamed import warn_renamed
+from .report import PatchReport
+from .steering.binding.method import SemanticBinding
+from .tune import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionMaps",
+    "CfgReuse",
     "EncoderPropagation",
     "FeatureReuse",
-    "GuidanceReuse",
     "PatchReport",
     "Plan",
     "SemanticBinding",
@@ -22,6 +27,16 @@ __all__ = [
     "models",
     "patch",
     "patched",
-    "plan_for",
+    "tune",
     "unpatch",
 ]
+
+#: Public names of 0.1 -> what they are called now.
+_RENAMED = {"GuidanceReuse": CfgReuse, "plan_for": tune}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warn_renamed(f"difffast.{name}", f"difffast.{_RENAMED[name].__name__}")
+        return _RENAMED[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

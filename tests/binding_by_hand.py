@@ -15,7 +15,7 @@ class Things:
     """A prompt, as positions: the nouns and modifiers of each thing, its phrase, and the simplified prompt."""
 
     text: str
-    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    subjects: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     phrases: tuple[str, ...]
     simplified: str
 
@@ -42,11 +42,11 @@ class StoringProcessor:
         return attn.to_out[0]((self.kept @ v).transpose(1, 2).flatten(2))
 
 
-def merged(text: Any, groups: Any, mode: str) -> tuple[Any, list[int], int]:
+def merged(text: Any, subjects: Any, mode: str) -> tuple[Any, list[int], int]:
     """-> (embedding [T, D], anchors, rows taken out)"""
     u, w = (1.0, 1.0) if mode == "paper" else (1.1, 1.2)
     out, gone = text.clone(), []
-    for nouns, modifiers in groups:
+    for nouns, modifiers in subjects:
         out[nouns[0]] = u * sum(text[i] for i in nouns) + w * sum(
             (text[i] for i in modifiers), torch.zeros_like(text[0])
         )
@@ -54,9 +54,9 @@ def merged(text: Any, groups: Any, mode: str) -> tuple[Any, list[int], int]:
     if mode == "reference":
         for i in gone:
             out[i] = 0
-        return out, [nouns[0] for nouns, _ in groups], 0
+        return out, [nouns[0] for nouns, _ in subjects], 0
     rows = [out[i] for i in range(len(out)) if i not in gone]
-    anchors = [nouns[0] - sum(i < nouns[0] for i in gone) for nouns, _ in groups]
+    anchors = [nouns[0] - sum(i < nouns[0] for i in gone) for nouns, _ in subjects]
     return torch.stack(rows + [out[-1]] * len(gone)), anchors, len(gone)
 
 
@@ -123,7 +123,7 @@ def sample(
         with torch.no_grad():
             pooled = pipe.encode_prompt(things.text, device="cpu", do_classifier_free_guidance=False)[2]
     phrases = [encode(phrase) for phrase in things.phrases]
-    text, anchors, gone = merged(text, things.groups, mode)
+    text, anchors, gone = merged(text, things.subjects, mode)
     n, m = words(things.text) - gone, words(things.simplified)
     simplified = encode(things.simplified)
 

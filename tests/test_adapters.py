@@ -103,7 +103,7 @@ def test_changes_while_patched(name):
         assert propagated.last_run.propagated > 0
         assert propagated.last_run.stock == 0
         last = exact
-    assert report.last_run.text_keys["reused"] > 0
+    assert report.last_run.text_kv["reused"] > 0
     unpatch(pipe)
     assert torch.equal(run(pipe, name), run(stock, name))
 

@@ -16,13 +16,14 @@ from sampling import SCHEDULERS, largest, latents, scheduler
 from tolerances import EXACT_FLOAT32, EXACT_FLOAT64
 
 import difffast
-from difffast import EncoderPropagation, attention, ops, patch, patched, unpatch
+from difffast import EncoderPropagation, ops, patch, patched, unpatch
+from difffast.layers import cross_attention
 
 ALL_KEY = EncoderPropagation(key_steps=1)
 
 
 def layers(pipe):
-    return attention.layers_of(pipe.unet)
+    return cross_attention.find_layers(pipe.unet)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -48,7 +49,7 @@ def test_without_fused_layers_an_all_key_plan_is_stock_to_the_bit(pipe):
     for options in ({"preset": "exact", "fused": False}, {"propagation": ALL_KEY, "fused": False}):
         with patched(pipe, **options) as report:
             assert torch.equal(latents(pipe), stock)
-        assert report.last_run.text_keys.total() == 0
+        assert report.last_run.text_kv.total() == 0
 
 
 def test_the_operator_runs_unless_switched_off(pipe, monkeypatch):
@@ -80,7 +81,7 @@ def test_unpatch_leaves_no_trace(pipe):
 def test_copies_of_a_patched_pipeline_are_stock(pipe):
     patch(pipe, "faster-diffusion")
     clone = copy.deepcopy(pipe.unet)
-    plain = {type(layer) for layer in attention.layers_of(clone).values()}
+    plain = {type(layer) for layer in cross_attention.find_layers(clone).values()}
     assert plain == {type(layer).__mro__[1] for layer in layers(pipe).values()}
     unpatch(pipe)
 
@@ -88,19 +89,19 @@ def test_copies_of_a_patched_pipeline_are_stock(pipe):
 # Text keys and values
 
 
-def test_text_keys_are_made_once_a_prompt(pipe):
+def test_text_keys_and_values_are_made_once_a_prompt(pipe):
     count = len(layers(pipe))
     with patched(pipe, "exact") as report:
         for prompt in ("a red circle", "a blue square"):
             latents(pipe, prompt)
-            assert report.last_run.text_keys == {"computed": count, "reused": 19 * count}
+            assert report.last_run.text_kv == {"computed": count, "reused": 19 * count}
 
 
-def test_text_keys_are_shared_by_parallel_decoders(pipe):
+def test_text_keys_and_values_are_shared_by_parallel_decoders(pipe):
     with patched(pipe, propagation=EncoderPropagation(max_parallel=4)) as report:
         latents(pipe)
     assert max(report.last_run.decode_batches) > 1
-    assert report.last_run.text_keys["computed"] == len(layers(pipe))
+    assert report.last_run.text_kv["computed"] == len(layers(pipe))
 
 
 def test_texts_that_are_longer_than_a_tile(pipe64):
@@ -110,7 +111,7 @@ def test_texts_that_are_longer_than_a_tile(pipe64):
     stock = latents(pipe64, None, **texts)
     with patched(pipe64, "exact") as report:
         torch.testing.assert_close(latents(pipe64, None, **texts), stock, rtol=1e-9, atol=1e-9)
-        assert report.last_run.text_keys == {"computed": len(layers(pipe64)), "reused": 19 * len(layers(pipe64))}
+        assert report.last_run.text_kv == {"computed": len(layers(pipe64)), "reused": 19 * len(layers(pipe64))}
         assert not report.last_run.reasons
     ahead, slow = (EncoderPropagation(key_steps=3, max_parallel=2, parallel=parallel) for parallel in (True, False))
     with patched(pipe64, propagation=ahead):
@@ -154,7 +155,7 @@ def test_weight_updates_are_seen(pipe):
         return update
 
     _, _, stats = _changed(pipe, change)
-    assert stats.text_keys["computed"] == len(layers(pipe)) + 1
+    assert stats.text_kv["computed"] == len(layers(pipe)) + 1
 
 
 def test_replaced_weights_are_seen(pipe):
@@ -167,7 +168,7 @@ def test_replaced_weights_are_seen(pipe):
         return update
 
     _, _, stats = _changed(pipe, change)
-    assert stats.text_keys["computed"] == len(layers(pipe)) + 1
+    assert stats.text_kv["computed"] == len(layers(pipe)) + 1
 
 
 def _add_lora(pipe, name="one", seed=0):
@@ -206,7 +207,7 @@ def test_lora_changes_are_seen(pipe, what):
         return update
 
     _, _, stats = _changed(pipe, change)
-    assert stats.text_keys["computed"] == 2 * len(layers(pipe))
+    assert stats.text_kv["computed"] == 2 * len(layers(pipe))
 
 
 def test_lora_added_after_patching(pipe):
@@ -251,14 +252,14 @@ def test_unknown_projections_are_not_remembered(pipe):
     layer.to_k.register_forward_hook(lambda *_: None)
     with patched(pipe, "exact") as report:
         latents(pipe)
-    assert report.last_run.text_keys["computed"] == len(layers(pipe)) + 19
+    assert report.last_run.text_kv["computed"] == len(layers(pipe)) + 19
 
 
 def test_nothing_is_kept_after_the_run(pipe):
     with patched(pipe, "exact"):
         latents(pipe)
         controller = type(pipe.unet)._difffast_controller
-        assert not any(run._text_keys for run in controller._runs)
+        assert not any(run._texts for run in controller._runs)
 
 
 # Dispatch on the live processor
@@ -285,7 +286,7 @@ def test_ip_adapter(pipe, when):
     report = patch(pipe, "exact") if when == "before" else None
     ours = latents(pipe, **options)
     if report is not None:
-        assert report.last_run.text_keys["reused"] > 0
+        assert report.last_run.text_kv["reused"] > 0
         assert not report.last_run.reasons
     unpatch(pipe)
     stock = latents(pipe, **options)
@@ -301,7 +302,7 @@ def test_fused_projections(pipe):
     assert all(isinstance(layer.processor, FusedAttnProcessor2_0) for layer in layers(pipe).values())
     report = patch(pipe, "exact")
     assert largest(latents(pipe), stock) <= EXACT_FLOAT32
-    assert report.last_run.text_keys["computed"] == len(layers(pipe))
+    assert report.last_run.text_kv["computed"] == len(layers(pipe))
     pipe.unet.unfuse_qkv_projections()
     assert all(isinstance(layer.processor, AttnProcessor2_0) for layer in layers(pipe).values())
 

@@ -19,7 +19,7 @@ from session import Budget, Replay, Session, complaints, measure
 from workloads import Images, Stage
 
 import difffast
-from difffast.swap import is_swapped
+from difffast.surgery.subclass import is_swapped
 
 SUITES = ("bench_unet", "bench_pipelines", "bench_guidance", "bench_memory", "bench_full_size")
 TRUTH = torch.arange(1.0, 9.0)
@@ -366,7 +366,7 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
     before = latents(pipe, steps=STEPS)
     everyone = (
         *registry.presets(),
-        registry.published_key_steps(),
+        registry.publish_key_steps(),
         *registry.competitors(),
         *registry.savings(),
         *registry.exact_savings(),

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import difffast
-from difffast import binding_demo, cli, demo
-from difffast.demo import PROMPTS, psnr
+from difffast.tools import binding_demo, cli, demo
+from difffast.tools.demo import PROMPTS, psnr
 
 
 @pytest.fixture

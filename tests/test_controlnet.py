@@ -11,7 +11,7 @@ from tolerances import LATENTS_FLOAT64
 from unet_oracle import decode, encode
 
 from difffast import EncoderPropagation, FeatureReuse, patch, patched, unpatch
-from difffast.swap import is_swapped
+from difffast.surgery.subclass import is_swapped
 
 KEYS = EncoderPropagation(key_steps=4)
 STEP_BY_STEP = EncoderPropagation(key_steps=4, parallel=False)

@@ -6,9 +6,10 @@ from sampling import largest, latents
 from tolerances import EXACT_FLOAT32, LATENTS_FLOAT64
 from unet_oracle import decode, encode
 
-from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, Plan, collect_maps, patch, patched, programs
-from difffast import unet as split
-from difffast.plan import PRESETS, Preset
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan, collect_maps, patch, patched
+from difffast.engines import programs
+from difffast.presets import PRESETS, Preset
+from difffast.unet.outer_layers import run_recording, run_reuse
 
 STEPS = 12
 EXACT = EncoderPropagation(key_steps=1)
@@ -75,9 +76,9 @@ def reused(pipe, keys, interval):
         rows = slice(None) if order % interval == 0 else slice(1, None)
         call = {"sample": torch.cat([x] * 2)[rows], "timestep": t, "encoder_hidden_states": text[rows]}
         if order % keys == 0:
-            out, held["deep"] = split.run_recording(pipe.unet, call, 0)
+            out, held["deep"] = run_recording(pipe.unet, call, 0)
         else:
-            out = split.run_reuse(pipe.unet, call, [held["deep"][-1:]], torch.ones(1), 0)
+            out = run_reuse(pipe.unet, call, [held["deep"][-1:]], torch.ones(1), 0)
         if order % interval:
             return both(out, held["difference"])
         held["difference"] = out[1:] - out[:1]
@@ -103,7 +104,7 @@ def test_it_is_the_method_written_out(pipe64, config, interval, written):
     expected = by_hand(pipe64, written(pipe64))
     stock = run(pipe64)
     rows = []
-    with patched(pipe64, propagation=config, guidance=GuidanceReuse(interval)) as report:
+    with patched(pipe64, propagation=config, cfg=CfgReuse(interval)) as report:
         pipe64.unet.conv_out.register_forward_hook(lambda _module, _arguments, out: rows.append(len(out)))
         ours = run(pipe64)
     assert largest(ours, expected) <= LATENTS_FLOAT64
@@ -120,11 +121,11 @@ def test_batches_and_text_keys(pipe64, options):
     images = []
     for parallel in (True, False):
         config = EncoderPropagation(key_steps=3, max_parallel=3, parallel=parallel)
-        with patched(pipe64, propagation=config, guidance=GuidanceReuse(6)) as report:
+        with patched(pipe64, propagation=config, cfg=CfgReuse(6)) as report:
             images.append(run(pipe64, **options))
     assert largest(*images) <= LATENTS_FLOAT64
     layers = len([name for name, _ in pipe64.unet.named_modules() if name.endswith("attn2")])
-    assert report.last_run.text_keys["computed"] == 2 * layers, "once a prompt for both halves, and once for one"
+    assert report.last_run.text_kv["computed"] == 2 * layers, "once a prompt for both halves, and once for one"
 
 
 def test_after_a_forced_key_step_both_halves_run_to_the_next(pipe64):
@@ -134,7 +135,7 @@ def test_after_a_forced_key_step_both_halves_run_to_the_next(pipe64):
     images = []
     for parallel in (True, False):
         config = EncoderPropagation(key_steps=3, max_parallel=3, parallel=parallel)
-        with patched(pipe64, propagation=config, guidance=GuidanceReuse(6)) as report:
+        with patched(pipe64, propagation=config, cfg=CfgReuse(6)) as report:
             images.append(run(pipe64, callback_on_step_end=edit, callback_on_step_end_tensor_inputs=["prompt_embeds"]))
         assert report.last_run.forced == 1
         # Steps 1 to 3 ran one half; 4 and 5, of the new prompt, both; 6 is full; 7 to 11 one.
@@ -145,7 +146,7 @@ def test_after_a_forced_key_step_both_halves_run_to_the_next(pipe64):
 def test_guidance_that_is_off(pipe64):
     with patched(pipe64, "exact"):
         expected = run(pipe64, guidance_scale=1.0)
-    with patched(pipe64, "exact", guidance=GuidanceReuse(2)) as report:
+    with patched(pipe64, "exact", cfg=CfgReuse(2)) as report:
         assert torch.equal(run(pipe64, guidance_scale=1.0), expected)
     assert report.last_run.halves == 0
     assert report.last_run.reasons == ["guidance's halves run together: guidance is off"]
@@ -157,7 +158,7 @@ def test_guidance_that_is_off(pipe64):
         return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
 
     options = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    with patched(pipe64, propagation=EVERY_THIRD, guidance=GuidanceReuse(3)) as report:
+    with patched(pipe64, propagation=EVERY_THIRD, cfg=CfgReuse(3)) as report:
         assert run(pipe64, **options).isfinite().all()
     assert report.last_run.halves == 3  # steps 1, 2 and 4
 
@@ -172,14 +173,14 @@ def test_maps_wanted_from_the_middle_of_a_run_on(pipe):
             begun[-1].__enter__()
         return tensors
 
-    with patched(pipe, propagation=EVERY_THIRD, guidance=GuidanceReuse(3)) as report:
+    with patched(pipe, propagation=EVERY_THIRD, cfg=CfgReuse(3)) as report:
         assert run(pipe, callback_on_step_end=begin).shape[0] == 1
         begun[-1].__exit__(None, None, None)
     assert report.last_run.halves == 4  # steps 1, 2, 4 and 5, the last of which was waiting
 
 
 def test_maps_need_both_halves(pipe):
-    with patched(pipe, "exact", guidance=GuidanceReuse(2)) as report, collect_maps(pipe) as maps:
+    with patched(pipe, "exact", cfg=CfgReuse(2)) as report, collect_maps(pipe) as maps:
         run(pipe)
     assert maps.mean(maps.layers[0]).shape[0] == 2
     assert report.last_run.halves == 0
@@ -188,9 +189,9 @@ def test_maps_need_both_halves(pipe):
 @pytest.mark.slow
 def test_compiled(pipe, monkeypatch):
     monkeypatch.setattr(programs, "BACKEND", "eager")
-    with patched(pipe, propagation=FeatureReuse(3), guidance=GuidanceReuse(6)):
+    with patched(pipe, propagation=FeatureReuse(3), cfg=CfgReuse(6)):
         expected = run(pipe)
-    with patched(pipe, propagation=FeatureReuse(3), guidance=GuidanceReuse(6), compile=True) as report:
+    with patched(pipe, propagation=FeatureReuse(3), cfg=CfgReuse(6), compile=True) as report:
         assert largest(run(pipe), expected) <= EXACT_FLOAT32
     assert not report.last_run.reasons
     assert report.last_run.halves == 10
@@ -199,41 +200,41 @@ def test_compiled(pipe, monkeypatch):
 @pytest.mark.parametrize("order", [1, 2])
 def test_extrapolated_features(pipe64, order):
     """Halves are extrapolated from halves, and from the conditional rows of both."""
-    with patched(pipe64, propagation=FeatureReuse(3, order=order), guidance=GuidanceReuse(6)) as report:
+    with patched(pipe64, propagation=FeatureReuse(3, extrapolate=order), cfg=CfgReuse(6)) as report:
         assert run(pipe64).isfinite().all()
     assert (report.last_run.key, report.last_run.reused, report.last_run.halves) == (4, 8, 10)
 
 
 def test_plans():
-    plan = GuidanceReuse(6, start=0.25).applied(FeatureReuse(3).plan(16))
+    plan = CfgReuse(6, start=0.25).apply(FeatureReuse(3).plan(16))
     assert plan.halves == (4, 5, 6, 7, 8, 10, 11, 12, 13, 14)
     assert Plan.from_json(plan.to_json()) == plan
     assert "conditional half" in str(plan)
-    assert plan.until(10).halves == (4, 5, 6, 7, 8)
-    assert plan.with_optimised([0, 4]).halves == (5, 6, 7, 8, 10, 11, 12, 13, 14)
+    assert plan.cut(10).halves == (4, 5, 6, 7, 8)
+    assert plan.add_full_steps([0, 4]).halves == (5, 6, 7, 8, 10, 11, 12, 13, 14)
     steps = plan.steps(start=5)
     assert not steps[0].half
-    assert GuidanceReuse(0.5).applied(EXACT.plan(10)).halves == (1, 2, 3, 4, 6, 7, 8, 9)
-    ahead = GuidanceReuse(2).applied(EVERY_THIRD.plan(7))
+    assert CfgReuse(0.5).apply(EXACT.plan(10)).halves == (1, 2, 3, 4, 6, 7, 8, 9)
+    ahead = CfgReuse(2).apply(EVERY_THIRD.plan(7))
     assert [tuple(ahead.batch(order)) for order in (0, 1, 3, 4, 6)] == [(0,), (1, 2), (3,), (4, 5), (6,)]
 
 
 def test_bad_plans_and_values_are_refused(pipe):
     with pytest.raises(ValueError, match="step 4 needs both halves of key step 3, which runs one"):
-        Plan(total=6, keys=(0, 3), max_batch=1, halves=(3, 5))
+        Plan(total=6, key_steps=(0, 3), max_batch=1, halves=(3, 5))
     with pytest.raises(ValueError, match="halves must lie in 1"):
-        Plan(total=6, keys=(0, 3), max_batch=1, halves=(0,))
+        Plan(total=6, key_steps=(0, 3), max_batch=1, halves=(0,))
     for options, error in (({"interval": 0}, ValueError), ({"interval": "2"}, TypeError), ({"start": 2}, ValueError)):
         with pytest.raises(error):
-            GuidanceReuse(**options)
-    with pytest.raises(TypeError, match=r"guidance must be a difffast.GuidanceReuse, got int"):
-        patch(pipe, guidance=2)
-    with patched(pipe, "exact", guidance=GuidanceReuse(2)), pytest.raises(ValueError, match="at least 8 denoising"):
+            CfgReuse(**options)
+    with pytest.raises(TypeError, match=r"cfg must be a difffast.CfgReuse, got int"):
+        patch(pipe, cfg=2)
+    with patched(pipe, "exact", cfg=CfgReuse(2)), pytest.raises(ValueError, match="at least 8 denoising"):
         run(pipe, steps=4)
 
 
 def test_a_preset_goes_without_where_it_cannot(pipe, monkeypatch):
-    monkeypatch.setitem(PRESETS, "exact", Preset(EXACT, guidance=GuidanceReuse(2)))
+    monkeypatch.setitem(PRESETS, "exact", Preset(EXACT, cfg=CfgReuse(2)))
     with patched(pipe, "exact") as report:
         run(pipe)
     assert report.last_run.halves == 6
@@ -241,4 +242,4 @@ def test_a_preset_goes_without_where_it_cannot(pipe, monkeypatch):
     with patched(pipe, "exact") as report:
         assert any("does not tell whether a run is guided" in note for note in report.notes)
     with pytest.raises(ValueError, match="guidance cannot be reused with StableDiffusionPipeline"):
-        patch(pipe, "exact", guidance=GuidanceReuse(2))
+        patch(pipe, "exact", cfg=CfgReuse(2))

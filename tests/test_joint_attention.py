@@ -4,6 +4,7 @@ The pipeline of most tests is the tiny Stable Diffusion one with a UNet of IF's 
 """
 
 import copy
+from collections import Counter
 
 import adapter_zoo
 import if_zoo
@@ -19,8 +20,12 @@ from sampling import latents as sampled
 from tolerances import EXACT_FLOAT32, EXACT_FLOAT64, LATENTS_FLOAT64, OUTPUT_FLOAT64
 
 import difffast
-from difffast import AttentionMaps, EncoderPropagation, attention, ops, patch, patched, programs, unpatch
-from difffast.attention_maps import choose_layers
+from difffast import AttentionMaps, EncoderPropagation, ops, patch, patched, unpatch
+from difffast.engines import programs
+from difffast.layers import cross_attention
+from difffast.layers.context import CallContext, Text, use_context
+from difffast.layers.maps import choose_layers
+from difffast.layers.text_kv import TextKV
 from difffast.ops._registry import INTERPRETED
 
 STEPS = 8
@@ -54,14 +59,14 @@ def _with_unet(pipe, **changes):
 
 
 def layers_of(unet):
-    return list(attention.layers_of(unet).values())
+    return list(cross_attention.find_layers(unet).values())
 
 
 def test_layers_are_found_by_what_they_are(pipe):
-    names = list(attention.layers_of(pipe.unet))
+    names = list(cross_attention.find_layers(pipe.unet))
     assert len(names) == 6
     assert "mid_block.attentions.0" in names
-    assert all(attention.operator_of(layer) == "joint_attention" for layer in layers_of(pipe.unet))
+    assert all(cross_attention.name_operator(layer) == "joint_attention" for layer in layers_of(pipe.unet))
 
 
 def test_exact_is_stock_up_to_rounding(pipe, pipe64):
@@ -99,20 +104,20 @@ def test_text_alone_in_the_softmax(pipe64, monkeypatch):
     changes = {"only_cross_attention": True, "mid_block_only_cross_attention": True}
     pipe = _with_unet(pipe64, **changes)
     stock = latents(pipe)
-    assert all(attention.operator_of(layer) == "cross_attention" for layer in layers_of(pipe.unet))
+    assert all(cross_attention.name_operator(layer) == "cross_attention" for layer in layers_of(pipe.unet))
     with patched(pipe, "exact") as report:
         assert largest(latents(pipe), stock) <= EXACT_FLOAT64
-    assert report.last_run.text_keys["reused"] == 6 * (STEPS - 1)
+    assert report.last_run.text_kv["reused"] == 6 * (STEPS - 1)
 
 
 def test_unpatch_leaves_no_trace(pipe):
-    before = {name: (type(layer), dict(vars(layer))) for name, layer in attention.layers_of(pipe.unet).items()}
+    before = {name: (type(layer), dict(vars(layer))) for name, layer in cross_attention.find_layers(pipe.unet).items()}
     plain, stock = type(pipe.unet), latents(pipe)
     patch(pipe, "exact")
     assert type(pipe.unet).process_encoder_hidden_states is not plain.process_encoder_hidden_states
     unpatch(pipe)
     assert type(pipe.unet) is plain
-    for name, layer in attention.layers_of(pipe.unet).items():
+    for name, layer in cross_attention.find_layers(pipe.unet).items():
         assert (type(layer), dict(vars(layer))) == before[name]
     assert torch.equal(latents(pipe), stock)
 
@@ -146,7 +151,7 @@ def test_text_is_projected_once_a_prompt(pipe, monkeypatch, options, which):
         for prompts, prompt in enumerate(("a red circle", "a blue square"), 1):
             latents(pipe, prompt)
             assert count.calls == prompts
-            assert report.last_run.text_keys["computed"] == 6
+            assert report.last_run.text_kv["computed"] == 6
 
 
 def test_parallel_decoding_is_step_by_step(pipe64):
@@ -186,7 +191,7 @@ def _changed(pipe, change):
         ours = run(pipe)
     assert largest(ours, run(twin)) <= EXACT_FLOAT64
     assert largest(ours, untouched) > 100 * EXACT_FLOAT64
-    return report.last_run.text_keys
+    return report.last_run.text_kv
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -222,20 +227,19 @@ def test_two_prompts_do_not_meet(pipe64):
     with torch.no_grad():
         stock = [unet(**call).sample for call in calls]
         with patched(pipe64, "exact"):
-            texts = [_labelled(call) for call in calls]
+            contexts = [_context(call) for call in calls]
             for turn in (0, 1, 1, 0):
-                ours = type(unet).__mro__[1].__call__(unet, **{**calls[turn], "encoder_hidden_states": texts[turn]})
+                with use_context(contexts[turn]):
+                    ours = type(unet).__mro__[1].__call__(unet, **calls[turn])
                 assert largest(ours.sample, stock[turn]) <= OUTPUT_FLOAT64
 
 
-def _labelled(call, **options):
-    """The text of a call with a label of its own."""
-    from collections import Counter
-
-    text, counts = call["encoder_hidden_states"], Counter()
-    keys = None if torch.is_grad_enabled() else attention.TextKeys(text, counts)
-    options = {"collectors": (), "size": call["sample"].shape[-2:], "note": pytest.fail, **options}
-    return attention.labelled(text, attention.Label(True, text, 1, keys, **options))
+def _context(call, *, note=pytest.fail, sink=0, sinks=()):
+    """What allows a call its fused cross-attention."""
+    text = call["encoder_hidden_states"]
+    kv = None if torch.is_grad_enabled() else TextKV(text, Counter())
+    size = tuple(call["sample"].shape[-2:])
+    return CallContext(True, note, note, Text(text, text, kv, sink=sink), sinks, size, only_text=True)
 
 
 # Dispatch
@@ -250,13 +254,13 @@ def test_other_processors_run_stock_and_say_so(pipe):
         pytest.warns(UserWarning, match="added-key attention layers run stock: attention processor AttnAddedKVProc"),
     ):
         assert torch.equal(latents(pipe), stock)
-    assert report.last_run.text_keys.total() == 0
+    assert report.last_run.text_kv.total() == 0
 
 
 def test_a_processor_of_the_other_kind_is_left_to_fail(pipe):
     layer = layers_of(pipe.unet)[0]
     layer.set_processor(AttnProcessor2_0())
-    reason = attention._obstacle(layer, torch.zeros(1, 7, 32), (), {})
+    reason = cross_attention.refuse_call(layer, torch.zeros(1, 7, 32), (), {})
     assert reason == "attention processor AttnProcessor2_0 with added keys"
 
 
@@ -268,11 +272,10 @@ def test_masks_and_hooks_run_stock(pipe):
     with torch.no_grad():
         stock = layer(hidden, encoder_hidden_states=text, attention_mask=mask)
         patch(pipe, "exact")
-        label = attention.Label(True, text, 1, None, (), (8, 8), notes.append)
-        labelled = attention.labelled(text, label)
-        assert torch.equal(layer(hidden, encoder_hidden_states=labelled, attention_mask=mask), stock)
-        layer.register_forward_hook(lambda *_: None)
-        layer(hidden, encoder_hidden_states=labelled)
+        with use_context(CallContext(True, notes.append, pytest.fail, Text(text, text, None), size=(8, 8))):
+            assert torch.equal(layer(hidden, encoder_hidden_states=text, attention_mask=mask), stock)
+            layer.register_forward_hook(lambda *_: None)
+            layer(hidden, encoder_hidden_states=text)
     assert [note.partition(": ")[2] for note in notes] == [
         "arguments attention_mask (masks are not fused)",
         "the layer has hooks, or a forward of its own",
@@ -283,10 +286,9 @@ def test_rows_of_zeros_are_refused(pipe):
     """Semantic binding leaves out rows that are zero; after a norm and biases they are not."""
     patch(pipe, "exact")
     call = unets.call_for(pipe.unet)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot do without rows of zeros: .* norm and biases"):
-        type(pipe.unet).__mro__[1].__call__(
-            pipe.unet, **{**call, "encoder_hidden_states": _labelled(call, sink=2, note=print)}
-        )
+    message = r"cannot do without rows of zeros: .* norm and biases"
+    with torch.no_grad(), use_context(_context(call, sink=2, note=print)), pytest.raises(RuntimeError, match=message):
+        type(pipe.unet).__mro__[1].__call__(pipe.unet, **call)
 
 
 # Programs
@@ -311,8 +313,8 @@ def test_programs_take_the_keys_as_inputs(pipe64, monkeypatch, options):
     with patched(pipe64, compile=True, **options) as report:
         assert largest(latents(pipe64), expected) <= LATENTS_FLOAT64
         assert not report.last_run.reasons
-        assert report.last_run.text_keys["computed"] == 6
-        assert report.last_run.text_keys["reused"] > 0
+        assert report.last_run.text_kv["computed"] == 6
+        assert report.last_run.text_kv["reused"] > 0
         count = _Count(monkeypatch, projection.weight)
         latents(pipe64, "a blue square")
         assert count.calls == 1, "programs do not project the text"
@@ -347,7 +349,7 @@ class Recorder:
 @pytest.mark.parametrize("fused", [True, False])
 def test_maps_are_the_stock_maps(pipe64, fused):
     twin, expected = copy.deepcopy(pipe64), {}
-    for name, layer in attention.layers_of(twin.unet).items():
+    for name, layer in cross_attention.find_layers(twin.unet).items():
         layer.set_processor(Recorder(expected, name))
     stock = latents(twin)
     with patched(pipe64, "exact", fused=fused), difffast.collect_maps(pipe64, tokens=[3, 1]) as maps:
@@ -365,8 +367,8 @@ def test_maps_carry_gradients_to_the_text(pipe64):
     text = call["encoder_hidden_states"].requires_grad_()
     collected = AttentionMaps(choose_layers(pipe64.unet, "mid_block.*"), (2,))
     patch(pipe64, "exact")
-    labelled = _labelled(call, collectors=(collected,))
-    type(pipe64.unet).__mro__[1].__call__(pipe64.unet, **{**call, "encoder_hidden_states": labelled})
+    with use_context(_context(call, sinks=(collected,))):
+        type(pipe64.unet).__mro__[1].__call__(pipe64.unet, **call)
     (grad,) = torch.autograd.grad(collected.latest["mid_block.attentions.0"].square().sum(), text)
     assert float(grad.abs().sum()) > 0
 
@@ -387,14 +389,14 @@ def test_pipelines_whose_text_is_projected(name, operator, monkeypatch):
     pipe = row.build().to(dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     layers = layers_of(pipe.unet)
-    assert {attention.operator_of(layer) for layer in layers} == {operator}
+    assert {cross_attention.name_operator(layer) for layer in layers} == {operator}
     stock = row.run(pipe, zoo.Inputs())
     count = _Count(monkeypatch, pipe.unet.encoder_hid_proj.weight)
     with patched(pipe, "exact") as report:
         assert largest(row.run(pipe, zoo.Inputs()), stock) <= EXACT_FLOAT64
     assert count.calls == 1
     total = report.last_run.total
-    assert report.last_run.text_keys == {"computed": len(layers), "reused": len(layers) * (total - 1)}
+    assert report.last_run.text_kv == {"computed": len(layers), "reused": len(layers) * (total - 1)}
     with difffast.collect_maps(pipe, layers="up_blocks.*", tokens=[1, 2]) as maps:
         assert largest(row.run(pipe, zoo.Inputs()), stock) <= EXACT_FLOAT64
     assert set(maps.steps.values()) == {total}

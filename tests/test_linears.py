@@ -10,8 +10,10 @@ from sampling import latents as sampled
 from tolerances import EXACT_FLOAT32
 from torch import nn
 
-from difffast import SemanticBinding, linears, ops, patch, patched, programs, unpatch
-from difffast.swap import is_swapped
+from difffast import SemanticBinding, ops, patch, patched, unpatch
+from difffast.engines import programs
+from difffast.layers.linear import Linear
+from difffast.surgery.subclass import is_swapped
 
 pytestmark = pytest.mark.skipif(ops.missing("onednn") is not None, reason=str(ops.missing("onednn")))
 operator = importlib.import_module("difffast.ops.linear")
@@ -46,11 +48,11 @@ def of_text(names):
 
 def test_a_patched_pipeline_uses_it_and_unpatch_takes_it_out(pipe, counted):
     stock = latents(pipe)
-    layers = linears.layers_of(pipe.unet)
+    layers = Linear().find(pipe.unet)
     report = patch(pipe, "exact")
     assert f"linear layers ({len(layers)}) linear (onednn)" in " ".join(str(report).split())
     assert largest(latents(pipe), stock) <= EXACT_FLOAT32
-    names, steps = list(linears.layers_of(pipe.unet)), report.last_run.total
+    names, steps = list(Linear().find(pipe.unet)), report.last_run.total
     text = len(of_text(names))
     assert text
     assert len(counted) == (len(names) - text) * steps + text
@@ -67,7 +69,7 @@ def test_layers_are_stock_outside_the_pipeline(pipe, counted):
     with patched(pipe, "exact", fused=False):
         latents(pipe)
     with patched(pipe, "exact"):
-        layer = next(iter(linears.layers_of(pipe.unet).values()))
+        layer = next(iter(Linear().find(pipe.unet).values()))
         layer(torch.randn(1, 64, layer.in_features))
     assert not counted
 
@@ -113,7 +115,7 @@ class _Quantised(nn.Parameter):
 
 
 def test_hooks_and_other_weights_run_stock(pipe, counted):
-    hooked, quantised, *_ = linears.layers_of(pipe.unet).values()
+    hooked, quantised, *_ = Linear().find(pipe.unet).values()
     seen = []
     handle = hooked.register_forward_hook(lambda *_: seen.append(1))
     quantised.weight = _Quantised(quantised.weight.detach())
@@ -122,7 +124,7 @@ def test_hooks_and_other_weights_run_stock(pipe, counted):
     handle.remove()
     assert len(seen) == report.last_run.total
     assert any("linear layers run stock: one has hooks" in reason for reason in report.last_run.reasons)
-    names, steps = list(linears.layers_of(pipe.unet)), report.last_run.total
+    names, steps = list(Linear().find(pipe.unet)), report.last_run.total
     text = len(of_text(names))
     assert len(counted) == (len(names) - text - 2) * steps + text
 
@@ -141,5 +143,5 @@ def test_they_are_in_the_programs(pipe, fused, monkeypatch):
     with patched(pipe, "exact", fused=fused, compile=True) as report:
         assert largest(latents(pipe), expected) <= EXACT_FLOAT32
     assert not report.last_run.reasons
-    layers = list(linears.layers_of(pipe.unet))
+    layers = list(Linear().find(pipe.unet))
     assert len(found) == fused * (len(layers) - len(of_text(layers)))

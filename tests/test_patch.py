@@ -22,7 +22,7 @@ from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 
 import difffast
 from difffast import EncoderPropagation, patch, patched, unpatch
-from difffast.swap import is_swapped
+from difffast.surgery.subclass import is_swapped
 
 EVERYTHING = EncoderPropagation(prior_noise=0.003)
 
@@ -162,7 +162,7 @@ def test_report(pipe):
     assert "<td>StableDiffusionPipeline</td>" in html
     latents(pipe)
     assert str(report.last_run).startswith("7 key steps (0 forced), 13 propagated, 0 reused, 0 stock of 20")
-    assert report.plan(20).keys == (0, 1, 2, 3, 5, 10, 15)
+    assert report.plan(20).key_steps == (0, 1, 2, 3, 5, 10, 15)
     unpatch(pipe)
 
 

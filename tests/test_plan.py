@@ -2,23 +2,25 @@ import importlib.util
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from difffast import EncoderPropagation, FeatureReuse, Plan
-from difffast.plan import PRESETS, PUBLISHED_KEY_STEPS, published_key_steps
+from difffast.plan import PUBLISHED_KEY_STEPS, publish_key_steps
+from difffast.presets import PRESETS
 
 
 def test_published_lists_are_exact():
-    assert EncoderPropagation().plan(50).keys == (0, 1, 2, 3, 5, 10, 15, 25, 35)
-    assert EncoderPropagation().plan(20).keys == (0, 1, 2, 3, 5, 10, 15)
+    assert EncoderPropagation().plan(50).key_steps == (0, 1, 2, 3, 5, 10, 15, 25, 35)
+    assert EncoderPropagation().plan(20).key_steps == (0, 1, 2, 3, 5, 10, 15)
 
 
 @given(st.integers(8, 1000))
 def test_scaled_lists_keep_the_published_shares(total):
-    keys = published_key_steps("sd", total)
+    keys = publish_key_steps("sd", total)
     assert keys[0] == 0
     assert all(a < b < total for a, b in itertools.pairwise(keys))
     shares = [(length - orders[-1]) / length for length, orders in PUBLISHED_KEY_STEPS["sd"].items()]
@@ -26,7 +28,7 @@ def test_scaled_lists_keep_the_published_shares(total):
 
 
 def test_pndm_calls_the_unet_once_more_and_keeps_the_early_keys():
-    assert published_key_steps("sd", 51)[:5] == (0, 1, 2, 3, 5)
+    assert publish_key_steps("sd", 51)[:5] == (0, 1, 2, 3, 5)
 
 
 @given(st.data())
@@ -37,31 +39,31 @@ def test_batches_cover_every_step_once_and_never_cross_a_key(data):
     start = data.draw(st.integers(0, total - 1))
     plan = EncoderPropagation(key_steps=keys, max_parallel=cap).plan(total)
     rows = plan.steps(start)
-    assert [row.order for row in rows] == list(range(start, total))
+    assert [row.step for row in rows] == list(range(start, total))
     assert rows[0].key
     for row in rows:
-        assert row.order in row.decoded_with
+        assert row.step in row.decoded_with
         assert len(row.decoded_with) <= cap
         assert not any(order in keys for order in row.decoded_with[1:])
-        assert row.key == (row.order in keys or row.order == start)
+        assert row.key == (row.step in keys or row.step == start)
 
 
 def test_a_long_segment_is_cut_evenly():
     plan = EncoderPropagation(key_steps=[0], max_parallel=5).plan(12)
-    assert [len(row.decoded_with) for row in plan.steps() if row.order == row.decoded_with[0]] == [4, 4, 4]
+    assert [len(row.decoded_with) for row in plan.steps() if row.step == row.decoded_with[0]] == [4, 4, 4]
 
 
 def test_forms_of_key_steps():
-    assert EncoderPropagation(key_steps=4).plan(10).keys == (0, 4, 8)
-    assert EncoderPropagation(key_steps=[3, 0, 3]).plan(10).keys == (0, 3)
-    assert EncoderPropagation(key_steps=range(0, 9, 3)).plan(10).keys == (0, 3, 6)
-    assert EncoderPropagation(key_steps=lambda step, total: step == total // 2).plan(10).keys == (0, 5)
-    assert EncoderPropagation(key_steps=1).plan(3).keys == (0, 1, 2)
+    assert EncoderPropagation(key_steps=4).plan(10).key_steps == (0, 4, 8)
+    assert EncoderPropagation(key_steps=[3, 0, 3]).plan(10).key_steps == (0, 3)
+    assert EncoderPropagation(key_steps=range(0, 9, 3)).plan(10).key_steps == (0, 3, 6)
+    assert EncoderPropagation(key_steps=lambda step, total: step == total // 2).plan(10).key_steps == (0, 5)
+    assert EncoderPropagation(key_steps=1).plan(3).key_steps == (0, 1, 2)
 
 
 @pytest.mark.parametrize(("total", "interval"), [(1, 1), (33, 1), (34, 2), (49, 2), (50, 3), (100, 6)])
 def test_a_share_of_the_schedule_between_key_steps(total, interval):
-    assert PRESETS["balanced"].propagation.plan(total).keys == tuple(range(0, total, interval))
+    assert PRESETS["balanced"].propagation.plan(total).key_steps == tuple(range(0, total, interval))
 
 
 def test_step_by_step_and_capped_plans():
@@ -110,46 +112,46 @@ def test_bad_configuration(options, error, message):
 
 
 def test_bad_schedules():
-    with pytest.raises(ValueError, match=r"key_steps contains 30, but the schedule has orders 0 .. 19"):
+    with pytest.raises(ValueError, match=r"key_steps contains 30, but the schedule has steps 0 .. 19"):
         EncoderPropagation(key_steps=[0, 30]).plan(20)
     with pytest.raises(ValueError, match="at least one step, got 0"):
         EncoderPropagation().plan(0)
     with pytest.raises(ValueError, match="no published key steps for 'dit'"):
-        published_key_steps("dit", 20)
-    with pytest.raises(ValueError, match="keys must increase strictly"):
-        Plan(total=5, keys=(0, 2, 2), max_batch=1)
+        publish_key_steps("dit", 20)
+    with pytest.raises(ValueError, match="key_steps must increase strictly"):
+        Plan(total=5, key_steps=(0, 2, 2), max_batch=1)
     with pytest.raises(ValueError, match=r"start must lie in 0 .. 4, got 5"):
-        Plan(total=5, keys=(0,), max_batch=1).steps(5)
+        Plan(total=5, key_steps=(0,), max_batch=1).steps(5)
 
 
 def test_plans_need_no_torch():
-    path = importlib.util.find_spec("difffast.plan").origin
+    folder = str(Path(importlib.util.find_spec("difffast").origin).parent)
     code = (
-        "import sys, importlib.util as u; sys.modules['torch'] = None\n"
-        f"spec = u.spec_from_file_location('plan', {path!r}); m = u.module_from_spec(spec)\n"
-        "sys.modules['plan'] = m; spec.loader.exec_module(m); print(m.EncoderPropagation().plan(50))"
+        "import sys, types; sys.modules['torch'] = None\n"
+        f"package = types.ModuleType('difffast'); package.__path__ = [{folder!r}]; sys.modules['difffast'] = package\n"
+        "from difffast.presets import PRESETS; print(PRESETS['faster-diffusion'].propagation.plan(50))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "9 of 50 steps run the encoder" in result.stdout
 
 
 def test_optimised_steps_are_key_steps():
-    plan = Plan(total=10, keys=(0, 5), max_batch=3).with_optimised((2, 0, 1))
-    assert plan.keys == (0, 1, 2, 5)
-    assert plan.optimised == (0, 1, 2)
+    plan = Plan(total=10, key_steps=(0, 5), max_batch=3).add_full_steps((2, 0, 1))
+    assert plan.key_steps == (0, 1, 2, 5)
+    assert plan.full_steps == (0, 1, 2)
     assert [row.decoded_with for row in plan.steps()[:4]] == [(0,), (1,), (2, 3, 4), (2, 3, 4)]
     lines = str(plan).splitlines()
     assert ["optimised" in line for line in lines[1:5]] == [True, True, True, False]
     with pytest.raises(ValueError, match="must be key steps"):
-        Plan(total=10, keys=(0, 5), max_batch=3, optimised=(1,))
+        Plan(total=10, key_steps=(0, 5), max_batch=3, full_steps=(1,))
 
 
 @pytest.mark.parametrize(
     "plan",
     [
         EncoderPropagation().plan(50, batches=(1, 2, 4)),
-        EncoderPropagation().plan(20).with_optimised((0, 1, 7)),
-        FeatureReuse(0.1, branch=2, order=1).plan(50),
+        EncoderPropagation().plan(20).add_full_steps((0, 1, 7)),
+        FeatureReuse(0.1, branch=2, extrapolate=1).plan(50),
         FeatureReuse((0, 3)).plan(9),
     ],
     ids=str,
@@ -178,8 +180,8 @@ def test_plans_are_drawn(plan, tmp_path):
 
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(matplotlib.Axes, "add_patch", counted)
-        plan.picture(tmp_path / "plan.png")
-    keys, others = len(plan.keys), plan.total - len(plan.keys)
+        plan.plot(tmp_path / "plan.png")
+    keys, others = len(plan.key_steps), plan.total - len(plan.key_steps)
     filled = [patch for patch in drawn if patch.get_fill()]
     assert len(filled) == 4 * keys + others  # a key step runs everything, the others one part
     assert (len(filled) < len(drawn)) == (plan.reuse is None)  # frames around decoders that run together

@@ -9,7 +9,7 @@ from sampling import largest, latents, mask, picture, scheduler
 from tolerances import LATENTS_FLOAT64
 
 from difffast import EncoderPropagation, patch, patched
-from difffast.swap import is_swapped
+from difffast.surgery.subclass import is_swapped
 
 ALPHA = 0.1  # large, to be seen
 ALL_KEY = EncoderPropagation(key_steps=1, prior_noise=ALPHA)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from sampling import latents
 
-from difffast import cli, models, patched
-from difffast.profiling import OperatorCounter, blocks_of, profile
+from difffast import models, patched
+from difffast.tools import cli
+from difffast.tools.profiling import OperatorCounter, blocks_of, profile
 
 STEPS = 8
 

@@ -18,8 +18,10 @@ from tolerances import EXACT_FLOAT32, LATENTS_FLOAT64
 from torch._dynamo.utils import counters
 
 import difffast
-from difffast import EncoderPropagation, collect_maps, ops, patch, patched, programs, self_attention, unpatch
-from difffast import unet as split
+from difffast import EncoderPropagation, collect_maps, ops, patch, patched, unpatch
+from difffast.engines import programs
+from difffast.layers import self_attention
+from difffast.unet import split
 
 TABLE = EncoderPropagation(key_steps=(0, 1, 2, 7), max_parallel=4)
 
@@ -84,7 +86,7 @@ def test_self_attention_is_in_the_programs(pipe, fused):
     with torch.profiler.profile() as profile:
         latents(pipe)
     calls = sum(event.count for event in profile.key_averages() if event.key == "difffast::self_attention")
-    assert calls == fused * len(self_attention.layers_of(pipe.unet)) * report.last_run.total
+    assert calls == fused * len(self_attention.SelfAttention().find(pipe.unet)) * report.last_run.total
     assert not report.last_run.reasons
 
 
@@ -195,10 +197,10 @@ def test_memory_of_cuda_graphs_is_what_the_allocator_keeps_apart_for_them(monkey
     segments = [segment(0, (0, 0), 7), segment(0, (0, 1), 5 << 20), segment(0, (3, 0), 1 << 20), segment(1, (0, 2), 9)]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda include_traces: segments)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert programs.graph_bytes(torch.device("cuda:0")) == 6 << 20
-    assert programs.graph_bytes(torch.device("cuda")) == 9
-    assert programs.graph_bytes(torch.device("cpu")) == 0
-    assert str(programs.Programs().stats(torch.device("cuda:0"))) == "0 compiled, at most 16; CUDA graphs hold 6 MiB"
+    assert programs.count_graph_bytes(torch.device("cuda:0")) == 6 << 20
+    assert programs.count_graph_bytes(torch.device("cuda")) == 9
+    assert programs.count_graph_bytes(torch.device("cpu")) == 0
+    assert str(programs.Programs().count(torch.device("cuda:0"))) == "0 compiled, at most 16; CUDA graphs hold 6 MiB"
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(pipe, monkeypatch):
@@ -273,7 +275,7 @@ def test_batches_have_the_sizes_there_are(data):
     keys = data.draw(st.sets(st.integers(0, total - 1))) | {0}
     plan = EncoderPropagation(key_steps=keys, max_parallel=cap).plan(total, batches=programs.BATCHES)
     rows = plan.steps()
-    assert [row.order for row in rows] == list(range(total))
+    assert [row.step for row in rows] == list(range(total))
     for row in rows:
         assert len(row.decoded_with) in programs.BATCHES
         assert len(row.decoded_with) <= cap
@@ -282,7 +284,7 @@ def test_batches_have_the_sizes_there_are(data):
 
 def test_a_plan_without_single_steps_is_refused():
     with pytest.raises(ValueError, match="batches must ascend from 1"):
-        difffast.Plan(total=8, keys=(0,), max_batch=4, batches=(2, 4))
+        difffast.Plan(total=8, key_steps=(0,), max_batch=4, batches=(2, 4))
 
 
 @pytest.mark.slow

@@ -23,8 +23,9 @@ from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difffast
-from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patch, patched, unpatch
-from difffast.swap import is_swapped
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
+from difffast.sampling.decode_ahead import DecodeAhead
+from difffast.surgery.subclass import is_swapped
 
 STEP_BY_STEP = EncoderPropagation(parallel=False)
 
@@ -54,10 +55,11 @@ def controller_of(pipe):
 
 def assert_nothing_kept(pipe):
     for run in controller_of(pipe)._runs:
-        assert run._features is None
-        assert not run._known
-        assert not run._queue
-        assert run._conditioning is None
+        assert run._fingerprint is None
+        if isinstance(run._strategy, DecodeAhead):
+            assert run._strategy._features is None
+            assert not run._strategy._known
+            assert not run._strategy._queue
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -91,14 +93,14 @@ def test_extrapolated_features(pipe64, order, parallel):
                 features.append(sum(lagrange))
             negative, positive = unet_oracle.decode(unet, features[:-1], features[-1], t, text).chunk(2)
             x = steps.step(negative + 7.5 * (positive - negative), t, x).prev_sample
-    config = EncoderPropagation(key_steps=4, order=order, parallel=parallel, max_parallel=3)
+    config = EncoderPropagation(key_steps=4, extrapolate=order, parallel=parallel, max_parallel=3)
     with patched(pipe64, propagation=config) as report:
         assert largest(latents(pipe64, steps=16), x) <= LATENTS_FLOAT64
         assert_nothing_kept(pipe64)
     assert report.last_run.propagated == 12
     with patched(pipe64, propagation=EncoderPropagation(key_steps=4)):
         assert largest(latents(pipe64, steps=16), x) > 1e-3
-    with patched(pipe64, propagation=config, guidance=GuidanceReuse(8)) as report:
+    with patched(pipe64, propagation=config, cfg=CfgReuse(8)) as report:
         assert latents(pipe64, steps=16).isfinite().all()
     assert report.last_run.halves == 14
 
@@ -465,7 +467,7 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
         with torch.no_grad():
             for order in skipped:
                 unet(torch.randn(2, 4, 8, 8), steps.timesteps[order], encoder_hidden_states=text)
-        assert controller_of(pipe)._runs[0].stats.forced >= 1
+        assert controller_of(pipe)._runs[0].state.stats.forced >= 1
 
 
 @torch.no_grad()
@@ -474,7 +476,7 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
     [
         {"propagation": EncoderPropagation(key_steps=4)},
         {"propagation": FeatureReuse(interval=4)},
-        {"preset": "exact", "guidance": GuidanceReuse(2)},
+        {"preset": "exact", "cfg": CfgReuse(2)},
     ],
     ids=["ahead", "reuse", "guidance"],
 )

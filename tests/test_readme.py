@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import difffast
-from difffast import cli
+from difffast.tools import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

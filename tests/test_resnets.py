@@ -8,8 +8,10 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from difffast import fusion, ops, patch, resnets, unpatch
-from difffast.swap import is_swapped
+from difffast import ops, patch, unpatch
+from difffast.layers.context import CallContext, use_context
+from difffast.layers.resnet import Resnet
+from difffast.surgery.subclass import is_swapped
 
 pytestmark = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
 
@@ -32,7 +34,7 @@ def run(holder, dtype=torch.float32, *, fused=True, layout=torch.contiguous_form
     reasons = []
     # By itself the kernel is chosen for larger operands only.
     kernel = ops.use_backend("cpp", "group_norm_silu") if fused else contextlib.nullcontext()
-    with torch.no_grad(), kernel, fusion.fused(reasons.append if fused else None):
+    with torch.no_grad(), kernel, use_context(CallContext(True, reasons.append, reasons.append) if fused else None):
         return holder["resnet"](hidden, temb), reasons
 
 
@@ -52,7 +54,7 @@ def test_equals_stock(kind, layout, monkeypatch):
     holder = make(**KINDS[kind])
     exact, _ = run(copy.deepcopy(holder).double(), torch.float64, fused=False)
     stock, _ = run(holder, fused=False, layout=layout)
-    resnets.install(holder)
+    Resnet().put_in(holder)
     calls = []
     plain = ops.group_norm_silu
     monkeypatch.setattr(ops, "group_norm_silu", lambda *a, **k: calls.append(1) or plain(*a, **k))
@@ -69,7 +71,7 @@ def test_half_precision_is_no_worse():
     holder = make(torch.bfloat16)
     exact, _ = run(copy.deepcopy(holder).double(), torch.float64, fused=False)
     stock, _ = run(holder, torch.bfloat16, fused=False)
-    resnets.install(holder)
+    Resnet().put_in(holder)
     fused, reasons = run(holder, torch.bfloat16)
     assert not reasons
     assert float((fused - exact).norm()) <= 1.1 * float((stock - exact).norm())
@@ -90,12 +92,12 @@ def test_what_cannot_be_fused_runs_stock_and_says_why(change, reason):
     holder = make()
     change(holder["resnet"])
     if "float64" in reason:  # stock refuses that as well
-        resnets.install(holder)
+        Resnet().put_in(holder)
         with pytest.raises(RuntimeError):
             run(holder)
         return
     stock, _ = run(holder, fused=False)
-    resnets.install(holder)
+    Resnet().put_in(holder)
     fused, reasons = run(holder)
     assert torch.equal(fused, stock)
     assert len(reasons) == 1
@@ -104,7 +106,7 @@ def test_what_cannot_be_fused_runs_stock_and_says_why(change, reason):
 
 def test_autocast_runs_stock():
     holder = make()
-    resnets.install(holder)
+    Resnet().put_in(holder)
     with torch.autocast("cpu", torch.bfloat16):
         _, reasons = run(holder)
     assert reasons == ["resnets run stock: autocast chooses the norms' dtype"]
@@ -113,12 +115,12 @@ def test_autocast_runs_stock():
 @pytest.mark.parametrize("options", [{"non_linearity": "mish"}, {"up": True}, {"down": True}], ids=str)
 def test_other_kinds_are_left_alone(options):
     holder = make(**options)
-    resnets.install(holder)
+    Resnet().put_in(holder)
     assert not is_swapped(holder["resnet"])
 
 
 def test_a_patched_pipeline_uses_them_and_unpatch_takes_them_out(pipe):
-    found = resnets.resnets_of(pipe.unet)
+    found = Resnet().find(pipe.unet)
     assert found
     report = patch(pipe, "exact")
     assert all(map(is_swapped, found.values()))
@@ -131,12 +133,12 @@ def test_a_patched_pipeline_uses_them_and_unpatch_takes_them_out(pipe):
 
 def test_small_operands_run_stock_altogether(monkeypatch):
     holder = make()
-    resnets.install(holder)
+    Resnet().put_in(holder)
     calls = []
     plain = ops.group_norm_silu
     monkeypatch.setattr(ops, "group_norm_silu", lambda *a, **k: calls.append(1) or plain(*a, **k))
     for size, fused in (((3, 48, 34, 33), True), ((2, 48, 8, 8), False)):
         calls.clear()
-        with torch.no_grad(), fusion.fused(lambda reason: pytest.fail(reason)):
+        with torch.no_grad(), use_context(CallContext(True, pytest.fail, pytest.fail)):
             holder["resnet"](torch.randn(size), torch.randn(size[0], 24))
         assert bool(calls) == fused

@@ -14,8 +14,9 @@ from unets import CONFIGS, call_for, make
 
 import difffast
 from difffast import FeatureReuse, patch, patched, unpatch
-from difffast import unet as split
-from difffast.run import _extrapolation
+from difffast.sampling.strategy import weigh
+from difffast.unet.outer_layers import run_recording, run_reuse
+from difffast.unet.parts import count_skips
 
 
 def deepcache(pipe, interval, branch, **options):
@@ -60,15 +61,15 @@ def test_reuse_with_its_own_feature_is_the_whole_unet(name):
     unet = make(name, torch.float64)
     call = call_for(unet, dtype=torch.float64)
     expected = unet(**call).sample
-    for branch in range(split.skips_in(unet)):
-        output, deep = split.run_recording(unet, call, branch)
+    for branch in range(count_skips(unet)):
+        output, deep = run_recording(unet, call, branch)
         assert torch.equal(output, expected)
         weights = torch.ones(1, dtype=torch.float64)
-        assert largest(split.run_reuse(unet, call, [deep], weights, branch), expected) <= OUTPUT_FLOAT64
+        assert largest(run_reuse(unet, call, [deep], weights, branch), expected) <= OUTPUT_FLOAT64
         third = torch.full((3,), 1 / 3, dtype=torch.float64)
-        assert largest(split.run_reuse(unet, call, [deep] * 3, third, branch), expected) <= 1e-10
-    with pytest.raises(ValueError, match=f"got {split.skips_in(unet)}"):
-        split.run_recording(unet, call, split.skips_in(unet))
+        assert largest(run_reuse(unet, call, [deep] * 3, third, branch), expected) <= 1e-10
+    with pytest.raises(ValueError, match=f"got {count_skips(unet)}"):
+        run_recording(unet, call, count_skips(unet))
 
 
 @torch.no_grad()
@@ -76,15 +77,15 @@ def test_a_reuse_step_sees_the_latents_the_time_and_the_text():
     unet = make("if", torch.float64)  # a norm group of one channel would take an added time embedding out again
     call = call_for(unet, dtype=torch.float64)
     branch = 3
-    _, deep = split.run_recording(unet, call, branch)
+    _, deep = run_recording(unet, call, branch)
     reuse = [deep], torch.ones(1), branch
-    before = split.run_reuse(unet, call, *reuse)
+    before = run_reuse(unet, call, *reuse)
     for name, value in (
         ("sample", call["sample"] + 1),
         ("timestep", torch.tensor(7)),
         ("encoder_hidden_states", torch.randn_like(call["encoder_hidden_states"])),
     ):
-        assert largest(split.run_reuse(unet, {**call, name: value}, *reuse), before) > 1e-6
+        assert largest(run_reuse(unet, {**call, name: value}, *reuse), before) > 1e-6
 
 
 def test_all_key_steps_are_stock_bit_for_bit(pipe):
@@ -95,16 +96,16 @@ def test_all_key_steps_are_stock_bit_for_bit(pipe):
     assert torch.equal(latents(pipe), stock)
 
 
-@pytest.mark.parametrize("options", [{}, {"branch": 2, "order": 1}, {"order": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"branch": 2, "extrapolate": 1}, {"extrapolate": 2}], ids=str)
 def test_fused_and_compiled_layers_give_the_same(pipe, options, monkeypatch):
-    monkeypatch.setattr(difffast.programs, "BACKEND", "eager")
+    monkeypatch.setattr(difffast.engines.programs, "BACKEND", "eager")
     reuse = FeatureReuse(3, **options)
     with patched(pipe, propagation=reuse, fused=False):
         expected = latents(pipe, steps=12)
         assert torch.equal(latents(pipe, steps=12), expected)
     with patched(pipe, propagation=reuse):
         assert largest(latents(pipe, steps=12), expected) <= EXACT_FLOAT32
-    if options != {"order": 2}:
+    if options != {"extrapolate": 2}:
         with patched(pipe, propagation=reuse, compile=True) as report:
             assert largest(latents(pipe, steps=12), expected) <= EXACT_FLOAT32
         assert not report.last_run.reasons
@@ -113,7 +114,7 @@ def test_fused_and_compiled_layers_give_the_same(pipe, options, monkeypatch):
 @given(st.integers(1, 3), st.lists(st.integers(0, 40), min_size=3, max_size=3, unique=True), st.integers(41, 60))
 def test_polynomials_are_extrapolated_exactly(count, orders, target):
     known = sorted(orders, reverse=True)[:count]
-    weights = _extrapolation(known, target, torch.device("cpu")).double()
+    weights = weigh(known, target, torch.device("cpu")).double()
     for degree in range(count):
         value = sum(float(w) * (k / 50) ** degree for w, k in zip(weights, known, strict=True))
         scale = float(weights.abs().sum())
@@ -133,24 +134,24 @@ def test_new_conditioning_forces_a_key_step(pipe):
 
 
 def test_features_do_not_outlive_the_run(pipe):
-    report = patch(pipe, propagation=FeatureReuse(3, order=2))
+    report = patch(pipe, propagation=FeatureReuse(3, extrapolate=2))
     latents(pipe)
-    assert not any(run._deep for run in report._controller._runs)
+    assert not any(run._strategy._deep for run in report._controller._runs)
 
 
 def test_lists_and_spacings():
-    assert FeatureReuse(5).plan(50).keys == tuple(range(0, 50, 5))
-    assert FeatureReuse((0, 3, 4)).plan(6).keys == (0, 3, 4)
-    assert FeatureReuse(0.08).plan(50).keys == tuple(range(0, 50, 4))
+    assert FeatureReuse(5).plan(50).key_steps == tuple(range(0, 50, 5))
+    assert FeatureReuse((0, 3, 4)).plan(6).key_steps == (0, 3, 4)
+    assert FeatureReuse(0.08).plan(50).key_steps == tuple(range(0, 50, 4))
     for total, interval in ((50, 5), (20, 3), (30, 2), (8, 8)):
         for center in (0.0, 0.3, 1.0):
-            keys = FeatureReuse(interval, schedule="quadratic", center=center).plan(total).keys
+            keys = FeatureReuse(interval, schedule="quadratic", center=center).plan(total).key_steps
             assert keys[0] == 0
             assert keys[-1] < total
             assert len(keys) <= -(-total // interval)
-    gaps = [b - a for a, b in pairwise(FeatureReuse(5, schedule="quadratic").plan(50).keys)]
+    gaps = [b - a for a, b in pairwise(FeatureReuse(5, schedule="quadratic").plan(50).key_steps)]
     assert min(gaps) < 5 < max(gaps)
-    even = FeatureReuse(5, schedule="quadratic", power=1.0).plan(50).keys
+    even = FeatureReuse(5, schedule="quadratic", power=1.0).plan(50).key_steps
     assert max(abs(a - b) for a, b in zip(even, range(0, 50, 5), strict=True)) <= 1
     assert "outer layers alone (branch 1)" in str(FeatureReuse(2, branch=1).plan(4))
 
@@ -166,7 +167,7 @@ def test_lists_and_spacings():
         ({"schedule": "cubic"}, ValueError, 'schedule must be "uniform" or "quadratic"'),
         ({"center": 2}, ValueError, "center must lie between 0 and 1"),
         ({"power": 0.5}, ValueError, "power must be at least 1"),
-        ({"order": 3}, ValueError, "order must be 0, 1 or 2, got 3"),
+        ({"extrapolate": 3}, ValueError, "extrapolate must be 0, 1 or 2, got 3"),
     ],
     ids=str,
 )
@@ -183,7 +184,7 @@ def test_what_cannot_be_reused_is_refused(pipe):
     with pytest.raises(ValueError, match="at least 8 denoising steps, got 4"):
         latents(pipe, steps=4)
     patch(pipe, propagation=FeatureReuse((0, 30)))
-    with pytest.raises(ValueError, match="interval contains 30, but the schedule has orders"):
+    with pytest.raises(ValueError, match="interval contains 30, but the schedule has steps"):
         latents(pipe)
 
 

@@ -61,4 +61,4 @@ def test_latents_do_not_enter_at_propagated_steps(pipe, name, monkeypatch):
 
         monkeypatch.setattr(pipe.scheduler, "scale_model_input", spoil)
         assert torch.equal(latents(pipe, steps=steps), clean)
-    assert len(spoiled) == plan.total - len(plan.keys)
+    assert len(spoiled) == plan.total - len(plan.key_steps)

@@ -5,8 +5,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from sampling import latents
 
-from difffast import SemanticBinding, ops, patch, patched, self_attention, unpatch
-from difffast.swap import is_swapped
+from difffast import SemanticBinding, ops, patch, patched, unpatch
+from difffast.layers.self_attention import SelfAttention
+from difffast.surgery.subclass import is_swapped
 
 pytestmark = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
 
@@ -15,14 +16,14 @@ pytestmark = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.m
 def counted(monkeypatch):
     """How many layers the operator has computed."""
     calls = []
-    forward = self_attention.forward
-    monkeypatch.setattr(self_attention, "forward", lambda *args: calls.append(1) or forward(*args))
+    forward = SelfAttention.forward
+    monkeypatch.setattr(SelfAttention, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     return calls
 
 
 def test_a_patched_pipeline_uses_it_and_unpatch_takes_it_out(pipe64, counted):
     stock = latents(pipe64)
-    layers = self_attention.layers_of(pipe64.unet)
+    layers = SelfAttention().find(pipe64.unet)
     assert len(layers) == 6
     report = patch(pipe64, "exact")
     assert f"self-attention ({len(layers)} layers) self_attention (cpp)" in " ".join(str(report).split())
@@ -41,7 +42,7 @@ def test_layers_are_stock_outside_the_pipeline(pipe, counted):
     with patched(pipe, "exact", fused=False):
         latents(pipe)
     with patched(pipe, "exact"):
-        layer = next(iter(self_attention.layers_of(pipe.unet).values()))
+        layer = next(iter(SelfAttention().find(pipe.unet).values()))
         layer(torch.randn(1, 16, layer.inner_dim))
     assert not counted
 
@@ -68,7 +69,7 @@ def test_an_unknown_processor_runs(pipe64, counted):
         def __call__(self, *args, **kwargs):
             return super().__call__(*args, **kwargs) * 0
 
-    for layer in self_attention.layers_of(pipe64.unet).values():
+    for layer in SelfAttention().find(pipe64.unet).values():
         layer.set_processor(Mine())
     stock = latents(pipe64)
     with patched(pipe64, "exact") as report, pytest.warns(UserWarning, match="Mine"):
@@ -78,7 +79,7 @@ def test_an_unknown_processor_runs(pipe64, counted):
 
 
 def test_hooks_and_arguments_run_stock(pipe, counted):
-    layers = list(self_attention.layers_of(pipe.unet).values())
+    layers = list(SelfAttention().find(pipe.unet).values())
     seen = []
     handle = layers[0].register_forward_hook(lambda *_: seen.append(1))
     with patched(pipe, "exact") as report:
@@ -88,8 +89,9 @@ def test_hooks_and_arguments_run_stock(pipe, counted):
     steps = report.last_run.total
     assert len(seen) == steps
     assert len(counted) == (len(layers) - 1) * steps
-    assert self_attention.obstacle(layers[0], (), {"attention_mask": torch.ones(1)}) == "arguments attention_mask"
-    assert self_attention.obstacle(layers[0], (None,), {"encoder_hidden_states": None}) is None
+    kind, hidden = SelfAttention(), torch.ones(1, 1, 1)
+    assert kind.refuse(layers[0], hidden, (), {"attention_mask": torch.ones(1)}) == "arguments attention_mask"
+    assert kind.refuse(layers[0], hidden, (None,), {"encoder_hidden_states": None}) is None
 
 
 def test_where_pytorchs_attention_is_the_faster_one(pipe, counted):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sampling import largest, scheduler
 from tolerances import LATENTS_FLOAT64
 
-from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patch, patched, support, unpatch
-from difffast.swap import is_swapped
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, support, unpatch
+from difffast.surgery.subclass import is_swapped
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -115,7 +115,7 @@ def test_a_pipeline(row, pipe):
         with pytest.raises(ValueError, match="prior noise"):
             patch(pipe, propagation=EncoderPropagation(prior_noise=0.003))
 
-    halves = {"propagation": AHEAD, "guidance": GuidanceReuse(2)}
+    halves = {"propagation": AHEAD, "cfg": CfgReuse(2)}
     if supported.guidance or not hasattr(pipe, "do_classifier_free_guidance"):
         with pytest.raises(ValueError, match=f"guidance cannot be reused with {type(pipe).__name__}"):
             patch(pipe, **halves)
@@ -181,7 +181,7 @@ def test_any_run_of_any_pipeline(data):
     options = {}
     if hasattr(pipe, "do_classifier_free_guidance") and not support.support_of(type(pipe)).guidance:
         interval = data.draw(st.sampled_from([None, 1, 2, 3]))
-        options["guidance"] = interval and GuidanceReuse(interval, start=data.draw(st.floats(0, 0.5)))
+        options["guidance"] = interval and CfgReuse(interval, start=data.draw(st.floats(0, 0.5)))
     with patched(pipe, propagation=ahead, **options):
         interrupted(row, pipe, zoo.Inputs("something else", seed=11, steps=steps), data.draw(st.integers(0, 5)))
         fast = run(row, pipe, inputs)

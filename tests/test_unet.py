@@ -7,7 +7,9 @@ from sampling import largest
 from tolerances import OUTPUT_FLOAT32, OUTPUT_FLOAT64
 from unets import CONFIGS, call_for, make
 
-from difffast import unet as split
+from difffast.surgery.calls import bind_arguments
+from difffast.unet import split
+from difffast.unet.features import tile
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_a_batch_of_decoders_is_one_at_a_time(name, batch, dtype, tolerance):
 @torch.no_grad()
 def test_matches_the_hand_written_split(pipe):
     unet = pipe.unet
-    call = split.bind(
+    call = bind_arguments(
         unet, (torch.randn(2, 4, 8, 8), torch.tensor(700)), {"encoder_hidden_states": torch.randn(2, 77, 64)}
     )
     text = call["encoder_hidden_states"]
@@ -114,7 +116,7 @@ def test_channels_last_stays_channels_last(pipe):
     call["sample"] = call["sample"].to(memory_format=torch.channels_last)
     features = split.encode(unet, call)
     assert features.outputs["conv_in"].is_contiguous(memory_format=torch.channels_last)
-    assert split.tile(features.outputs, features.batch, 3)["conv_in"].is_contiguous(memory_format=torch.channels_last)
+    assert tile(features.outputs, features.batch, 3)["conv_in"].is_contiguous(memory_format=torch.channels_last)
     (halves,) = split.decode(unet, features, call, torch.tensor([400]))
     assert torch.equal(unet(**call).sample, halves)
 
@@ -134,19 +136,19 @@ def test_the_unet_is_never_written_to(pipe):
 
 def test_tile_is_batch_major():
     x = torch.arange(4).reshape(2, 2)
-    assert split.tile(x, 2, 3)[:, 0].tolist() == [0, 0, 0, 2, 2, 2]
+    assert tile(x, 2, 3)[:, 0].tolist() == [0, 0, 0, 2, 2, 2]
     # four rows for a batch of two: two rows a sample, which stay together
-    assert split.tile(torch.arange(4), 2, 2).tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
-    nested = split.tile({"a": [x, "text", 3], "b": (None, torch.ones(1, 5))}, 2, 2)
+    assert tile(torch.arange(4), 2, 2).tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    nested = tile({"a": [x, "text", 3], "b": (None, torch.ones(1, 5))}, 2, 2)
     assert nested["a"][0].shape == (4, 2)
     assert nested["a"][1:] == ["text", 3]
     assert nested["b"][1].shape == (1, 5), "a first size of 1 broadcasts"
-    assert split.tile(torch.tensor(7.0), 2, 3).shape == ()
+    assert tile(torch.tensor(7.0), 2, 3).shape == ()
     with pytest.raises(ValueError, match=r"shape \(3, 5\) cannot be repeated for a batch of 2"):
-        split.tile(torch.ones(3, 5), 2, 2)
+        tile(torch.ones(3, 5), 2, 2)
 
 
 def test_tile_copies_a_shared_tensor_once():
     x = torch.ones(2, 3)
-    a, (b,) = split.tile([x, (x,)], 2, 2)
+    a, (b,) = tile([x, (x,)], 2, 2)
     assert a is b

@@ -9,10 +9,14 @@ import zoo
 from sampling import largest
 from tolerances import LATENTS_FLOAT64, OUTPUT_FLOAT64
 
-from difffast import EncoderPropagation, attention, collect_maps, patch, patched
-from difffast import unet as split
-from difffast.guidance.binding import SemanticBinding
-from difffast.swap import is_swapped
+from difffast import EncoderPropagation, collect_maps, patch, patched
+from difffast.layers import cross_attention
+from difffast.steering.binding.method import SemanticBinding
+from difffast.surgery.calls import bind_arguments
+from difffast.surgery.subclass import is_swapped
+from difffast.unet import split
+from difffast.unet.outer_layers import run_recording, run_reuse
+from difffast.unet.parts import count_skips, run_whole
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -54,7 +58,7 @@ def called(request):
     row, pipe, calls = video_zoo.ROWS[request.param], built(request.param), []
 
     def stop(unet, args, kwargs):
-        calls.append(split.bind(unet, args, kwargs))
+        calls.append(bind_arguments(unet, args, kwargs))
         raise _Called
 
     handle = pipe.unet.register_forward_pre_hook(stop, with_kwargs=True)
@@ -67,7 +71,7 @@ def called(request):
 @torch.no_grad()
 def test_two_halves_are_the_whole_bit_for_bit(called):
     unet, call = called[0].unet, called[1]
-    whole = split.run_whole(unet, call)
+    whole = run_whole(unet, call)
     assert whole.shape[:1] + whole.shape[-2:] == call["sample"].shape[:1] + call["sample"].shape[-2:]
     (halves,) = split.decode(unet, split.encode(unet, call), call, call["timestep"].reshape(1))
     assert torch.equal(whole, halves)
@@ -96,11 +100,11 @@ def test_a_batch_of_decoders_is_one_at_a_time(called):
 def test_reuse_of_the_same_latents_is_the_whole(called):
     """At every branch all layers run that depend on the latents, those over the frames included."""
     unet, call = called[0].unet, called[1]
-    whole = split.run_whole(unet, call)
-    for branch in range(split.skips_in(unet)):
-        recorded, deep = split.run_recording(unet, call, branch)
+    whole = run_whole(unet, call)
+    for branch in range(count_skips(unet)):
+        recorded, deep = run_recording(unet, call, branch)
         assert torch.equal(recorded, whole)
-        assert torch.equal(split.run_reuse(unet, call, [deep], torch.ones(1), branch), whole), branch
+        assert torch.equal(run_reuse(unet, call, [deep], torch.ones(1), branch), whole), branch
 
 
 @torch.no_grad()
@@ -157,15 +161,15 @@ def test_no_binding_of_videos():
 )
 def test_keys_and_values_are_made_once_a_prompt_of_rows_that_differ(name, rows, monkeypatch):
     row, pipe = video_zoo.ROWS[name], built(name)
-    layers = len(attention.layers_of(pipe.unet))
-    project, seen = attention._PROJECTIONS["AttnProcessor2_0"], []
+    layers = len(cross_attention.find_layers(pipe.unet))
+    (project, names), seen = cross_attention._PROJECTIONS["AttnProcessor2_0"], []
 
     def counted(layer, text):
         seen.append(len(text))
         return project(layer, text)
 
-    monkeypatch.setitem(attention._PROJECTIONS, "AttnProcessor2_0", counted)
+    monkeypatch.setitem(cross_attention._PROJECTIONS, "AttnProcessor2_0", (counted, names))
     with patched(pipe, propagation=EncoderPropagation(key_steps=4)) as report:
         row.run(pipe, zoo.Inputs())
-    assert report.last_run.text_keys["computed"] == layers > 0
+    assert report.last_run.text_kv["computed"] == layers > 0
     assert seen == [rows] * layers

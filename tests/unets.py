@@ -3,7 +3,7 @@
 import torch
 from diffusers import UNet2DConditionModel
 
-from difffast import unet as split
+from difffast.surgery.calls import bind_arguments
 
 _ATTENTION = {"cross_attention_dim": 32, "attention_head_dim": 8, "layers_per_block": 2}
 CONFIGS = {
@@ -78,4 +78,4 @@ def call_for(unet, *, batch=2, size=(8, 8), dtype=torch.float32, **extra):
     if unet.config.class_embed_type == "timestep":
         kwargs["class_labels"] = torch.arange(batch) * 10
         kwargs["timestep_cond"] = draw(batch, 16)
-    return split.bind(unet, (draw(batch, 4, *size), torch.tensor(400)), kwargs)
+    return bind_arguments(unet, (draw(batch, 4, *size), torch.tensor(400)), kwargs)

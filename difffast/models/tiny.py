@@ -14,7 +14,7 @@ from .tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 TINY_PIPELINES = ("sd",)
 _HEAD_WIDTH = 32  # of the UNet's attention; published UNets have 40 to 160
@@ -27,8 +27,7 @@ def tiny_pipeline(
     sample_size: int = 32,
     in_channels: int = 4,
     norm_groups: int = 32,
-    text_width: int = 64,
-    text_layers: int = 2,
+    text: tuple[int, int] = (64, 2),
     tokenizer: CLIPTokenizer | None = None,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
@@ -41,8 +40,7 @@ def tiny_pipeline(
         sample_size: latent height and width; images are four times as large.
         in_channels: 4, or 9 for the inpainting layout (latents, mask, masked latents).
         norm_groups: groups of the UNet's GroupNorms, a divisor of every width.
-        text_width: width of the text encoder, a multiple of 4.
-        text_layers: its depth.
+        text: width of the text encoder, a multiple of 4, and its depth.
         tokenizer: None: one token per letter.
         seed: of the random weights; the global generator's state is left as it was.
 
@@ -50,20 +48,9 @@ def tiny_pipeline(
         ValueError: unknown name, a width that is no multiple of 32, or a deepest level below 2x2, where
             GroupNorm is ill-conditioned and float32 comparisons mean nothing.
     """
-    if name not in TINY_PIPELINES:
-        raise ValueError(f"unknown tiny pipeline {name!r}; available: {', '.join(TINY_PIPELINES)}")
-    if not channels or any(c % 32 for c in channels):
-        raise ValueError(f"channels must be multiples of 32 (a head's width), got {tuple(channels)}")
-    if norm_groups < 1 or any(c % norm_groups for c in channels):
-        raise ValueError(f"norm_groups must divide the channels {tuple(channels)}, got {norm_groups}")
-    if sample_size % 2 ** (len(channels) - 1) or sample_size >> (len(channels) - 1) < 2:
-        raise ValueError(
-            f"sample_size must leave the deepest of {len(channels)} levels at least 2x2 and divide evenly, "
-            f"got {sample_size}"
-        )
+    _check_layout(name, channels, sample_size, norm_groups)
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = tokenizer or clip_tokenizer()
     shallow = len(channels) - 1
@@ -76,7 +63,7 @@ def tiny_pipeline(
             down_block_types=("CrossAttnDownBlock2D",) * shallow + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * shallow,
             norm_num_groups=norm_groups,
-            cross_attention_dim=text_width,
+            cross_attention_dim=text[0],
             attention_head_dim=tuple(max(2, c // _HEAD_WIDTH) for c in channels),  # in Diffusers: the number of heads
         )
         vae = AutoencoderKL(
@@ -87,19 +74,7 @@ def tiny_pipeline(
             sample_size=4 * sample_size,
             norm_num_groups=8,  # 4 channels each, as in published ones; 1 each would lose every colour's mean
         )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=text_width,
-                intermediate_size=4 * text_width,
-                num_hidden_layers=text_layers,
-                num_attention_heads=4,
-                projection_dim=text_width,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        text_encoder = _build_text_encoder(tokenizer, *text)
     return StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -109,6 +84,38 @@ def tiny_pipeline(
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def _check_layout(name: str, channels: Sequence[int], sample_size: int, norm_groups: int) -> None:
+    if name not in TINY_PIPELINES:
+        raise ValueError(f"unknown tiny pipeline {name!r}; available: {', '.join(TINY_PIPELINES)}")
+    if not channels or any(c % 32 for c in channels):
+        raise ValueError(f"channels must be multiples of 32 (a head's width), got {tuple(channels)}")
+    if norm_groups < 1 or any(c % norm_groups for c in channels):
+        raise ValueError(f"norm_groups must divide the channels {tuple(channels)}, got {norm_groups}")
+    if sample_size % 2 ** (len(channels) - 1) or sample_size >> (len(channels) - 1) < 2:
+        raise ValueError(
+            f"sample_size must leave the deepest of {len(channels)} levels at least 2x2 and divide evenly, "
+            f"got {sample_size}"
+        )
+
+
+def _build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
 
 

@@ -1,0 +1,90 @@
+"""What a run's compiled programs take as inputs in the place of layers' own state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.kind import ProgramCall
+from ..layers.registry import LAYERS
+from ..surgery.facade import get_descendant, replace_descendants
+
+#: Per kind of layers (:data:`difffast.layers.registry.LAYERS`, by name) and name of a layer, what it takes; under
+#: ``LORA_SCALES`` the scales of LoRA layers' adapters.
+ProgramInputs = dict[str, dict[str, Any]]
+
+LORA_SCALES = "LoRA scales"
+
+
+class InputReader:
+    """Reads what programs take from a UNet's layers.
+
+    Layers are looked for once a run.  One that is added later is part of the program as it is, which is right, but
+    compiles it anew.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._layers = {kind.name: kind.find(unet) for kind in LAYERS}
+        self._adapted = {
+            name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
+        }
+        #: Of each LoRA layer and adapter: the scale, and the tensor that holds it.
+        self._scales: dict[tuple[str, str], tuple[float, Tensor]] = {}
+
+    def read(self, call: ProgramCall) -> ProgramInputs:
+        """Return the inputs for a call, whose arguments come without a LoRA scale (:func:`apply_lora_scale`)."""
+        found = {
+            kind.name: kind.as_inputs(self._layers[kind.name], call) for kind in LAYERS if kind.name in self._layers
+        }
+        found[LORA_SCALES] = {
+            f"{name}.scaling": {
+                adapter: self._hold_scale(name, adapter, scale, call.unet) for adapter, scale in layer.scaling.items()
+            }
+            for name, layer in self._adapted.items()
+        }
+        return found
+
+    def _hold_scale(self, name: str, adapter: str, scale: float | Tensor, unet: nn.Module) -> Tensor:
+        """Return the scale as a tensor, written only when it has changed; hot-swapped adapters have one already."""
+        if isinstance(scale, Tensor):
+            return scale
+        held = self._scales.get((name, adapter))
+        if held is None or held[0] != scale:
+            tensor = torch.empty((), device=unet.device) if held is None else held[1]
+            held = self._scales[name, adapter] = (scale, tensor.fill_(scale))
+        return held[1]
+
+
+def put_inputs(unet: nn.Module, inputs: ProgramInputs) -> Any:
+    """Return a facade of ``unet`` whose layers take their state from a program's inputs."""
+    unet = replace_descendants(unet, inputs[LORA_SCALES])
+    for kind in reversed(LAYERS):  # linear layers are parts of attention layers
+        values = inputs.get(kind.name)
+        if values:
+            stand_ins = {name: kind.stand_in(get_descendant(unet, name), value) for name, value in values.items()}
+            unet = replace_descendants(unet, stand_ins)
+    return unet
+
+
+@contextlib.contextmanager
+def apply_lora_scale(unet: nn.Module, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Let LoRA layers inside the block have the scale that the call asks for; yields the call without it.
+
+    Diffusers' forward does the same around itself, which would make the scale a constant of the program.
+    """
+    options = dict(call.get("cross_attention_kwargs") or {})
+    weight = options.pop("scale", None)
+    if weight is None:
+        yield dict(call)
+        return
+    from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+
+    scale_lora_layers(unet, weight)
+    try:
+        yield {**call, "cross_attention_kwargs": options or None}
+    finally:
+        unscale_lora_layers(unet, weight)

@@ -1,0 +1,156 @@
+"""Static programs: the functions of a UNet's calls, each compiled once for every shape that it meets.
+
+A program's inputs are tensors: latents, time steps, text or its keys and values, cached features, the scales of LoRA
+adapters.  So a new prompt, seed, guidance scale, number of steps or LoRA scale needs no new program.  What else a
+program depends on (layers, switches) torch.compile guards: a change compiles it anew, by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..surgery.trees import map_tensors
+from .inputs import ProgramInputs, put_inputs
+
+#: Most programs that one UNet keeps; beyond, the one that has not run for longest is dropped.
+MAX_PROGRAMS = 16
+
+#: Id of the allocator's own pool of GPU memory; CUDA graphs have pools apart from it.
+_SHARED_POOL = (0, 0)
+
+#: Decoder batches that get a program; segments are decoded in batches of these sizes.
+BATCHES = (1, 2, 4, 8)
+
+#: torch.compile's backend; on a GPU always Inductor, with CUDA graphs.
+BACKEND = "inductor"
+
+
+@dataclass(frozen=True)
+class ProgramStats:
+    """What compiled programs of a UNet take.
+
+    Attributes:
+        kept: programs at present.
+        limit: the most that are kept.
+        graph_bytes: GPU memory that CUDA graphs hold on the UNet's device; 0 on others.  All of the process's graphs:
+            Inductor has one pool for a device.
+    """
+
+    kept: int
+    limit: int
+    graph_bytes: int
+
+    def __str__(self) -> str:
+        graphs = f"; CUDA graphs hold {self.graph_bytes / 2**20:.0f} MiB" if self.graph_bytes else ""
+        return f"{self.kept} compiled, at most {self.limit}{graphs}"
+
+
+def count_graph_bytes(device: torch.device) -> int:
+    """Count the GPU memory [bytes] in the pools of CUDA graphs on ``device``; 0 where there is no CUDA."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot(include_traces=False)
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != _SHARED_POOL
+    )
+
+
+class Programs:
+    """The compiled programs of one UNet; threads may share them."""
+
+    def __init__(self) -> None:
+        self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def count(self, device: torch.device) -> ProgramStats:
+        """Return what the programs take; ``device`` is the UNet's."""
+        return ProgramStats(len(self._compiled), MAX_PROGRAMS, count_graph_bytes(device))
+
+    def run(
+        self,
+        inputs: ProgramInputs,
+        note: Callable[[str], Any],
+        function: Callable[..., Any],
+        unet: nn.Module,
+        *arguments: Any,
+    ) -> Any:
+        """Return ``function(unet, *arguments)``, by its program.
+
+        Args:
+            inputs: what layers take from the program's inputs.
+            note: told if it cannot be compiled; it runs as it is then.
+            function: of :mod:`difffast.unet`.
+        """
+        key = (function, _describe_shapes((inputs, arguments)))
+        device = unet.device
+        try:
+            return self._program(key, function, device)(unet, inputs, arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            # The layers have changed too often for one program's cache; a fresh one starts with an empty cache.
+            return self._keep(key, _compiled(function, device))(unet, inputs, arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            note(f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}")
+            return self._keep(key, _uncompiled(function))(unet, inputs, arguments)
+
+    def _program(self, key: Any, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+        with self._lock:
+            program = self._compiled.get(key)
+        return self._keep(key, program or _compiled(function, device))
+
+    def _keep(self, key: Any, program: Callable[..., Any]) -> Callable[..., Any]:
+        with self._lock:
+            self._compiled[key] = program
+            self._compiled.move_to_end(key)
+            while len(self._compiled) > MAX_PROGRAMS:
+                self._compiled.popitem(last=False)
+        return program
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def program(unet: nn.Module, inputs: ProgramInputs, arguments: tuple[Any, ...]) -> Any:
+        return function(put_inputs(unet, inputs), *arguments)
+
+    return program
+
+
+def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    program = _uncompiled(function)
+    # torch.compile keeps its programs by code object: a copy has a cache, and a limit, of its own.
+    own = types.FunctionType(
+        program.__code__.replace(co_name=function.__name__), program.__globals__, closure=program.__closure__
+    )
+    if device.type != "cuda":
+        return torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
+    # Inductor's CUDA graphs, behind torch.compile's guards: a graph of our own would not see that a layer has changed.
+    captured = torch.compile(own, fullgraph=True, dynamic=False, mode="max-autotune")
+
+    def replay(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return map_tensors(torch.clone, captured(*arguments))  # the next replay writes into the same memory
+
+    return replay
+
+
+def _describe_shapes(value: Any) -> Any:
+    """Return what a program is chosen by: shapes, dtypes and devices of tensors, and the structure around them."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype, value.device)
+    if isinstance(value, Mapping):
+        return tuple((name, _describe_shapes(item)) for name, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_describe_shapes(item) for item in value)
+    return type(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

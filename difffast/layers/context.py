@@ -1,0 +1,140 @@
+"""What one UNet call allows its layers: the only way in which the patched UNet's call speaks to them.
+
+A patched layer that finds no :class:`CallContext` is stock.  What a layer does thus depends on nothing but the call
+that it is part of, so that threads and pipelines can share a UNet.  A compiled region cannot look a context up; there
+the layers that shall be fused are replaced instead (:mod:`difffast.engines.inputs`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .text_kv import TextKV
+
+
+class MapSink(Protocol):
+    """Somebody who wants attention maps.
+
+    Attributes:
+        layers: names of the cross-attention layers whose maps are wanted.
+        latest: the maps of the latest step, per layer that has run.
+    """
+
+    layers: tuple[str, ...]
+    latest: dict[str, Tensor]
+
+    def columns(self, keys: int) -> list[int]:
+        """Choose tokens of a text with ``keys`` tokens."""
+        ...
+
+    def add(self, layer: str, maps: Tensor, size: tuple[int, int]) -> None:
+        """Take maps [B, steps, N, M] of a layer; ``size`` is the latents' (height, width)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text of a call as its cross-attention layers meet it.
+
+    Attributes:
+        seen: the very tensor that layers are given.  A layer that is given another one runs stock.  None: whatever
+            layers are given is the text with its rows repeated over frames or pixels.
+        original: [B * frames, T, D], before it was repeated for parallel decoding.
+        kv: where keys and values are kept; None: nowhere, because gradients are wanted.
+        repeats: time steps in the batch, batch-major.
+        frames: rows of the text for each sample.
+        sink: rows of zeros that ``original`` stands without; they are in the softmax all the same.
+    """
+
+    seen: Tensor | None
+    original: Tensor
+    kv: TextKV | None
+    repeats: int = 1
+    frames: int = 1
+    sink: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CallContext:
+    """What one UNet call allows its layers.
+
+    Attributes:
+        fused: whether layers use the operators.
+        note: is told the reason where a cross-attention layer runs stock, for the report and as a warning.
+        record: the same for other layers, for the report alone.
+        text: the text that the call is given; None: cross-attention layers run stock.
+        sinks: who wants attention maps.
+        size: (height, width) of the latents.
+        stop: whether the call ends, by :class:`AllCollected`, once every sink has the maps of all its layers.
+        only_text: whether cross-attention layers alone are fused.
+        projected: the text that the UNet has made of it for its layers (:func:`project_text`); None: it makes none.
+    """
+
+    fused: bool
+    note: Callable[[str], object]
+    record: Callable[[str], object]
+    text: Text | None = None
+    sinks: Sequence[MapSink] = ()
+    size: tuple[int, int] = (0, 0)
+    stop: bool = False
+    only_text: bool = False
+    projected: Text | None = None
+
+    @property
+    def layer_text(self) -> Text | None:
+        """The text that cross-attention layers attend to."""
+        return self.projected or self.text
+
+
+class AllCollected(Exception):  # noqa: N818 - no error: it ends a UNet call of which only the maps are wanted
+    """Every map that a call was made for has been collected."""
+
+
+_current: ContextVar[CallContext | None] = ContextVar("difffast_call", default=None)
+
+
+def find_context() -> CallContext | None:
+    """Return the context of the UNet call that is running in this thread; None inside compiled regions."""
+    return None if torch.compiler.is_compiling() else _current.get()
+
+
+@contextlib.contextmanager
+def use_context(context: CallContext | None) -> Iterator[None]:
+    """Let the layers of this thread's UNet calls find ``context`` inside the block; None: they run stock."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def repeat_text(text: Any, copy: Any, repeats: int) -> Token[CallContext | None] | None:
+    """Let layers be given ``copy``, which is ``text`` repeated ``repeats`` times a row, until :func:`restore_text`.
+
+    No context manager: this runs inside functions that are compiled, where it does nothing.
+    """
+    context = find_context()
+    if context is None or context.text is None or (context.text.seen is not None and context.text.seen is not text):
+        return None
+    seen = None if context.text.seen is None else copy
+    changed = dataclasses.replace(context.text, seen=seen, repeats=repeats * context.text.repeats)
+    return _current.set(dataclasses.replace(context, text=changed, projected=None))
+
+
+def restore_text(token: Token[CallContext | None] | None) -> None:
+    """Undo :func:`repeat_text`, which returned ``token``."""
+    if token is not None:
+        _current.reset(token)
+
+
+def project_text(context: CallContext, text: Text) -> None:
+    """Let the layers of the running call meet what the UNet has made of its text, up to the end of its block."""
+    _current.set(dataclasses.replace(context, projected=text))

@@ -1,0 +1,365 @@
+"""Fused cross-attention in a stock UNet: text keys and values made once a prompt, attention maps on request.
+
+Two kinds of layers: attn2 layers, which attend to the text, and those with added keys (DeepFloyd IF), which attend to
+text and pixels in one softmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS, repeated
+from ..surgery.unchanged import read_projection
+from .context import AllCollected, CallContext, MapSink, Text, find_context, project_text
+from .kind import LayerKind, ProgramCall, is_masked
+
+#: Arguments of a UNet call that reach the layers and that compiled programs do not serve.
+_FOR_LAYERS = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
+#: Parts of a layer that the operators cannot stand in for.
+_FOREIGN_PARTS = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+
+
+class CrossAttention(LayerKind):
+    """attn2 layers, and layers with added keys."""
+
+    name = "cross-attention layers"
+
+    def find(self, unet: nn.Module) -> dict[str, nn.Module]:
+        return find_layers(unet)
+
+    def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        text = args[0] if args else kwargs.get("encoder_hidden_states")
+        return refuse_call(layer, text, args[1:], kwargs) or refuse_rank(layer, hidden.ndim)
+
+    def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        text = args[0] if args else kwargs.get("encoder_hidden_states")
+        return _attend(layer, hidden, text, find_context())
+
+    def wrap(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """As for any kind, but maps may be wanted of a layer that is not fused, and rows of zeros need the operator."""
+
+        def call(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            context = find_context()
+            text = args[0] if args else kwargs.get("encoder_hidden_states")
+            if context is None or not _is_seen(text, context.layer_text):
+                return plain(layer, hidden_states, *args, **kwargs)
+            wanted = [sink for sink in context.sinks if name in sink.layers]
+            sink = context.layer_text.sink
+            if not (context.fused or wanted or sink):
+                return plain(layer, hidden_states, *args, **kwargs)
+            reason = refuse_call(layer, text, args[1:], kwargs, sink=sink, maps=bool(wanted)) or refuse_rank(
+                layer, hidden_states.ndim
+            )
+            if reason is None:
+                return _attend(layer, hidden_states, text, context, name, wanted)
+            if wanted or sink:
+                what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
+                raise RuntimeError(f"{what.format(name)}: {reason}")
+            context.note(f"{name_kind(layer)} layers run stock: {reason}")
+            return plain(layer, hidden_states, *args, **kwargs)
+
+        return call
+
+    def as_inputs(self, layers: Mapping[str, nn.Module], call: ProgramCall) -> dict[str, Any]:
+        """Return the keys and values by head of each layer; none where the call has masks or the like for them."""
+        if call.kv is None or is_masked(call.arguments, _FOR_LAYERS):
+            return {}
+        projection = find_text_projection(call.unet)
+        kv = call.kv if projection is None else call.kv.project(projection)
+        if kv.rows > 1:  # programs repeat nothing
+            return {}
+        operators = {name_operator(layer) for layer in layers.values()}
+        slow = {op for op in operators if ops.default_backend(op, kv.text.device, kv.text.dtype) == "reference"}
+        found: dict[str, Any] = {}
+        for name, layer in layers.items():
+            if name_operator(layer) not in slow and refuse_call(layer, kv.text, (), {}) is None:
+                pair = kv.get(layer, read_projections(layer), find_projection(layer))
+                found[name] = tuple(_by_head(layer, x) for x in pair)
+        return found
+
+    def stand_in(self, layer: Any, value: Any) -> Callable[..., Any]:
+        keys, values = value
+
+        def attend(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            query, pixels = _project_own(layer, hidden)
+            return _project_out(layer, _operate(query, keys, values, pixels, 0), hidden)
+
+        return attend
+
+    def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
+        kinds = Counter((name_kind(layer), name_operator(layer)) for layer in layers.values())
+        for (kind, operator), count in kinds.items():
+            backend = ops.default_backend(operator, weight.device, weight.dtype)
+            yield f"{kind} ({count} layers)", f"{operator} ({backend}), text keys and values once a prompt"
+
+
+def find_layers(unet: nn.Module) -> dict[str, nn.Module]:
+    """Return the cross-attention layers that can be fused, by name: attn2 layers, and those with added keys."""
+    from diffusers.models.attention_processor import Attention
+
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention)
+        and module.is_cross_attention
+        and (name.rpartition(".")[2] == "attn2" or has_added_keys(module))
+    }
+
+
+def has_added_keys(layer: Any) -> bool:
+    """Return whether a layer attends to the text and to its own input in one softmax."""
+    return layer.added_kv_proj_dim is not None
+
+
+def name_kind(layer: Any) -> str:
+    """Return what reports call a cross-attention layer."""
+    return "added-key attention" if has_added_keys(layer) else "attn2"
+
+
+def name_operator(layer: Any) -> str:
+    """Return the operator that a cross-attention layer is fused by."""
+    return "joint_attention" if has_added_keys(layer) and not layer.only_cross_attention else "cross_attention"
+
+
+def process_text(unet: nn.Module, text: Any, process: Callable[[Any], Any]) -> Any:
+    """Return ``process(text)``, which is what the UNet does to its text first, and let the layers expect the result.
+
+    A projection of the text alone (DeepFloyd IF) is made once a prompt, of the text before it was repeated.
+    """
+    context = find_context()
+    projection = find_text_projection(unet)
+    if context is None or projection is None or not _is_seen(text, context.text):
+        return process(text)
+    found = context.text
+    kv = None if found.kv is None else found.kv.project(projection)
+    projected = process(found.original) if kv is None else kv.text
+    seen = ops.repeat_batch(projected, found.repeats)
+    project_text(context, dataclasses.replace(found, seen=seen, original=projected, kv=kv))
+    return seen
+
+
+def find_text_projection(unet: nn.Module) -> nn.Module | None:
+    """Return the UNet's projection of its text, if it has one that depends on nothing else."""
+    # UNets for video have no such entry.
+    return unet.encoder_hid_proj if getattr(unet.config, "encoder_hid_dim_type", None) == "text_proj" else None
+
+
+def _is_seen(text: Any, expected: Text | None) -> bool:
+    """Return whether a layer was given the text that its call's context speaks of."""
+    return expected is not None and (expected.seen is None or _text_of(text) is expected.seen)
+
+
+def _text_of(text: Any) -> Any:
+    """Return the text tensor; with an IP-Adapter it comes in a tuple with the image tokens."""
+    return text[0] if isinstance(text, tuple) and text else text
+
+
+def refuse_call(
+    layer: Any,
+    text: Any,
+    positional: Sequence[Any],
+    named: Mapping[str, Any],
+    *,
+    sink: int = 0,
+    maps: bool = False,
+) -> str | None:
+    """Return why a layer cannot be fused in this call, or None; decided by the processor that is there now.
+
+    Args:
+        text: what the layer attends to.
+        positional, named: its other arguments.
+        sink: rows of zeros that the text stands without.
+        maps: whether attention maps are wanted.
+    """
+    processor = type(layer.processor)
+    if not processor.__module__.startswith("diffusers.") or processor.__name__ not in _PROJECTIONS:
+        return f"attention processor {processor.__qualname__}"
+    given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
+    if positional or given:
+        return f"arguments {', '.join(given) or 'by position'} (masks are not fused)"
+    if has_added_keys(layer) != (processor.__name__ == _ADDED):
+        return f"attention processor {processor.__name__} {'with' if has_added_keys(layer) else 'without'} added keys"
+    if isinstance(text, tuple) != (processor.__name__ == "IPAdapterAttnProcessor2_0"):
+        return "image tokens without an IP-Adapter processor, or the other way round"
+    if isinstance(text, tuple) and any(isinstance(scale, list) for scale in layer.processor.scale):
+        return "IP-Adapter scales per image"
+    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        return "the layer has hooks, or a forward of its own"
+    keys = _text_of(text).shape[1]
+    if layer.inner_dim // layer.heads > MAX_HEAD_DIM:
+        return f"heads wider than {MAX_HEAD_DIM}"
+    if keys > MAX_KEYS and (maps or sink or name_operator(layer) == "joint_attention"):
+        return f"more than {MAX_KEYS} text tokens ({keys})"
+    if has_added_keys(layer):
+        return "rows of zeros are none after the layer's norm and biases" if sink else None
+    return _refuse_parts(layer, sink)
+
+
+def _refuse_parts(layer: Any, sink: int) -> str | None:
+    """Return why an attn2 layer itself cannot be fused, or None."""
+    for name in _FOREIGN_PARTS:
+        if getattr(layer, name, None):
+            return f"the layer has a {name}"
+    if layer.residual_connection or layer.rescale_output_factor != 1:
+        return "the layer adds a residual or rescales its output"
+    if sink and any(getattr(to, "bias", None) is not None for to in (layer.to_k, layer.to_v)):
+        return "keys or values have a bias, so that rows of zeros are no sink"
+    return None
+
+
+def refuse_rank(layer: Any, rank: int) -> str | None:
+    """Return why an input with this number of dimensions cannot be fused, or None."""
+    if has_added_keys(layer):
+        return None if rank == 4 else "no [B, C, height, width] input"
+    return None if rank == 3 else "no [B, N, C] input"
+
+
+def _attend(
+    layer: Any, hidden: Tensor, text: Any, context: CallContext, name: str = "", wanted: Sequence[MapSink] = ()
+) -> Tensor:
+    """Compute what the layer's processor computes, through the operator."""
+    found, project = context.layer_text, find_projection(layer)
+    if found.kv is None:
+        keys, values = project(layer, found.original)
+    else:
+        keys, values = found.kv.get(layer, read_projections(layer), project)
+        if found.repeats > 1 and found.kv.rows > 1:
+            # The operator lets neighbouring rows share keys; here the frames of one step are neighbours.
+            by_sample = (x.unflatten(0, (-1, found.kv.rows)) for x in (keys, values))
+            keys, values = (ops.repeat_batch(x, found.repeats).flatten(0, 1) for x in by_sample)
+    if isinstance(text, Tensor) and text.shape[1] == 1 and not (wanted or found.sink or has_added_keys(layer)):
+        # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
+        out = layer.to_out[1](layer.to_out[0](values))
+        return out.repeat_interleave(len(hidden) // len(out), 0).expand(-1, hidden.shape[1], -1)
+    query, pixels = _project_own(layer, hidden)
+    keys, values = _by_head(layer, keys), _by_head(layer, values)
+    if wanted:
+        out = _attend_with_maps(query, keys, values, pixels, context, name, wanted)
+    else:
+        out = _operate(query, keys, values, pixels, found.sink)
+    if isinstance(text, tuple):
+        out = _add_images(layer, query, text[1], out)
+    return _project_out(layer, out, hidden)
+
+
+def _attend_with_maps(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pixels: Sequence[Tensor],
+    context: CallContext,
+    name: str,
+    wanted: Sequence[MapSink],
+) -> Tensor:
+    """Attend, and hand out the maps of the tokens that each sink has chosen."""
+    found = context.layer_text
+    tokens = sorted({token for sink in wanted for token in sink.columns(keys.shape[2])})
+    out, maps = _operate(query, keys, values, pixels, found.sink, map_tokens=tokens)
+    for sink in wanted:
+        columns = sink.columns(keys.shape[2])
+        chosen = maps if columns == tokens else maps[..., [tokens.index(token) for token in columns]]
+        by_step = chosen.unflatten(0, (-1, found.repeats, found.frames)).transpose(1, 2).flatten(0, 1)
+        sink.add(name, by_step, context.size)
+    if context.stop and all(len(sink.latest) == len(sink.layers) for sink in context.sinks):
+        raise AllCollected
+    return out
+
+
+def _add_images(layer: Any, query: Tensor, images: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Add what the IP-Adapters' image tokens give, which have keys and values of their own."""
+    adapters = zip(images, layer.processor.scale, layer.processor.to_k_ip, layer.processor.to_v_ip, strict=True)
+    for image, scale, to_k, to_v in adapters:
+        if scale != 0:
+            # More than MAX_KEYS image tokens are possible; PyTorch's attention takes any number.
+            pair = (_by_head(layer, to(image).flatten(1, -2)) for to in (to_k, to_v))  # [B, images, tokens, C]
+            out = out + scale * nn.functional.scaled_dot_product_attention(query, *pair)
+    return out
+
+
+def _project_own(layer: Any, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return, by head, queries of the layer's input, and its keys and values where it attends to its input as well.
+
+    The input is [B, N, C], or [B, C, height, width] of a layer with added keys.
+    """
+    if has_added_keys(layer):
+        hidden = layer.group_norm(hidden.flatten(2)).transpose(1, 2)
+    pixels = (layer.to_k, layer.to_v) if name_operator(layer) == "joint_attention" else ()
+    query, *pair = (_by_head(layer, to(hidden)) for to in (layer.to_q, *pixels))
+    return query, tuple(pair)
+
+
+def _operate(query: Tensor, keys: Tensor, values: Tensor, pixels: Sequence[Tensor], sink: int, **options: Any) -> Any:
+    """Call the layer's operator on text keys and values, and on those of its own input if there are any."""
+    if keys.shape[2] > MAX_KEYS:
+        # Long prompts, and texts of other encoders than CLIP's: Kolors has 256 tokens.
+        return ops.self_attention(query, *repeated(query, keys, values))
+    if pixels:
+        return ops.joint_attention(query, keys, values, *pixels, **options)
+    return ops.cross_attention(query, keys, values, sink=sink, **options)
+
+
+def _project_out(layer: Any, out: Tensor, hidden: Tensor) -> Tensor:
+    """Return the layer's output from the operator's and the layer's input."""
+    out = layer.to_out[1](layer.to_out[0](out.transpose(1, 2).flatten(2)))
+    return out.transpose(1, 2).reshape(hidden.shape) + hidden if has_added_keys(layer) else out
+
+
+def _by_head(layer: Any, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+
+
+def _project_separately(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    return layer.to_k(text), layer.to_v(text)
+
+
+def _project_together(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    return layer.to_kv(text).chunk(2, -1)
+
+
+def _project_added(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    if layer.norm_cross is not None:
+        # A GroupNorm over all tokens: those that only fill up the text count as well.
+        text = layer.norm_encoder_hidden_states(text)
+    return layer.add_k_proj(text), layer.add_v_proj(text)
+
+
+Projection = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+
+#: The processor of layers with added keys.
+_ADDED = "AttnAddedKVProcessor2_0"
+#: Processors that can be fused -> (how they make keys and values, the modules that make them).  Modules are called,
+#: never their weights used: PEFT's ``.weight`` is the base weight.
+_PROJECTIONS: dict[str, tuple[Projection, tuple[str, ...]]] = {
+    "AttnProcessor2_0": (_project_separately, ("to_k", "to_v")),
+    "FusedAttnProcessor2_0": (_project_together, ("to_kv",)),
+    "IPAdapterAttnProcessor2_0": (_project_separately, ("to_k", "to_v")),
+    # Text2Video-Zero's, whose frames meet in self-attention only.
+    "CrossFrameAttnProcessor2_0": (_project_separately, ("to_k", "to_v")),
+    _ADDED: (_project_added, ("add_k_proj", "add_v_proj", "norm_cross")),
+}
+
+
+def find_projection(layer: Any) -> Projection:
+    """Return what makes a layer's keys and values of a text."""
+    return _PROJECTIONS[type(layer.processor).__name__][0]
+
+
+def read_projections(layer: Any) -> list[Any] | None:
+    """Return all that a layer's text keys and values depend on besides the text; None if that cannot be told."""
+    processor = type(layer.processor).__name__
+    state: list[Any] = [processor]
+    for name in _PROJECTIONS[processor][1]:
+        module = getattr(layer, name)
+        if module is None:  # a layer with added keys need not have a norm
+            continue
+        part = read_projection(module)
+        if part is None:
+            return None
+        state += part
+    return state

@@ -1,0 +1,137 @@
+"""A kind of fused layer: everything that the rest of the library asks about it, in one object."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
+from .context import CallContext, find_context
+from .text_kv import TextKV
+
+
+@dataclass(frozen=True)
+class ProgramCall:
+    """The UNet call that a compiled program is to serve.
+
+    Attributes:
+        unet: the UNet.
+        arguments: of the call, by name.
+        fused: whether layers may be computed by operators.
+        kv: text keys and values of the run; None: cross-attention layers run stock.
+    """
+
+    unet: nn.Module
+    arguments: Mapping[str, Any]
+    fused: bool
+    kv: TextKV | None
+
+
+#: The kinds that have been put in, by name.
+_kinds: dict[str, LayerKind] = {}
+
+
+class LayerKind(ABC):
+    """One kind of stock layer that an operator computes.
+
+    A new kind is a subclass in a file of its own, registered by :func:`difffast.layers.registry.register`.
+    """
+
+    #: What reports call layers of this kind.
+    name: str
+
+    @abstractmethod
+    def find(self, unet: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers of a UNet that can be fused, by name (as by ``named_modules``)."""
+
+    def pays(self, layer: Any, hidden: Tensor) -> bool:
+        """Return whether the operator is faster than stock for an input like this one; asked at every call."""
+        return True
+
+    @abstractmethod
+    def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """Return why a call of a layer must run stock, or None; an empty reason is not reported.
+
+        Args:
+            hidden: the layer's input.
+            args, kwargs: the other arguments of the call.
+        """
+
+    @abstractmethod
+    def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what the layer computes, through the operator; with the arguments that the layer is called with."""
+
+    def as_inputs(self, layers: Mapping[str, nn.Module], call: ProgramCall) -> dict[str, Any]:
+        """Return, by name, what layers take from the inputs of a compiled program; who is not named runs stock."""
+        return {}
+
+    def stand_in(self, layer: Any, value: Any) -> Callable[..., Any]:
+        """Return what runs in place of a layer in a compiled program, given what :meth:`as_inputs` returned for it."""
+        raise TypeError(f"{self.name} take nothing from programs' inputs, got {value!r}")
+
+    @abstractmethod
+    def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
+        """Yield (what is replaced, by what) for reports.
+
+        Args:
+            layers: all fused layers of this kind, from :meth:`find`.
+            weight: any weight of the UNet, for device and dtype.
+            compiled: whether the UNet runs as compiled programs.
+        """
+
+    def wrap(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the ``__call__`` of a patched layer.
+
+        Args:
+            name: of the layer.
+            plain: the layer's own ``__call__``.
+        """
+
+        kind = self.name  # torch.compile can trace a function that holds a string, but none that holds an object
+
+        def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            context = find_context()
+            if context is None or not context.fused or context.only_text:
+                return plain(layer, *args, **kwargs)
+            return _kinds[kind].run(layer, plain, context, args, kwargs)
+
+        return call
+
+    def run(
+        self,
+        layer: nn.Module,
+        plain: Callable[..., Any],
+        context: CallContext,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call of a layer through the operator where that pays and nothing speaks against it, else stock."""
+        if not args or not self.pays(layer, args[0]):
+            return plain(layer, *args, **kwargs)
+        reason = self.refuse(layer, args[0], args[1:], kwargs)
+        if reason is None:
+            return self.forward(layer, *args, **kwargs)
+        if reason:
+            context.record(f"{self.name} run stock: {reason}")
+        return plain(layer, *args, **kwargs)
+
+    def put_in(self, unet: nn.Module) -> None:
+        """Put :meth:`wrap` in front of every layer that has no class of its own yet."""
+        _kinds[self.name] = self
+        for name, layer in self.find(unet).items():
+            if not is_swapped(layer):
+                swap_in(layer, {"__call__": self.wrap(name, plain_class(layer).__call__)})
+
+    def take_out(self, unet: nn.Module) -> None:
+        """Undo :meth:`put_in`."""
+        for layer in self.find(unet).values():
+            swap_out(layer)
+
+
+def is_masked(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Return whether any of the named arguments of a UNet call is given."""
+    return any(arguments.get(name) is not None for name in names)

@@ -1,0 +1,31 @@
+"""The kinds of layers that are fused, and the only list of them.
+
+Adding one: write a :class:`LayerKind` and :func:`register` it.  Patching, reports, compiled programs and unpatching ask
+nothing but this list.
+"""
+
+from __future__ import annotations
+
+from .cross_attention import CrossAttention
+from .kind import LayerKind
+from .linear import Linear
+from .resnet import Resnet
+from .self_attention import SelfAttention
+
+#: From the outermost to the innermost: attention layers contain linear layers.
+LAYERS: list[LayerKind] = [CrossAttention(), SelfAttention(), Resnet(), Linear()]
+
+
+def register(kind: LayerKind) -> LayerKind:
+    """Add a kind of layers; pipelines that are patched from now on fuse it.
+
+    Raises:
+        TypeError: ``kind`` is no :class:`LayerKind`.
+        ValueError: a kind of this name is registered already.
+    """
+    if not isinstance(kind, LayerKind):
+        raise TypeError(f"kind must be a difffast.layers.kind.LayerKind, got {type(kind).__name__}")
+    if any(each.name == kind.name for each in LAYERS):
+        raise ValueError(f"name must be new, got {kind.name!r}; registered: {', '.join(k.name for k in LAYERS)}")
+    LAYERS.append(kind)
+    return kind

@@ -1,0 +1,100 @@
+"""Fused norms in a stock UNet: ResnetBlock2D with GroupNorm, time embedding and SiLU in one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.group_norm_silu import choose
+from ..surgery.pristine import is_plain, is_wrapped
+from ..surgery.subclass import plain_class
+from .kind import LayerKind
+
+
+class NormStandIn:
+    """In place of a resnet's norm1: makes norm and SiLU, or the norm alone for a resnet that runs stock.
+
+    Args:
+        norm: the norm in whose place it is.
+        norm_silu: makes norm and, if the second argument says so, SiLU of hidden channels.
+    """
+
+    def __init__(self, norm: nn.Module, norm_silu: Callable[[Tensor, bool], Tensor]) -> None:
+        self.norm, self.norm_silu = norm, norm_silu
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.norm_silu(hidden, False)
+
+
+class Resnet(LayerKind):
+    """ResnetBlock2D; in compiled programs Inductor fuses its norms."""
+
+    name = "resnets"
+
+    def find(self, unet: nn.Module) -> dict[str, nn.Module]:
+        from diffusers.models.resnet import ResnetBlock2D
+
+        return {
+            name: module
+            for name, module in unet.named_modules()
+            if plain_class(module) is ResnetBlock2D
+            and type(module.nonlinearity) is nn.SiLU
+            and module.upsample is None
+            and module.downsample is None
+            and module.time_embedding_norm in ("default", "scale_shift")
+        }
+
+    def pays(self, layer: Any, hidden: Tensor) -> bool:
+        return choose("group_norm_silu", hidden, 1) != "reference"  # groups of one channel rule no backend out
+
+    def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        given = [*args, *kwargs.values()]
+        if not given or given[0] is None:
+            return ""  # there is nothing to fuse the norm with
+        if len(given) > 1 or kwargs.keys() - {"temb"}:
+            return "it was called with other arguments than its input and a time embedding"
+        if is_wrapped(layer):
+            return "one has hooks, or a forward of its own"
+        if layer.time_emb_proj is None:
+            return "one has no time projection"
+        if torch.is_autocast_enabled(hidden.device.type):
+            return "autocast chooses the norms' dtype"
+        for norm in (layer.norm1, layer.norm2):
+            if isinstance(norm, NormStandIn):
+                norm = norm.norm
+            if not is_plain(norm, nn.GroupNorm):
+                return "a norm is wrapped, quantised, offloaded, without weights, or no plain GroupNorm"
+            if norm.weight.dtype != hidden.dtype:
+                return f"a norm's weights are {norm.weight.dtype}, its input {hidden.dtype}"
+        return None
+
+    def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (temb,) = args or kwargs.values()
+        norm1, norm2 = layer.norm1, layer.norm2
+        if isinstance(norm1, NormStandIn):
+            x = norm1.norm_silu(hidden, True)
+        else:
+            x = ops.group_norm_silu(hidden, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps)
+        x = layer.conv1(x)
+
+        temb = layer.time_emb_proj(temb if layer.skip_time_act else layer.nonlinearity(temb)).expand(x.shape[0], -1)
+        if layer.time_embedding_norm == "default":
+            modulation = {"addend": temb}
+        else:
+            modulation = dict(zip(("scale", "shift"), temb.chunk(2, 1), strict=True))
+        x = ops.group_norm_silu(x, norm2.num_groups, norm2.weight, norm2.bias, norm2.eps, **modulation)
+
+        x = layer.conv2(layer.dropout(x))
+        if layer.conv_shortcut is not None:
+            hidden = layer.conv_shortcut(hidden)
+        out = hidden + x
+        return out if layer.output_scale_factor == 1 else out / layer.output_scale_factor
+
+    def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
+        backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
+        if layers and backend != "reference" and not compiled:
+            yield f"resnets ({len(layers)} layers)", f"group_norm_silu ({backend})"

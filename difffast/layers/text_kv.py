@@ -1,0 +1,73 @@
+"""Keys and values of a text, made once a prompt instead of once a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..surgery.unchanged import are_same, read_projection, read_version
+
+
+class TextKV:
+    """Keys and values of one text tensor, per layer: they do not change over the steps.
+
+    An entry holds as long as the layer's weights do: LoRA, hot-swaps, moves and updates are noticed.
+
+    Args:
+        text: the tensor [B * frames, T, D].
+        counts: where "computed" and "reused" are counted.
+        frames: rows of the text for each sample.  If they are all equal, keys and values are made for one of them; to
+            find out, they are compared, which waits for the device once a text.
+
+    Attributes:
+        rows: rows of keys and values for each sample.
+    """
+
+    def __init__(self, text: Tensor, counts: Counter[str], frames: int = 1) -> None:
+        self.text, self._version = text, read_version(text)
+        first = text[::frames]
+        equal = frames > 1 and torch.equal(text, first.repeat_interleave(frames, 0))
+        self._distinct, self.rows = (first, 1) if equal else (text, frames)
+        self._entries: dict[nn.Module, tuple[Any, Tensor, Tensor]] = {}
+        self._projected: tuple[list[Any], TextKV] | None = None
+        self._counts = counts
+
+    def belongs_to(self, text: Any) -> bool:
+        """Return whether they are of this very tensor, unchanged."""
+        return text is self.text and read_version(text) == self._version
+
+    def project(self, projection: nn.Module) -> TextKV:
+        """Return those of the text that ``projection`` makes of this one; it is made once as well."""
+        state = read_projection(projection)
+        if state is not None and self._projected is not None and are_same(self._projected[0], state):
+            return self._projected[1]
+        projected = TextKV(projection(self.text), self._counts)
+        self._projected = None if state is None else (state, projected)
+        return projected
+
+    def get(
+        self,
+        layer: nn.Module,
+        state: list[Any] | None,
+        project: Callable[[Any, Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the pair (keys, values) of a layer.
+
+        Args:
+            layer: the layer.
+            state: all that they depend on besides the text, or None where that cannot be told: they are made anew.
+            project: makes them.
+        """
+        entry = self._entries.get(layer)
+        if state is not None and entry is not None and are_same(entry[0], state):
+            self._counts["reused"] += 1
+            return entry[1:]
+        keys, values = project(layer, self._distinct)
+        self._counts["computed"] += 1
+        if state is not None:
+            self._entries[layer] = (state, keys, values)
+        return keys, values

@@ -1,0 +1,140 @@
+"""What one patch asks for, checked in one place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .engines.programs import BATCHES
+from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
+from .presets import PRESETS
+from .renamed import warn_renamed
+from .sampling.extension import Extension, Method
+from .sampling.prior_noise import PriorNoise
+from .sampling.settings import Settings
+from .target import Target
+from .unet.parts import find_reentry
+
+#: Old names of options -> new ones.
+_RENAMED = {"guidance": "cfg"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`difffast.patch`, which says what each of them means.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type, or an unknown preset.
+    """
+
+    preset: str = "balanced"
+    propagation: Sharing | None = None
+    cfg: CfgReuse | None = None
+    fused: bool | None = None
+    compile: bool = False
+    binding: Method | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(
+                f"unknown preset {self.preset!r}{suggest(self.preset, PRESETS)}; available: {', '.join(PRESETS)}"
+            )
+        for name, kinds, wanted in (
+            ("propagation", (EncoderPropagation, FeatureReuse), "a difffast.EncoderPropagation or FeatureReuse"),
+            ("cfg", CfgReuse, "a difffast.CfgReuse"),
+            ("binding", Method, "a difffast.SemanticBinding"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):
+                raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        if self.fused is not None and not isinstance(self.fused, bool):
+            raise TypeError(f"fused must be True, False or None, got {self.fused!r}")
+        for name in ("compile", "force"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    @classmethod
+    def of(cls, preset: str = "balanced", **replaced: Any) -> Options:
+        """Return the options of a preset with parts of it replaced.
+
+        Raises:
+            TypeError: a name that is no option; the error names the nearest one.
+        """
+        known = [field.name for field in fields(cls)]
+        for old, new in _RENAMED.items():
+            if old in replaced:
+                warn_renamed(f"patch({old}=)", f"patch({new}=)", stacklevel=4)
+                replaced.setdefault(new, replaced.pop(old))
+        for name in replaced:
+            if name not in known:
+                raise TypeError(f"unknown option {name!r}{suggest(name, known)}; available: {', '.join(known)}")
+        return cls(preset, **replaced)
+
+    @property
+    def name(self) -> str:
+        """The preset's name, or "custom" where a part of it was replaced."""
+        replaced = (self.propagation, self.cfg, self.fused)
+        return self.preset if all(value is None for value in replaced) else "custom"
+
+    @property
+    def sharing(self) -> Sharing:
+        """How steps share features."""
+        return self.propagation or PRESETS[self.preset].propagation
+
+    @property
+    def wanted_cfg(self) -> CfgReuse | None:
+        """How guidance's halves are to be reused, where the pipeline can."""
+        return self.cfg if self.cfg is not None or self.propagation is not None else PRESETS[self.preset].cfg
+
+    def resolve(self, target: Target) -> Settings:
+        """Return the settings for a target, with the methods attached to it.
+
+        Raises:
+            ValueError: what the pipeline's kind, or its UNet, rules out.
+        """
+        sharing = self.sharing
+        _refuse_sharing(sharing, target)
+        obstacle = target.refuse_cfg_reuse()
+        if self.cfg is not None and obstacle:
+            raise ValueError(f"guidance cannot be reused with {target.name}: {obstacle}")
+        extensions: list[Extension] = []
+        if self.binding is not None:
+            extensions.append(self.binding.attach(target.pipe, target.unet))
+        if isinstance(sharing, EncoderPropagation) and sharing.prior_noise:
+            extensions.append(PriorNoise(sharing.prior_noise))
+        return Settings(
+            target.pipe,
+            target.support,
+            sharing,
+            cfg=None if obstacle else self.wanted_cfg,
+            fused=PRESETS[self.preset].fused if self.fused is None else self.fused,
+            batches=BATCHES if self.compile else None,
+            force=self.force,
+            extensions=extensions,
+        )
+
+
+def _refuse_sharing(sharing: Sharing, target: Target) -> None:
+    """Refuse what the pipeline's kind rules out, with the reason."""
+    support = target.support
+    if isinstance(sharing, FeatureReuse):
+        if not support.reuse:
+            why = f": {support.note}" if support.note else ""
+            raise ValueError(f"feature reuse does not work with {target.name}{why}")
+        find_reentry(target.unet, sharing.branch)
+    elif sharing.prior_noise and not support.prior_noise:
+        raise ValueError(
+            f"prior noise is not meant for {target.name} ({support.family}), got prior_noise={sharing.prior_noise}: "
+            "use prior_noise=None"
+        )
+
+
+def suggest(name: Any, known: Iterable[str] | Mapping[str, Any]) -> str:
+    """Return ", did you mean ...?" with the nearest known name, or nothing."""
+    plain = str(name).lower().replace("_", "-")
+    near = {each.lower().replace("_", "-"): each for each in known}
+    found = difflib.get_close_matches(plain, near, n=1, cutoff=0.6)
+    return f" (did you mean {near[found[0]]!r}?)" if found else ""

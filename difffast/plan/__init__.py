@@ -1,0 +1,20 @@
+"""Which step of a schedule does what: configurations, plans as printable data.  Nothing here imports torch."""
+
+from .configs import DEFAULT_MAX_PARALLEL, MIN_STEPS, CfgReuse, EncoderPropagation, FeatureReuse, Sharing
+from .key_steps import PUBLISHED_KEY_STEPS, publish_key_steps
+from .rows import OuterReuse, PlanStep
+from .steps import Plan
+
+__all__ = [
+    "DEFAULT_MAX_PARALLEL",
+    "MIN_STEPS",
+    "PUBLISHED_KEY_STEPS",
+    "CfgReuse",
+    "EncoderPropagation",
+    "FeatureReuse",
+    "OuterReuse",
+    "Plan",
+    "PlanStep",
+    "Sharing",
+    "publish_key_steps",
+]

@@ -1,0 +1,38 @@
+"""The picture of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .rows import PlanStep
+
+_PARTS = ("outer layers", "encoder", "bottleneck", "decoder")
+
+
+def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
+    """Draw which parts of the UNet run at which step, as PNG or SVG; decoders of one batch share a frame.
+
+    Steps that run the conditional half of the batch alone are half as high.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(max(6.0, 1.5 + len(rows) / 6), 2.4), layout="constrained")
+    axis = figure.subplots()
+    for row in rows:
+        ran = _PARTS if row.key else ("outer layers",) if row.reuse else ("decoder",)
+        colour = "C3" if row.full else "C0" if row.key else "C1"
+        for part in ran:
+            place = (row.step - 0.4, _PARTS.index(part) - 0.4)
+            axis.add_patch(Rectangle(place, 0.8, 0.4 if row.half else 0.8, color=colour))
+        first, last = row.decoded_with[0], row.decoded_with[-1]
+        if row.step == first != last:
+            axis.add_patch(Rectangle((first - 0.5, 2.5), last - first + 1, 1, fill=False, linewidth=1.5))
+    axis.set(xlim=(-1, len(rows)), ylim=(3.6, -0.6), xlabel="step", yticks=range(4), yticklabels=_PARTS)
+    keys = f"{sum(row.key for row in rows)} key steps of {len(rows)} (blue)"
+    axis.set_title(f"{keys}, in between (orange), optimised (red)", size=9)
+    figure.savefig(path, dpi=120)

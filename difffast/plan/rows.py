@@ -1,0 +1,39 @@
+"""One row of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OuterReuse:
+    """What a step between key steps runs of the UNet, under :class:`difffast.FeatureReuse`.
+
+    Attributes:
+        branch: skips that it makes anew besides conv_in's.
+        extrapolate: degree of the polynomial over the deep features of the last key steps.
+    """
+
+    branch: int = 0
+    extrapolate: int = 0
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One row of a plan.
+
+    Attributes:
+        step: its index in the schedule.
+        key: whether it runs the encoder, or the whole UNet.
+        decoded_with: the steps decoded in its batch.
+        reuse: whether it runs the outer layers alone.
+        half: whether it runs on the conditional half of the batch alone.
+        full: whether embeddings or latents are changed on purpose at it, so that it runs in full.
+    """
+
+    step: int
+    key: bool
+    decoded_with: tuple[int, ...]
+    reuse: bool = False
+    half: bool = False
+    full: bool = False

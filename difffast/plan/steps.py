@@ -1,0 +1,174 @@
+"""A plan: what every step of a schedule does, as data that prints, plots and travels as JSON."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..renamed import warn_renamed
+from .batches import count_together
+from .plot import plot_plan
+from .rows import OuterReuse, PlanStep
+
+#: Fields of plans in JSON under names that they had before.
+_RENAMED = {"keys": "key_steps", "optimised": "full_steps"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every step of a schedule does; pure data.  ``print(plan)`` shows it as a table.
+
+    Args:
+        total: UNet calls in the schedule.
+        key_steps: the key steps, sorted, the first being 0.
+        max_batch: most steps decoded in one batch; 1 decodes step by step.
+        batches: sizes that a batch may have, ascending from 1, so that few programs serve all; None: any.
+        reuse: given, steps between key steps run the outer layers alone, and nothing is decoded ahead.
+        full_steps: steps at which embeddings or latents are changed on purpose; all of them are key steps.
+        halves: steps that run the conditional half of the batch alone; where a key step does, so do the steps up to
+            the next key step, which have nothing else to reuse.
+    """
+
+    total: int
+    key_steps: tuple[int, ...]
+    max_batch: int
+    batches: tuple[int, ...] | None = None
+    reuse: OuterReuse | None = None
+    full_steps: tuple[int, ...] = ()
+    halves: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.reuse is not None and self.max_batch != 1:
+            raise ValueError(f"reuse steps depend on the latents: max_batch must be 1, got {self.max_batch}")
+        if self.batches is not None and (self.batches[:1] != (1,) or list(self.batches) != sorted(self.batches)):
+            raise ValueError(f"batches must ascend from 1, got {self.batches}")
+        keys = self.key_steps
+        if not keys or keys[0] != 0 or keys[-1] >= self.total or self.max_batch < 1:
+            raise ValueError(f"invalid plan: {self.total} steps, key_steps {keys}, max_batch {self.max_batch}")
+        if any(a >= b for a, b in pairwise(keys)):
+            raise ValueError(f"key_steps must increase strictly, got {keys}")
+        if not set(self.full_steps) <= set(keys):
+            raise ValueError(f"full_steps must be key steps, got {self.full_steps} and key_steps {keys}")
+        halves = set(self.halves)
+        if not halves <= set(range(1, self.total)) or halves & set(self.full_steps):
+            raise ValueError(f"halves must lie in 1 .. {self.total - 1} and not be full steps, got {self.halves}")
+        for key in keys:
+            rest = set(range(key, self.segment_end(key))) - halves
+            if key in halves and rest:
+                raise ValueError(f"step {min(rest)} needs both halves of key step {key}, which runs one")
+
+    def add_full_steps(self, steps: Iterable[int]) -> Plan:
+        """Return this plan with ``steps`` run in full as well, where embeddings or latents are changed on purpose."""
+        steps = tuple(sorted({*self.full_steps, *steps}))
+        halves = tuple(step for step in self.halves if step not in steps)
+        return replace(self, key_steps=tuple(sorted({*self.key_steps, *steps})), full_steps=steps, halves=halves)
+
+    def cut(self, total: int) -> Plan:
+        """Return the first ``total`` steps of this plan."""
+        names = ("key_steps", "full_steps", "halves")
+        return replace(self, total=total, **{n: tuple(s for s in getattr(self, n) if s < total) for n in names})
+
+    def is_key(self, step: int) -> bool:
+        """Return whether the plan runs the encoder at this step."""
+        return self.key_steps[bisect_right(self.key_steps, step) - 1] == step
+
+    def is_half(self, step: int) -> bool:
+        """Return whether the plan runs the conditional half of the batch alone at this step."""
+        at = bisect_left(self.halves, step)
+        return at < len(self.halves) and self.halves[at] == step
+
+    def segment_end(self, step: int) -> int:
+        """Return the next key step after ``step``, or ``total``."""
+        after = bisect_right(self.key_steps, step)
+        return self.key_steps[after] if after < len(self.key_steps) else self.total
+
+    def batch(self, step: int) -> range:
+        """Return the steps decoded in one batch when ``step`` is the first of them that is not decoded yet.
+
+        Steps that run one half never share a batch with those that run both.
+        """
+        end = self.segment_end(step)
+        if self.halves:
+            half = self.is_half(step)
+            end = next((each for each in range(step, end) if self.is_half(each) != half), end)
+        return range(step, step + count_together(end - step, self.max_batch, self.batches))
+
+    def step(self, step: int) -> PlanStep:
+        """Return the row of a step whose batch begins with it."""
+        key = self.is_key(step)
+        reuse = self.reuse is not None and not key
+        return PlanStep(step, key, tuple(self.batch(step)), reuse, self.is_half(step), step in self.full_steps)
+
+    def steps(self, start: int = 0) -> tuple[PlanStep, ...]:
+        """Return all rows from ``start`` on; a run that enters late (img2img) begins with a key step.
+
+        Raises:
+            ValueError: ``start`` is outside the schedule.
+        """
+        if not 0 <= start < self.total:
+            raise ValueError(f"start must lie in 0 .. {self.total - 1}, got {start}")
+        rows: list[PlanStep] = []
+        while len(rows) < self.total - start:
+            together = tuple(self.batch(start + len(rows)))
+            for step in together:
+                row = replace(self.step(step), decoded_with=together)
+                rows.append(replace(row, key=True, reuse=False, half=False) if step == start else row)
+        return tuple(rows)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw which parts of the UNet run at which step, as PNG or SVG; decoders of one batch share a frame.
+
+        Steps that run the conditional half of the batch alone are half as high.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        plot_plan(self.steps(), path)
+
+    def picture(self, path: str | Path) -> None:
+        """Do what :meth:`plot` does, under its old name."""
+        warn_renamed("Plan.picture", "Plan.plot")
+        self.plot(path)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON; :meth:`from_json` makes it again."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, unknown or missing fields, or no valid plan.
+        """
+        try:
+            fields = {_RENAMED.get(name, name): _freeze(value) for name, value in json.loads(text).items()}
+            if fields.get("reuse") is not None:
+                given = fields["reuse"]
+                # Plans of 0.1 hold the whole configuration, whose degree was called order.
+                fields["reuse"] = OuterReuse(given["branch"], given.get("extrapolate", given.get("order", 0)))
+            return cls(**fields)
+        except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no plan in JSON: {error}") from None
+
+    def __str__(self) -> str:
+        lines = ["step  key  decoded with"]
+        for row in self.steps():
+            first, last = row.decoded_with[0], row.decoded_with[-1]
+            together = "alone" if first == last else f"{first}..{last} (batch of {last - first + 1})"
+            if row.reuse:
+                together = f"outer layers alone (branch {self.reuse.branch})"
+            more = ", optimised" if row.full else ", conditional half" if row.half else ""
+            lines.append(f"{row.step:4d}  {'key' if row.key else '   '}  {together}{more}")
+        what = "encoder" if self.reuse is None else "whole UNet"
+        lines.append(f"{len(self.key_steps)} of {self.total} steps run the {what}")
+        return "\n".join(lines)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

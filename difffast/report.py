@@ -1,0 +1,140 @@
+"""What a patch did, as text and as a table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from . import ops
+from .engines.programs import BATCHES, ProgramStats
+from .layers.registry import LAYERS
+from .options import Options
+from .plan import CfgReuse, FeatureReuse, Plan, Sharing
+from .sampling.controller import Controller, find_controller
+from .sampling.settings import Settings
+from .sampling.stats import RunStats
+from .target import Target
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What :func:`difffast.patch` did; prints as text and shows as a table in a notebook.
+
+    Attributes:
+        pipeline, unet: class names.
+        preset: name of the preset, or "custom" where ``propagation``, ``cfg`` or ``fused`` was given.
+        propagation, cfg: the configurations in force.
+        fused: whether fused layers are on.
+        replaced: (what, by what) pairs.
+        notes: what was left alone or changed on the way, and why.
+    """
+
+    pipeline: str
+    unet: str
+    preset: str
+    propagation: Sharing
+    cfg: CfgReuse | None
+    fused: bool
+    replaced: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    _settings: Settings = field(repr=False)
+    _controller: Controller = field(repr=False)
+
+    @property
+    def last_run(self) -> RunStats | None:
+        """Counts of the latest run's UNet calls and reasons for every fallback; None before the first run."""
+        return self._settings.last_run
+
+    def plan(self, total: int) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now."""
+        pipe = self._settings.pipe()
+        return self._settings.plan(total, pipe.device.type if pipe is not None else "cpu")
+
+    @property
+    def trace(self) -> Any:
+        """What a method has left of the latest run: losses and maps of semantic binding; None without a method."""
+        return next((each.trace for each in self._settings.extensions if each.trace is not None), None)
+
+    @property
+    def programs(self) -> ProgramStats:
+        """How many compiled programs the UNet has, and the GPU memory of their CUDA graphs; zeros without any."""
+        return self._controller.count_programs()
+
+    def invalidate(self) -> None:
+        """Make the next step a key step, e.g. from a callback after a large edit of the latents."""
+        self._controller.invalidate(self._settings)
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        head = [("pipeline", self.pipeline), ("unet", self.unet), ("preset", self.preset)]
+        return [*head, *self.replaced, *(("note", note) for note in self.notes)]
+
+    def _repr_html_(self) -> str:
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows())
+        return f"<table>{''.join(cells)}</table>"
+
+
+def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield (what, by what) for everything that a patch replaces."""
+    config = settings.propagation
+    if settings.cfg is not None:
+        yield "guidance", "the conditional half alone between some key steps"
+    if isinstance(config, FeatureReuse):
+        yield "unet calls", f"whole UNet at key steps, outer layers (branch {config.branch}) in between"
+    elif config.key_steps == 1:
+        yield "unet calls", "whole UNet at every step"
+    else:
+        how = "decoders in parallel" if config.parallel else "decoders one at a time"
+        yield "unet calls", f"encoder propagation, {how}"
+        yield "repeat_batch", "C++ on the CPU" if ops.missing("cpp") is None else "PyTorch reference"
+    if settings.compiled:
+        sizes = ", ".join(map(str, BATCHES))
+        yield "programs", f"torch.compile, one per shape, decoder batches of {sizes} steps at most"
+    weight = next(unet.parameters())
+    for kind in LAYERS if settings.fused else ():
+        yield from kind.describe(kind.find(unet), weight, compiled=settings.compiled)
+    for extension in settings.extensions:
+        yield from extension.describe()
+
+
+def note_exceptions(target: Target, settings: Settings, options: Options) -> Iterator[str]:
+    """Yield what a patch leaves alone or changes on the way, and why; of a target that is not patched yet."""
+    if target.is_compiled:
+        yield (
+            "pipe.unet was torch.compile'd: the plain UNet runs instead (patch with compile=True for compiled "
+            "halves); unpatch puts the compiled one back"
+        )
+    if getattr(target.unet, "_compiled_call_impl", None) is not None:
+        yield "unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly"
+    if not settings.support.parallel:
+        yield f"steps are decoded one at a time: {settings.support.note}"
+    obstacle = target.refuse_cfg_reuse()
+    if obstacle and options.wanted_cfg is not None:
+        yield f"guidance's halves run together: {obstacle}"
+    reason = ops.missing("cpp")
+    if reason is not None:
+        yield f"operators run on the PyTorch reference: {reason}"
+
+
+def make_report(pipeline: str, unet: nn.Module, preset: str, settings: Settings, notes: tuple[str, ...]) -> PatchReport:
+    """Return the report of a pipeline that is patched with these settings."""
+    return PatchReport(
+        pipeline=pipeline,
+        unet=type(unet).__name__,
+        preset=preset,
+        propagation=settings.propagation,
+        cfg=settings.cfg,
+        fused=settings.fused,
+        replaced=tuple(describe_patch(unet, settings)),
+        notes=notes,
+        _settings=settings,
+        _controller=find_controller(unet),
+    )

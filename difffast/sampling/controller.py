@@ -1,0 +1,153 @@
+"""The controller behind ``unet.__call__``: it finds the run that a call belongs to and lets it answer.
+
+The stock loop keeps guidance, scheduler, callbacks and progress bar.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engines.programs import Programs, ProgramStats
+from ..layers.context import use_context
+from ..layers.cross_attention import process_text
+from ..support import output_of
+from ..surgery.calls import bind_arguments
+from ..surgery.subclass import plain_class
+from ..unet.parts import refuse_split
+from .position import is_element
+from .run import SamplingRun
+from .settings import Settings
+
+
+class Controller:
+    """Answers the calls of one UNet for every patched pipeline that uses it.
+
+    State belongs to runs, not to the UNet: a run is one ``scheduler.timesteps`` tensor in one thread.
+
+    Args:
+        unet: the UNet, of which only a weak reference is kept.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._programs = Programs()
+        self._unet = weakref.ref(unet)
+        self._settings: list[Settings] = []
+        self._runs: list[SamplingRun] = []
+        self._lock = threading.Lock()
+
+    def add(self, settings: Settings) -> None:
+        """Answer for one more pipeline."""
+        with self._lock:
+            self._settings.append(settings)
+
+    def remove(self, settings: Settings) -> bool:
+        """Forget a pipeline and its runs; returns whether no other patched pipeline is left."""
+        with self._lock:
+            self._settings = [s for s in self._settings if s is not settings and s.pipe() is not None]
+            self._runs = [run for run in self._runs if settings not in run.settings]
+            return not self._settings
+
+    def count_programs(self) -> ProgramStats:
+        """Return what the UNet's compiled programs take."""
+        unet = self._unet()
+        return self._programs.count(torch.device("cpu") if unet is None else unet.device)
+
+    def invalidate(self, settings: Settings) -> None:
+        """Make the next call of every run of a pipeline a key step."""
+        with self._lock:
+            for run in self._runs:
+                if settings in run.settings:
+                    run.restart = True
+
+    def __call__(
+        self, unet: nn.Module, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        given = bind_arguments(unet, args, kwargs)
+        run = self.find_run(given["timestep"], given["sample"].device)
+        if run is None:
+            self._explain_unknown(given["timestep"])
+            return stock(*args, **kwargs)
+        step = run.step_of(given["timestep"])
+        call = run.edit_call(given, step, stock)
+        if call is not given:
+            args, kwargs = (), dict(call)
+        reason = _refuse_sharing(unet, run) or run.refuse_residuals(call, step)
+        if reason is not None:
+            run.note_stock(reason)
+            with use_context(run.make_context(call, stock=True)):
+                return stock(*args, **kwargs)
+        try:
+            sample = run.answer(unet, call, step, lambda: stock(*args, **kwargs)[0])
+        except BaseException:
+            run.forget()
+            raise
+        if call.get("return_dict", True):
+            return output_of(type(unet))(sample=sample)
+        return (sample,)
+
+    def find_run(self, timestep: Any, device: torch.device) -> SamplingRun | None:
+        """Return the run that a timestep belongs to: a live one, a new one of a patched pipeline, or None."""
+        if not isinstance(timestep, Tensor):
+            return None
+        thread = threading.get_ident()
+        with self._lock:
+            self._runs = [run for run in self._runs if run.state.timesteps() is not None]
+            for run in self._runs:
+                if run.thread == thread and is_element(timestep, run.state.timesteps()):
+                    return run
+            asking = [s for s in self._settings if is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
+            if asking:
+                run = SamplingRun(asking, self._unet(), device, self._programs)
+                self._runs.append(run)
+                return run
+        return None
+
+    def _explain_unknown(self, timestep: Any) -> None:
+        """Warn when a patched pipeline is probably meant but its schedule was not recognised."""
+        if any(settings.pipe() is not None for settings in self._settings):
+            warnings.warn(
+                "difffast: this UNet call runs unpatched: its timestep is not an element of scheduler.timesteps of a "
+                f"patched pipeline (got {type(timestep).__name__}), so its position in the schedule is unknown",
+                stacklevel=4,
+            )
+
+
+def override_unet(unet: nn.Module) -> dict[str, Any]:
+    """Return the methods of a patched UNet, its controller among them; see :func:`find_controller`."""
+    plain, controller = plain_class(unet), Controller(unet)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)
+
+    methods = {"__call__": call, "_difffast_controller": controller}
+    if hasattr(plain, "process_encoder_hidden_states"):
+
+        def process(self: nn.Module, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            own = plain.process_encoder_hidden_states
+            return process_text(self, encoder_hidden_states, lambda text: own(self, text, *args, **kwargs))
+
+        methods["process_encoder_hidden_states"] = process
+    return methods
+
+
+def find_controller(unet: nn.Module) -> Controller | None:
+    """Return the controller of a patched UNet, or None."""
+    return getattr(type(unet), "_difffast_controller", None)
+
+
+def _refuse_sharing(unet: nn.Module, run: SamplingRun) -> str | None:
+    """Return why a call must run the unpatched forward, or None."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled (cached features would cut the graph); use torch.no_grad()"
+    if unet.training and run.drops_values():
+        return "the UNet is in training mode and has dropout; call unet.eval()"
+    if unet._forward_hooks or unet._forward_pre_hooks:
+        return "forward hooks are registered on the UNet itself and must see every call"
+    return refuse_split(unet)

@@ -1,0 +1,120 @@
+"""ControlNet under shared features: it belongs to the encoder and runs at key steps only.
+
+The pipeline calls it at every step, before the UNet.  Between key steps it returns what it returned at the last one.
+Source: Faster Diffusion (arXiv 2312.09608), section 4 (ControlNet).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..surgery.calls import bind_arguments
+from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
+from ..unet.fingerprint import Fingerprint
+from ..unet.parts import RESIDUALS
+from .settings import Settings
+
+
+class RunFinder(Protocol):
+    """Who knows the run that a call belongs to: the controller of a UNet."""
+
+    def find_run(self, timestep: Any, device: torch.device) -> Any:
+        """Return the run of a timestep, or None."""
+        ...
+
+
+@dataclass
+class _Held:
+    """What ControlNet returned at the last key step, and the latest step that it was returned for."""
+
+    fingerprint: Fingerprint
+    step: int
+    output: Any
+
+
+class ControlOutputs:
+    """ControlNet's outputs in one run.
+
+    Args:
+        counts: where "computed" and "reused" are counted.
+    """
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+        self._held: _Held | None = None
+
+    def answer(
+        self, call: Mapping[str, Any], step: int, reuse: bool, stock: Callable[[], Any]
+    ) -> tuple[Any, str | None]:
+        """Return the outputs for the UNet call that follows, and the name of what has changed since they were made.
+
+        Args:
+            call: arguments of the ControlNet by name.
+            step: the position in the schedule.
+            reuse: whether outputs of an earlier step will do.
+            stock: runs it.
+        """
+        fingerprint, change = Fingerprint(call), None
+        if self._held is not None and reuse:
+            change = fingerprint.find_change(self._held.fingerprint)
+            if change is None:
+                self._held.step = step
+                self._counts["reused"] += 1
+                return self._held.output, None
+        output = stock()
+        self._held = _Held(fingerprint, step, output)
+        self._counts["computed"] += 1
+        return output, change
+
+    def refuse(self, call: Mapping[str, Any], step: int) -> str | None:
+        """Return why the residuals of a UNet call cannot belong to the features of another step, or None."""
+        down, mid, _ = (call.get(name) for name in RESIDUALS)
+        if down is None and mid is None:
+            return None
+        if self._held is None or self._held.step != step:
+            return "residuals are given that are not of the patched pipeline's own ControlNet"
+        if down is None or mid is None:
+            return "residuals are given for the skips or the middle only"
+        return None
+
+    def forget(self) -> None:
+        """Drop the outputs."""
+        self._held = None
+
+
+def put_in(controlnet: nn.Module, user: Settings, finder: RunFinder) -> None:
+    """Let the runs of ``finder`` decide, for one pipeline of perhaps several, whether ``controlnet`` runs."""
+    if not is_swapped(controlnet):
+        swap_in(controlnet, _override_controlnet(controlnet))
+    type(controlnet)._difffast_users.append((user, finder))
+
+
+def take_out(controlnet: nn.Module, user: Settings) -> None:
+    """Undo :func:`put_in`."""
+    if is_swapped(controlnet):
+        users = type(controlnet)._difffast_users
+        users[:] = [each for each in users if each[0] is not user and each[0].pipe() is not None]
+        if not users:
+            swap_out(controlnet)
+
+
+def _override_controlnet(controlnet: nn.Module) -> dict[str, Any]:
+    plain, users = plain_class(controlnet), []
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        arguments = bind_arguments(self, args, kwargs)
+        stock = functools.partial(plain.__call__, self, *args, **kwargs)
+        for _, finder in users:
+            run = finder.find_run(arguments["timestep"], arguments["sample"].device)
+            if run is not None:
+                return run.control(arguments, stock)
+        return stock()
+
+    return {"__call__": call, "_difffast_users": users}

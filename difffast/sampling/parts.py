@@ -1,0 +1,108 @@
+"""What a patch puts into a pipeline's objects, part by part; each part registers how it is taken out again.
+
+The way out is registered before the way in is gone, and can be gone from any point in between: whatever interrupts a
+patch, nothing of it is left.  Nothing registered holds the pipeline itself, which would never be freed.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..layers.registry import LAYERS
+from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
+from ..surgery.undo import UndoStack
+from . import controlnet
+from .controller import find_controller, override_unet
+from .settings import Settings
+
+#: (pipeline, its plain UNet, what was asked for, where the way out is registered)
+Part = Callable[[Any, nn.Module, Settings, UndoStack], None]
+
+
+def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
+    """Let the UNet's calls go to its controller, and its layers to the operators; pipelines may share both."""
+    undo.add(take_out_unet, unet, settings)
+    if not is_swapped(unet):
+        swap_in(unet, override_unet(unet))
+    for kind in LAYERS:
+        kind.put_in(unet)
+    find_controller(unet).add(settings)
+
+
+def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
+    """Undo :func:`put_in_unet`; without settings, of a UNet whose pipelines are gone or unknown."""
+    controller = find_controller(unet)
+    if controller is not None and not controller.remove(settings):
+        return  # another pipeline needs it
+    for kind in reversed(LAYERS):
+        kind.take_out(unet)
+    swap_out(unet)
+
+
+def put_in_plain_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
+    """Let the pipeline run the plain UNet where it holds a compiled one; the compiled one is put back."""
+    compiled = pipe.unet
+    if compiled is not unet:
+        undo.add(_put_back_compiled, weakref.ref(pipe), unet, compiled)
+        pipe.unet = unet
+
+
+def _put_back_compiled(pipe: weakref.ref[Any], unet: nn.Module, compiled: Any) -> None:
+    if pipe() is not None and pipe().unet is unet:
+        pipe().unet = compiled
+
+
+def put_in_controlnet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
+    """Let the pipeline's ControlNet, if it has one, run at key steps only; several come as one module."""
+    net = getattr(pipe, "controlnet", None)
+    if net is not None and hasattr(net, "forward"):
+        undo.add(controlnet.take_out, net, settings)
+        controlnet.put_in(net, settings, find_controller(unet))
+
+
+def put_in_scheduler(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
+    """Let the scheduler step from latents that extensions have edited."""
+    undo.add(settings.release_schedulers)
+    settings.adopt_scheduler()
+
+
+def put_in_pipeline(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
+    """Override the pipeline's own methods: those that extensions name, and its call, which watches the UNet."""
+    methods: dict[str, Callable[..., Any]] = {"__call__": _watch_unet(pipe, unet)}
+    for extension in settings.extensions:
+        methods.update(extension.pipeline_methods())
+    undo.add(_take_out_pipeline, weakref.ref(pipe))
+    swap_in(pipe, methods)
+
+
+def _take_out_pipeline(pipe: weakref.ref[Any]) -> None:
+    if pipe() is not None:
+        swap_out(pipe())
+
+
+def _watch_unet(pipe: Any, unet: nn.Module) -> Callable[..., Any]:
+    """Return a ``__call__`` that warns where the pipeline has another UNet than the one that was patched."""
+    plain, patched = plain_class(pipe).__call__, weakref.ref(unet)
+
+    @functools.wraps(plain)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # What wraps the UNet without being a module (a profiler) still calls it.
+        if self.unet is not patched() and isinstance(self.unet, nn.Module) and not is_swapped(self.unet):
+            warnings.warn(
+                f"difffast: pipe.unet was replaced after difffast.patch(pipe), and the new {type(self.unet).__name__} "
+                "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
+                stacklevel=2,
+            )
+        return plain(self, *args, **kwargs)
+
+    return call
+
+
+#: In the order in which they are put in; they are taken out in the opposite one.
+PARTS: Sequence[Part] = (put_in_unet, put_in_plain_unet, put_in_controlnet, put_in_scheduler, put_in_pipeline)

@@ -1,0 +1,138 @@
+"""What one patched pipeline asked for; the controller of its UNet holds it, and runs read it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.context import MapSink
+from ..plan import MIN_STEPS, CfgReuse, FeatureReuse, Plan, Sharing
+from ..support import Support
+from ..surgery.subclass import is_swapped, swap_in, swap_out
+from .extension import Extension
+from .scheduler_step import override_step
+from .stats import RunStats
+
+
+class Settings:
+    """What one patched pipeline asked for.
+
+    Args:
+        pipe: the pipeline, of which only a weak reference is kept.
+        support: what is supported of its kind.
+        propagation: how steps share features.
+        cfg: at which steps both halves of guidance's batch run; None: at all.
+        fused: whether layers are fused.
+        batches: sizes that decoder batches may have; None: any.
+        force: whether schedules with fewer than ``MIN_STEPS`` steps may share.
+        extensions: methods that take part.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        support: Support,
+        propagation: Sharing,
+        *,
+        cfg: CfgReuse | None = None,
+        fused: bool = True,
+        batches: tuple[int, ...] | None = None,
+        force: bool = False,
+        extensions: Sequence[Extension] = (),
+    ) -> None:
+        self.pipe = weakref.ref(pipe)
+        self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
+        self.batches, self.force = batches, force
+        self.extensions = tuple(extensions)
+        self.last_run: RunStats | None = None
+        self._schedulers: list[Any] = []
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the UNet runs as compiled programs."""
+        return self.batches is not None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What pipelines must agree on that share a UNet and a scheduler."""
+        return {"propagation": self.propagation, "cfg": self.cfg, "fused": self.fused, "compile": self.compiled}
+
+    @property
+    def alone(self) -> bool:
+        """Whether the pipeline must have its scheduler to itself."""
+        return any(extension.alone for extension in self.extensions)
+
+    def refuse_neighbour(self, unet: nn.Module, theirs: Settings, their_unet: nn.Module) -> None:
+        """Refuse another patched pipeline with the same scheduler that wants other things: a run could be of either.
+
+        Raises:
+            ValueError: it does.
+        """
+        if theirs.scheduler() is not self.scheduler():
+            return
+        if (unet is their_unet and theirs.asked != self.asked) or theirs.alone or self.alone:
+            raise ValueError(
+                f"another patched {type(theirs.pipe()).__name__} shares this pipeline's scheduler, which needs equal "
+                f"settings without prior noise and binding (there: {theirs.asked}; here: {self.asked}); give one of "
+                "them its own: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+            )
+
+    def map_sinks(self) -> tuple[MapSink, ...]:
+        """Return who wants attention maps as of now."""
+        return tuple([sink for extension in self.extensions for sink in extension.map_sinks()])
+
+    def scheduler(self) -> Any:
+        """Return the pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
+        return getattr(self.pipe(), "scheduler", None)
+
+    def adopt_scheduler(self) -> None:
+        """Let the pipeline's scheduler as of now step from latents that extensions have edited."""
+        scheduler = self.scheduler()
+        if is_swapped(scheduler):
+            return
+        edits = [edit for extension in self.extensions for edit in extension.latent_edits()]
+        methods: dict[str, Callable[..., Any]] = {}
+        for extension in self.extensions:
+            methods.update(extension.scheduler_methods(scheduler))
+        if edits or methods:
+            self._schedulers.append(scheduler)  # first: whatever happens next, it is released
+            swap_in(scheduler, {"step": override_step(scheduler, edits), **methods})
+
+    def release_schedulers(self) -> None:
+        """Give all schedulers that were adopted their plain classes back."""
+        while self._schedulers:
+            swap_out(self._schedulers[-1])
+            self._schedulers.pop()
+
+    def plan(self, total: int, device: str) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls on a type of device."""
+        if isinstance(self.propagation, FeatureReuse):
+            plan = self.propagation.plan(total)
+        else:
+            kind = self.support.key_steps
+            plan = self.propagation.plan(total, kind=kind, device=device, batches=self.batches)
+        if not self.support.parallel:
+            plan = replace(plan, max_batch=1)
+        full = [step for extension in self.extensions for step in extension.full_steps(total)]
+        plan = plan.add_full_steps(full) if full else plan
+        return plan if self.cfg is None else self.cfg.apply(plan)
+
+    def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
+
+        Raises:
+            ValueError: too few steps and not forced, or key steps outside the schedule.
+        """
+        plan = self.plan(total, device.type)
+        if steps < MIN_STEPS and not self.force and (len(plan.key_steps) < plan.total or plan.halves):
+            raise ValueError(
+                f"sharing features between steps needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
+                "neighbouring steps differ too much and images degrade. "
+                "Use difffast.unpatch(pipe), more steps, or difffast.patch(pipe, force=True)"
+            )
+        return plan

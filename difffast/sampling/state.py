@@ -1,0 +1,80 @@
+"""What the parts of a run share: the plan, the counts, and one step as it travels between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from ..plan import Plan
+from ..unet.parts import Execute, execute_eagerly, run_whole
+from .stats import RunStats
+
+
+@dataclass(frozen=True)
+class Step:
+    """One UNet call of a run.
+
+    Attributes:
+        index: its position in the schedule.
+        unet: the UNet.
+        call: its arguments by name, as ``execute`` takes them.
+        execute: runs functions of :mod:`difffast.unet`.
+        stock: runs the unpatched call as it came.
+        half: whether the call is the conditional half of the batch alone.
+    """
+
+    index: int
+    unet: nn.Module
+    call: Mapping[str, Any]
+    execute: Execute
+    stock: Callable[[], Tensor]
+    half: bool
+
+    @property
+    def rows(self) -> int:
+        """Samples in the call's batch."""
+        return self.call["sample"].shape[0]
+
+    def run_whole(self) -> Tensor:
+        """Run the whole UNet."""
+        return self.stock() if self.execute is execute_eagerly else self.execute(run_whole, self.unet, self.call)
+
+
+class RunState:
+    """The plan and the counts of a run; the plan may change on the way.
+
+    Args:
+        plan: the plan that the settings ask for.
+        stats: where everything is counted.
+        timesteps: the schedule, of which only a weak reference is kept.
+    """
+
+    def __init__(self, plan: Plan, stats: RunStats, timesteps: Tensor) -> None:
+        self.plan, self.asked, self.stats = plan, plan, stats
+        self._timesteps = TensorWeakRef(timesteps)
+
+    def timesteps(self) -> Tensor | None:
+        """Return the schedule while anything but the run still holds it: a new schedule ends the run and frees it."""
+        return self._timesteps()
+
+    def note(self, reason: str) -> None:
+        """Put a reason into the report and warn of it, once."""
+        if self.record(reason):
+            warnings.warn(f"difffast: {reason}", stacklevel=6)
+
+    def record(self, reason: str) -> bool:
+        """Put a reason into the report; returns whether it is new."""
+        new = reason not in self.stats.reasons
+        if new:
+            self.stats.reasons.append(reason)
+        return new
+
+    def count_key(self, index: int) -> None:
+        """Count a key step, and whether the plan did not ask for it."""
+        self.stats.key += 1
+        self.stats.forced += not self.plan.is_key(index)

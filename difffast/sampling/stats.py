@@ -1,0 +1,53 @@
+"""What happened in a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunStats:
+    """What happened to the UNet calls of one run.
+
+    Attributes:
+        total: UNet calls in the schedule.
+        key: calls that ran the encoder.
+        propagated: calls answered from cached encoder features.
+        reused: calls that ran the outer layers alone.
+        halves: calls, of any of these kinds, that ran the conditional half of the batch alone.
+        stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
+        forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
+        decode_batches: sizes of the decoder batches, in order.
+        unshared: up-resnets whose skip parts were computed at every step, with the reason.
+        text_kv: how often a cross-attention layer's text keys and values were "computed" and "reused".
+        controlnet: how often ControlNet's outputs were "computed" and "reused".
+        reasons: what fell back, or was forced, and why.
+    """
+
+    total: int
+    key: int = 0
+    propagated: int = 0
+    reused: int = 0
+    halves: int = 0
+    stock: int = 0
+    forced: int = 0
+    decode_batches: list[int] = field(default_factory=list)
+    unshared: dict[str, str] = field(default_factory=dict)
+    text_kv: Counter[str] = field(default_factory=Counter)
+    controlnet: Counter[str] = field(default_factory=Counter)
+    reasons: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.key} key steps ({self.forced} forced), {self.propagated} propagated, {self.reused} reused, "
+            f"{self.stock} stock of {self.total}; decoder batches {self.decode_batches}; text keys and values computed "
+            f"{self.text_kv['computed']} times, reused {self.text_kv['reused']} times"
+        )
+        if self.controlnet:
+            counts = self.controlnet
+            text += f"; ControlNet computed {counts['computed']} times, reused {counts['reused']} times"
+        if self.halves:
+            text += f"; guidance's conditional half alone {self.halves} times"
+        unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())
+        return "\n  ".join([text, *self.reasons, *unshared])

@@ -1,0 +1,18 @@
+"""Methods that change pictures on purpose: what a prompt's words belong to, losses on attention maps, binding."""
+
+from .binding.method import SemanticBinding
+from .composite import correct_by_similarities
+from .losses import LOSSES
+from .prompts import MarkedPrompt, Subject, get_indices, parse_prompt
+from .variable_size import variable_size_attention
+
+__all__ = [
+    "LOSSES",
+    "MarkedPrompt",
+    "SemanticBinding",
+    "Subject",
+    "correct_by_similarities",
+    "get_indices",
+    "parse_prompt",
+    "variable_size_attention",
+]

@@ -1,0 +1,1 @@
+"""Semantic binding: ToMe, "Token Merging for Training-Free Semantic Binding" (arXiv 2411.07132)."""

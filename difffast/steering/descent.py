@@ -1,0 +1,130 @@
+"""Gradient descent while sampling: rows that descend each by itself, and never end worse than they began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: Losses in float16 are scaled up before the backward pass, for gradients below its smallest number; powers of two
+#: change nothing else.
+LOSS_SCALES = {torch.float16: 2.0**10}
+
+
+@dataclass
+class Leaf:
+    """A tensor that the descent moves, in place.
+
+    Attributes:
+        value: [R, ...], a row for each thing that is optimised by itself.
+        step_size: None: the tensor stays as it is and wants no gradient.
+        movable: returns which entries of a row (along its first dimension) may move; None: all.
+    """
+
+    value: Tensor
+    step_size: float | None
+    movable: Callable[[int], Sequence[int]] | None = None
+
+
+@dataclass
+class Descended:
+    """What happened to one row.
+
+    Attributes:
+        losses: before every update.
+        outcome: "done" (``is_done`` said so), "iterations" (all were used), or "diverged" (the best was put back).
+    """
+
+    losses: list[float] = field(default_factory=list)
+    outcome: str = "iterations"
+
+    @property
+    def best(self) -> float:
+        """The lowest loss; NaN where there is none."""
+        return min((loss for loss in self.losses if loss == loss), default=float("nan"))
+
+
+def descend(
+    rows: Sequence[int],
+    leaves: Sequence[Leaf],
+    evaluate: Callable[[Sequence[int], Sequence[Tensor]], Tensor],
+    *,
+    iterations: int,
+    is_done: Callable[[int, float], bool] = lambda row, loss: False,
+    loss_scale: float = 1.0,
+) -> dict[int, Descended]:
+    """Move the rows of ``leaves`` down their losses.
+
+    A row whose loss is not finite, or above its first one, goes back to the best values that it has had and stops.
+
+    Args:
+        rows: which rows of the leaves.
+        leaves: what is moved.
+        evaluate: takes some rows, and their values of each leaf, and returns their losses [len(rows)].
+        iterations: most updates of a row.
+        is_done: takes a row and its loss, and returns whether it is low enough.
+        loss_scale: factor of the losses in the backward pass, taken out of the gradients again.
+
+    Returns:
+        what happened, per row.
+    """
+    found = {row: Descended() for row in rows}
+    best: dict[int, tuple[float, list[Tensor]]] = {}
+    active = list(rows)
+    for _ in range(iterations):
+        values = [leaf.value[active].requires_grad_(leaf.step_size is not None) for leaf in leaves]
+        losses = evaluate(active, values)
+        going = [i for i, loss in enumerate(losses.tolist()) if _goes_on(active[i], loss, leaves, found, best, is_done)]
+        if not going or not losses.requires_grad:  # a constant loss moves nothing
+            break
+        wanted = [value for value in values if value.requires_grad]
+        gradients = iter(torch.autograd.grad(losses[going].sum() * loss_scale, wanted))
+        rows_left = [active[i] for i in going]
+        for leaf in leaves:
+            if leaf.step_size is not None:
+                _step(leaf, rows_left, next(gradients)[going] / loss_scale)
+        active = rows_left
+    for row in rows:
+        if not all(bool(leaf.value[row].isfinite().all()) for leaf in leaves):
+            _put_back(row, leaves, best)
+            found[row].outcome = "diverged"
+    return found
+
+
+def _goes_on(
+    row: int,
+    loss: float,
+    leaves: Sequence[Leaf],
+    found: dict[int, Descended],
+    best: dict[int, tuple[float, list[Tensor]]],
+    is_done: Callable[[int, float], bool],
+) -> bool:
+    """Record a row's loss; returns whether it is to be updated."""
+    record = found[row]
+    record.losses.append(loss)
+    if not loss <= record.losses[0] < float("inf"):  # NaN fails as well
+        record.outcome = "diverged"
+        _put_back(row, leaves, best)
+        return False
+    if row not in best or loss < best[row][0]:
+        best[row] = loss, [leaf.value[row].clone() for leaf in leaves]
+    if is_done(row, loss):
+        record.outcome = "done"
+        return False
+    return True
+
+
+def _put_back(row: int, leaves: Sequence[Leaf], best: dict[int, tuple[float, list[Tensor]]]) -> None:
+    for leaf, value in zip(leaves, best[row][1] if row in best else (), strict=False):
+        leaf.value[row] = value
+
+
+def _step(leaf: Leaf, rows: Sequence[int], gradient: Tensor) -> None:
+    if leaf.movable is None:
+        leaf.value[list(rows)] -= leaf.step_size * gradient
+        return
+    for row, each in zip(rows, gradient, strict=True):
+        entries = list(leaf.movable(row))
+        leaf.value[row, entries] -= leaf.step_size * each[entries]

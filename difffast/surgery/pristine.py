@@ -1,0 +1,26 @@
+"""Whether a module is still what its class says: nothing wrapped around it, nothing put in its place."""
+
+from __future__ import annotations
+
+import types
+
+from torch import nn
+
+from .subclass import plain_class
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module is just a ``kind`` whose weights are there to be used."""
+    if plain_class(module) is not kind or is_wrapped(module):
+        return False
+    return type(module.weight) is nn.Parameter and not module.weight.is_meta
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Return whether a module does anything else than its class's ``forward`` when it is called."""
+    own = vars(module)
+    # accelerate leaves the class's own method behind on the instance when its hooks go.
+    plain = own.get("forward") in (None, types.MethodType(type(module).forward, module))
+    return not plain or "parametrizations" in own["_modules"] or any(own[name] for name in _HOOKS)

@@ -1,0 +1,1 @@
+"""The command line, the demos and the profiler."""

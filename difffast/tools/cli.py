@@ -1,0 +1,364 @@
+"""The command line: ``difffast info | demo | generate | bench | profile``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from ..presets import PRESETS
+from ..steering.binding.config import PRESETS as BINDING_PRESETS
+
+console = Console()
+
+#: The suites of ``difffast bench``; the last one, a quarter of an hour by itself, runs by name only.
+BENCHMARKS = ("ops", "unet", "pipelines", "guidance", "memory", "full-size")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        console.print(f"[bold red]error[/]: {error}", highlight=False)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="difffast", description="Faster Diffusers UNet pipelines.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    info = commands.add_parser("info", help="versions, devices, and each backend with the reason where it is missing")
+    info.add_argument("--pipeline", type=Path, metavar="DIR", help="which pipelines are supported, and whether this is")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="the embedded model, stock against patched: images, seconds, PSNR, plan")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for grid.png and demo.json")
+    demo.add_argument("--steps", type=_positive, default=50)
+    demo.add_argument("--seeds", type=_positive, default=2, help="how many seeds per prompt")
+    demo.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
+    demo.add_argument(
+        "--binding", choices=sorted(BINDING_PRESETS), help="instead: semantic binding, in binding.png, with its maps"
+    )
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="images from your own checkpoint")
+    generate.add_argument("--model", required=True, help="folder in Diffusers format, or a hub id")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--negative-prompt")
+    generate.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
+    generate.add_argument("--out", type=Path, default=Path("image.png"))
+    generate.add_argument("--steps", type=_positive, default=50)
+    generate.add_argument("--guidance-scale", type=float, default=7.5)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
+    generate.add_argument("--device", help="default: cuda where there is one, else cpu")
+    generate.set_defaults(run=_generate)
+
+    bench = commands.add_parser("bench", help="everybody in turn: tables, charts, a page; needs a checkout")
+    bench.add_argument("--size", choices=("cpu", "gpu"), help="which selection; default: gpu where there is one")
+    bench.add_argument("--budget-minutes", type=float, default=14.0, help="wall clock; a later run goes on")
+    bench.add_argument("--only", choices=BENCHMARKS, help="one suite")
+    bench.add_argument("--model", help="measure your own pipeline instead: a folder in Diffusers format")
+    bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results.json and the report")
+    bench.set_defaults(run=_bench)
+
+    profile = commands.add_parser("profile", help="one image: Perfetto trace, time and operators per block")
+    profile.add_argument("--model", help="folder in Diffusers format; default: the embedded model")
+    profile.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
+    profile.add_argument("--prompt", default="a red triangle above a dotted purple circle")
+    profile.add_argument("--steps", type=_positive, default=50)
+    profile.add_argument("--device", help="default: cuda where there is one, else cpu")
+    profile.add_argument("--out", type=Path, default=Path("out/profile"), help="folder for trace.json")
+    profile.set_defaults(run=_profile)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .. import ops
+    from ..ops.linear import advantage
+
+    if arguments.pipeline is not None:
+        return _info_pipeline(arguments.pipeline)
+
+    table = Table("item", "value", title="difffast info")
+    for package in ("difffast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft"):
+        table.add_row(package, _version(package))
+    table.add_row("python", platform.python_version())
+    table.add_row("threads", str(torch.get_num_threads()))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    else:
+        build = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+        table.add_row("cuda", f"none: {build}")
+    for backend in ops.BACKENDS:
+        worth = f", linear layers {advantage():.1f} times as fast as F.linear" if backend == "onednn" else ""
+        table.add_row(f"backend {backend}", ops.missing(backend) or f"available{worth}")
+    if ops.INSTRUCTION_SET is not None:
+        table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
+    table.add_row("pipelines", "difffast info --pipeline DIR")
+    table.add_row("presets", "\n".join(PRESETS))
+    console.print(table)
+    console.print(_proof_table())
+    console.print(
+        "A kernel without a proving run is never a default; difffast.ops.use_backend or DIFFFAST_BACKEND run it."
+    )
+    return 0
+
+
+def _info_pipeline(folder: Path) -> int:
+    """The table of pipelines, and the row of one on disk; status 1 if it is not supported."""
+    import json
+
+    import diffusers
+
+    from ..support import COLUMNS, support_of, table
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} holds no pipeline in Diffusers format: there is no model_index.json")
+    name = json.loads(index.read_text())["_class_name"]
+    found = getattr(diffusers, name, None)
+    entry = support_of(found) if isinstance(found, type) else None
+    shown = Table(*COLUMNS, title="pipelines that difffast patches")
+    for row in table():
+        shown.add_row(*row, style="bold" if entry is not None and row[0] == entry.family else None)
+    console.print(shown)
+    if entry is None:
+        console.print(f"[bold red]{name}[/] is not supported: difffast.patch refuses it.")
+        return 1
+    decoders = "several decoders in one batch" if entry.parallel else "one decoder at a time"
+    reuse = "and feature reuse" if entry.reuse else "but no feature reuse"
+    console.print(f"[bold]{name}[/] is supported: encoder propagation with {decoders}, {reuse}. {entry.note}".rstrip())
+    return 0
+
+
+def _proof_table() -> Table:
+    """For every operator and backend, the runs that proved it."""
+    from .. import ops
+    from ..ops._registry import FROM_PYTORCH
+
+    table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
+    for operator, backends in ops.OPERATORS.items():
+        for backend in backends:
+            if backend in FROM_PYTORCH:
+                table.add_row(operator, backend, "plain PyTorch", "", "")
+                continue
+            rows = [proof for proof in ops.PROVED if (proof.operator, proof.backend) == (operator, backend)]
+            for proof in rows:
+                names = sorted(str(dtype).removeprefix("torch.") for dtype in proof.dtypes)
+                table.add_row(operator, backend, proof.architecture, ", ".join(names), proof.run)
+            if not rows:
+                table.add_row(operator, backend, "no hardware yet: opt-in only", "", "")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .. import models
+    from . import demo
+
+    if arguments.binding is not None:
+        return _binding_demo(arguments)
+    with console.status("loading the embedded model"):
+        pipe = models.embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    seeds = range(arguments.seeds)
+    images = 1 + 2 * len(demo.PROMPTS) * len(seeds)
+    with _progress() as progress:
+        task = progress.add_task(f"{images} images, {arguments.steps} steps each", total=images * arguments.steps)
+        results, report = demo.compare(
+            pipe,
+            demo.PROMPTS,
+            seeds,
+            steps=arguments.steps,
+            preset=arguments.preset,
+            on_step=lambda: progress.advance(task),
+        )
+    grid, numbers = arguments.out / "grid.png", arguments.out / "demo.json"
+    demo.draw_grid(results, grid)
+    demo.write_json(results, numbers, steps=arguments.steps, preset=arguments.preset, model="the embedded model")
+
+    console.print(str(report), highlight=False)
+    console.print(str(report.plan(report.last_run.total)), highlight=False)
+    console.print(_comparison_table(results))
+    console.print(f"written: {grid}, {numbers}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _binding_demo(arguments: argparse.Namespace) -> int:
+    from .. import SemanticBinding, models
+    from . import binding_demo
+
+    with console.status("loading the embedded model"):
+        pipe = models.embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    seeds = range(arguments.seeds)
+    images = 2 * len(binding_demo.PROMPTS) * len(seeds)
+    with _progress() as progress:
+        task = progress.add_task(f"{images} images, {arguments.steps} steps each", total=images * arguments.steps)
+        results = binding_demo.compare(
+            pipe,
+            binding_demo.PROMPTS,
+            seeds,
+            SemanticBinding(arguments.binding, **binding_demo.EMBEDDED),
+            steps=arguments.steps,
+            preset=arguments.preset,
+            on_step=lambda: progress.advance(task),
+        )
+    grid = arguments.out / "binding.png"
+    binding_demo.draw_grid(results, grid)
+    console.print(str(results[0].trace), highlight=False)
+    console.print(f"written: {grid}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _comparison_table(results: Sequence[Any]) -> Table:
+    table = Table("prompt", "seed", "stock s", "difffast s", "speed-up", "PSNR dB", title="whole pipeline call")
+    for r in results:
+        table.add_row(
+            r.prompt, str(r.seed), f"{r.stock_s:.2f}", f"{r.patched_s:.2f}", f"{r.speedup:.2f}x", f"{r.psnr_db:.1f}"
+        )
+    stock, fast, speedup, psnr = (
+        statistics.median(getattr(r, name) for r in results) for name in ("stock_s", "patched_s", "speedup", "psnr_db")
+    )
+    table.add_section()
+    table.add_row("median", "", f"{stock:.2f}", f"{fast:.2f}", f"{speedup:.2f}x", f"{psnr:.1f}")
+    return table
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from ..patch import patch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
+    # Cast after loading: the name of from_pretrained's dtype argument differs between Diffusers versions.
+    pipe = DiffusionPipeline.from_pretrained(arguments.model).to(device, getattr(torch, dtype))
+    report = None
+    if arguments.preset != "stock":
+        report = patch(pipe, arguments.preset)
+        console.print(str(report), highlight=False)
+    start = time.perf_counter()
+    image = pipe(
+        arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(arguments.seed),
+    ).images[0]
+    seconds = time.perf_counter() - start
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    image.save(arguments.out)
+    if report is not None:
+        console.print(str(report.last_run), highlight=False)
+    console.print(f"{seconds:.2f} s, written: {arguments.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    if not (folder / "registry.py").is_file():
+        raise ValueError(f"difffast bench needs a checkout of the repository: {folder} is not in the wheel")
+    if arguments.budget_minutes <= 0:
+        raise ValueError(f"--budget-minutes must be positive, got {arguments.budget_minutes}")
+    suite = "pipelines" if arguments.model else arguments.only
+    file = folder / f"bench_{(suite or BENCHMARKS[-1]).replace('-', '_')}.py"
+    chosen = [folder, f"--ignore={file}"] if suite is None else [folder / "ops" if suite == "ops" else file]
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.json"
+    results.unlink(missing_ok=True)  # an interrupted run must not be reported with an earlier one's figures
+    size = arguments.size or _default_size()
+    measuring = [sys.executable, "-m", "pytest", *map(str, chosen), "-W", "default", "-s", "--benchmark-enable"]
+    measuring += [f"--benchmark-json={results}", f"--size={size}", f"--budget-minutes={arguments.budget_minutes}"]
+    measuring += [f"--records={out / 'cases'}", *([f"--bench-model={arguments.model}"] if arguments.model else [])]
+    status = subprocess.run(measuring, cwd=folder.parent).returncode
+    if not results.is_file() or not results.stat().st_size:
+        return status or 1
+    reporting = [sys.executable, str(folder / "report.py"), str(results), "--out", str(out), "--size", size]
+    return subprocess.run(reporting).returncode or status
+
+
+def _default_size() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    import contextlib
+
+    import torch
+
+    from .. import models
+    from ..patch import patched
+    from .profiling import profile
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = models.load_pipeline(arguments.model) if arguments.model else models.embedded_pipeline()
+    pipe = pipe.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generate() -> None:
+        generator = torch.Generator("cpu").manual_seed(0)
+        pipe(arguments.prompt, num_inference_steps=arguments.steps, generator=generator)
+
+    preset = arguments.preset
+    with contextlib.nullcontext() if preset == "stock" else patched(pipe, preset), console.status("profiling"):
+        found = profile(pipe, generate, arguments.out / "trace.json")
+    table = Table(Column("block", no_wrap=True), "calls", "host ms", "device ms", "operators", "launches", "syncs")
+    for row in found.blocks:
+        cells = (row.calls, f"{1e3 * row.host_s:.1f}", f"{1e3 * row.device_s:.1f}", row.operators, row.launches)
+        table.add_row(row.name, *map(str, cells), str(row.synchronisations))
+    console.print(table)
+    console.print(f"written: {found.trace} (open in https://ui.perfetto.dev)", highlight=False, soft_wrap=True)
+    if found.synchronisations and preset != "stock":
+        console.print(f"[bold red]{found.synchronisations} synchronisations inside UNet calls, expected none[/]")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

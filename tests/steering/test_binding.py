@@ -1,0 +1,533 @@
+"""Semantic binding in stock pipelines, against the method written out (binding_by_hand.py)."""
+
+import copy
+import dataclasses
+import pickle
+import threading
+
+import binding_by_hand
+import pytest
+import torch
+import zoo
+from binding_by_hand import Things
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from sampling import largest, latents, mask, picture, scheduler
+from tolerances import LATENTS_FLOAT64
+
+from difffast import EncoderPropagation, SemanticBinding, collect_maps, patch, patched, unpatch
+from difffast.models.tokenizer import clip_tokenizer, learn_merges
+from difffast.steering.binding.config import Schedule
+from difffast.steering.binding.run import BindingRun
+from difffast.steering.losses import LOSSES
+from difffast.surgery.subclass import is_swapped
+
+PROMPT = "a [red ox] by a [elk in fog]"
+# One token a letter: a red ox by a elk in fog.
+THINGS = Things(
+    "a red ox by a elk in fog",
+    (((5, 6), (2, 3, 4)), ((10, 11, 12), (13, 14, 15, 16, 17))),
+    ("a red ox", "a elk in fog"),
+    "an ox by an elk",
+)
+LAYERS = tuple(f"down_blocks.0.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1)) + tuple(
+    f"up_blocks.1.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1, 2)
+)
+#: Of what binding changes in the latents.
+MOTION = 1e-10
+STEPS = 8
+ALL_KEY = EncoderPropagation(key_steps=1)
+OPTIONS = {"step_size": 0.1, "bind_step_size": 3.0}
+#: No other loss than the entropy, and no early end.
+FIXED = {"losses": {"entropy": 1}, "thresholds": (), "iterations": 2}
+
+
+def binding(**options):
+    return SemanticBinding(**{"bind_steps": 2, "focus_steps": 3, "replace_step": 1, **OPTIONS, **FIXED, **options})
+
+
+def run(pipe, config, prompt=PROMPT, preset="exact", **options):
+    with patched(pipe, preset, binding=config) as report:
+        return latents(pipe, prompt, steps=STEPS, **options), report
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_a_run_is_the_method_written_out(pipe64, mode):
+    pipe64.scheduler = scheduler("DDIM")
+    ours, report = run(pipe64, binding(mode=mode))
+    expected, focus, bind = binding_by_hand.sample(
+        pipe64, THINGS, mode=mode, steps=STEPS, bind=2, focus=3, iterations=2, replace=1, layers=LAYERS, **OPTIONS
+    )
+    plain = latents(pipe64, THINGS.text, steps=STEPS)
+    assert largest(ours, expected) <= MOTION * largest(expected, plain)
+    assert largest(expected, plain) > 1e-3
+    steps = report.trace.steps
+    assert {step.outcome for step in steps} == {"iterations"}
+    for kind, losses in (("focus", focus), ("bind", bind)):
+        found = [step.losses for step in steps if step.kind == kind]
+        assert largest(torch.tensor(found), torch.tensor(losses)) <= 1e-10
+    assert focus[0][0] > focus[0][1]
+    assert bind[0][0] > bind[0][1]
+
+
+@pytest.mark.parametrize("name", ["Euler", "DPM++ 2M", "v-prediction"])
+def test_schedulers_step_from_the_moved_latents(pipe64, name):
+    if name == "v-prediction":
+        zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        pipe64.scheduler = DDIMScheduler.from_config({**scheduler("DDIM").config, **zero_snr})
+    else:
+        pipe64.scheduler = scheduler(name)
+    expected, _, _ = binding_by_hand.sample(
+        pipe64, THINGS, mode="paper", steps=STEPS, bind=1, focus=2, iterations=2, replace=0, layers=LAYERS, **OPTIONS
+    )
+    ours, _ = run(pipe64, binding(bind_steps=1, focus_steps=2, replace_step=0))
+    plain = latents(pipe64, THINGS.text, steps=STEPS)
+    assert largest(ours, expected) <= MOTION * largest(expected, plain)
+
+
+XL_LAYERS = tuple(
+    f"{block}.attentions.{i}.transformer_blocks.{j}.attn2"
+    for block, count in (("down_blocks.1", 2), ("up_blocks.0", 3))
+    for i in range(count)
+    for j in (0, 1)
+)
+
+
+@pytest.fixture
+def xl_pipe64():
+    pipe = zoo.ROWS["StableDiffusionXLPipeline"].build().to(dtype=torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_sdxl(xl_pipe64, mode):
+    """Both text encoders' rows are merged side by side; the pooled text is not, and binding goes without it."""
+    pipe, small = xl_pipe64, {"step_size": 0.05, "bind_step_size": 3.0}
+    plain = latents(pipe, THINGS.text, steps=STEPS, guidance_scale=7.5)
+    expected, _, _ = binding_by_hand.sample(
+        pipe, THINGS, mode=mode, steps=STEPS, bind=2, focus=3, iterations=2, replace=1, layers=XL_LAYERS, **small
+    )
+    ours, report = run(pipe, binding(mode=mode, **small), guidance_scale=7.5)
+    assert largest(ours, expected) <= MOTION * largest(expected, plain)
+    assert report.trace.subjects == {0: ("a red ox", "a elk in fog")}
+    assert torch.equal(latents(pipe, THINGS.text, steps=STEPS, guidance_scale=7.5), plain)
+    ahead, report = run(pipe, binding(mode=mode, **small), preset="faster-diffusion", num_images_per_prompt=2)
+    assert ahead.shape[0] == 2
+    assert report.last_run.propagated > 0
+
+
+def test_sdxl_with_two_prompts_or_tokenizers_is_refused(xl_pipe64):
+    with patched(xl_pipe64, "exact", binding=binding()):
+        with pytest.raises(ValueError, match="needs one prompt for both text encoders"):
+            latents(xl_pipe64, PROMPT, prompt_2="something else", steps=STEPS)
+        xl_pipe64.tokenizer_2 = clip_tokenizer(merges=learn_merges(["red", "ox"]))
+        with pytest.raises(ValueError, match="tokenizers"):
+            latents(xl_pipe64, PROMPT, steps=STEPS)
+
+
+# Prompts and images
+
+
+def test_images_of_a_batch_do_not_mix(pipe64):
+    """Three prompts, one without marks, two images each: every image is what it is alone."""
+    prompts = [PROMPT, "a cat", "[tin can]"]
+    config = binding(bind_steps=1, focus_steps=1)
+    seeds = range(6)
+    with patched(pipe64, "exact", binding=config) as report:
+        together = pipe64(
+            prompts,
+            num_inference_steps=STEPS,
+            num_images_per_prompt=2,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent",
+        ).images
+        assert {step.image for step in report.trace.steps} == {0, 1, 4, 5}
+        assert report.trace.subjects == {
+            image: ("a red ox", "a elk in fog") if image < 2 else ("tin can",) for image in (0, 1, 4, 5)
+        }
+        assert report.trace.maps[0].shape == (2, 8, 8)
+        for seed in (1, 4):
+            alone = latents(pipe64, prompts[seed // 2], steps=STEPS, seed=seed)
+            assert largest(together[seed : seed + 1], alone) <= LATENTS_FLOAT64
+    plain = latents(pipe64, "a cat", steps=STEPS, seed=3)
+    assert largest(together[3:4], plain) <= LATENTS_FLOAT64
+
+
+def test_a_prompt_without_marks_is_stock(pipe):
+    stock = latents(pipe, "a cat", steps=STEPS)
+    stays_stock = patched(pipe, binding=SemanticBinding(), fused=False, propagation=ALL_KEY)
+    with stays_stock, pytest.warns(UserWarning, match="nothing is marked"):
+        ours = latents(pipe, "a cat", steps=STEPS)
+    assert torch.equal(ours, stock)
+
+
+def test_sizes_other_than_the_models(pipe64):
+    ours, report = run(pipe64, binding(), height=64, width=48)
+    assert ours.shape == (1, 4, 16, 12)
+    assert report.trace.maps[0].shape == (2, 16, 12)
+    assert all(step.losses[-1] < step.losses[0] for step in report.trace.steps if step.kind == "focus")
+
+
+def test_without_guidance(pipe64):
+    pipe64.scheduler = scheduler("DDIM")
+    ours, _ = run(pipe64, binding(), guidance_scale=1.0)
+    expected, _, _ = binding_by_hand.sample(
+        pipe64,
+        THINGS,
+        mode="paper",
+        steps=STEPS,
+        bind=2,
+        focus=3,
+        iterations=2,
+        replace=1,
+        layers=LAYERS,
+        guidance=1.0,
+        **OPTIONS,
+    )
+    assert largest(ours, expected) <= LATENTS_FLOAT64
+    with pytest.raises(ValueError, match="guidance"):
+        run(pipe64, binding(mode="reference"), guidance_scale=1.0)
+
+
+def test_guidance_switched_off_on_the_way(pipe64):
+    """Diffusers' documented callback: the conditional half stays, and so do its composites."""
+
+    def switch_off(pipe, step, _t, values):
+        if step == 4:
+            pipe._guidance_scale = 0.0
+            values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
+        return values
+
+    options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    ours, report = run(pipe64, binding(), **options)
+    merged_only, _ = run(pipe64, binding(bind_steps=0, focus_steps=0), **options)
+    assert largest(ours, merged_only) > 1e-3
+    assert not report.last_run.reasons
+
+
+def test_embeddings_instead_of_a_prompt_are_refused(pipe):
+    embeds = pipe.encode_prompt("a cat", "cpu", 1, True)
+    with (
+        patched(pipe, binding=SemanticBinding()),
+        pytest.raises(ValueError, match="as text"),
+    ):
+        pipe(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], num_inference_steps=STEPS)
+
+
+def test_subjects_by_position_are_marks(pipe64):
+    subjects = THINGS.subjects
+    marked, _ = run(pipe64, binding(bind_steps=0, replace_step=None))
+    by_position, _ = run(pipe64, binding(bind_steps=0, replace_step=None, subjects=subjects), THINGS.text)
+    assert torch.equal(marked, by_position)
+    with patched(pipe64, binding=binding(subjects=subjects)), pytest.raises(ValueError, match="one prompt, got 2"):
+        pipe64([THINGS.text] * 2, num_inference_steps=STEPS)
+
+
+# What is optimised
+
+
+@pytest.mark.parametrize("optimise", ["latents", "text"])
+def test_one_of_the_two_can_be_optimised(pipe64, optimise):
+    config = binding(optimise=optimise, bind_steps=0)
+    ours, report = run(pipe64, config)
+    both, _ = run(pipe64, dataclasses.replace(config, optimise="both"))
+    assert largest(ours, both) > 1e-6
+    assert all(step.losses[-1] < step.losses[0] for step in report.trace.steps)
+
+
+def test_rows_of_zeros_are_left_out_where_they_stay_zero(pipe64, monkeypatch):
+    """The released code's way of merging, latents alone: keys and values without the absorbed rows."""
+    config = binding(mode="reference", optimise="latents", bind_steps=1)
+    ours, report = run(pipe64, config)
+    monkeypatch.setattr(BindingRun, "_zero_rows", lambda *_: ())
+    with_rows, whole = run(pipe64, config)
+    assert largest(ours, with_rows) <= LATENTS_FLOAT64
+    losses = [torch.tensor([s.losses for s in r.trace.steps if s.kind == "focus"]) for r in (report, whole)]
+    assert largest(*losses) <= 1e-10
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_can_be_minimised(pipe64, loss):
+    options = {"merge": False, "bind_steps": 0, "step_size": 0.1, "losses": {loss: 1.0}}
+    _, report = run(pipe64, binding(**options, optimise="latents"))
+    steps = [step for step in report.trace.steps if step.step or loss != "retention"]
+    assert steps
+    for step in steps:
+        assert step.outcome == "iterations"
+        assert step.losses[-1] < step.losses[0]
+
+
+def test_a_focused_map_is_left_alone(pipe64):
+    """Thresholds above every loss: nothing moves, and the run is that of the composite tokens."""
+    ours, report = run(pipe64, binding(bind_steps=0, thresholds=(1e3,)))
+    merged_only, _ = run(pipe64, binding(bind_steps=0, focus_steps=0))
+    assert largest(ours, merged_only) <= LATENTS_FLOAT64
+    assert {step.outcome for step in report.trace.steps} == {"done"}
+    assert {len(step.losses) for step in report.trace.steps} == {1}
+
+
+@pytest.mark.parametrize("size", [1e6, 1e300])
+@pytest.mark.parametrize("kind", ["focus", "bind"])
+def test_divergence_keeps_the_last_good_embedding(pipe64, kind, size):
+    options = (
+        {"focus_steps": 2, "bind_steps": 0, "step_size": size}
+        if kind == "focus"
+        else {"focus_steps": 0, "bind_steps": 2, "bind_step_size": size}
+    )
+    with pytest.warns(UserWarning, match="diverged"):
+        ours, report = run(pipe64, binding(**options))
+    steps = report.trace.steps
+    assert {step.outcome for step in steps} == {"diverged"}
+    assert all(len(step.losses) <= 2 for step in steps)
+    merged_only, _ = run(pipe64, binding(bind_steps=0, focus_steps=0))
+    assert largest(ours, merged_only) <= LATENTS_FLOAT64
+
+
+@pytest.mark.parametrize(("dtype", "iterations"), [(torch.float16, 2), (torch.bfloat16, 1)])
+def test_half_precision(pipe, dtype, iterations):
+    """What is optimised stays in float32; the network's rounding is all that differs.
+
+    bfloat16 rounds the loss by as much as one update lowers it here: only later steps show what the first did.
+    """
+    config = binding(losses={"segregation": 1}, step_size=20.0, bind_steps=0, iterations=iterations)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for each in (torch.float32, dtype):
+        _, report = run(copy.deepcopy(pipe).to(dtype=each), config, latents=start.to(each))
+        losses.append(torch.tensor([step.losses for step in report.trace.steps]))
+    assert largest(*losses) <= 0.01 * float(losses[0].max())
+    assert (losses[1][:, -1] <= losses[1][:, 0]).all()
+
+
+# Pipelines, schedulers, plans
+
+
+def test_correctors_are_not_optimised(pipe64):
+    """PNDM's second call and Heun's step from latents of their own: there is nothing to move."""
+    for name, expected in (("PNDM", {0, 2}), ("Heun", {0, 2})):
+        pipe64.scheduler = scheduler(name)
+        _, report = run(pipe64, binding(bind_steps=0, focus_steps=3))
+        assert {step.step for step in report.trace.steps} == expected
+
+
+def test_schedulers_that_correct_from_their_own_latents_are_refused(pipe64):
+    pipe64.scheduler = scheduler("UniPC")
+    with pytest.raises(ValueError, match=r"UniPC.*own copy"):
+        run(pipe64, binding())
+    ours, _ = run(pipe64, binding(optimise="text"))
+    assert ours.isfinite().all()
+
+
+def test_image_to_image_and_inpainting(pipe64, inpaint_pipe64):
+    cases = (
+        (StableDiffusionImg2ImgPipeline, pipe64, {"image": picture(), "strength": 0.9}),
+        (StableDiffusionInpaintPipeline, pipe64, {"image": picture(), "mask_image": mask()}),
+        (StableDiffusionInpaintPipeline, inpaint_pipe64, {"image": picture(), "mask_image": mask()}),
+    )
+    for cls, parts, options in cases:
+        pipe = cls(**parts.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        if "mask_image" in options:
+            options |= {"height": 32, "width": 32}
+        config = binding(merge=False, bind_steps=0, losses={"segregation": 1})
+        ours, report = run(pipe, config, **options)
+        text_alone, _ = run(pipe, dataclasses.replace(config, optimise="text"), **options)
+        assert largest(ours, text_alone) > 1e-4  # the latents did move
+        assert all(step.losses[-1] < step.losses[0] for step in report.trace.steps)
+
+
+@pytest.mark.parametrize("preset", ["exact", "faster-diffusion"])
+def test_text_keys_are_reused_after_the_optimised_steps(pipe, preset):
+    _, report = run(pipe, binding(), preset=preset)
+    plan = report.plan(STEPS)
+    assert plan.full_steps == (0, 1, 2)
+    assert set(plan.full_steps) <= set(plan.key_steps)
+    assert str(plan).count("optimised") == 3
+    layers = len(report._settings.extensions[0].layers) + 1  # the middle block's besides
+    assert report.last_run.text_kv["computed"] == 3 * layers
+    assert report.last_run.key == len(plan.key_steps)
+    assert report.last_run.forced == 0
+
+
+def test_parallel_decoding_is_step_by_step(pipe64):
+    results = []
+    for parallel in (True, False):
+        propagation = EncoderPropagation(key_steps=3, parallel=parallel, max_parallel=4)
+        with patched(pipe64, propagation=propagation, binding=binding()) as report:
+            results.append(latents(pipe64, PROMPT, steps=STEPS))
+    assert max(report.last_run.decode_batches) == 1
+    assert largest(*results) <= LATENTS_FLOAT64
+
+
+def test_prior_noise_and_binding_both_edit_the_latents(pipe64):
+    noisy = EncoderPropagation(key_steps=1, prior_noise=0.1)
+    with patched(pipe64, propagation=noisy, binding=binding()):
+        both = latents(pipe64, PROMPT, steps=STEPS)
+    bound, _ = run(pipe64, binding())
+    with patched(pipe64, propagation=noisy, binding=binding(optimise="text")):
+        text_alone = latents(pipe64, PROMPT, steps=STEPS)
+    assert largest(both, bound) > 1e-3
+    assert largest(both, text_alone) > 1e-3
+
+
+def test_maps_can_be_collected_besides(pipe):
+    with patched(pipe, "exact", binding=binding()) as report, collect_maps(pipe, layers=LAYERS[0]) as maps:
+        latents(pipe, PROMPT, steps=STEPS)
+    assert maps.steps == {LAYERS[0]: STEPS}  # those of the optimisation are not counted
+    assert report.trace.maps
+
+
+def test_a_custom_loop_may_start_the_schedule_again(pipe64):
+    pipe64.scheduler = scheduler("DDIM")
+    with patched(pipe64, "exact", binding=binding()), torch.no_grad():
+        results = []
+        text = torch.cat(pipe64.encode_prompt(PROMPT, "cpu", 1, True)[::-1])
+        pipe64.scheduler.set_timesteps(STEPS)
+        for _ in range(2):
+            z = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            for t in pipe64.scheduler.timesteps:
+                null, cond = pipe64.unet(torch.cat([z] * 2), t, encoder_hidden_states=text).sample.chunk(2)
+                z = pipe64.scheduler.step(null + 7.5 * (cond - null), t, z).prev_sample
+            results.append(z)
+        assert torch.equal(*results)
+        assert largest(results[0], latents(pipe64, PROMPT, steps=STEPS)) <= LATENTS_FLOAT64
+
+
+# Nothing is left behind
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["loss", "callback"])
+def test_interrupts_leave_no_trace(pipe, monkeypatch, error, where):
+    config = binding()
+    expected, _ = run(pipe, config)
+
+    def stop(*_args, **_kwargs):
+        raise error("stop")
+
+    flags = [parameter.requires_grad for parameter in pipe.unet.parameters()]
+    options = {"callback_on_step_end": stop} if where == "callback" else {}
+    with patched(pipe, "exact", binding=config):
+        if where == "loss":
+            monkeypatch.setattr(SemanticBinding, "threshold_at", stop)
+        with pytest.raises(error, match="stop"):
+            latents(pipe, PROMPT, steps=STEPS, **options)
+        monkeypatch.undo()
+        assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == flags
+        assert torch.equal(latents(pipe, PROMPT, steps=STEPS), expected)
+    assert all(flags)
+
+
+def test_unpatch_is_exact(pipe):
+    before = latents(pipe, "a cat", steps=STEPS)
+    classes = type(pipe), type(pipe.scheduler), type(pipe.unet)
+    attributes = set(vars(pipe))
+    patch(pipe, binding=binding())
+    latents(pipe, PROMPT, steps=STEPS)
+    assert is_swapped(pipe)
+    assert type(pickle.loads(pickle.dumps(pipe.scheduler))) is classes[1]
+    assert type(copy.copy(pipe)) is classes[0]
+    unpatch(pipe)
+    assert (type(pipe), type(pipe.scheduler), type(pipe.unet)) == classes
+    assert set(vars(pipe)) == attributes
+    assert "encode_prompt" not in vars(type(pipe)) or type(pipe).encode_prompt is classes[0].encode_prompt
+    assert torch.equal(latents(pipe, "a cat", steps=STEPS), before)
+
+
+def test_two_threads_share_a_unet(pipe):
+    pipes = []
+    for _ in range(2):
+        # A tokenizer keeps its padding and truncation as state: threads need one each, stock pipelines as well.
+        own = {name: copy.deepcopy(pipe.components[name]) for name in ("scheduler", "tokenizer")}
+        other = type(pipe)(**{**pipe.components, **own}, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        pipes.append(other)
+    prompts = [PROMPT, "a [tin can] and a [cat]"]
+    expected = [run(each, binding(), prompt)[0] for each, prompt in zip(pipes, prompts, strict=True)]
+    results = [None, None]
+    for each in pipes:
+        patch(each, "exact", binding=binding())
+
+    def work(i):
+        results[i] = latents(pipes[i], prompts[i], steps=STEPS)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for each in pipes:
+        unpatch(each)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+
+
+def test_inference_mode(pipe):
+    expected, _ = run(pipe, binding())
+    with torch.inference_mode():
+        ours, _ = run(pipe, binding())
+    assert torch.equal(ours, expected)
+
+
+# Configuration
+
+
+def test_presets_are_for_fifty_steps():
+    assert SemanticBinding("object").schedule(50) == Schedule(7, 7, 6, 3, 0, True)
+    assert SemanticBinding("attribute").schedule(50) == Schedule(5, 5, 4, 3, None, False)
+    assert SemanticBinding("object").schedule(20) == Schedule(3, 3, 6, 3, 0, True)
+    assert SemanticBinding("object", mode="reference").schedule(20) == Schedule(7, 7, 6, 3, 0, True)
+    assert SemanticBinding("object", bind_steps=4, replace_step=None).schedule(20) == Schedule(4, 3, 6, 3, None, True)
+    assert SemanticBinding("attribute", replace_step=9).full_steps(50) == (0, 1, 2, 3, 4, 9)
+
+
+def test_step_sizes_fall_and_thresholds_follow_the_schedule():
+    config = SemanticBinding()
+    assert config.step_size_at(0, 50) == 3.0
+    assert config.step_size_at(49, 50) == 0.0
+    assert [config.threshold_at(order, 50) for order in (0, 4, 7, 30)] == [26.0, 22.5, 21.0, 21.0]
+    assert config.threshold_at(2, 25) == 22.5
+    assert SemanticBinding(mode="reference").threshold_at(2, 25) == 24.0
+    assert SemanticBinding(losses={"segregation": 1}).threshold_at(0, 50) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "best"}, "object, attribute, got 'best'"),
+        ({"mode": "code"}, "paper, reference, got 'code'"),
+        ({"optimise": "vae"}, "got 'vae'"),
+        ({"losses": {"beauty": 1}}, "unknown loss 'beauty'"),
+        ({"losses": {"entropy": float("nan")}}, "finite"),
+        ({"losses": {"syngen": 1}}, "merge=False"),
+        ({"merge": False}, "bind_steps=0"),
+        ({"bind_steps": -1}, "bind_steps must not be negative"),
+        ({"step_size": -1.0}, "step_size must be finite"),
+        ({"subjects": [((1,),)]}, "pairs"),
+        ({"weights": (1.0,)}, r"two finite numbers, got \(1.0,\)"),
+        ({"weights": (1.0, float("nan"))}, "two finite numbers"),
+    ],
+)
+def test_bad_values_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SemanticBinding(**options)
+
+
+@pytest.mark.parametrize("options", [{"step_size": "3"}, {"merge": 1}, {"iterations": 2.5}])
+def test_wrong_types_are_refused(options):
+    with pytest.raises(TypeError, match=next(iter(options))):
+        SemanticBinding(**options)
+
+
+def test_patch_refuses_before_it_changes_anything(pipe):
+    with pytest.raises(TypeError, match="binding must be"):
+        patch(pipe, binding="object")
+    with pytest.raises(ValueError, match="no cross-attention layer matches"):
+        patch(pipe, binding=SemanticBinding(layers="nowhere.*"))
+    assert not is_swapped(pipe)
+    assert not is_swapped(pipe.unet)
+
+
+def test_layers_of_two_sizes_are_refused(pipe64):
+    with pytest.raises(ValueError, match="one size"):
+        run(pipe64, binding(layers="*"))

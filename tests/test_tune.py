@@ -1,0 +1,132 @@
+"""tune measures candidates against stock and chooses the fastest inside the budget."""
+
+import functools
+import math
+import re
+import sys
+
+import pytest
+import torch
+import zoo
+from PIL import Image
+from sampling import latents
+
+import difffast
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch
+from difffast.tune import CANDIDATES, EXACT, Candidate, Measured, Tuning, tune
+
+SOME = (Candidate(FeatureReuse(2)), FeatureReuse(3), EncoderPropagation(key_steps=2))
+WITH_GUIDANCE = Candidate(FeatureReuse(2), CfgReuse(2))
+
+
+@pytest.fixture
+def calls(pipe, monkeypatch):
+    """Counts the pipeline's calls."""
+    made = []
+    plain = type(pipe).__call__
+
+    @functools.wraps(plain)
+    def counted(self, *args, **kwargs):
+        made.append(args)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "__call__", counted)
+    return made
+
+
+def test_it_measures_and_chooses(pipe, calls):
+    stock = latents(pipe, steps=12)
+    before = dict(vars(pipe))
+    choice = tune(
+        pipe, 12, budget=1.0, metric="latent_error", candidates=[*SOME, WITH_GUIDANCE], prompts=["one", "two"]
+    )
+    by_candidate = {str(row.candidate): row for row in choice.rows}
+    assert set(by_candidate) == {str(EXACT), *map(str, SOME), str(WITH_GUIDANCE)}
+    assert max(by_candidate[str(EXACT)].latent_error) < 1e-5
+    assert min(by_candidate[str(FeatureReuse(2))].latent_error) > 1e-4
+    assert by_candidate[str(FeatureReuse(3))].median("psnr_db") < by_candidate[str(EXACT)].median("psnr_db")
+    assert choice.candidate == choice.rows[0].candidate  # everything is inside: the fastest
+    assert all(len(row.seconds) == 2 for row in choice.rows)
+    assert vars(pipe) == before
+    assert torch.equal(latents(pipe, steps=12), stock)
+    text = str(choice)
+    assert text.count("chosen") == 1
+    assert str(FeatureReuse(3)) in text
+
+
+def test_no_budget_leaves_the_exact_one(pipe):
+    choice = tune(pipe, 8, budget=1000.0, candidates=SOME[:1], prompts=["one"])
+    assert choice.candidate == EXACT
+
+
+def test_measurements_are_kept_for_this_model_and_schedule(pipe, calls, tmp_path):
+    cache = tmp_path / "deep" / "plans.json"
+    options = {"candidates": SOME[:1], "prompts": ["one"], "cache": cache, "repeats": 1}
+    first = tune(pipe, 8, **options)
+    made = len(calls)
+    assert made == 1 + 3  # warm-up, stock, exact, one candidate
+    again = tune(pipe, 8, **options)
+    assert len(calls) == made
+    assert again == first
+    more = tune(pipe, 8, **{**options, "repeats": 2})
+    assert len(calls) == made + 3  # all of them once more
+    before = {row.candidate: row.seconds for row in first.rows}
+    assert all(row.seconds <= before[row.candidate] for row in more.rows)
+    made = len(calls)
+    tune(pipe, 8, **{**options, "candidates": SOME[:2]})
+    assert len(calls) == made + 3  # stock again for its latents, after a warm-up, and the new candidate
+    made = len(calls)
+    tune(pipe, 9, **options)
+    assert len(calls) == made + 4
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(2)
+    tune(pipe, 8, **options)
+    assert len(calls) == made + 8
+
+
+def test_a_patched_pipeline_keeps_its_patch_and_its_progress_bar(pipe):
+    report = patch(pipe, propagation=FeatureReuse(4))
+    pipe.set_progress_bar_config(disable=True, desc="mine")
+    tune(pipe, 8, candidates=SOME[:1], prompts=["one"])
+    assert pipe._progress_bar_config == {"disable": True, "desc": "mine"}
+    latents(pipe, steps=8)
+    assert "outer layers (branch 0)" in str(report)
+    assert difffast.unpatch(pipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"metric": "lpips"}, "metric must be one of psnr_db, latent_error, got 'lpips'"), ({"prompts": []}, "prompts")],
+)
+def test_bad_values(pipe, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tune(pipe, 8, **options)
+
+
+def test_candidates_that_a_pipeline_cannot_take_are_left_out(monkeypatch):
+    pipe = zoo.ROWS["StableDiffusionPAGPipeline"].build()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(sys.modules["difffast.tune"], "CANDIDATES", (EXACT, WITH_GUIDANCE))
+    choice = tune(pipe, 8, prompts=["one"], repeats=1, height=32, width=32)
+    assert [row.candidate for row in choice.rows] == [EXACT]
+    assert WITH_GUIDANCE.options == {"propagation": FeatureReuse(2), "cfg": CfgReuse(2)}
+    assert any(candidate.cfg for candidate in CANDIDATES)
+
+
+def made_up():
+    rows = [
+        Measured(Candidate(FeatureReuse(interval)), (seconds,), (psnr,), (1 / psnr,))
+        for interval, seconds, psnr in ((7, 1.0, 20.0), (5, 2.0, 18.0), (3, 3.0, 35.0), (2, 4.0, 30.0))
+    ]
+    return (*rows, Measured(EXACT, (9.0,), (math.inf,), (0.0,)))
+
+
+def test_the_front_has_no_candidate_that_another_beats(tmp_path):
+    choice = Tuning(Candidate(FeatureReuse(3)), made_up(), (10.0,), "psnr_db", 30.0, 50)
+    assert [row.candidate for row in choice.front] == [*(Candidate(FeatureReuse(n)) for n in (7, 3)), EXACT]
+    by_error = Tuning(Candidate(FeatureReuse(3)), made_up(), (10.0,), "latent_error", 0.03, 50)
+    assert by_error.front == choice.front
+    assert [row.inside("latent_error", 0.03) for row in choice.rows] == [False, False, True, False, True]
+    choice.plot(tmp_path / "front.png")
+    with Image.open(tmp_path / "front.png") as picture:
+        assert picture.size[0] > 500
