@@ -1,0 +1,163 @@
+"""Count the Python calls that one step of a small pipeline makes into difffast, and the CPU seconds of its import.
+
+``python bench/count_calls.py`` prints both; ``--check`` exits with 1 where a bar is missed.
+
+A call is a "call" event of ``sys.setprofile`` whose code belongs to a module of the package, comprehensions and
+generators included.  A change of file is a call whose module is another one than that of the call before it.  A call
+*decides* if all that it does is to help to find out which backend runs: every function of the dispatch modules, and the
+functions of an operator or a layer that are named in :data:`DECIDING`.  Calls do not depend on the machine, but on what
+is installed: without the C++ extension fewer backends are asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import difffast
+from difffast import EncoderPropagation
+
+#: Most calls of a key step, most of them that decide, and most CPU seconds of ``import difffast`` as a multiple of
+#: those of ``import torch``.
+MOST_CALLS, MOST_DECIDING, MOST_IMPORT = 700, 100, 1.15
+
+#: Last parts of the names of modules that do nothing but decide.
+_MODULES = ("_registry", "_dispatch", "_proofs", "_installed")
+#: Functions that do nothing but decide, in the modules of operators and of layers.
+DECIDING = frozenset(
+    ("choose", "_choose", "_decide", "obstacle", "_obstacle", "_loses", "_backend", "_pays", "_setting", "<lambda>")
+)
+_OF_LAYERS = frozenset(("wins", "_wins"))
+
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls into difffast during one step.
+
+    Attributes:
+        total: all of them.
+        changes: those that are in another file than the call before.
+        deciding: those that only help to decide which backend runs.
+    """
+
+    total: int
+    changes: int
+    deciding: int
+
+
+def calls_of(made: list[tuple[str, str]]) -> Calls:
+    """Sum up the (module, function) pairs of one step."""
+    changes = sum(a[0] != b[0] for a, b in itertools.pairwise(made))
+    return Calls(len(made), changes, sum(decides(*each) for each in made))
+
+
+def decides(module: str, function: str) -> bool:
+    """Whether a function only helps to decide which backend runs."""
+    if not module.startswith("difffast.ops."):
+        return function in _OF_LAYERS
+    return module.rpartition(".")[2] in _MODULES or function in DECIDING
+
+
+def calls_by_step(pipe: Any, preset: str, **options: Any) -> list[list[tuple[str, str]]]:
+    """Run a patched pipeline and list the calls into difffast of every step, as pairs (module, function).
+
+    Args:
+        pipe: a text-to-image pipeline; it is patched, and left as it was.
+        preset, options: as for :func:`difffast.patch`.
+    """
+    steps: list[list[tuple[str, str]]] = [[]]
+
+    def note(frame: Any, event: str, _argument: Any) -> None:
+        if event == "call":
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith("difffast."):
+                steps[-1].append((module, frame.f_code.co_name))
+
+    def next_step(_pipe: Any, _step: int, _time: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        steps.append([])
+        return kwargs
+
+    earlier = sys.getprofile()
+    with difffast.patched(pipe, preset, **options):
+        sys.setprofile(note)
+        try:
+            pipe("a cat", num_inference_steps=STEPS, callback_on_step_end=next_step, output_type="latent")
+        finally:
+            sys.setprofile(earlier)
+    return steps[:STEPS]
+
+
+#: What is counted: name -> (preset, options, the step).  Steady ones: what is made once a run has been made.
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "the whole UNet": ("exact", {}, 6),
+    "encoder and two decoders": ("balanced", {"propagation": EncoderPropagation(key_steps=3)}, 6),
+    "from the queue": ("balanced", {"propagation": EncoderPropagation(key_steps=3)}, 7),
+    "one decoder": ("balanced", {"propagation": EncoderPropagation(key_steps=3)}, 8),
+}
+#: Cases that the bars hold for.
+KEY_STEPS = ("the whole UNet",)
+
+
+def count(pipe: Any) -> dict[str, Calls]:
+    """The calls of every case of :data:`CASES`."""
+    found = {}
+    for name, (preset, options, step) in CASES.items():
+        found[name] = calls_of(calls_by_step(pipe, preset, **options)[step])
+    return found
+
+
+def import_seconds(rounds: int) -> dict[str, float]:
+    """CPU seconds of ``import torch`` and of ``import difffast``, each in fresh processes: medians, in turn."""
+    code = "import {}, resource; u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime)"
+    seconds: dict[str, list[float]] = {"torch": [], "difffast": []}
+    for _ in range(rounds):
+        for module, found in seconds.items():
+            found.append(float(subprocess.check_output([sys.executable, "-c", code.format(module)])))
+    return {module: statistics.median(found) for module, found in seconds.items()}
+
+
+def complaints(calls: dict[str, Calls], seconds: dict[str, float]) -> list[str]:
+    """The bars that are missed."""
+    missed = []
+    for name in KEY_STEPS:
+        if calls[name].total >= MOST_CALLS:
+            missed.append(f"{name}: {calls[name].total} calls, the bar is below {MOST_CALLS}")
+        if calls[name].deciding >= MOST_DECIDING:
+            missed.append(f"{name}: {calls[name].deciding} calls decide, the bar is below {MOST_DECIDING}")
+    times = seconds["difffast"] / seconds["torch"]
+    if times > MOST_IMPORT:
+        missed.append(f"import difffast takes {times:.2f} times import torch, the bar is {MOST_IMPORT}")
+    return missed
+
+
+def main(print_line: Callable[[str], None] = print) -> int:
+    """Print everything; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    parser.add_argument("--rounds", type=int, default=7, help="processes for each import (default: %(default)s)")
+    arguments = parser.parse_args()
+    seconds = import_seconds(arguments.rounds)
+    pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8)
+    pipe.set_progress_bar_config(disable=True)
+    calls = count(pipe)
+    print_line(f"{'calls into difffast in a step':<32}{'all':>8}{'changes of file':>18}{'deciding':>10}")
+    for name, found in calls.items():
+        print_line(f"{name:<32}{found.total:>8}{found.changes:>18}{found.deciding:>10}")
+    times = seconds["difffast"] / seconds["torch"]
+    print_line(f"import torch {seconds['torch']:.2f} s, import difffast {seconds['difffast']:.2f} s CPU: {times:.2f}x")
+    missed = complaints(calls, seconds)
+    for line in missed:
+        print_line(f"MISSED: {line}")
+    return int(arguments.check and bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
