@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -115,13 +116,18 @@ def count(pipe: Any) -> dict[str, Calls]:
 
 
 def import_seconds(rounds: int) -> dict[str, float]:
-    """CPU seconds of ``import torch`` and of ``import difffast``, each in fresh processes: medians, in turn."""
+    """CPU seconds of ``import torch`` and of ``import difffast``, each in fresh processes: medians, in turn.
+
+    The first process of each is not counted: it compiles to bytecode what no earlier one has.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     code = "import {}, resource; u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime)"
     seconds: dict[str, list[float]] = {"torch": [], "difffast": []}
-    for _ in range(rounds):
+    for _ in range(1 + rounds):
         for module, found in seconds.items():
-            found.append(float(subprocess.check_output([sys.executable, "-c", code.format(module)])))
-    return {module: statistics.median(found) for module, found in seconds.items()}
+            command = [sys.executable, "-c", code.format(module)]
+            found.append(float(subprocess.check_output(command, env=environment)))
+    return {module: statistics.median(found[1:]) for module, found in seconds.items()}
 
 
 def complaints(calls: dict[str, Calls], seconds: dict[str, float]) -> list[str]:

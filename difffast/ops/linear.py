@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +134,16 @@ def _obstacle(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> s
     return _setting()
 
 
-@torch.compiler.assume_constant_result
+def _keep_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Let a compiled graph keep what ``function`` returned when it was traced.
+
+    It is ``torch.compiler.assume_constant_result``, which does this and imports the compiler: a second of CPU time.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_keep_in_graphs
 def _setting() -> str | None:
     """Why PyTorch would not give float32 convolutions to oneDNN as they are, or None."""
     if not torch.backends.mkldnn.enabled:
@@ -151,7 +162,7 @@ def _loses(backend: str, x: Tensor, weight: Tensor) -> bool:
     return small or not _pays()
 
 
-@torch.compiler.assume_constant_result
+@_keep_in_graphs
 def _pays() -> bool:
     # Who allows lower precision gets it from F.linear, which is the faster one then.
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and advantage() >= _WORTH
