@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS, repeated
+from .ops._attention_checks import MAX_HEAD_DIM, MAX_KEYS, repeat_rows
 from .swap import plain_class, swap_calls, swap_out
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ def _operate(query: Tensor, keys: Tensor, values: Tensor, pixels: Sequence[Tenso
     """The layer's operator, on text keys and values and on those of its own input, if there are any; -> out by head."""
     if keys.shape[2] > MAX_KEYS:
         # Long prompts, and texts of other encoders than CLIP's: Kolors has 256 tokens.
-        return ops.self_attention(query, *repeated(query, keys, values))
+        return ops.self_attention(query, *repeat_rows(query, keys, values))
     if pixels:
         return ops.joint_attention(query, keys, values, *pixels, **options)
     return ops.cross_attention(query, keys, values, sink=sink, **options)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import fusion, ops
-from .ops.cross_attention import MAX_HEAD_DIM
+from .ops._attention_checks import MAX_HEAD_DIM
 from .swap import swap_calls, swap_out
 
 #: Processors that can be fused.

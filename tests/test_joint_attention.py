@@ -21,7 +21,7 @@ from tolerances import EXACT_FLOAT32, EXACT_FLOAT64, LATENTS_FLOAT64, OUTPUT_FLO
 import difffast
 from difffast import AttentionMaps, EncoderPropagation, attention, ops, patch, patched, programs, unpatch
 from difffast.attention_maps import choose_layers
-from difffast.ops._registry import INTERPRETED
+from difffast.ops._installed import INTERPRETED
 
 STEPS = 8
 

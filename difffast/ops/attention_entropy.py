@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch, _installed
+from ._library import LIBRARY, refuse_second_derivative
 
 MAX_TOKENS = 127
 DTYPES = (torch.float32, torch.float64)
@@ -158,14 +159,14 @@ def _checked(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, ep
 
 def obstacle(backend: str, maps: Tensor) -> str | None:
     """Why a backend that exists here cannot serve these maps, or None."""
-    if backend == "triton" and maps.dtype == torch.float64 and not _registry.INTERPRETED:
+    if backend == "triton" and maps.dtype == torch.float64 and not _installed.INTERPRETED:
         # A compiled Triton kernel takes tau, eps and weight as float32.
         return "it takes float64 in the interpreter only"
     return None
 
 
 def _backend(maps: Tensor) -> str:
-    return _registry.choose("attention_entropy", maps, lambda backend: obstacle(backend, maps))
+    return _dispatch.choose("attention_entropy", maps, lambda backend: obstacle(backend, maps))
 
 
 # anchors increase.  shares [B, K, N]: p of each subject.  stats [B, K, 4]: S, sum(g) - N gbar, gbar, the subject's part
@@ -220,7 +221,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _define(backend: str) -> None:
     """Schemas, fakes and autograd of one backend."""
-    name, library = f"attention_entropy.{backend}", _registry.LIBRARY
+    name, library = f"attention_entropy.{backend}", LIBRARY
     backward_name = f"attention_entropy_backward.{backend}"
     library.define(name + _SCHEMA)
     library.define(backward_name + _BACKWARD_SCHEMA)
@@ -234,7 +235,7 @@ def _define(backend: str) -> None:
         return grad, None, None, None, None, None, None
 
     torch.library.register_autograd(f"difffast::{name}", differentiate, setup_context=_save, lib=library)
-    _registry.refuse_second_derivative("attention_entropy", backward_name)
+    refuse_second_derivative("attention_entropy", backward_name)
 
 
 def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -252,5 +253,5 @@ def _triton_backward(*arguments: Any) -> Tensor:
 _define("cpp")
 _define("triton")
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("attention_entropy.triton", _triton_forward, _device)
-    _registry.LIBRARY.impl("attention_entropy_backward.triton", _triton_backward, _device)
+    LIBRARY.impl("attention_entropy.triton", _triton_forward, _device)
+    LIBRARY.impl("attention_entropy_backward.triton", _triton_backward, _device)

@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch
+from ._attention_checks import check_attention, check_tokens, repeat_rows, store_by_row
+from ._library import LIBRARY, refuse_second_derivative
 
-MAX_KEYS = 128
-MAX_HEAD_DIM = 256
 #: Products q k below which the C++ kernel loses to PyTorch's attention.
 _SMALL = 1 << 14
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cross_attention(
@@ -55,10 +54,10 @@ def cross_attention(
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    scale = checked(q, k, v, scale, sink)
+    scale = check_attention(q, k, v, scale, sink)
     if map_tokens is None:
         return _run(q, k, v, scale, sink, [])[0]
-    tokens = checked_tokens(map_tokens, k.shape[2])
+    tokens = check_tokens(map_tokens, k.shape[2])
     increasing = sorted(set(tokens))
     out, maps = _run(q, k, v, scale, sink, increasing)
     if tokens != increasing:
@@ -71,13 +70,13 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (x.to(compute) for x in (q, *repeated(q, k, v)))
+    q_, k_, v_ = (x.to(compute) for x in (q, *repeat_rows(q, k, v)))
     logits = q_ @ k_.transpose(-1, -2) * scale
     if sink:
         # One more column of logit log(sink) is `sink` columns of logit 0.
         logits = F.pad(logits, (0, 1), value=math.log(sink))
     p = logits.softmax(-1)[..., : k.shape[2]]
-    return stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
+    return store_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
 
 def reference_backward(
@@ -96,7 +95,7 @@ def reference_backward(
     dv = P^T dO.  The sink takes no part: its dP is 0.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (x.to(compute) for x in (q, *repeated(q, k, v)))
+    q_, k_, v_ = (x.to(compute) for x in (q, *repeat_rows(q, k, v)))
     logits = q_ @ k_.transpose(-1, -2) * scale
     if sink:
         logits = F.pad(logits, (0, 1), value=math.log(sink))
@@ -111,82 +110,14 @@ def reference_backward(
         x.unflatten(0, (-1, repeats)).sum(1).to(k.dtype)
         for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)
     )
-    return stored_by_row((ds @ k_).to(q.dtype)), dk, dv
+    return store_by_row((ds @ k_).to(q.dtype)), dk, dv
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int) -> Tensor:
-    k, v = repeated(q, k, v)
+    k, v = repeat_rows(q, k, v)
     if sink:
         k, v = F.pad(k, (0, 0, 0, sink)), F.pad(v, (0, 0, 0, sink))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
-def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    repeats = q.shape[0] // k.shape[0]
-    return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
-
-
-def stored_by_row(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    sink: int = 0,
-    prefix: str = "",
-    most: int | None = MAX_KEYS,
-) -> float:
-    """The scale, after all operands have been checked; errors put ``prefix`` before the names of k and v.
-
-    ``most`` is how many keys there may be.
-    """
-    of_k, of_v = f"{prefix}k", f"{prefix}v"
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(
-            f"q, {of_k} and {of_v} must be [batch, heads, rows, head_dim], got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if k.shape != v.shape:
-        raise ValueError(f"{of_k} and {of_v} must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q and {of_k} must have the same heads and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if not k.shape[0] or q.shape[0] % k.shape[0]:
-        raise ValueError(f"{of_k}'s batch must divide q's, got {k.shape[0]} and {q.shape[0]}")
-    if k.shape[2] < 1 or (most is not None and k.shape[2] > most):
-        raise ValueError(
-            f"{of_k} must have {'at least 1 key' if most is None else f'1 to {most} keys'}, got {k.shape[2]}"
-        )
-    if not q.shape[1] or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"q needs a head and a head_dim of 1 to {MAX_HEAD_DIM}, got {tuple(q.shape)}")
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, {of_k} and {of_v} must have one dtype of float16, bfloat16, float32 and float64, "
-            f"got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"q, {of_k} and {of_v} must be on one device, got {q.device}, {k.device} and {v.device}")
-    if type(sink) is not int or sink < 0:
-        raise ValueError(f"sink must be an int of at least 0, got {sink!r}")
-    if scale is None:
-        return q.shape[3] ** -0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
-
-
-def checked_tokens(map_tokens: Sequence[int], keys: int) -> list[int]:
-    tokens = list(map_tokens)
-    if not tokens:
-        raise ValueError("map_tokens must name at least one token (or be None), got none")
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < keys:
-            raise ValueError(f"map_tokens must be ints in 0 .. {keys - 1}, got {token!r}")
-    return tokens
 
 
 def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str | None:
@@ -216,7 +147,7 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_to
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str:
-    return _registry.choose(
+    return _dispatch.choose(
         "cross_attention",
         q,
         lambda backend: obstacle(backend, q, k, v, scale, map_tokens),
@@ -299,18 +230,16 @@ def _differentiate(backend: str) -> Any:
 
 def _define(backend: str, backward: str) -> None:
     """Schema, fake and autograd of one backend's operator; ``backward`` is the backend that differentiates it."""
-    _registry.LIBRARY.define(f"cross_attention.{backend}{_SCHEMA}")
-    torch.library.register_fake(f"difffast::cross_attention.{backend}", _fake, lib=_registry.LIBRARY)
+    LIBRARY.define(f"cross_attention.{backend}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::cross_attention.{backend}", _fake, lib=LIBRARY)
     _OPERATORS[backend] = getattr(torch.ops.difffast.cross_attention, backend)
     if backend == backward:
-        _registry.LIBRARY.define(f"cross_attention_backward.{backend}{_BACKWARD_SCHEMA}")
-        torch.library.register_fake(
-            f"difffast::cross_attention_backward.{backend}", _fake_backward, lib=_registry.LIBRARY
-        )
+        LIBRARY.define(f"cross_attention_backward.{backend}{_BACKWARD_SCHEMA}")
+        torch.library.register_fake(f"difffast::cross_attention_backward.{backend}", _fake_backward, lib=LIBRARY)
         _BACKWARD[backend] = getattr(torch.ops.difffast.cross_attention_backward, backend)
-        _registry.refuse_second_derivative("cross_attention", f"cross_attention_backward.{backend}")
+        refuse_second_derivative("cross_attention", f"cross_attention_backward.{backend}")
     torch.library.register_autograd(
-        f"difffast::cross_attention.{backend}", _differentiate(backward), setup_context=_save, lib=_registry.LIBRARY
+        f"difffast::cross_attention.{backend}", _differentiate(backward), setup_context=_save, lib=LIBRARY
     )
 
 
@@ -330,5 +259,5 @@ _define("cpp", backward="cpp")
 _define("triton", backward="triton")
 _define("cuda", backward="triton")
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("cross_attention.triton", _triton_forward, _device)
-    _registry.LIBRARY.impl("cross_attention_backward.triton", _triton_backward, _device)
+    LIBRARY.impl("cross_attention.triton", _triton_forward, _device)
+    LIBRARY.impl("cross_attention_backward.triton", _triton_backward, _device)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch, _installed
+from ._library import LIBRARY, refuse_second_derivative
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -233,7 +234,7 @@ def obstacle(backend: str, x: Tensor, size: int) -> str | None:
     """Why a backend that exists here cannot serve this operand, whose groups have ``size`` channels, or None."""
     if backend == "cpp" and x.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if backend == "triton" and x.dtype == torch.float64 and not _registry.INTERPRETED:
+    if backend == "triton" and x.dtype == torch.float64 and not _installed.INTERPRETED:
         # A compiled Triton kernel takes eps as float32.
         return "it takes float64 in the interpreter only"
     if backend == "cuda" and x.dtype == torch.float64:
@@ -245,7 +246,7 @@ def obstacle(backend: str, x: Tensor, size: int) -> str | None:
 
 def choose(operator: str, x: Tensor, size: int) -> str:
     """The backend of this operator or of skip_norm_silu for this operand, whose groups have ``size`` channels."""
-    return _registry.choose(operator, x, lambda backend: obstacle(backend, x, size), lambda backend: _loses(backend, x))
+    return _dispatch.choose(operator, x, lambda backend: obstacle(backend, x, size), lambda backend: _loses(backend, x))
 
 
 def _loses(backend: str, x: Tensor) -> bool:
@@ -342,9 +343,9 @@ def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _define(backend: str, fake: Any, differentiate: Any) -> None:
     """Schema, fake and autograd of one backend's operator."""
     name = f"group_norm_silu.{backend}"
-    _registry.LIBRARY.define(f"{name}{_ARGUMENTS} -> {_RETURNS[backend]}")
-    torch.library.register_fake(f"difffast::{name}", fake, lib=_registry.LIBRARY)
-    torch.library.register_autograd(f"difffast::{name}", differentiate, setup_context=_save, lib=_registry.LIBRARY)
+    LIBRARY.define(f"{name}{_ARGUMENTS} -> {_RETURNS[backend]}")
+    torch.library.register_fake(f"difffast::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"difffast::{name}", differentiate, setup_context=_save, lib=LIBRARY)
     _OPERATORS[backend] = getattr(torch.ops.difffast.group_norm_silu, backend)
 
 
@@ -353,9 +354,9 @@ def _define(backend: str, fake: Any, differentiate: Any) -> None:
 _define("cpp", _fake, _differentiate)
 _define("triton", _fake_triton, _differentiate_triton)
 _define("cuda", _fake, _differentiate)
-_registry.LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")
-torch.library.register_fake("difffast::group_norm_silu_backward.triton", _fake_triton_backward, lib=_registry.LIBRARY)
-_registry.refuse_second_derivative("group_norm_silu", "group_norm_silu_backward.triton")
+LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")
+torch.library.register_fake("difffast::group_norm_silu_backward.triton", _fake_triton_backward, lib=LIBRARY)
+refuse_second_derivative("group_norm_silu", "group_norm_silu_backward.triton")
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("group_norm_silu.triton", _triton_forward, _device)
-    _registry.LIBRARY.impl("group_norm_silu_backward.triton", _triton_backward, _device)
+    LIBRARY.impl("group_norm_silu.triton", _triton_forward, _device)
+    LIBRARY.impl("group_norm_silu_backward.triton", _triton_backward, _device)

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
-from .cross_attention import checked, checked_tokens, cross_attention, repeated, stored_by_row
+from . import _dispatch
+from ._attention_checks import check_attention, check_tokens, repeat_rows, store_by_row
+from ._library import LIBRARY
+from .cross_attention import cross_attention
 
 
 def joint_attention(
@@ -59,13 +61,13 @@ def joint_attention(
                 f"k and v must both be tensors or both be None, got {type(k).__name__}, {type(v).__name__}"
             )
         return cross_attention(q, text_k, text_v, scale=scale, map_tokens=map_tokens)
-    scale = checked(q, text_k, text_v, scale, prefix="text_")
+    scale = check_attention(q, text_k, text_v, scale, prefix="text_")
     _check_pixels(q, k, v)
-    tokens = [] if map_tokens is None else checked_tokens(map_tokens, text_k.shape[2])
+    tokens = [] if map_tokens is None else check_tokens(map_tokens, text_k.shape[2])
     increasing = sorted(set(tokens))
     # The closed form in plain PyTorch takes up to 2.5 times as long as the backward pass of PyTorch's attention.
-    slow = map_tokens is None and _registry.wants_gradient(q, text_k, text_v, k, v)
-    backend = _registry.choose(
+    slow = map_tokens is None and _dispatch.wants_gradient(q, text_k, text_v, k, v)
+    backend = _dispatch.choose(
         "joint_attention",
         q,
         lambda backend: obstacle(backend, q, text_k, text_v, increasing),
@@ -86,7 +88,7 @@ def reference(
     """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
     q_, k_, v_ = _joined(q, text_k, text_v, k, v)
     p = (q_ @ k_.transpose(-1, -2) * scale).softmax(-1)
-    return stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
+    return store_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
 
 def reference_backward(
@@ -120,19 +122,19 @@ def reference_backward(
     )
     repeats = q.shape[0] // text_k.shape[0]
     of_text = (x.unflatten(0, (-1, repeats)).sum(1) for x in of_text)
-    dq = stored_by_row((ds @ k_).to(q.dtype))
+    dq = store_by_row((ds @ k_).to(q.dtype))
     return dq, *(x.to(q.dtype) for x in (*of_text, *of_pixels))
 
 
 def _joined(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, keys and values in the dtype of the computation."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    text_k, text_v = repeated(q, text_k, text_v)
+    text_k, text_v = repeat_rows(q, text_k, text_v)
     return tuple(x.to(compute) for x in (q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)))
 
 
 def _sdpa(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    text_k, text_v = repeated(q, text_k, text_v)
+    text_k, text_v = repeat_rows(q, text_k, text_v)
     return F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), scale=scale)
 
 
@@ -196,9 +198,9 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 for _backend in ("triton", "cpp"):
     _name = f"joint_attention.{_backend}"
-    _registry.LIBRARY.define(f"{_name}{_SCHEMA}")
-    torch.library.register_fake(f"difffast::{_name}", _fake, lib=_registry.LIBRARY)
-    torch.library.register_autograd(f"difffast::{_name}", _differentiate, setup_context=_save, lib=_registry.LIBRARY)
+    LIBRARY.define(f"{_name}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"difffast::{_name}", _differentiate, setup_context=_save, lib=LIBRARY)
     _OPERATORS[_backend] = getattr(torch.ops.difffast.joint_attention, _backend)
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("joint_attention.triton", _triton, _device)
+    LIBRARY.impl("joint_attention.triton", _triton, _device)

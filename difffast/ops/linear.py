@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch, _installed
+from ._library import LIBRARY
 
 #: Multiply-adds, and rows, below which oneDNN loses: it reorders the weights at every call.
 _SMALL, _FEW = 6_000_000, 64
@@ -66,10 +67,10 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     Raises:
         RuntimeError: the forced backend cannot run.
     """
-    if not _registry.forces():  # every linear layer of a UNet asks at every call: 2 us instead of 12
+    if not _dispatch.forces():  # every linear layer of a UNet asks at every call: 2 us instead of 12
         lost = x.device.type != "cpu" or _loses("onednn", x, weight) or _obstacle("onednn", x, weight, bias) is not None
         return "reference" if lost else "onednn"
-    return _registry.choose(
+    return _dispatch.choose(
         "linear", x, lambda backend: _obstacle(backend, x, weight, bias), lambda backend: _loses(backend, x, weight)
     )
 
@@ -82,13 +83,13 @@ def backend_of_large(like: Tensor) -> str:
     """
     if like.dtype != torch.float32 or like.device.type != "cpu":
         return "reference"
-    return _registry.forced("linear", like.device) or ("onednn" if _pays() else "reference")
+    return _dispatch.find_forced("linear", like.device) or ("onednn" if _pays() else "reference")
 
 
 @functools.cache
 def advantage() -> float:
     """How many times faster oneDNN is here than F.linear, measured once a process, in some 50 ms; 1 without oneDNN."""
-    if _registry.missing("onednn") is not None:
+    if _installed.missing("onednn") is not None:
         return 1.0
     x, weight = torch.ones(2, _SIDE, _SIDE, dtype=torch.float32, device="cpu")
     best = dict.fromkeys((F.linear, _convolution), float("inf"))
@@ -129,7 +130,7 @@ def _obstacle(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> s
         return f"it takes float32, got {str(x.dtype).removeprefix('torch.')}"
     if x.numel() == 0 or weight.numel() == 0:
         return "an operand is empty"
-    if torch.compiler.is_compiling() and _registry.wants_gradient(x, weight, *([] if bias is None else [bias])):
+    if torch.compiler.is_compiling() and _dispatch.wants_gradient(x, weight, *([] if bias is None else [bias])):
         return "compiled it has no backward pass"
     return _setting()
 
@@ -176,7 +177,7 @@ def _refuse(_ctx: object, *_grads: object) -> None:
     raise RuntimeError("linear: the operator has no backward pass; difffast.ops.linear takes another way")
 
 
-_registry.LIBRARY.define("linear.onednn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_registry.LIBRARY.impl("linear.onednn", _convolution, "CPU")
-torch.library.register_fake("difffast::linear.onednn", _fake, lib=_registry.LIBRARY)
-torch.library.register_autograd("difffast::linear.onednn", _refuse, lib=_registry.LIBRARY)
+LIBRARY.define("linear.onednn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.impl("linear.onednn", _convolution, "CPU")
+torch.library.register_fake("difffast::linear.onednn", _fake, lib=LIBRARY)
+torch.library.register_autograd("difffast::linear.onednn", _refuse, lib=LIBRARY)

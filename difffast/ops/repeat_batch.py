@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch
+from ._library import LIBRARY
 
 
 def reference(x: Tensor, repeats: int) -> Tensor:
@@ -35,17 +36,17 @@ def repeat_batch(x: Tensor, repeats: int) -> Tensor:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")
-    backend = _registry.forced("repeat_batch", x.device)
+    backend = _dispatch.find_forced("repeat_batch", x.device)
     if backend is None:
-        backend = "cpp" if _registry.default("repeat_batch", "cpp", x.device, x.dtype) else "reference"
+        backend = "cpp" if _dispatch.may_be_default("repeat_batch", "cpp", x.device, x.dtype) else "reference"
     if backend == "cpp" and not (x.requires_grad and torch.is_grad_enabled()):
         return torch.ops.difffast.repeat_batch(x, repeats)
     return reference(x, repeats)
 
 
-_registry.LIBRARY.define("repeat_batch(Tensor x, int repeats) -> Tensor")
+LIBRARY.define("repeat_batch(Tensor x, int repeats) -> Tensor")
 
 
-@torch.library.register_fake("difffast::repeat_batch", lib=_registry.LIBRARY)
+@torch.library.register_fake("difffast::repeat_batch", lib=LIBRARY)
 def _fake(x: Tensor, repeats: int) -> Tensor:
     return reference(x, repeats)

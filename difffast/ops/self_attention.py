@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
-from .cross_attention import checked, reference
+from . import _dispatch
+from ._attention_checks import check_attention
+from ._library import LIBRARY
+from .cross_attention import reference
 
 #: Products q k below which the C++ kernel loses to PyTorch's attention, and keys in bfloat16.
 _SMALL, _FEW = 1 << 14, 64
@@ -41,10 +43,10 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    scale = checked(q, k, v, scale, most=None)
+    scale = check_attention(q, k, v, scale, most=None)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
-    backend = _registry.choose(
+    backend = _dispatch.choose(
         "self_attention", q, lambda backend: obstacle(backend, q, k, v), lambda backend: _loses(backend, q, k)
     )
     if backend == "reference":
@@ -60,7 +62,7 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
     if q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if _registry.wants_gradient(q, k, v):
+    if _dispatch.wants_gradient(q, k, v):
         return "it has no backward pass"
     return None
 
@@ -82,6 +84,6 @@ def _refuse(_ctx: Any, *_grads: Any) -> None:
     raise RuntimeError("self_attention: the C++ kernel has no backward pass; difffast.ops.self_attention takes another")
 
 
-_registry.LIBRARY.define("self_attention.cpp(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
-torch.library.register_fake("difffast::self_attention.cpp", _fake, lib=_registry.LIBRARY)
-torch.library.register_autograd("difffast::self_attention.cpp", _refuse, lib=_registry.LIBRARY)
+LIBRARY.define("self_attention.cpp(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+torch.library.register_fake("difffast::self_attention.cpp", _fake, lib=LIBRARY)
+torch.library.register_autograd("difffast::self_attention.cpp", _refuse, lib=LIBRARY)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry
+from ._library import LIBRARY
 from .group_norm_silu import check_norm, choose, memory_format
 from .group_norm_silu import reference as norm
 from .group_norm_silu import reference_backward as norm_backward
@@ -145,11 +145,11 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 for _name in ("cpp", "cuda", "triton"):
-    _registry.LIBRARY.define(f"skip_norm_silu.{_name}{_SCHEMA}")
-    torch.library.register_fake(f"difffast::skip_norm_silu.{_name}", _fake, lib=_registry.LIBRARY)
+    LIBRARY.define(f"skip_norm_silu.{_name}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::skip_norm_silu.{_name}", _fake, lib=LIBRARY)
     torch.library.register_autograd(
-        f"difffast::skip_norm_silu.{_name}", _differentiate, setup_context=_save, lib=_registry.LIBRARY
+        f"difffast::skip_norm_silu.{_name}", _differentiate, setup_context=_save, lib=LIBRARY
     )
     _OPERATORS[_name] = getattr(torch.ops.difffast.skip_norm_silu, _name)
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("skip_norm_silu.triton", _triton, _device)
+    LIBRARY.impl("skip_norm_silu.triton", _triton, _device)

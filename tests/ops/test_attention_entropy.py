@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffast import ops
-from difffast.ops import _registry
+from difffast.ops import _installed
 from difffast.ops.attention_entropy import _backend, reference, reference_backward
 
 EVERY = [
@@ -461,7 +461,7 @@ def test_forced_backends(monkeypatch):
             ):
                 ops.attention_entropy(MAPS.to("meta"), [1], 5)
     if ops.missing("triton") is None:
-        monkeypatch.setattr(_registry, "INTERPRETED", False)
+        monkeypatch.setattr(_installed, "INTERPRETED", False)
         with ops.use_backend("triton"), pytest.raises(RuntimeError, match="it takes float64 in the interpreter only"):
             _backend(MAPS.double())
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from difffast import ops
-from difffast.ops import _registry
+from difffast.ops import _installed
 from difffast.ops.group_norm_silu import choose, obstacle, reference, reference_backward
 
 # On CPU tensors; the CUDA kernel is emulated in test_group_norm_silu_cuda.py and runs in tests/test_gpu.py.
@@ -489,7 +489,7 @@ def test_forced_backends(monkeypatch, operator):
         with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="float32, float64 and bfloat16, got float16"):
             choose(operator, X.half(), 2)
     if ops.missing("triton") is None:
-        monkeypatch.setattr(_registry, "INTERPRETED", False)
+        monkeypatch.setattr(_installed, "INTERPRETED", False)
         with ops.use_backend("triton"), pytest.raises(RuntimeError, match="it takes float64 in the interpreter only"):
             choose(operator, X.double(), 2)
 
