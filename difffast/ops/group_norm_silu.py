@@ -146,10 +146,13 @@ def reference_backward(
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format that the result has for this operand: channels_last where its channels are neighbours."""
-    if x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    """Return the format that the result has for this operand: channels_last where its channels are neighbours."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of an operand are neighbours; where either format fits, it is contiguous."""
+    return x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous()
 
 
 def check_norm(name: str, x: Tensor, groups: int, others: dict[str, Tensor], eps: float, channels: int = 0) -> None:
@@ -328,16 +331,16 @@ def _differentiate_triton(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[A
     return dx, None, dweight, dbias, None, daddend, dscale, dshift, None
 
 
-def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from difffast.triton_kernels import group_norm_silu as kernels
 
-    return kernels.forward(*arguments)
+    return kernels.forward(x, *rest, channels_last=is_channels_last(x))
 
 
-def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from difffast.triton_kernels import group_norm_silu as kernels
 
-    return kernels.backward(*arguments)
+    return kernels.backward(grad_out, x, *rest, channels_last=is_channels_last(x))
 
 
 def _define(backend: str, fake: Any, differentiate: Any) -> None:

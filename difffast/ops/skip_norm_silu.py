@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY
-from .group_norm_silu import check_norm, choose, memory_format
+from .group_norm_silu import check_norm, choose, is_channels_last, memory_format
 from .group_norm_silu import reference as norm
 from .group_norm_silu import reference_backward as norm_backward
 
@@ -138,10 +138,10 @@ def _differentiate(ctx: Any, grad_per_step: Tensor, grad_shared: Tensor) -> tupl
     return dhidden, dskip, None, dweight, dbias, None, None
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from difffast.triton_kernels import skip_norm_silu as kernels
 
-    return kernels.forward(*arguments)
+    return kernels.forward(hidden, *rest, channels_last=is_channels_last(hidden))
 
 
 for _name in ("cpp", "cuda", "triton"):
