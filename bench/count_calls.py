@@ -2,11 +2,12 @@
 
 ``python bench/count_calls.py`` prints both; ``--check`` exits with 1 where a bar is missed.
 
-A call is a "call" event of ``sys.setprofile`` whose code belongs to a module of the package, comprehensions and
-generators included.  A change of file is a call whose module is another one than that of the call before it.  A call
-*decides* if all that it does is to help to find out which backend runs: every function of the dispatch modules, and the
-functions of an operator or a layer that are named in :data:`DECIDING`.  Calls do not depend on the machine, but on what
-is installed: without the C++ extension fewer backends are asked.
+A call is a "call" event of ``sys.setprofile`` for a function or a lambda of a module of the package; comprehensions and
+generator expressions belong to the function that they are in.  A change of file is a call whose module is another one
+than that of the call before it.  A call *decides* if all that it does is to help to find out which backend runs: every
+function of the dispatch modules, and the functions of operators and layers that are named in :data:`DECIDING` and
+:data:`DECIDING_IN_LAYERS`.  Calls do not depend on the machine, but on what is installed: without the C++ extension
+fewer backends are asked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import difffast
 from difffast import EncoderPropagation
 
@@ -29,14 +32,27 @@ from difffast import EncoderPropagation
 MOST_CALLS, MOST_DECIDING, MOST_IMPORT = 700, 100, 1.15
 
 #: Last parts of the names of modules that do nothing but decide.
-_MODULES = ("_registry", "_dispatch", "_proofs", "_installed")
-#: Functions that do nothing but decide, in the modules of operators and of layers.
+_MODULES = ("_dispatch", "_proofs", "_installed")
+#: Functions of operators, and of layers, that do nothing but decide.
 DECIDING = frozenset(
-    ("choose", "_choose", "_decide", "obstacle", "_obstacle", "_loses", "_backend", "_pays", "_setting", "<lambda>")
+    (
+        "choose",
+        "_choose",
+        "choose_for",
+        "_decide",
+        "find_obstacle",
+        "_find_obstacle",
+        "_loses",
+        "_pays",
+        "_find_setting",
+    )
 )
-_OF_LAYERS = frozenset(("wins", "_wins"))
+DECIDING_IN_LAYERS = frozenset(("wins",))
 
-STEPS = 12
+#: Frames that belong to the function that they are in.
+_PARTS = frozenset(("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>"))
+
+STEPS = 9
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ def calls_of(made: list[tuple[str, str]]) -> Calls:
 def decides(module: str, function: str) -> bool:
     """Whether a function only helps to decide which backend runs."""
     if not module.startswith("difffast.ops."):
-        return function in _OF_LAYERS
+        return function in DECIDING_IN_LAYERS
     return module.rpartition(".")[2] in _MODULES or function in DECIDING
 
 
@@ -77,7 +93,7 @@ def calls_by_step(pipe: Any, preset: str, **options: Any) -> list[list[tuple[str
     steps: list[list[tuple[str, str]]] = [[]]
 
     def note(frame: Any, event: str, _argument: Any) -> None:
-        if event == "call":
+        if event == "call" and frame.f_code.co_name not in _PARTS:
             module = frame.f_globals.get("__name__", "")
             if module.startswith("difffast."):
                 steps[-1].append((module, frame.f_code.co_name))
@@ -96,22 +112,29 @@ def calls_by_step(pipe: Any, preset: str, **options: Any) -> list[list[tuple[str
     return steps[:STEPS]
 
 
+_ONE = {"propagation": EncoderPropagation(key_steps=3, parallel=False)}
+_TWO = {"propagation": EncoderPropagation(key_steps=3)}
 #: What is counted: name -> (preset, options, the step).  Steady ones: what is made once a run has been made.
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "the whole UNet": ("exact", {}, 6),
-    "encoder and two decoders": ("balanced", {"propagation": EncoderPropagation(key_steps=3)}, 6),
-    "from the queue": ("balanced", {"propagation": EncoderPropagation(key_steps=3)}, 7),
-    "one decoder": ("balanced", {"propagation": EncoderPropagation(key_steps=3)}, 8),
+    "key step": ("balanced", _ONE, 6),
+    "key step, two decoders at once": ("balanced", _TWO, 6),
+    "key step of exact": ("exact", {}, 6),
+    "in between, a decoder": ("balanced", _ONE, 7),
+    "in between, from the queue": ("balanced", _TWO, 7),
 }
 #: Cases that the bars hold for.
-KEY_STEPS = ("the whole UNet",)
+KEY_STEPS = ("key step", "key step of exact")
 
 
 def count(pipe: Any) -> dict[str, Calls]:
     """The calls of every case of :data:`CASES`."""
+    runs: dict[tuple[str, int], list[list[tuple[str, str]]]] = {}
     found = {}
     for name, (preset, options, step) in CASES.items():
-        found[name] = calls_of(calls_by_step(pipe, preset, **options)[step])
+        run = (preset, id(options))
+        if run not in runs:
+            runs[run] = calls_by_step(pipe, preset, **options)
+        found[name] = calls_of(runs[run][step])
     return found
 
 
@@ -151,6 +174,7 @@ def main(print_line: Callable[[str], None] = print) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="processes for each import (default: %(default)s)")
     arguments = parser.parse_args()
     seconds = import_seconds(arguments.rounds)
+    torch.set_num_threads(1)
     pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8)
     pipe.set_progress_bar_config(disable=True)
     calls = count(pipe)

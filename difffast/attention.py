@@ -247,8 +247,9 @@ def _obstacle(
     given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
     if positional or given:
         return f"arguments {', '.join(given) or 'by position'} (masks are not fused)"
-    if has_added_keys(layer) != (processor.__name__ == _ADDED):
-        return f"attention processor {processor.__name__} {'with' if has_added_keys(layer) else 'without'} added keys"
+    added = has_added_keys(layer)
+    if added != (processor.__name__ == _ADDED):
+        return f"attention processor {processor.__name__} {'with' if added else 'without'} added keys"
     if isinstance(text, tuple) != (processor.__name__ == "IPAdapterAttnProcessor2_0"):
         return "image tokens without an IP-Adapter processor, or the other way round"
     if isinstance(text, tuple) and any(isinstance(scale, list) for scale in layer.processor.scale):
@@ -260,7 +261,7 @@ def _obstacle(
         return f"heads wider than {MAX_HEAD_DIM}"
     if keys > MAX_KEYS and (maps or sink or operator_of(layer) == "joint_attention"):
         return f"more than {MAX_KEYS} text tokens ({keys})"
-    if has_added_keys(layer):
+    if added:
         if rank not in (4, None):
             return "no [B, C, height, width] input"
         return "rows of zeros are none after the layer's norm and biases" if sink else None

@@ -7,35 +7,30 @@ import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-import torch
 from torch import nn
 
 from .swap import plain_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-#: Inside :func:`fused`: who is told why a layer runs stock.
-_note: ContextVar[Callable[[str], object] | None] = ContextVar("difffast_fused", default=None)
+#: Inside :func:`fused`: who is told why a layer runs stock; None: all do.  Layers read it themselves: every one asks at
+#: every call.  Compiled regions cannot ask, and run stock.
+NOTE: ContextVar[Callable[[str], object] | None] = ContextVar("difffast_fused", default=None)
 
 
 @contextlib.contextmanager
 def fused(note: Callable[[str], object] | None) -> Iterator[None]:
     """Let this thread's layers use the operators inside the block; ``note`` is told why one does not.  None: stock."""
-    token = _note.set(note)
+    token = NOTE.set(note)
     try:
         yield
     finally:
-        _note.reset(token)
-
-
-def note() -> Callable[[str], object] | None:
-    """Who is told why a layer of this call runs stock; None: all do, as in compiled regions, which cannot ask."""
-    return None if torch.compiler.is_compiling() else _note.get()
+        NOTE.reset(token)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is just a ``kind`` whose weights are there to be used."""
-    if plain_class(module) is not kind or is_wrapped(module):
+    if (type(module) is not kind and plain_class(module) is not kind) or is_wrapped(module):
         return False
     return type(module.weight) is nn.Parameter and not module.weight.is_meta
 

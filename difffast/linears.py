@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import fusion, ops
+from . import ops
+from .fusion import NOTE, is_plain
 from .ops.linear import choose, through_onednn
 from .swap import plain_class, swap_calls, swap_out
 
@@ -39,10 +41,10 @@ def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or input.device.type != "cpu":
             return plain(self, input, *args, **kwargs)
-        note = fusion.note()
+        note = None if torch.compiler.is_compiling() else NOTE.get()
         if note is None or choose(input, self.weight, self.bias) == "reference":
             return plain(self, input)
-        if fusion.is_plain(self, nn.Linear):
+        if is_plain(self, nn.Linear):
             return through_onednn(input, self.weight, self.bias)
         note("linear layers run stock: one has hooks, a forward of its own, or is quantised or offloaded")
         return plain(self, input)

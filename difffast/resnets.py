@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fusion, ops
-from .fusion import is_plain, is_wrapped
+from . import ops
+from .fusion import NOTE, is_plain, is_wrapped
 from .ops.group_norm_silu import choose
 from .swap import plain_class, swap_calls, swap_out
 
@@ -45,8 +45,9 @@ def resnets_of(unet: nn.Module) -> dict[str, nn.Module]:
 
 def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        note = fusion.note()
-        if note is None or temb is None or not _wins(input_tensor):
+        # Groups of one channel rule no backend out.
+        note = None if torch.compiler.is_compiling() else NOTE.get()
+        if note is None or temb is None or choose("group_norm_silu", input_tensor, 1) == "reference":
             return plain(self, input_tensor, temb, *args, **kwargs)
         reason = "it was called with more than two arguments" if args or kwargs else _obstacle(self, input_tensor)
         if reason is not None:
@@ -55,11 +56,6 @@ def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         return _forward(self, input_tensor, temb)
 
     return call
-
-
-def _wins(x: Tensor) -> bool:
-    """Whether a kernel is the faster one for an operand like this; groups of one channel rule none out."""
-    return choose("group_norm_silu", x, 1) != "reference"
 
 
 def _obstacle(resnet: Any, hidden: Tensor) -> str | None:

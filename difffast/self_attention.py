@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import fusion, ops
+from . import ops
+from .fusion import NOTE, is_wrapped
 from .ops._attention_checks import MAX_HEAD_DIM
 from .swap import swap_calls, swap_out
 
@@ -67,7 +69,7 @@ def obstacle(layer: Any, positional: Sequence[Any], named: Mapping[str, Any]) ->
     given = [key for key, value in named.items() if value is not None and key not in _IGNORED]
     if given or any(value is not None for value in positional):
         return f"arguments {', '.join(given) or 'by position'}"
-    return "the layer has hooks, or a forward of its own" if fusion.is_wrapped(layer) else None
+    return "the layer has hooks, or a forward of its own" if is_wrapped(layer) else None
 
 
 def forward(layer: Any, hidden: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def forward(layer: Any, hidden: Tensor) -> Tensor:
 
 def _call(_name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        note = fusion.note()
+        note = None if torch.compiler.is_compiling() else NOTE.get()
         if note is None or hidden_states.ndim != 3 or not wins(hidden_states):
             return plain(self, hidden_states, *args, **kwargs)
         reason = obstacle(self, args, kwargs)

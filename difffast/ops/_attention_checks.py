@@ -8,35 +8,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._dispatch import Operand
+
 MAX_KEYS = 128
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def repeat_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat the rows of keys and values [Bk, ...] until there are as many as of queries [B, ...]; Bk divides B."""
     repeats = q.shape[0] // k.shape[0]
     return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
 
 
 def store_by_row(x: Tensor) -> Tensor:
+    """Copy x [B, H, N, d] so that it is stored as [B, N, H, d]."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    sink: int = 0,
-    prefix: str = "",
-    most: int | None = MAX_KEYS,
-) -> float:
-    """The scale, after all operands have been checked; errors put ``prefix`` before the names of k and v.
+def check_scale(scale: float | None) -> float | None:
+    """Check the factor of the logits and return it as a float; None stays None."""
+    if scale is None:
+        return None
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
 
-    ``most`` is how many keys there may be.
+
+def check_attention(q: Operand, k: Operand, v: Operand, prefix: str = "", most: int | None = MAX_KEYS) -> None:
+    """Check that queries, keys and values fit together.
+
+    Args:
+        q, k, v: only shapes, dtypes and devices are read.
+        prefix: what errors put before the names of k and v.
+        most: how many keys there may be.
+
+    Raises:
+        ValueError: they do not.
     """
     of_k, of_v = f"{prefix}k", f"{prefix}v"
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    if len(q.shape) != 4 or len(k.shape) != 4 or len(v.shape) != 4:
         raise ValueError(
             f"q, {of_k} and {of_v} must be [batch, heads, rows, head_dim], got "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
@@ -62,20 +73,21 @@ def check_attention(
         )
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"q, {of_k} and {of_v} must be on one device, got {q.device}, {k.device} and {v.device}")
-    if type(sink) is not int or sink < 0:
-        raise ValueError(f"sink must be an int of at least 0, got {sink!r}")
-    if scale is None:
-        return q.shape[3] ** -0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
 
 
-def check_tokens(map_tokens: Sequence[int], keys: int) -> list[int]:
+def check_tokens(map_tokens: Sequence[int] | None, keys: torch.Size) -> list[int]:
+    """Check which keys' maps are wanted and return them as a list; it is empty where None are.
+
+    Args:
+        map_tokens: positions among the keys, at least one.
+        keys: shape of the keys [B, H, T, d].  Another one is refused elsewhere, whatever the tokens.
+    """
+    if map_tokens is None or len(keys) != 4:
+        return []
     tokens = list(map_tokens)
     if not tokens:
         raise ValueError("map_tokens must name at least one token (or be None), got none")
     for token in tokens:
-        if type(token) is not int or not 0 <= token < keys:
-            raise ValueError(f"map_tokens must be ints in 0 .. {keys - 1}, got {token!r}")
+        if type(token) is not int or not 0 <= token < keys[2]:
+            raise ValueError(f"map_tokens must be ints in 0 .. {keys[2] - 1}, got {token!r}")
     return tokens

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, _installed
+from ._dispatch import Forced
 from ._library import LIBRARY, refuse_second_derivative
 
 MAX_TOKENS = 127
@@ -61,9 +62,9 @@ def attention_entropy(
         ValueError: wrong shapes, dtypes or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    columns = _checked(maps, anchors, n_tokens, tau, eps, weight)
+    columns = _check(maps, anchors, n_tokens, tau, eps, weight)
     arguments = (maps, columns, n_tokens, float(tau), float(eps), float(weight), bool(detach_min))
-    backend = _backend(maps)
+    backend = choose(maps.dtype, maps.device)
     return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)[0]
 
 
@@ -124,8 +125,8 @@ def reference_backward(
     return grad
 
 
-def _checked(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, eps: float, weight: float) -> list[int]:
-    """The anchors in increasing order, after all arguments have been checked."""
+def _check(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, eps: float, weight: float) -> list[int]:
+    """Check all arguments and return the anchors in increasing order."""
     if maps.ndim != 3 or not maps.shape[1]:
         raise ValueError(f"maps must be [batch, pixels, tokens] with at least one pixel, got {tuple(maps.shape)}")
     if maps.dtype not in DTYPES:
@@ -157,16 +158,18 @@ def _checked(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, ep
     return sorted(columns)
 
 
-def obstacle(backend: str, maps: Tensor) -> str | None:
-    """Why a backend that exists here cannot serve these maps, or None."""
-    if backend == "triton" and maps.dtype == torch.float64 and not _installed.INTERPRETED:
+@_dispatch.remember
+def choose(forced: Forced, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend for maps of this dtype on this device."""
+    return _dispatch.choose("attention_entropy", forced, device, dtype, lambda backend: find_obstacle(backend, dtype))
+
+
+def find_obstacle(backend: str, dtype: torch.dtype) -> str | None:
+    """Say why a backend that exists here cannot serve maps of this dtype, or return None."""
+    if backend == "triton" and dtype == torch.float64 and not _installed.INTERPRETED:
         # A compiled Triton kernel takes tau, eps and weight as float32.
         return "it takes float64 in the interpreter only"
     return None
-
-
-def _backend(maps: Tensor) -> str:
-    return _dispatch.choose("attention_entropy", maps, lambda backend: obstacle(backend, maps))
 
 
 # anchors increase.  shares [B, K, N]: p of each subject.  stats [B, K, 4]: S, sum(g) - N gbar, gbar, the subject's part

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch
-from ._attention_checks import check_attention, check_tokens, repeat_rows, store_by_row
+from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
+from ._dispatch import Forced, Operand
 from ._library import LIBRARY, refuse_second_derivative
 
 #: Products q k below which the C++ kernel loses to PyTorch's attention.
@@ -54,12 +55,19 @@ def cross_attention(
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    scale = check_attention(q, k, v, scale, sink)
-    if map_tokens is None:
-        return _run(q, k, v, scale, sink, [])[0]
-    tokens = check_tokens(map_tokens, k.shape[2])
+    scale = None if scale is None else check_scale(scale)
+    tokens = [] if map_tokens is None else check_tokens(map_tokens, k.shape)
+    operands = (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device)
+    # Only the CUDA kernel asks how operands lie in memory.
+    layout = _find_layout(q, k, v) if q.is_cuda else None
+    backend, scale = _decide(operands, scale, sink, map_tokens is not None, layout)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, scale, sink)
+    run = reference if backend == "reference" else _OPERATORS[backend]
     increasing = sorted(set(tokens))
-    out, maps = _run(q, k, v, scale, sink, increasing)
+    out, maps = run(q, k, v, scale, sink, increasing)
+    if map_tokens is None:
+        return out
     if tokens != increasing:
         maps = maps[..., [increasing.index(token) for token in tokens]]
     return out, maps
@@ -120,9 +128,48 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
-    if backend == "sdpa" and map_tokens:
+#: How an operand lies in memory: its strides, and its storage offset modulo 8.
+_Layout = tuple[tuple[int, ...], int]
+
+
+@_dispatch.remember
+def _decide(
+    forced: Forced,
+    operands: tuple[tuple[Any, ...], ...],
+    scale: float | None,
+    sink: int,
+    maps: bool,
+    layout: tuple[_Layout, ...] | None,
+) -> tuple[str, float]:
+    """Check the operands; return the backend, and the factor of the logits.
+
+    Args:
+        operands: :class:`Operand` s q, k and v, as plain tuples.
+        scale: None: the default.
+        maps: whether any are wanted.
+        layout: of q, k and v on a GPU.
+    """
+    q, k, v = (Operand(*each) for each in operands)
+    check_attention(q, k, v)
+    if type(sink) is not int or sink < 0:
+        raise ValueError(f"sink must be an int of at least 0, got {sink!r}")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    backend = _dispatch.choose(
+        "cross_attention",
+        forced,
+        q.device,
+        q.dtype,
+        lambda backend: find_obstacle(backend, q, k, v, scale, maps, layout),
+        lambda backend: _loses(backend, q, k, maps),
+    )
+    return backend, scale
+
+
+def find_obstacle(
+    backend: str, q: Operand, k: Operand, v: Operand, scale: float, maps: bool, layout: tuple[_Layout, ...] | None
+) -> str | None:
+    """Say why a backend that exists here cannot serve these operands, or return None."""
+    if backend == "sdpa" and maps:
         return "PyTorch's fused attention returns no maps"
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
@@ -137,40 +184,24 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_to
             return f"scale must be positive, got {scale}"
         if q.shape[3] % 8:
             return f"head_dim must be a multiple of 8, got {q.shape[3]}"
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.stride(3) != 1 or x.storage_offset() % 8 or any(x.stride(i) % 8 for i in range(3)):
+        for name, (strides, offset) in zip("qkv", layout or (), strict=False):
+            if strides[3] != 1 or offset or any(stride % 8 for stride in strides[:3]):
                 return (
-                    f"{name} needs rows of neighbours at multiples of 16 bytes, got strides {x.stride()} "
-                    f"and storage offset {x.storage_offset()}"
+                    f"{name} needs rows of neighbours at multiples of 16 bytes, got strides {strides} "
+                    f"and storage offset {offset} modulo 8"
                 )
     return None
 
 
-def _backend(q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str:
-    return _dispatch.choose(
-        "cross_attention",
-        q,
-        lambda backend: obstacle(backend, q, k, v, scale, map_tokens),
-        lambda backend: _loses(backend, q, k, map_tokens),
-    )
+def _find_layout(*operands: Tensor) -> tuple[_Layout, ...]:
+    """Return how the operands lie in memory."""
+    return tuple((x.stride(), x.storage_offset() % 8) for x in operands)
 
 
-def _loses(backend: str, q: Tensor, k: Tensor, map_tokens: Sequence[int]) -> bool:
+def _loses(backend: str, q: Operand, k: Operand, maps: bool) -> bool:
     """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
     # Against PyTorch's own attention, one key or a few thousand products do not pay for packing the keys.
-    return backend == "cpp" and not map_tokens and (k.shape[2] == 1 or q.numel() * k.shape[2] < _SMALL)
-
-
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int, map_tokens: list[int]
-) -> tuple[Tensor, Tensor | None]:
-    """-> (out, maps), by the backend of choice; ``map_tokens`` increase."""
-    backend = _backend(q, k, v, scale, map_tokens)
-    if backend == "reference":
-        return reference(q, k, v, scale, sink, map_tokens)
-    if backend == "sdpa":
-        return _sdpa(q, k, v, scale, sink), None
-    return _OPERATORS[backend](q, k, v, scale, sink, map_tokens)
+    return backend == "cpp" and not maps and (k.shape[2] == 1 or math.prod(q.shape) * k.shape[2] < _SMALL)
 
 
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, float scale, int sink, int[] map_tokens) -> (Tensor out, Tensor maps)"

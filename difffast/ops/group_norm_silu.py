@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _installed
+from ._dispatch import Forced, Operand
 from ._library import LIBRARY, refuse_second_derivative
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ._norm_checks import Layout, check_like, check_norm, is_channels_last, lies_channels_last, memory_format
 
 
 def group_norm_silu(
@@ -60,12 +60,23 @@ def group_norm_silu(
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    check_norm("x", x, groups, {"weight": weight, "bias": bias}, eps)
-    if (scale is None) != (shift is None):
-        raise ValueError("scale and shift must be given together, got only " + ("scale" if shift is None else "shift"))
-    addend, scale, shift = _addend(x, addend), _rows("scale", x, scale), _rows("shift", x, shift)
+    # A comparison, which NaN fails too: torch.compile traces it for symbolic numbers, unlike math.isfinite.
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    backend, addend_shape = _decide(
+        (x.shape, x.dtype, x.device),
+        (x.stride(), x.is_contiguous()),
+        groups,
+        ((weight.shape, weight.dtype, weight.device), (bias.shape, bias.dtype, bias.device)),
+        None if addend is None else (addend.shape, addend.dtype, addend.device),
+        None if scale is None else (scale.shape, scale.dtype, scale.device),
+        None if shift is None else (shift.shape, shift.dtype, shift.device),
+    )
+    if addend_shape is not None:
+        addend = addend.reshape(addend_shape)
+    if scale is not None:
+        scale, shift = scale.reshape(x.shape[:2]), shift.reshape(x.shape[:2])
     arguments = (x, groups, weight, bias, float(eps), addend, scale, shift, bool(silu))
-    backend = choose("group_norm_silu", x, x.shape[1] // groups)
     if backend == "reference":
         return reference(*arguments)
     return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
@@ -145,65 +156,54 @@ def reference_backward(
     )
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Return the format that the result has for this operand: channels_last where its channels are neighbours."""
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+@_dispatch.remember
+def _decide(
+    forced: Forced,
+    x: tuple[Any, ...],
+    layout: Layout,
+    groups: int,
+    parameters: tuple[tuple[Any, ...], tuple[Any, ...]],
+    addend: tuple[Any, ...] | None,
+    scale: tuple[Any, ...] | None,
+    shift: tuple[Any, ...] | None,
+) -> tuple[str, tuple[int, int] | None]:
+    """Check the operands; return the backend, and the shape that the addend shall be given, None: the one it has.
+
+    Args:
+        x, parameters, addend, scale, shift: :class:`Operand` s as plain tuples; the parameters are weight and bias.
+        layout: of x.
+    """
+    x = Operand(*x)
+    weight, bias = (Operand(*each) for each in parameters)
+    check_norm("x", x, groups, {"weight": weight, "bias": bias})
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together, got only " + ("scale" if shift is None else "shift"))
+    shape = None if addend is None else _check_addend(x, Operand(*addend))
+    for name, rows in (("scale", scale), ("shift", shift)):
+        if rows is not None:
+            _check_rows(name, x, Operand(*rows))
+    return choose_for("group_norm_silu", forced, x, layout, x.shape[1] // groups), shape
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of an operand are neighbours; where either format fits, it is contiguous."""
-    return x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous()
-
-
-def check_norm(name: str, x: Tensor, groups: int, others: dict[str, Tensor], eps: float, channels: int = 0) -> None:
-    """Check an operand and the norm's ``others``, of which ``weight`` and ``bias`` have ``channels`` (0: as x)."""
-    if x.ndim not in (3, 4):
-        raise ValueError(f"{name} must be [B, C, H, W] or [B, C, N], got {tuple(x.shape)}")
-    if not math.prod(x.shape[1:]):
-        raise ValueError(f"{name} must have at least one channel and one pixel, got {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    channels = channels or x.shape[1]
-    if type(groups) is not int or groups < 1 or channels % groups:
-        raise ValueError(f"groups must be an int that divides channels, got {groups!r} and {channels}")
-    for other, tensor in others.items():
-        if other in ("weight", "bias") and tensor.shape != (channels,):
-            raise ValueError(f"{other} must be [{channels}], got {tuple(tensor.shape)}")
-        _check_like(other, tensor, name, x)
-    # A comparison, which NaN fails too: torch.compile traces it for symbolic numbers, unlike math.isfinite.
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, got {eps}")
-
-
-def _check_like(other: str, tensor: Tensor, name: str, x: Tensor) -> None:
-    if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(f"{other} must be {x.dtype} on {x.device} like {name}, got {tensor.dtype} on {tensor.device}")
-
-
-def _addend(x: Tensor, addend: Tensor | None) -> Tensor | None:
-    """Checked, as [Ba, C] or in the shape of x but for the batch."""
-    if addend is None:
-        return None
-    _check_like("addend", addend, "x", x)
+def _check_addend(x: Operand, addend: Operand) -> tuple[int, int] | None:
+    """Check an addend; return its shape without trailing dimensions of size 1, or None for one in the shape of x."""
+    check_like("addend", addend, "x", x)
     shape = addend.shape
-    by_row = addend.ndim >= 2 and math.prod(shape[2:]) == 1
-    if addend.ndim < 2 or shape[1] != x.shape[1] or not (by_row or shape[2:] == x.shape[2:]):
+    by_row = len(shape) >= 2 and math.prod(shape[2:]) == 1
+    if len(shape) < 2 or shape[1] != x.shape[1] or not (by_row or shape[2:] == x.shape[2:]):
         raise ValueError(
             f"addend must be [Ba, {x.shape[1]}] or [Ba, {', '.join(map(str, x.shape[1:]))}], got {tuple(shape)}"
         )
     if shape[0] != x.shape[0] and (not shape[0] or x.shape[0] % shape[0]):
         raise ValueError(f"addend's batch must divide x's, got {shape[0]} and {x.shape[0]}")
-    return addend.reshape(shape[:2]) if by_row else addend
+    return (shape[0], shape[1]) if by_row else None
 
 
-def _rows(name: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
-    """Checked, as [B, C]."""
-    if rows is None:
-        return None
-    _check_like(name, rows, "x", x)
+def _check_rows(name: str, x: Operand, rows: Operand) -> None:
+    """Check that there is one number for each channel of each row of x."""
+    check_like(name, rows, "x", x)
     if rows.shape[:2] != x.shape[:2] or math.prod(rows.shape[2:]) != 1:
         raise ValueError(f"{name} must be {list(x.shape[:2])}, got {tuple(rows.shape)}")
-    return rows.reshape(x.shape[:2])
 
 
 def _broadcast(rows: Tensor, x: Tensor) -> Tensor:
@@ -233,14 +233,14 @@ def _summed(dz: Tensor, addend: Tensor) -> Tensor:
 _CUDA_CHANNELS = 2048
 
 
-def obstacle(backend: str, x: Tensor, size: int) -> str | None:
-    """Why a backend that exists here cannot serve this operand, whose groups have ``size`` channels, or None."""
-    if backend == "cpp" and x.dtype == torch.float16:
+def find_obstacle(backend: str, dtype: torch.dtype, size: int) -> str | None:
+    """Say why a backend that exists here cannot serve operands whose groups have ``size`` channels, or return None."""
+    if backend == "cpp" and dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if backend == "triton" and x.dtype == torch.float64 and not _installed.INTERPRETED:
+    if backend == "triton" and dtype == torch.float64 and not _installed.INTERPRETED:
         # A compiled Triton kernel takes eps as float32.
         return "it takes float64 in the interpreter only"
-    if backend == "cuda" and x.dtype == torch.float64:
+    if backend == "cuda" and dtype == torch.float64:
         return "it takes float16, bfloat16 and float32, got float64"
     if backend == "cuda" and size > _CUDA_CHANNELS:
         return f"it takes groups of at most {_CUDA_CHANNELS} channels, got {size}"
@@ -248,19 +248,36 @@ def obstacle(backend: str, x: Tensor, size: int) -> str | None:
 
 
 def choose(operator: str, x: Tensor, size: int) -> str:
-    """The backend of this operator or of skip_norm_silu for this operand, whose groups have ``size`` channels."""
-    return _dispatch.choose(operator, x, lambda backend: obstacle(backend, x, size), lambda backend: _loses(backend, x))
+    """Return the backend of this operator or of skip_norm_silu for x, whose groups have ``size`` channels."""
+    return _choose(operator, (x.shape, x.dtype, x.device), (x.stride(), x.is_contiguous()), size)
 
 
-def _loses(backend: str, x: Tensor) -> bool:
+@_dispatch.remember
+def _choose(forced: Forced, operator: str, x: tuple[Any, ...], layout: Layout, size: int) -> str:
+    return choose_for(operator, forced, Operand(*x), layout, size)
+
+
+def choose_for(operator: str, forced: Forced, x: Operand, layout: Layout, size: int) -> str:
+    """Do what :func:`choose` does, for a signature."""
+    return _dispatch.choose(
+        operator,
+        forced,
+        x.device,
+        x.dtype,
+        lambda backend: find_obstacle(backend, x.dtype, size),
+        lambda backend: _loses(backend, x, layout),
+    )
+
+
+def _loses(backend: str, x: Operand, layout: Layout) -> bool:
     """Whether a backend that could run is slower than the next (measured, bench/ops)."""
     if backend != "cpp":
         return False
     # Its exponential of doubles takes one at a time, PyTorch's a vector: 2.5 times slower in all.  And a call takes
     # some 20 us, in which PyTorch has done small operands; channels_last it lost at 2 x 2560 x 8 x 8 and won at
     # 2 x 1280 x 16 x 16 (float32; other dtypes are not measured).
-    small = 1 << 16 if memory_format(x) is torch.contiguous_format else 1 << 19
-    return x.dtype == torch.float64 or x.numel() < small
+    small = 1 << 19 if lies_channels_last(layout) else 1 << 16
+    return x.dtype == torch.float64 or math.prod(x.shape) < small
 
 
 _ARGUMENTS = (

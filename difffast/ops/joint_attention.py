@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch
-from ._attention_checks import check_attention, check_tokens, repeat_rows, store_by_row
+from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
+from ._dispatch import Forced, Operand
 from ._library import LIBRARY
 from .cross_attention import cross_attention
 
@@ -61,21 +62,16 @@ def joint_attention(
                 f"k and v must both be tensors or both be None, got {type(k).__name__}, {type(v).__name__}"
             )
         return cross_attention(q, text_k, text_v, scale=scale, map_tokens=map_tokens)
-    scale = check_attention(q, text_k, text_v, scale, prefix="text_")
-    _check_pixels(q, k, v)
-    tokens = [] if map_tokens is None else check_tokens(map_tokens, text_k.shape[2])
-    increasing = sorted(set(tokens))
-    # The closed form in plain PyTorch takes up to 2.5 times as long as the backward pass of PyTorch's attention.
-    slow = map_tokens is None and _dispatch.wants_gradient(q, text_k, text_v, k, v)
-    backend = _dispatch.choose(
-        "joint_attention",
-        q,
-        lambda backend: obstacle(backend, q, text_k, text_v, increasing),
-        lambda backend: backend == "cpp" and slow,
-    )
+    scale = None if scale is None else check_scale(scale)
+    tokens = [] if map_tokens is None else check_tokens(map_tokens, text_k.shape)
+    tensors = (q, text_k, text_v, k, v)
+    gradient = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+    operands = tuple([(x.shape, x.dtype, x.device) for x in tensors])
+    backend, scale = _decide(operands, scale, map_tokens is not None, gradient)
     if backend == "sdpa":
         return _sdpa(q, text_k, text_v, k, v, scale)
     run = reference if backend == "reference" else _OPERATORS[backend]
+    increasing = sorted(set(tokens))
     out, maps = run(q, text_k, text_v, k, v, scale, increasing)
     if map_tokens is None:
         return out
@@ -138,9 +134,38 @@ def _sdpa(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale
     return F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), scale=scale)
 
 
-def _check_pixels(q: Tensor, k: Tensor, v: Tensor) -> None:
+@_dispatch.remember
+def _decide(
+    forced: Forced, operands: tuple[tuple[Any, ...], ...], scale: float | None, maps: bool, gradient: bool
+) -> tuple[str, float]:
+    """Check the operands; return the backend, and the factor of the logits.
+
+    Args:
+        operands: :class:`Operand` s q, text_k, text_v, k and v, as plain tuples.
+        scale: None: the default.
+        maps: whether any are wanted.
+        gradient: whether the call will be differentiated.
+    """
+    q, text_k, text_v, k, v = (Operand(*each) for each in operands)
+    check_attention(q, text_k, text_v, prefix="text_")
+    _check_pixels(q, k, v)
+    # The closed form in plain PyTorch takes up to 2.5 times as long as the backward pass of PyTorch's attention.
+    slow = gradient and not maps
+    backend = _dispatch.choose(
+        "joint_attention",
+        forced,
+        q.device,
+        q.dtype,
+        lambda backend: find_obstacle(backend, q, text_k, text_v, maps),
+        lambda backend: backend == "cpp" and slow,
+    )
+    return backend, q.shape[3] ** -0.5 if scale is None else scale
+
+
+def _check_pixels(q: Operand, k: Operand, v: Operand) -> None:
+    """Check that the keys and values of the pixels fit the queries, which have been checked."""
     batch, heads, _, dim = q.shape
-    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
+    if len(k.shape) != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
         raise ValueError(f"k must be [{batch}, {heads}, pixels, {dim}] like q, got {tuple(k.shape)}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -149,9 +174,9 @@ def _check_pixels(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
 
 
-def obstacle(backend: str, q: Tensor, text_k: Tensor, text_v: Tensor, map_tokens: Sequence[int]) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
-    if backend == "sdpa" and map_tokens:
+def find_obstacle(backend: str, q: Operand, text_k: Operand, text_v: Operand, maps: bool) -> str | None:
+    """Say why a backend that exists here cannot serve these operands, or return None."""
+    if backend == "sdpa" and maps:
         return "PyTorch's fused attention returns no maps"
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _installed
+from ._dispatch import Forced, Operand
 from ._library import LIBRARY
 
 #: Multiply-adds, and rows, below which oneDNN loses: it reorders the weights at every call.
@@ -50,29 +51,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: wrong shapes, dtypes or devices.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    _check(x, weight, bias)
+    _check(
+        (x.shape, x.dtype, x.device),
+        (weight.shape, weight.dtype, weight.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )
     return F.linear(x, weight, bias) if choose(x, weight, bias) == "reference" else through_onednn(x, weight, bias)
 
 
 def through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`linear` for operands for which :func:`choose` says "onednn"."""
+    """Do what :func:`linear` does, for operands for which :func:`choose` says "onednn"."""
     if torch.compiler.is_compiling():  # around a convolution Inductor would change layouts
         return torch.ops.difffast.linear.onednn(x, weight, bias)
     return _convolution(x, weight, bias)
 
 
 def choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """The backend that :func:`linear` takes for these operands.
+    """Return the backend that :func:`linear` takes for these operands.
+
+    It depends on what is forced, on the operands' sizes, dtypes and device, on whether the call will be differentiated,
+    and on PyTorch's settings.  Nothing is remembered: every linear layer of a UNet asks at every call, and the sizes,
+    which settle almost all of these, are compared faster than they are looked up.
 
     Raises:
         RuntimeError: the forced backend cannot run.
     """
-    if not _dispatch.forces():  # every linear layer of a UNet asks at every call: 2 us instead of 12
-        lost = x.device.type != "cpu" or _loses("onednn", x, weight) or _obstacle("onednn", x, weight, bias) is not None
-        return "reference" if lost else "onednn"
-    return _dispatch.choose(
-        "linear", x, lambda backend: _obstacle(backend, x, weight, bias), lambda backend: _loses(backend, x, weight)
-    )
+    forced = _dispatch.forced_backends
+    if forced:
+        backend = _dispatch.find_forced("linear", forced, x.device)
+        reason = _find_obstacle(x, weight, bias) if backend == "onednn" else None
+        if reason is not None:
+            raise _dispatch.make_error("linear", backend, reason)
+        if backend is not None:
+            return backend
+    size = x.numel()
+    if size <= _ACCEPTED or size < _FEW * x.shape[-1] or size * weight.shape[0] < _SMALL or x.device.type != "cpu":
+        return "reference"
+    return "onednn" if _pays() and _find_obstacle(x, weight, bias) is None else "reference"
 
 
 def backend_of_large(like: Tensor) -> str:
@@ -83,7 +98,9 @@ def backend_of_large(like: Tensor) -> str:
     """
     if like.dtype != torch.float32 or like.device.type != "cpu":
         return "reference"
-    return _dispatch.find_forced("linear", like.device) or ("onednn" if _pays() else "reference")
+    return _dispatch.find_forced("linear", _dispatch.forced_backends, like.device) or (
+        "onednn" if _pays() else "reference"
+    )
 
 
 @functools.cache
@@ -112,8 +129,12 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+@_dispatch.remember
+def _check(_forced: Forced, x: tuple[Any, ...], weight: tuple[Any, ...], bias: tuple[Any, ...] | None) -> None:
+    """Check the operands, :class:`Operand` s as plain tuples."""
+    x, weight = Operand(*x), Operand(*weight)
+    bias = None if bias is None else Operand(*bias)
+    if len(weight.shape) != 2 or not x.shape or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [..., K] and weight [O, K], got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] as weight's rows, got shape {tuple(bias.shape)}")
@@ -122,17 +143,16 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} must be {x.dtype} on {x.device} as x, got {operand.dtype} on {operand.device}")
 
 
-def _obstacle(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
-    if backend != "onednn":
-        return None
+def _find_obstacle(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Say why oneDNN cannot serve these operands, or return None."""
     if x.dtype != torch.float32:
         return f"it takes float32, got {str(x.dtype).removeprefix('torch.')}"
     if x.numel() == 0 or weight.numel() == 0:
         return "an operand is empty"
-    if torch.compiler.is_compiling() and _dispatch.wants_gradient(x, weight, *([] if bias is None else [bias])):
+    wanting = any(each is not None and each.requires_grad for each in (x, weight, bias))
+    if wanting and torch.is_grad_enabled() and torch.compiler.is_compiling():
         return "compiled it has no backward pass"
-    return _setting()
+    return _find_setting()
 
 
 def _keep_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -145,22 +165,13 @@ def _keep_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @_keep_in_graphs
-def _setting() -> str | None:
-    """Why PyTorch would not give float32 convolutions to oneDNN as they are, or None."""
+def _find_setting() -> str | None:
+    """Say why PyTorch would not give float32 convolutions to oneDNN as they are, or return None."""
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn is switched off"
     if torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
         return f"convolutions may be {torch.backends.mkldnn.conv.fp32_precision}"
     return "autocast chooses the dtype" if torch.is_autocast_enabled("cpu") else None
-
-
-def _loses(backend: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether a backend that could run is slower than the next for these operands (measured, bench/ops)."""
-    if backend != "onednn":
-        return False
-    size = x.numel()
-    small = size <= _ACCEPTED or size < _FEW * x.shape[-1] or size * weight.shape[0] < _SMALL
-    return small or not _pays()
 
 
 @_keep_in_graphs

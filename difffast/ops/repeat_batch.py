@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
+from ._dispatch import Forced
 from ._library import LIBRARY
 
 
@@ -36,12 +37,15 @@ def repeat_batch(x: Tensor, repeats: int) -> Tensor:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")
-    backend = _dispatch.find_forced("repeat_batch", x.device)
-    if backend is None:
-        backend = "cpp" if _dispatch.may_be_default("repeat_batch", "cpp", x.device, x.dtype) else "reference"
-    if backend == "cpp" and not (x.requires_grad and torch.is_grad_enabled()):
+    if _decide(x.dtype, x.device) == "cpp" and not (x.requires_grad and torch.is_grad_enabled()):
         return torch.ops.difffast.repeat_batch(x, repeats)
     return reference(x, repeats)
+
+
+@_dispatch.remember
+def _decide(forced: Forced, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend; a call that will be differentiated takes the reference all the same."""
+    return _dispatch.choose("repeat_batch", forced, device, dtype, lambda backend: None)
 
 
 LIBRARY.define("repeat_batch(Tensor x, int repeats) -> Tensor")

@@ -11,6 +11,7 @@ Softmax with a running maximum: arXiv 1805.02867; in tiles of keys: FlashAttenti
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch
-from ._attention_checks import check_attention
+from ._attention_checks import check_attention, check_scale
+from ._dispatch import Forced, Operand
 from ._library import LIBRARY
 from .cross_attention import reference
 
@@ -43,12 +45,10 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    scale = check_attention(q, k, v, scale, most=None)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
-    backend = _dispatch.choose(
-        "self_attention", q, lambda backend: obstacle(backend, q, k, v), lambda backend: _loses(backend, q, k)
-    )
+    scale = None if scale is None else check_scale(scale)
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    operands = (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device)
+    backend, scale = _decide(operands, scale, gradient)
     if backend == "reference":
         return reference(q, k, v, scale)[0]
     if backend == "sdpa":
@@ -56,23 +56,47 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
     return torch.ops.difffast.self_attention.cpp(q, k, v, scale)
 
 
-def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
+@_dispatch.remember
+def _decide(
+    forced: Forced, operands: tuple[tuple[Any, ...], ...], scale: float | None, gradient: bool
+) -> tuple[str, float]:
+    """Check the operands; return the backend, and the factor of the logits.
+
+    Args:
+        operands: :class:`Operand` s q, k and v, as plain tuples.
+        scale: None: the default.
+        gradient: whether the call will be differentiated.
+    """
+    q, k, v = (Operand(*each) for each in operands)
+    check_attention(q, k, v, most=None)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
+    backend = _dispatch.choose(
+        "self_attention",
+        forced,
+        q.device,
+        q.dtype,
+        lambda backend: find_obstacle(backend, q.dtype, gradient),
+        lambda backend: _loses(backend, q, k),
+    )
+    return backend, q.shape[3] ** -0.5 if scale is None else scale
+
+
+def find_obstacle(backend: str, dtype: torch.dtype, gradient: bool) -> str | None:
+    """Say why a backend that exists here cannot serve these operands, or return None."""
     if backend != "cpp":
         return None
-    if q.dtype == torch.float16:
+    if dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if _dispatch.wants_gradient(q, k, v):
-        return "it has no backward pass"
-    return None
+    return "it has no backward pass" if gradient else None
 
 
-def _loses(backend: str, q: Tensor, k: Tensor) -> bool:
+def _loses(backend: str, q: Operand, k: Operand) -> bool:
     """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
     if backend != "cpp":
         return False
     # A few thousand products do not pay for the call, and few keys not for widening bfloat16.
-    return q.numel() * k.shape[2] < _SMALL or (q.dtype == torch.bfloat16 and k.shape[2] < _FEW)
+    return math.prod(q.shape) * k.shape[2] < _SMALL or (q.dtype == torch.bfloat16 and k.shape[2] < _FEW)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -14,13 +14,16 @@ conv(both) = conv(per_step, weight[:, :E]) + conv(shared, weight[:, E:]) repeate
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._dispatch import Forced, Operand, remember
 from ._library import LIBRARY
-from .group_norm_silu import check_norm, choose, is_channels_last, memory_format
+from ._norm_checks import Layout, check_norm, is_channels_last, memory_format
+from .group_norm_silu import choose_for
 from .group_norm_silu import reference as norm
 from .group_norm_silu import reference_backward as norm_backward
 
@@ -49,17 +52,45 @@ def skip_norm_silu(
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    if skip.ndim != hidden.ndim or skip.shape[2:] != hidden.shape[2:] or not skip.shape[1]:
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    backend = _decide(
+        (hidden.shape, hidden.dtype, hidden.device),
+        (hidden.stride(), hidden.is_contiguous()),
+        (skip.shape, skip.dtype, skip.device),
+        groups,
+        ((weight.shape, weight.dtype, weight.device), (bias.shape, bias.dtype, bias.device)),
+    )
+    arguments = (hidden, skip, groups, weight, bias, float(eps), bool(silu))
+    return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)
+
+
+@remember
+def _decide(
+    forced: Forced,
+    hidden: tuple[Any, ...],
+    layout: Layout,
+    skip: tuple[Any, ...],
+    groups: int,
+    parameters: tuple[tuple[Any, ...], tuple[Any, ...]],
+) -> str:
+    """Check the operands and return the backend.
+
+    Args:
+        hidden, skip, parameters: :class:`Operand` s as plain tuples; the parameters are weight and bias.
+        layout: of hidden.
+    """
+    hidden, skip = Operand(*hidden), Operand(*skip)
+    weight, bias = (Operand(*each) for each in parameters)
+    if len(skip.shape) != len(hidden.shape) or skip.shape[2:] != hidden.shape[2:] or not skip.shape[1]:
         raise ValueError(
             f"skip must have channels and the pixels of hidden, got {tuple(skip.shape)} and {tuple(hidden.shape)}"
         )
     channels = hidden.shape[1] + skip.shape[1]
-    check_norm("hidden", hidden, groups, {"skip": skip, "weight": weight, "bias": bias}, eps, channels)
+    check_norm("hidden", hidden, groups, {"skip": skip, "weight": weight, "bias": bias}, channels)
     if not skip.shape[0] or not hidden.shape[0] or hidden.shape[0] % skip.shape[0]:
         raise ValueError(f"skip's batch must divide hidden's, got {skip.shape[0]} and {hidden.shape[0]}")
-    arguments = (hidden, skip, groups, weight, bias, float(eps), bool(silu))
-    backend = choose("skip_norm_silu", hidden, channels // groups)
-    return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)
+    return choose_for("skip_norm_silu", forced, hidden, layout, channels // groups)
 
 
 def own_channels(hidden_channels: int, skip_channels: int, groups: int) -> int:
