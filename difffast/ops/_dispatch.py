@@ -115,7 +115,10 @@ def may_be_default(operator: str, backend: str, device: torch.device, dtype: tor
 
 @remember
 def default_backend(forced: Forced, operator: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend that an operator tries first on this device, forced or not; shapes may rule it out."""
+    """Return the backend that an operator tries first for this device and dtype.
+
+    If one is forced, it is that one.  For some shapes the operator may take another one after all.
+    """
     order = OPERATORS[operator]
     return find_forced(operator, forced, device) or next(
         backend for backend in order if may_be_default(operator, backend, device, dtype)
@@ -158,11 +161,12 @@ def make_error(operator: str, backend: str, reason: str) -> RuntimeError:
 
 @contextlib.contextmanager
 def use_backend(backend: str, *operators: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block, in the whole process.
+    """Force a backend inside a ``with`` block.  It is forced in all threads of the process.
 
     Args:
         backend: one of :data:`BACKENDS`.
-        operators: names of operators; none: all that have this backend, while the others keep their own choice.
+        operators: the names of the operators that shall use it.  If none is named, all that have this backend do, and
+            the others keep their own choice.
 
     Raises:
         ValueError: unknown backend or operator, or an operator without this backend.

@@ -11,14 +11,14 @@ from ._installed import FROM_PYTORCH
 
 @dataclass(frozen=True)
 class Proof:
-    """One row of the proof table: a run on this hardware passed the operator's tests.
+    """One row of the proof table: a run on this hardware passed the tests of the operator.
 
     Attributes:
-        operator: its name.
+        operator: the name of the operator.
         backend: one of :data:`BACKENDS`.
-        architecture: ``"cpu"``, or ``"sm_90"`` and the like.
-        dtypes: for which the tests ran.
-        run: what ran, where; the raw record is committed.
+        architecture: ``"cpu"``, or a GPU architecture such as ``"sm_90"``.
+        dtypes: the dtypes for which the tests ran.
+        run: what ran, and where; the raw record is committed.
     """
 
     operator: str

@@ -1,15 +1,15 @@
-"""attention_entropy: how spread out the attention maps of chosen prompt tokens are, as a loss to minimise.
+"""attention_entropy: measure how spread out the attention maps of chosen prompt tokens are, as a loss to minimise.
 
     B = softmax(maps[:, :, 1 : n + 1] / tau) over the words,  b = a subject's column of B,
     p = (b - min b) / S with S = sum(b - min b) over the pixels,  loss = -weight * sum over subjects and pixels of
     p ln(p + eps)
 
-Shapes: maps [B, N, T], probabilities averaged over heads and layers, column 0 the start token, columns 1 .. n the
-words; loss [B], in nats times ``weight``.  Entropy loss of ToMe (arXiv 2411.07132, section 4.2): one focused map for
-every subject.
+Shapes: maps [B, N, T] are probabilities averaged over heads and layers, with the start token in column 0 and the words
+in columns 1 .. n; loss [B] is in nats times ``weight``.  This is the entropy loss of ToMe (arXiv 2411.07132, section
+4.2), which asks for one focused map for every subject.
 
-S is a sum of differences, not sum(b) - N min b: it is exactly zero for a uniform column, and float32 keeps its digits
-for a nearly uniform one.
+S is computed as a sum of differences, not as sum(b) - N min b.  So it is exactly zero for a uniform column, and float32
+keeps its digits for a nearly uniform one.
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ def attention_entropy(
     weight: float = 2.0,
     detach_min: bool = False,
 ) -> Tensor:
-    """Entropy of the subjects' attention maps, to be minimised: low means focused.
+    """Compute the entropy of the subjects' attention maps.  It is a loss: the lower it is, the more focused they are.
 
-    Differentiable once in ``maps`` (the reference backend as often as wanted).  A column that is the same in every
-    pixel (S = 0; always so for N = 1) has no shape to focus: its p, its loss and its gradient are defined as 0.  NaN in
-    the words' columns gives NaN, for that batch entry only.
+    The loss can be differentiated once in ``maps``, and with the reference backend any number of times.  A column with
+    the same value in every pixel (S = 0, which is always so for N = 1) has no shape to focus.  Its p, its loss and its
+    gradient are defined as 0.  A NaN in the columns of the words makes the loss of its batch entry NaN, and no other.
 
     Args:
-        maps: [B, N, T] float32 or float64, N >= 1, any strides: attention probabilities of N pixels for T tokens.
-        anchors: column of each subject: at least one, distinct, in 1 .. n_tokens; their order does not matter.
-        n_tokens: number of words (without start, end and padding tokens), 1 .. 127 and below T.
-        tau: temperature of the softmax over the words.
-        eps: added under the logarithm.
-        weight: factor of the loss.
-        detach_min: take min b for a constant in the gradient.  About 99% of the gradient's square otherwise lies on the
-            one pixel where b is lowest, an artefact of the subtraction.  The loss is the same.  Without it, the first
-            of several lowest pixels gets that gradient, as in ``torch.min(dim)``.
+        maps: attention probabilities of N pixels for T tokens, [B, N, T] with N >= 1, in float32 or float64 and with
+            any strides.
+        anchors: the column of each subject.  There is at least one, they are distinct, and all lie in 1 .. n_tokens;
+            their order does not matter.
+        n_tokens: the number of words, without start, end and padding tokens; 1 .. 127, and less than T.
+        tau: the temperature of the softmax over the words.
+        eps: a number that is added under the logarithm.
+        weight: the factor of the loss.
+        detach_min: treat min b as a constant in the gradient; the loss stays the same.  Otherwise about 99% of the
+            gradient's square lies on the one pixel where b is lowest, which is an artefact of the subtraction.  Of
+            several lowest pixels the first one gets that gradient, as in ``torch.min(dim)``.
 
     Returns:
-        loss [B], in the dtype of ``maps``.
+        The loss [B], in the dtype of ``maps``.
 
     Raises:
         ValueError: wrong shapes, dtypes or values.
@@ -77,7 +79,7 @@ def reference(
     weight: float = 2.0,
     detach_min: bool = False,
 ) -> Tensor:
-    """The definition in plain PyTorch, in the dtype of ``maps`` [B, N, T].  -> loss [B]"""
+    """Compute the definition in plain PyTorch, in the dtype of ``maps`` [B, N, T].  -> loss [B]"""
     b = (maps[..., 1 : n_tokens + 1] / tau).softmax(-1)[..., [anchor - 1 for anchor in anchors]]
     least = b.min(1, keepdim=True).values
     rise = b - (least.detach() if detach_min else least)
@@ -97,7 +99,7 @@ def reference_backward(
     weight: float = 2.0,
     detach_min: bool = False,
 ) -> Tensor:
-    """The closed-form gradient in plain PyTorch, from ``grad_loss`` [B].  -> d loss / d maps [B, N, T]
+    """Compute the closed-form gradient in plain PyTorch, from ``grad_loss`` [B].  -> d loss / d maps [B, N, T]
 
     With g = -weight (ln(p + eps) + p / (p + eps)) and gbar = sum(g p), of one subject:
     dL/db = (g - gbar) / S, minus (sum(g) - N gbar) / S at the first pixel where b is lowest; and with E = dL/db in the

@@ -1,11 +1,13 @@
-"""cross_attention: attention over at most 128 keys that can also return the attention map averaged over heads.
+"""cross_attention: attend to at most 128 keys, and return the attention map averaged over heads on request.
 
     P = softmax(scale * q k^T),  out = P v,  maps = mean over heads of P at chosen keys
 
-Shapes: q [B, H, N, d]; k, v [Bk, H, T, d], B = Bk * r, row b of q uses row b // r of k and v; out [B, H, N, d];
-maps [B, N, M] float32.  ``sink`` more keys of logit 0 and value 0 take part in the softmax without being stored: rows
-that semantic binding has absorbed (ToMe, arXiv 2411.07132, section 4.1, and its released code).  Backward pass from
-both outputs: FlashAttention's (arXiv 2205.14135, appendix B), with the map's gradient added to dP.
+Shapes: q [B, H, N, d]; k, v [Bk, H, T, d], where B = Bk * r and row b of q uses row b // r of k and v; out
+[B, H, N, d]; maps [B, N, M] float32.
+
+``sink`` more keys with logit 0 and value 0 take part in the softmax without being stored.  They are the rows that
+semantic binding has absorbed (ToMe, arXiv 2411.07132, section 4.1, and its released code).  The backward pass starts
+from both outputs.  It is FlashAttention's (arXiv 2205.14135, appendix B), with the gradient of the maps added to dP.
 """
 
 from __future__ import annotations
@@ -36,20 +38,22 @@ def cross_attention(
     sink: int = 0,
     map_tokens: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over text keys, with the head-averaged map of chosen tokens on request.
+    """Attend to the keys of a text, and return the maps of chosen tokens on request.
 
-    Differentiable once in q, k and v, from both outputs (the reference and sdpa backends as often as PyTorch can).
+    The result can be differentiated once in q, k and v, from both outputs.  With the reference and sdpa backends it can
+    be differentiated as often as PyTorch can.
 
     Args:
-        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
-        k, v: [Bk, H, T, d] with 1 <= T <= 128; Bk divides B, and row b of q uses row b // (B / Bk).
-        scale: factor of the logits; None: 1 / sqrt(d).
-        sink: number of keys with logit 0 and value 0 that are not stored.
-        map_tokens: keys whose probabilities are wanted, in this order; None: no maps.
+        q: the queries [B, H, N, d], in float16, bfloat16, float32 or float64 and with any strides; d <= 256.
+        k, v: the keys and values [Bk, H, T, d] with 1 <= T <= 128.  Bk divides B, and row b of q uses row
+            b // (B / Bk).
+        scale: the factor of the logits; None means 1 / sqrt(d).
+        sink: the number of keys with logit 0 and value 0 that are not stored.
+        map_tokens: the keys whose probabilities are wanted, in the order in which they are wanted; None means no maps.
 
     Returns:
-        out [B, H, N, d], stored as [B, N, H, d]; with ``map_tokens`` also maps [B, N, M] in float32 (float64 for
-        float64): the mean over heads of the probabilities.
+        The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, M], which are the
+        probabilities averaged over the heads; in float32, or in float64 for operands in float64.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -76,7 +80,7 @@ def cross_attention(
 def reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int = 0, map_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
+    """Compute the definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_, k_, v_ = (x.to(compute) for x in (q, *repeat_rows(q, k, v)))
     logits = q_ @ k_.transpose(-1, -2) * scale
@@ -97,7 +101,7 @@ def reference_backward(
     sink: int = 0,
     map_tokens: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The closed-form gradients in plain PyTorch.  -> (dq, dk, dv)
+    """Compute the closed-form gradients in plain PyTorch.  -> (dq, dk, dv)
 
     dP = dO v^T, plus dmaps / H at the chosen tokens; dS = P (dP - rowsum(P dP)); dq = scale dS k, dk = scale dS^T q,
     dv = P^T dO.  The sink takes no part: its dP is 0.

@@ -1,11 +1,13 @@
-"""group_norm_silu: GroupNorm and SiLU in one pass, with the time embedding before or after the norm.
+"""group_norm_silu: apply GroupNorm and SiLU in one pass, with the time embedding before or after the norm.
 
     z = x + addend,  n = (z - mean) / sqrt(var + eps) over each group,
     u = (n * weight + bias) * (1 + scale) + shift,  out = u * sigmoid(u)
 
-Shapes: x, out [B, C, H, W] or [B, C, N]; weight, bias [C]; addend [Ba, C] or [Ba, C, H, W], B = Ba * r, row b of x uses
-row b // r; scale, shift [B, C].  The norms of Diffusers' ResnetBlock2D: ``addend`` is its time embedding
-(time_embedding_norm="default") or anything that all time steps of a parallel decoder share, ``scale`` and ``shift`` its
+Shapes: x, out [B, C, H, W] or [B, C, N]; weight, bias [C]; addend [Ba, C] or [Ba, C, H, W], where B = Ba * r and row b
+of x uses row b // r; scale, shift [B, C].
+
+These are the norms of Diffusers' ResnetBlock2D.  ``addend`` is its time embedding for time_embedding_norm="default", or
+anything that all time steps of a parallel decoder share.  ``scale`` and ``shift`` are its time embedding for
 "scale_shift".  The variance is the mean of squared differences from the mean (Wu and He, arXiv 1803.08494), never
 E[z^2] - mean^2.
 """
@@ -37,24 +39,26 @@ def group_norm_silu(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """SiLU of the GroupNorm of ``x``, in the memory format of ``x``.
+    """Apply GroupNorm and SiLU to ``x``.
 
-    Differentiable in every tensor: once with the Triton kernels, else as often as PyTorch can.
+    The result can be differentiated in every tensor: once with the Triton kernels, otherwise as often as PyTorch can.
 
     Args:
-        x: [B, C, H, W] or [B, C, N], float16, bfloat16, float32 or float64; the dtype of all others too.  Contiguous or
-            channels_last; any other layout is copied first.
-        groups: divides C.
-        weight, bias: [C].
-        eps: added to the variance.
-        addend: added to x before the norm; [Ba, C] (trailing dimensions of size 1 may follow) or [Ba, C, H, W].  Ba
-            divides B, and row b of x uses row b // (B / Ba): Ba = B is one row each, Ba = B / k one row for k
-            neighbours, the batch-major layout of parallel decoding.
-        scale, shift: [B, C], both or none (trailing dimensions of size 1 may follow); applied after the norm.
+        x: the operand [B, C, H, W] or [B, C, N], in float16, bfloat16, float32 or float64.  All other tensors have its
+            dtype.  It is read where it lies if it is contiguous or channels_last; any other layout is copied first.
+        groups: the number of groups, which divides C.
+        weight, bias: the parameters of the norm, [C].
+        eps: a number that is added to the variance.
+        addend: a tensor that is added to x before the norm, [Ba, C] or [Ba, C, H, W].  Ba divides B, and row b of x
+            uses row b // (B / Ba).  So with Ba = B each row has its own, and with Ba = B / k one row serves k
+            neighbours, as in the batch-major layout of parallel decoding.  After [Ba, C] dimensions of size 1 may
+            follow.
+        scale, shift: the modulation [B, C] that is applied after the norm; both are given, or none is.  Dimensions of
+            size 1 may follow.
         silu: False leaves the SiLU out.
 
     Returns:
-        In the shape, dtype and memory format of x (channels_last stays, unlike ``F.group_norm`` on GPUs).
+        The result in the shape, dtype and memory format of x.  channels_last stays, unlike in ``F.group_norm`` on GPUs.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -93,10 +97,10 @@ def reference(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """The definition in plain PyTorch, in the dtype of ``x`` (its group_norm has float32 statistics for half)."""
+    """Compute the definition in plain PyTorch, in the dtype of ``x``, for half with statistics in float32."""
     layout = memory_format(x)
     if addend is not None:
-        x = _added(x, addend)
+        x = _add(x, addend)
     # Not in channels_last: PyTorch's kernel for it on CPUs takes E[z^2] - mean^2, and GPUs have none.
     out = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
     if scale is not None:
@@ -118,7 +122,7 @@ def reference_backward(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The closed-form gradients in plain PyTorch, in float32 or float64; differentiable itself.
+    """Compute the closed-form gradients in plain PyTorch, in float32 or float64; they can be differentiated themselves.
 
     With du = dout * s (1 + u (1 - s)), s = sigmoid(u), and dn = du * weight * (1 + scale):
     dz = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps), means over each group; the others are sums of du and du n.
@@ -127,7 +131,7 @@ def reference_backward(
         dx, dweight, dbias, daddend, dscale, dshift; None for what was not given.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = x.to(compute) if addend is None else _added(x.to(compute), addend.to(compute))
+    z = x.to(compute) if addend is None else _add(x.to(compute), addend.to(compute))
     # In NCHW, where PyTorch's sums round less; and centered twice, for what the first mean rounds away.
     grouped = z.contiguous().flatten(2).unflatten(1, (groups, z.shape[1] // groups))
     centered = grouped - grouped.mean((2, 3), keepdim=True)
@@ -150,7 +154,7 @@ def reference_backward(
         dx.to(x.dtype).contiguous(memory_format=memory_format(x)),
         (dy * n).sum(2).sum(0).to(weight.dtype),
         dy.sum(2).sum(0).to(bias.dtype),
-        None if addend is None else _summed(dx, addend),
+        None if addend is None else _sum_for(dx, addend),
         None if scale is None else (du * y).sum(2).to(scale.dtype),
         None if shift is None else du.sum(2).to(shift.dtype),
     )
@@ -207,11 +211,12 @@ def _check_rows(name: str, x: Operand, rows: Operand) -> None:
 
 
 def _broadcast(rows: Tensor, x: Tensor) -> Tensor:
-    """[B, C] with the rank of x."""
+    """Give [B, C] the rank of x."""
     return rows.reshape(*rows.shape, *(1 for _ in x.shape[2:]))
 
 
-def _added(x: Tensor, addend: Tensor) -> Tensor:
+def _add(x: Tensor, addend: Tensor) -> Tensor:
+    """Return x + addend, each row of which serves neighbours in x."""
     if addend.ndim == 2:
         addend = _broadcast(addend, x)
     if addend.shape[0] == x.shape[0]:
@@ -220,8 +225,8 @@ def _added(x: Tensor, addend: Tensor) -> Tensor:
     return (by_row + addend.unsqueeze(1)).flatten(0, 1)
 
 
-def _summed(dz: Tensor, addend: Tensor) -> Tensor:
-    """The gradient of an addend from that of the sum."""
+def _sum_for(dz: Tensor, addend: Tensor) -> Tensor:
+    """Return the gradient of an addend, from that of the sum."""
     if addend.ndim == 2:
         dz = dz.flatten(2).sum(2)
     if addend.shape[0] != dz.shape[0]:
@@ -338,7 +343,7 @@ def _differentiate_triton(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[A
         grad_out, x, coefficients, ctx.groups, full, ctx.silu
     )
     du_n = du_z * coefficients[3]
-    daddend = None if addend is None else _summed(dx.to(du.dtype), addend)
+    daddend = None if addend is None else _sum_for(dx.to(du.dtype), addend)
     dscale = dshift = None
     dy, dy_n = du, du_n
     if scale is not None:

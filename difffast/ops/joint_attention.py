@@ -1,13 +1,14 @@
-"""joint_attention: attention over text and pixels at once, as in DeepFloyd IF's UNets, without joining their keys.
+"""joint_attention: attend to text and pixels at once, as DeepFloyd IF's UNets do, without joining their keys.
 
     P = softmax(scale * q [text_k ; k]^T),  out = P [text_v ; v],  maps = mean over heads of P at chosen text keys
 
-Shapes: q [B, H, N, d]; text_k, text_v [Bt, H, T, d], B = Bt * r, row b of q uses row b // r of them; k, v [B, H, M, d];
-out [B, H, N, d]; maps [B, N, m] float32.  Text and pixels share one softmax: what a map gives to the words of a text is
-less than 1.  Source: GLIDE (arXiv 2112.10741, section 4.1), as Diffusers' AttnAddedKVProcessor2_0 computes it.
+Shapes: q [B, H, N, d]; text_k, text_v [Bt, H, T, d], where B = Bt * r and row b of q uses row b // r of them; k, v
+[B, H, M, d]; out [B, H, N, d]; maps [B, N, m] float32.  Text and pixels share one softmax, so that the probabilities of
+all words of a text add up to less than 1.  Source: GLIDE (arXiv 2112.10741, section 4.1), as Diffusers'
+AttnAddedKVProcessor2_0 computes it.
 
-The keys of a text are constant over the denoising steps, those of the pixels are not: a kernel that takes the two
-apart reads both where they are.  PyTorch's attention needs them joined.
+The keys of a text stay the same over the denoising steps; those of the pixels do not.  A kernel that takes the two
+separately reads both where they lie.  PyTorch's attention needs them joined.
 """
 
 from __future__ import annotations
@@ -36,21 +37,25 @@ def joint_attention(
     scale: float | None = None,
     map_tokens: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over text keys and pixel keys in one softmax, with the head-averaged map of chosen tokens on request.
+    """Attend to the keys of a text and of pixels in one softmax, and return the maps of chosen tokens on request.
 
-    Differentiable as often as PyTorch can, in all operands and from both outputs.  The backward pass of the kernel is
-    the closed form in plain PyTorch, which holds the probabilities of all heads.
+    The result can be differentiated as often as PyTorch can, in all operands and from both outputs.  The backward pass
+    of the kernels is the closed form in plain PyTorch, which keeps the probabilities of all heads in memory.
 
     Args:
-        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
-        text_k, text_v: [Bt, H, T, d] with 1 <= T <= 128; Bt divides B, and row b of q uses row b // (B / Bt).
-        k, v: [B, H, M, d] with any M; both None: there is text alone, which is :func:`cross_attention`.
-        scale: factor of the logits; None: 1 / sqrt(d).
-        map_tokens: text keys whose probabilities are wanted, in this order; None: no maps.
+        q: the queries [B, H, N, d], in float16, bfloat16, float32 or float64 and with any strides; d <= 256.
+        text_k, text_v: the keys and values of the text, [Bt, H, T, d] with 1 <= T <= 128.  Bt divides B, and row b of q
+            uses row b // (B / Bt).
+        k, v: the keys and values of the pixels, [B, H, M, d] with any M.  If both are None there is only the text, and
+            the result is that of :func:`cross_attention`.
+        scale: the factor of the logits; None means 1 / sqrt(d).
+        map_tokens: the keys of the text whose probabilities are wanted, in the order in which they are wanted; None
+            means no maps.
 
     Returns:
-        out [B, H, N, d], stored as [B, N, H, d]; with ``map_tokens`` also maps [B, N, m] in float32 (float64 for
-        float64): the mean over heads of the probabilities among all keys, pixels included.
+        The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, m], which are the
+        probabilities among all keys, pixels included, averaged over the heads; in float32, or in float64 for operands
+        in float64.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -81,8 +86,8 @@ def joint_attention(
 def reference(
     q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
-    q_, k_, v_ = _joined(q, text_k, text_v, k, v)
+    """Compute the definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
+    q_, k_, v_ = _join(q, text_k, text_v, k, v)
     p = (q_ @ k_.transpose(-1, -2) * scale).softmax(-1)
     return store_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
@@ -98,12 +103,12 @@ def reference_backward(
     scale: float,
     map_tokens: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The closed-form gradients in plain PyTorch.  -> (dq, dtext_k, dtext_v, dk, dv)
+    """Compute the closed-form gradients in plain PyTorch.  -> (dq, dtext_k, dtext_v, dk, dv)
 
     FlashAttention's (arXiv 2205.14135, appendix B), with the maps' gradient added to dP: dP = dO v^T, plus dmaps / H
     at the chosen tokens; dS = P (dP - rowsum(P dP)); dq = scale dS k, dk = scale dS^T q, dv = P^T dO.
     """
-    q_, k_, v_ = _joined(q, text_k, text_v, k, v)
+    q_, k_, v_ = _join(q, text_k, text_v, k, v)
     p = (q_ @ k_.transpose(-1, -2) * scale).softmax(-1)
     grad = torch.zeros_like(q_) if grad_out is None else grad_out.to(q_.dtype)
     dp = grad @ v_.transpose(-1, -2)
@@ -122,8 +127,8 @@ def reference_backward(
     return dq, *(x.to(q.dtype) for x in (*of_text, *of_pixels))
 
 
-def _joined(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, keys and values in the dtype of the computation."""
+def _join(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, and all keys and values, in the dtype of the computation."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     text_k, text_v = repeat_rows(q, text_k, text_v)
     return tuple(x.to(compute) for x in (q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)))

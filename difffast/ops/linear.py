@@ -1,12 +1,14 @@
-"""linear: a layer's product with its weights, by the faster of PyTorch's two libraries.
+"""linear: multiply by the weights of a layer, with the faster of PyTorch's two libraries.
 
     y[..., o] = sum_k x[..., k] weight[o, k] + bias[o]
 
-Shapes: x [..., K]; weight [O, K]; bias [O]; y [..., O].  On a CPU PyTorch multiplies float32 matrices with MKL, which
-leaves AVX-512 unused on processors that are not Intel's.  A 1x1 convolution of pixels whose channels lie side by side
-is the same product of the same memory, and goes to oneDNN, which does use it: half of the time on an AMD EPYC
-(bench/ops/bench_linear.py).  Which is faster here is measured once a process.  Rounding errors are float32's, up to 2.5
-times MKL's for thousands of columns.
+Shapes: x [..., K]; weight [O, K]; bias [O]; y [..., O].
+
+On a CPU PyTorch multiplies float32 matrices with MKL, which leaves AVX-512 unused on processors that are not Intel's.
+A 1x1 convolution of pixels whose channels lie side by side is the same product of the same memory.  PyTorch gives it to
+oneDNN, which does use AVX-512 and takes half of the time on an AMD EPYC (bench/ops/bench_linear.py).  Each process
+measures once which of the two is faster.  Rounding errors are those of float32, and up to 2.5 times MKL's for thousands
+of columns.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ _ROUNDS, _SECONDS = 100, 0.2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, differentiable.
+    """Compute x weight^T + bias.  The result can be differentiated.
 
     Args:
-        x: [..., K]; any strides and floating-point dtype.
-        weight: [O, K].
-        bias: [O], or None.
+        x: the operand [..., K], in any floating-point dtype and with any strides.
+        weight: the weights [O, K].
+        bias: the bias [O], or None.
 
     Returns:
-        y [..., O], contiguous.
+        The product [..., O], contiguous.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices.
@@ -91,7 +93,7 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def backend_of_large(like: Tensor) -> str:
-    """The backend of products of operands with the dtype and device of ``like``, where they are large.
+    """Return the backend of large products whose operands have the dtype and the device of ``like``.
 
     Raises:
         RuntimeError: the forced backend cannot run.
@@ -105,7 +107,10 @@ def backend_of_large(like: Tensor) -> str:
 
 @functools.cache
 def advantage() -> float:
-    """How many times faster oneDNN is here than F.linear, measured once a process, in some 50 ms; 1 without oneDNN."""
+    """Measure how many times faster oneDNN is here than F.linear; it is 1 without oneDNN.
+
+    The first call in a process takes some 50 ms, and the others return what it has found.
+    """
     if _installed.missing("onednn") is not None:
         return 1.0
     x, weight = torch.ones(2, _SIDE, _SIDE, dtype=torch.float32, device="cpu")
@@ -123,7 +128,7 @@ def advantage() -> float:
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product as a convolution of one image [1, K, rows, 1] in channels_last; no operand is copied."""
+    """Compute the product as a convolution of one image [1, K, rows, 1] in channels_last; no operand is copied."""
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = F.conv2d(rows, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])

@@ -1,7 +1,8 @@
-"""repeat_batch: every sample of a batch ``repeats`` times, batch-major, keeping the memory format.
+"""repeat_batch: repeat every sample of a batch, and keep the memory format.
 
-Shapes: x [B, ...] -> [B * repeats, ...], row b * repeats + j = x[b].  Any dtype, any device; no arithmetic.
-It lays cached encoder features out for parallel decoding (Faster Diffusion, arXiv 2312.09608, section 3.2).
+Shapes: x [B, ...] -> [B * repeats, ...], where row b * repeats + j is x[b]: the order is batch-major.  The tensor
+may have any dtype and be on any device, as there is no arithmetic.  The operator lays out cached encoder features for
+parallel decoding (Faster Diffusion, arXiv 2312.09608, section 3.2).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ._library import LIBRARY
 
 
 def reference(x: Tensor, repeats: int) -> Tensor:
-    """The definition in plain PyTorch."""
+    """Repeat every sample in plain PyTorch: the definition."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         # repeat_interleave returns contiguous tensors; permuting around it keeps channels_last without a second copy.
         return x.permute(0, 2, 3, 1).repeat_interleave(repeats, dim=0).permute(0, 3, 1, 2)
@@ -23,11 +24,16 @@ def reference(x: Tensor, repeats: int) -> Tensor:
 
 
 def repeat_batch(x: Tensor, repeats: int) -> Tensor:
-    """Repeat every sample of ``x`` [B, ...] ``repeats`` times -> [B * repeats, ...], batch-major.
+    """Repeat every sample of ``x`` ``repeats`` times; the copies of a sample are neighbours.
+
+    The result can be differentiated.
 
     Args:
-        x: at least one dimension; contiguous or channels_last tensors take the fast path.
-        repeats: at least 1.
+        x: the batch [B, ...].  Contiguous and channels_last tensors are the fastest.
+        repeats: how often each sample occurs in the result, at least once.
+
+    Returns:
+        The samples [B * repeats, ...], in the memory format of ``x``.
 
     Raises:
         ValueError: ``repeats`` < 1 or a 0-d ``x``.

@@ -1,12 +1,13 @@
-"""self_attention: attention over any number of keys, forward.
+"""self_attention: attend to any number of keys.
 
     out = softmax(scale * q k^T) v
 
 Shapes: q [B, H, N, d]; k, v [B, H, M, d]; out [B, H, N, d].  On a GPU PyTorch's attention leaves little to win, and is
-what runs.  On a CPU the C++ kernel takes half of its time and less (bench/ops/bench_self_attention.py): a vector
-holds several query rows, so that heads of any width fill it and softmax needs no sums across it.
+what runs.  On a CPU the C++ kernel takes half of its time or less (bench/ops/bench_self_attention.py).  A vector of the
+kernel holds several rows of queries, so that heads of any width fill it and softmax needs no sums across it.
 
-Softmax with a running maximum: arXiv 1805.02867; in tiles of keys: FlashAttention (arXiv 2205.14135, section 3.1).
+Sources: softmax with a running maximum is from arXiv 1805.02867, its use on tiles of keys is FlashAttention's (arXiv
+2205.14135, section 3.1).
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ _SMALL, _FEW = 1 << 14, 64
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention over keys of the same rows, such as all pixels.
+    """Attend to the keys of the same rows of the batch, such as those of all pixels.
 
-    Differentiable by PyTorch's own attention, which runs where a gradient is wanted.
+    The result can be differentiated: where a gradient is wanted, PyTorch's own attention runs.
 
     Args:
-        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
-        k, v: [B, H, M, d] with M >= 1.
-        scale: factor of the logits; None: 1 / sqrt(d).
+        q: the queries [B, H, N, d], in float16, bfloat16, float32 or float64 and with any strides; d <= 256.
+        k, v: the keys and values [B, H, M, d] with M >= 1.
+        scale: the factor of the logits; None means 1 / sqrt(d).
 
     Returns:
-        out [B, H, N, d], stored as [B, N, H, d].
+        The output [B, H, N, d], stored as [B, N, H, d].
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.

@@ -1,14 +1,16 @@
-"""skip_norm_silu: GroupNorm and SiLU of cat([hidden, skip]), without the cat, where decoder steps share the skip.
+"""skip_norm_silu: apply GroupNorm and SiLU to cat([hidden, skip]), without the cat, where decoder steps share the skip.
 
     both = silu(group_norm(cat([hidden, skip repeated k times], 1)))
     per_step = both[:, :E],  shared = both[::k, E:]
 
-Shapes: hidden [Bs * k, Ch, H, W], row b uses row b // k of skip [Bs, Cs, H, W]; weight, bias [Ch + Cs]; per_step
-[Bs * k, E, H, W], shared [Bs, Ch + Cs - E, H, W], where E is Ch rounded up to whole groups of (Ch + Cs) / groups
-channels.  Channels from E on are normalised with the skip's own channels alone: they are the same for all k steps and
-are made once.  The E - Ch channels of the skip whose group begins in hidden are made for every step.
+Shapes: hidden [Bs * k, Ch, H, W], of which row b uses row b // k of skip [Bs, Cs, H, W]; weight, bias [Ch + Cs];
+per_step [Bs * k, E, H, W]; shared [Bs, Ch + Cs - E, H, W].  E is Ch rounded up to whole groups of (Ch + Cs) / groups
+channels.
 
-The cut at E is one cut through the input channels of the convolution that follows, whose two parts are views:
+Channels from E on are normalised together with channels of the skip only.  They are the same for all k steps, and are
+made once.  The E - Ch channels of the skip whose group begins in hidden are made for every step.
+
+The convolution that follows is cut at E as well.  Both parts of its weights are views:
 conv(both) = conv(per_step, weight[:, :E]) + conv(shared, weight[:, E:]) repeated k times.
 """
 
@@ -31,22 +33,23 @@ from .group_norm_silu import reference_backward as norm_backward
 def skip_norm_silu(
     hidden: Tensor, skip: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """SiLU of the GroupNorm of hidden and skip side by side: the channels of every step, and those that all share.
+    """Apply GroupNorm and SiLU to the channels of hidden and skip side by side.
 
-    Differentiable as often as PyTorch can.
+    The result can be differentiated as often as PyTorch can.
 
     Args:
-        hidden: [Bs * k, Ch, H, W] (or [Bs * k, Ch, N]), batch-major: the k steps of a sample are neighbours.  float16,
-            bfloat16, float32 or float64; contiguous or channels_last, any other layout is copied first.
-        skip: [Bs, Cs, H, W], in the dtype of hidden.
-        groups: divides Ch + Cs.
-        weight, bias: [Ch + Cs], hidden's channels first.
-        eps: added to the variance.
+        hidden: the channels of every step, [Bs * k, Ch, H, W] or [Bs * k, Ch, N], in float16, bfloat16, float32 or
+            float64.  The k steps of a sample are neighbours.  The operand is read where it lies if it is contiguous or
+            channels_last; any other layout is copied first.
+        skip: the channels that k steps share, [Bs, Cs, H, W], in the dtype of hidden.
+        groups: the number of groups, which divides Ch + Cs.
+        weight, bias: the parameters of the norm, [Ch + Cs]; those of hidden's channels come first.
+        eps: a number that is added to the variance.
         silu: False leaves the SiLU out.
 
     Returns:
-        per_step [Bs * k, E, H, W] and shared [Bs, Ch + Cs - E, H, W], possibly without channels; E is Ch rounded up to
-        whole groups.  Both in the memory format of hidden.
+        per_step [Bs * k, E, H, W] are the channels that differ between steps, and shared [Bs, Ch + Cs - E, H, W] those
+        that do not; there may be none of these.  E is Ch rounded up to whole groups.  Both have hidden's memory format.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -94,7 +97,7 @@ def _decide(
 
 
 def own_channels(hidden_channels: int, skip_channels: int, groups: int) -> int:
-    """E: channels that are made for every step, ``hidden_channels`` rounded up to whole groups."""
+    """Return E, the number of channels that are made for every step: ``hidden_channels`` rounded up to whole groups."""
     size = (hidden_channels + skip_channels) // groups
     return -(-hidden_channels // size) * size
 
@@ -102,7 +105,7 @@ def own_channels(hidden_channels: int, skip_channels: int, groups: int) -> int:
 def reference(
     hidden: Tensor, skip: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch, in the dtype of ``hidden``.  -> (per_step, shared)"""
+    """Compute the definition in plain PyTorch, in the dtype of ``hidden``.  -> (per_step, shared)"""
     layout = memory_format(hidden)
     own = own_channels(hidden.shape[1], skip.shape[1], groups)
     kept = own * groups // weight.shape[0]
