@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difffast import ops
-from difffast.ops._registry import INTERPRETED
+from difffast.ops._installed import INTERPRETED
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -26,7 +26,7 @@ from difffast.layers import cross_attention
 from difffast.layers.context import CallContext, Text, use_context
 from difffast.layers.maps import choose_layers
 from difffast.layers.text_kv import TextKV
-from difffast.ops._registry import INTERPRETED
+from difffast.ops._installed import INTERPRETED
 
 STEPS = 8
 

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from difffast.ops._registry import INTERPRETED
+from difffast.ops._installed import INTERPRETED
 
 
 @contextlib.contextmanager

@@ -24,8 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from difffast.ops.group_norm_silu import memory_format
-
 from .launch import on_device_of
 
 #: Programs of the kernels that reduce over pixels, at least, if there are pixels enough: some on every multiprocessor.
@@ -432,6 +430,8 @@ def forward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    *,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """SiLU of the GroupNorm of x.
 
@@ -439,11 +439,12 @@ def forward(
         x: [B, C, H, W] or [B, C, N].
         addend: [Ba, C] or in the shape of x but for the batch; Ba divides B.
         scale, shift: [B, C], both or none.
+        channels_last: whether to compute in that format; x may have any.
 
     Returns:
         out like x, and coefficients [4, B, C]: center, gain, offset, 1 / sqrt(var + eps).
     """
-    layout = memory_format(x)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     x, (batch, channels) = x.contiguous(memory_format=layout), x.shape[:2]
     out = torch.empty_like(x)
     coefficients = x.new_empty(4, batch, channels, dtype=sums_dtype(x))
@@ -453,7 +454,7 @@ def forward(
     full = None if addend is None or addend.ndim == 2 else addend.contiguous(memory_format=layout)
     repeats = 1 if addend is None else batch // addend.shape[0]
     pixels = x.numel() // (batch * channels)
-    tile = tiles(channels, pixels, layout == torch.channels_last)
+    tile = tiles(channels, pixels, channels_last)
     parts, span = splits(batch, channels, pixels, tile)
     with on_device_of(x):
         means = moments(x, parts, span, tile, full, repeats)
@@ -504,18 +505,26 @@ def apply(
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, coefficients: Tensor, groups: int, addend: Tensor | None, silu: bool
+    grad_out: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    groups: int,
+    addend: Tensor | None,
+    silu: bool,
+    *,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`forward` for x, and the sums of which those of the parameters are made.
 
     Args:
         coefficients: from :func:`forward`.
         addend: one in the shape of x but for the batch; one of [Ba, C] is in the coefficients.
+        channels_last: as in :func:`forward`.
 
     Returns:
         dx like x; sums [2, B, C] over the pixels: of du, and of du * (x + addend - center).
     """
-    layout = memory_format(x)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     x, grad_out = x.contiguous(memory_format=layout), grad_out.contiguous(memory_format=layout)
     batch, channels = x.shape[:2]
     dx = torch.empty_like(x)
@@ -524,7 +533,7 @@ def backward(
     repeats = 1 if addend is None else batch // addend.shape[0]
     addend = None if addend is None else addend.contiguous(memory_format=layout)
     pixels, size = x.numel() // (batch * channels), channels // groups
-    tile = tiles(channels, pixels, layout == torch.channels_last)
+    tile = tiles(channels, pixels, channels_last)
     parts, span = splits(batch, channels, pixels, tile)
     constants = {"ADDED": addend is not None, "SILU": silu, **tile, "ACC": ACC[x.dtype]}
     operands = (grad_out, x, or_any(addend, x), coefficients)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from difffast.ops.group_norm_silu import memory_format
-
 from .group_norm_silu import (
     OPTIONS,
     apply,
@@ -26,18 +24,27 @@ from .launch import on_device_of
 
 
 def forward(
-    hidden: Tensor, skip: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+    hidden: Tensor,
+    skip: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    *,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """SiLU of the GroupNorm of hidden and skip side by side.
 
     Args:
         hidden: [B, Ch, H, W] or [B, Ch, N].
         skip: [B / k, Cs, H, W] or [B / k, Cs, N].
+        channels_last: whether to compute in that format; the operands may have any.
 
     Returns:
         per_step [B, E, H, W] and shared [B / k, Ch + Cs - E, H, W]; E is Ch rounded up to whole groups.
     """
-    layout = memory_format(hidden)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     hidden, skip = (x.contiguous(memory_format=layout) for x in (hidden, skip))
     (batch, of_hidden, *image), repeats = hidden.shape, hidden.shape[0] // skip.shape[0]
     channels = of_hidden + skip.shape[1]
@@ -48,7 +55,7 @@ def forward(
         for rows, width in ((batch, own), (skip.shape[0], channels - own))
     )
     pixels = hidden.numel() // (batch * of_hidden)
-    tile = tiles(channels, pixels, layout == torch.channels_last)
+    tile = tiles(channels, pixels, channels_last)
     parts, span = splits(batch, channels, pixels, tile)
     coefficients = hidden.new_empty(4, batch, channels, dtype=sums_dtype(hidden))
     with on_device_of(hidden):

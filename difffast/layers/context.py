@@ -75,7 +75,7 @@ class CallContext:
         size: (height, width) of the latents.
         stop: whether the call ends, by :class:`AllCollected`, once every sink has the maps of all its layers.
         only_text: whether cross-attention layers alone are fused.
-        projected: the text that the UNet has made of it for its layers (:func:`project_text`); None: it makes none.
+        projected: what the UNet has made of the text, which layers attend to instead (:func:`set_projected_text`).
     """
 
     fused: bool
@@ -88,32 +88,29 @@ class CallContext:
     only_text: bool = False
     projected: Text | None = None
 
-    @property
-    def layer_text(self) -> Text | None:
-        """The text that cross-attention layers attend to."""
-        return self.projected or self.text
-
 
 class AllCollected(Exception):  # noqa: N818 - no error: it ends a UNet call of which only the maps are wanted
     """Every map that a call was made for has been collected."""
 
 
-_current: ContextVar[CallContext | None] = ContextVar("difffast_call", default=None)
+#: The context of the UNet call that is running in this thread.  Layers read it themselves, outside compiled regions
+#: only: every layer asks at every call.
+CURRENT: ContextVar[CallContext | None] = ContextVar("difffast_call", default=None)
 
 
 def find_context() -> CallContext | None:
     """Return the context of the UNet call that is running in this thread; None inside compiled regions."""
-    return None if torch.compiler.is_compiling() else _current.get()
+    return None if torch.compiler.is_compiling() else CURRENT.get()
 
 
 @contextlib.contextmanager
 def use_context(context: CallContext | None) -> Iterator[None]:
     """Let the layers of this thread's UNet calls find ``context`` inside the block; None: they run stock."""
-    token = _current.set(context)
+    token = CURRENT.set(context)
     try:
         yield
     finally:
-        _current.reset(token)
+        CURRENT.reset(token)
 
 
 def repeat_text(text: Any, copy: Any, repeats: int) -> Token[CallContext | None] | None:
@@ -126,15 +123,15 @@ def repeat_text(text: Any, copy: Any, repeats: int) -> Token[CallContext | None]
         return None
     seen = None if context.text.seen is None else copy
     changed = dataclasses.replace(context.text, seen=seen, repeats=repeats * context.text.repeats)
-    return _current.set(dataclasses.replace(context, text=changed, projected=None))
+    return CURRENT.set(dataclasses.replace(context, text=changed, projected=None))
 
 
 def restore_text(token: Token[CallContext | None] | None) -> None:
     """Undo :func:`repeat_text`, which returned ``token``."""
     if token is not None:
-        _current.reset(token)
+        CURRENT.reset(token)
 
 
-def project_text(context: CallContext, text: Text) -> None:
+def set_projected_text(context: CallContext, text: Text) -> None:
     """Let the layers of the running call meet what the UNet has made of its text, up to the end of its block."""
-    _current.set(dataclasses.replace(context, projected=text))
+    CURRENT.set(dataclasses.replace(context, projected=text))

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.cross_attention import MAX_HEAD_DIM, MAX_KEYS, repeated
+from ..ops._attention_checks import MAX_HEAD_DIM, MAX_KEYS, repeat_rows
 from ..surgery.unchanged import read_projection
-from .context import AllCollected, CallContext, MapSink, Text, find_context, project_text
+from .context import CURRENT, AllCollected, CallContext, MapSink, Text, find_context, set_projected_text
 from .kind import LayerKind, ProgramCall, is_masked
 
 #: Arguments of a UNet call that reach the layers and that compiled programs do not serve.
@@ -35,7 +36,7 @@ class CrossAttention(LayerKind):
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         text = args[0] if args else kwargs.get("encoder_hidden_states")
-        return refuse_call(layer, text, args[1:], kwargs) or refuse_rank(layer, hidden.ndim)
+        return refuse_call(layer, text, args[1:], kwargs, rank=hidden.ndim)
 
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         text = args[0] if args else kwargs.get("encoder_hidden_states")
@@ -45,17 +46,16 @@ class CrossAttention(LayerKind):
         """As for any kind, but maps may be wanted of a layer that is not fused, and rows of zeros need the operator."""
 
         def call(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            context = find_context()
+            context = None if torch.compiler.is_compiling() else CURRENT.get()
             text = args[0] if args else kwargs.get("encoder_hidden_states")
-            if context is None or not _is_seen(text, context.layer_text):
+            if context is None or not _is_seen(text, context.projected or context.text):
                 return plain(layer, hidden_states, *args, **kwargs)
             wanted = [sink for sink in context.sinks if name in sink.layers]
-            sink = context.layer_text.sink
+            sink = (context.projected or context.text).sink
             if not (context.fused or wanted or sink):
                 return plain(layer, hidden_states, *args, **kwargs)
-            reason = refuse_call(layer, text, args[1:], kwargs, sink=sink, maps=bool(wanted)) or refuse_rank(
-                layer, hidden_states.ndim
-            )
+            rank = hidden_states.ndim
+            reason = refuse_call(layer, text, args[1:], kwargs, rank=rank, sink=sink, maps=bool(wanted))
             if reason is None:
                 return _attend(layer, hidden_states, text, context, name, wanted)
             if wanted or sink:
@@ -79,8 +79,7 @@ class CrossAttention(LayerKind):
         found: dict[str, Any] = {}
         for name, layer in layers.items():
             if name_operator(layer) not in slow and refuse_call(layer, kv.text, (), {}) is None:
-                pair = kv.get(layer, read_projections(layer), find_projection(layer))
-                found[name] = tuple(_by_head(layer, x) for x in pair)
+                found[name] = kv.get(layer, read_projections(layer), project_text)
         return found
 
     def stand_in(self, layer: Any, value: Any) -> Callable[..., Any]:
@@ -140,7 +139,7 @@ def process_text(unet: nn.Module, text: Any, process: Callable[[Any], Any]) -> A
     kv = None if found.kv is None else found.kv.project(projection)
     projected = process(found.original) if kv is None else kv.text
     seen = ops.repeat_batch(projected, found.repeats)
-    project_text(context, dataclasses.replace(found, seen=seen, original=projected, kv=kv))
+    set_projected_text(context, dataclasses.replace(found, seen=seen, original=projected, kv=kv))
     return seen
 
 
@@ -152,7 +151,9 @@ def find_text_projection(unet: nn.Module) -> nn.Module | None:
 
 def _is_seen(text: Any, expected: Text | None) -> bool:
     """Return whether a layer was given the text that its call's context speaks of."""
-    return expected is not None and (expected.seen is None or _text_of(text) is expected.seen)
+    if expected is None:
+        return False
+    return expected.seen is None or text is expected.seen or _text_of(text) is expected.seen
 
 
 def _text_of(text: Any) -> Any:
@@ -166,6 +167,7 @@ def refuse_call(
     positional: Sequence[Any],
     named: Mapping[str, Any],
     *,
+    rank: int | None = None,
     sink: int = 0,
     maps: bool = False,
 ) -> str | None:
@@ -174,6 +176,7 @@ def refuse_call(
     Args:
         text: what the layer attends to.
         positional, named: its other arguments.
+        rank: dimensions of its input; None: what the UNet gives it.
         sink: rows of zeros that the text stands without.
         maps: whether attention maps are wanted.
     """
@@ -183,20 +186,23 @@ def refuse_call(
     given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
     if positional or given:
         return f"arguments {', '.join(given) or 'by position'} (masks are not fused)"
-    if has_added_keys(layer) != (processor.__name__ == _ADDED):
-        return f"attention processor {processor.__name__} {'with' if has_added_keys(layer) else 'without'} added keys"
+    added = layer.added_kv_proj_dim is not None
+    if added != (processor.__name__ == _ADDED):
+        return f"attention processor {processor.__name__} {'with' if added else 'without'} added keys"
     if isinstance(text, tuple) != (processor.__name__ == "IPAdapterAttnProcessor2_0"):
         return "image tokens without an IP-Adapter processor, or the other way round"
     if isinstance(text, tuple) and any(isinstance(scale, list) for scale in layer.processor.scale):
         return "IP-Adapter scales per image"
     if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return "the layer has hooks, or a forward of its own"
-    keys = _text_of(text).shape[1]
+    keys = (text[0] if isinstance(text, tuple) else text).shape[1]
     if layer.inner_dim // layer.heads > MAX_HEAD_DIM:
         return f"heads wider than {MAX_HEAD_DIM}"
     if keys > MAX_KEYS and (maps or sink or name_operator(layer) == "joint_attention"):
         return f"more than {MAX_KEYS} text tokens ({keys})"
-    if has_added_keys(layer):
+    if rank is not None and rank != (4 if added else 3):
+        return "no [B, C, height, width] input" if added else "no [B, N, C] input"
+    if added:
         return "rows of zeros are none after the layer's norm and biases" if sink else None
     return _refuse_parts(layer, sink)
 
@@ -213,32 +219,24 @@ def _refuse_parts(layer: Any, sink: int) -> str | None:
     return None
 
 
-def refuse_rank(layer: Any, rank: int) -> str | None:
-    """Return why an input with this number of dimensions cannot be fused, or None."""
-    if has_added_keys(layer):
-        return None if rank == 4 else "no [B, C, height, width] input"
-    return None if rank == 3 else "no [B, N, C] input"
-
-
 def _attend(
     layer: Any, hidden: Tensor, text: Any, context: CallContext, name: str = "", wanted: Sequence[MapSink] = ()
 ) -> Tensor:
     """Compute what the layer's processor computes, through the operator."""
-    found, project = context.layer_text, find_projection(layer)
+    found = context.projected or context.text
     if found.kv is None:
-        keys, values = project(layer, found.original)
+        keys, values = project_text(layer, found.original)
     else:
-        keys, values = found.kv.get(layer, read_projections(layer), project)
+        keys, values = found.kv.get(layer, read_projections(layer), project_text)
         if found.repeats > 1 and found.kv.rows > 1:
             # The operator lets neighbouring rows share keys; here the frames of one step are neighbours.
             by_sample = (x.unflatten(0, (-1, found.kv.rows)) for x in (keys, values))
             keys, values = (ops.repeat_batch(x, found.repeats).flatten(0, 1) for x in by_sample)
-    if isinstance(text, Tensor) and text.shape[1] == 1 and not (wanted or found.sink or has_added_keys(layer)):
+    if isinstance(text, Tensor) and text.shape[1] == 1 and not (wanted or found.sink or layer.added_kv_proj_dim):
         # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
-        out = layer.to_out[1](layer.to_out[0](values))
+        out = layer.to_out[1](layer.to_out[0](values.transpose(1, 2).flatten(2)))
         return out.repeat_interleave(len(hidden) // len(out), 0).expand(-1, hidden.shape[1], -1)
     query, pixels = _project_own(layer, hidden)
-    keys, values = _by_head(layer, keys), _by_head(layer, values)
     if wanted:
         out = _attend_with_maps(query, keys, values, pixels, context, name, wanted)
     else:
@@ -258,7 +256,7 @@ def _attend_with_maps(
     wanted: Sequence[MapSink],
 ) -> Tensor:
     """Attend, and hand out the maps of the tokens that each sink has chosen."""
-    found = context.layer_text
+    found = context.projected or context.text
     tokens = sorted({token for sink in wanted for token in sink.columns(keys.shape[2])})
     out, maps = _operate(query, keys, values, pixels, found.sink, map_tokens=tokens)
     for sink in wanted:
@@ -287,9 +285,10 @@ def _project_own(layer: Any, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]
 
     The input is [B, N, C], or [B, C, height, width] of a layer with added keys.
     """
-    if has_added_keys(layer):
+    pixels: tuple[Any, ...] = ()
+    if layer.added_kv_proj_dim is not None:
         hidden = layer.group_norm(hidden.flatten(2)).transpose(1, 2)
-    pixels = (layer.to_k, layer.to_v) if name_operator(layer) == "joint_attention" else ()
+        pixels = () if layer.only_cross_attention else (layer.to_k, layer.to_v)
     query, *pair = (_by_head(layer, to(hidden)) for to in (layer.to_q, *pixels))
     return query, tuple(pair)
 
@@ -298,7 +297,7 @@ def _operate(query: Tensor, keys: Tensor, values: Tensor, pixels: Sequence[Tenso
     """Call the layer's operator on text keys and values, and on those of its own input if there are any."""
     if keys.shape[2] > MAX_KEYS:
         # Long prompts, and texts of other encoders than CLIP's: Kolors has 256 tokens.
-        return ops.self_attention(query, *repeated(query, keys, values))
+        return ops.self_attention(query, *repeat_rows(query, keys, values))
     if pixels:
         return ops.joint_attention(query, keys, values, *pixels, **options)
     return ops.cross_attention(query, keys, values, sink=sink, **options)
@@ -307,7 +306,7 @@ def _operate(query: Tensor, keys: Tensor, values: Tensor, pixels: Sequence[Tenso
 def _project_out(layer: Any, out: Tensor, hidden: Tensor) -> Tensor:
     """Return the layer's output from the operator's and the layer's input."""
     out = layer.to_out[1](layer.to_out[0](out.transpose(1, 2).flatten(2)))
-    return out.transpose(1, 2).reshape(hidden.shape) + hidden if has_added_keys(layer) else out
+    return out if layer.added_kv_proj_dim is None else out.transpose(1, 2).reshape(hidden.shape) + hidden
 
 
 def _by_head(layer: Any, x: Tensor) -> Tensor:
@@ -345,9 +344,10 @@ _PROJECTIONS: dict[str, tuple[Projection, tuple[str, ...]]] = {
 }
 
 
-def find_projection(layer: Any) -> Projection:
-    """Return what makes a layer's keys and values of a text."""
-    return _PROJECTIONS[type(layer.processor).__name__][0]
+def project_text(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's keys and values [B, H, T, d] of a text [B, T, D]."""
+    keys, values = _PROJECTIONS[type(layer.processor).__name__][0](layer, text)
+    return _by_head(layer, keys), _by_head(layer, values)
 
 
 def read_projections(layer: Any) -> list[Any] | None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
-from .context import CallContext, find_context
+from .context import CURRENT
 from .text_kv import TextKV
 
 
@@ -94,30 +95,20 @@ class LayerKind(ABC):
         kind = self.name  # torch.compile can trace a function that holds a string, but none that holds an object
 
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            context = find_context()
+            context = None if torch.compiler.is_compiling() else CURRENT.get()
             if context is None or not context.fused or context.only_text:
                 return plain(layer, *args, **kwargs)
-            return _kinds[kind].run(layer, plain, context, args, kwargs)
+            own = _kinds[kind]
+            if not args or not own.pays(layer, args[0]):
+                return plain(layer, *args, **kwargs)
+            reason = own.refuse(layer, args[0], args[1:], kwargs)
+            if reason is None:
+                return own.forward(layer, *args, **kwargs)
+            if reason:
+                context.record(f"{kind} run stock: {reason}")
+            return plain(layer, *args, **kwargs)
 
         return call
-
-    def run(
-        self,
-        layer: nn.Module,
-        plain: Callable[..., Any],
-        context: CallContext,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run a call of a layer through the operator where that pays and nothing speaks against it, else stock."""
-        if not args or not self.pays(layer, args[0]):
-            return plain(layer, *args, **kwargs)
-        reason = self.refuse(layer, args[0], args[1:], kwargs)
-        if reason is None:
-            return self.forward(layer, *args, **kwargs)
-        if reason:
-            context.record(f"{self.name} run stock: {reason}")
-        return plain(layer, *args, **kwargs)
 
     def put_in(self, unet: nn.Module) -> None:
         """Put :meth:`wrap` in front of every layer that has no class of its own yet."""

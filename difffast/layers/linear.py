@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops.linear import backend_of_large, choose, through_onednn
 from ..surgery.pristine import is_plain
 from ..surgery.subclass import plain_class
+from .context import CURRENT
 from .kind import LayerKind, ProgramCall
 
 #: Parts of names of layers with a row for each sample: too few ever to win.
@@ -29,8 +31,18 @@ class Linear(LayerKind):
             if plain_class(module) is nn.Linear and not any(part in name for part in _ONE_ROW)
         }
 
-    def pays(self, layer: Any, hidden: Tensor) -> bool:
-        return hidden.device.type == "cpu" and choose(hidden, layer.weight, layer.bias) != "reference"
+    def wrap(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """As for any kind, but it is asked first of all whether it pays: of so many layers most are too small."""
+        fused = super().wrap(name, plain)
+
+        def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not args or CURRENT.get() is None:
+                return plain(layer, *args, **kwargs)
+            if choose(args[0], layer.weight, layer.bias) == "reference":
+                return plain(layer, *args, **kwargs)
+            return fused(layer, *args, **kwargs)
+
+        return call
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if args or kwargs:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.cross_attention import MAX_HEAD_DIM
+from ..ops._attention_checks import MAX_HEAD_DIM
 from ..surgery.pristine import is_wrapped
 from .kind import LayerKind, ProgramCall, is_masked
 
@@ -48,7 +48,9 @@ class SelfAttention(LayerKind):
         }
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
-        return hidden.ndim == 3 and _wins(hidden)
+        if hidden.ndim != 3 or hidden.device.type != "cpu":  # on GPUs all would ask in vain
+            return False
+        return ops.default_backend("self_attention", hidden.device, hidden.dtype) != "sdpa"
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         processor = type(layer.processor)
@@ -86,5 +88,5 @@ class SelfAttention(LayerKind):
 
 
 def _wins(x: Tensor) -> bool:
-    """Return whether a kernel is the faster one for an input like this; every layer asks, on GPUs in vain."""
+    """Return whether a kernel is the faster one for inputs with the device and the dtype of this one."""
     return x.device.type == "cpu" and ops.default_backend("self_attention", x.device, x.dtype) != "sdpa"

@@ -1,6 +1,8 @@
 """Operators: one file each with schema, reference and dispatch."""
 
-from ._registry import BACKENDS, INSTRUCTION_SET, OPERATORS, PROVED, Proof, default_backend, missing, use_backend
+from ._dispatch import OPERATORS, default_backend, use_backend
+from ._installed import BACKENDS, INSTRUCTION_SET, missing
+from ._proofs import PROVED, Proof
 from .attention_entropy import attention_entropy
 from .cross_attention import cross_attention
 from .group_norm_silu import group_norm_silu

@@ -1,15 +1,15 @@
-"""attention_entropy: how spread out the attention maps of chosen prompt tokens are, as a loss to minimise.
+"""attention_entropy: measure how spread out the attention maps of chosen prompt tokens are, as a loss to minimise.
 
     B = softmax(maps[:, :, 1 : n + 1] / tau) over the words,  b = a subject's column of B,
     p = (b - min b) / S with S = sum(b - min b) over the pixels,  loss = -weight * sum over subjects and pixels of
     p ln(p + eps)
 
-Shapes: maps [B, N, T], probabilities averaged over heads and layers, column 0 the start token, columns 1 .. n the
-words; loss [B], in nats times ``weight``.  Entropy loss of ToMe (arXiv 2411.07132, section 4.2): one focused map for
-every subject.
+Shapes: maps [B, N, T] are probabilities averaged over heads and layers, with the start token in column 0 and the words
+in columns 1 .. n; loss [B] is in nats times ``weight``.  This is the entropy loss of ToMe (arXiv 2411.07132, section
+4.2), which asks for one focused map for every subject.
 
-S is a sum of differences, not sum(b) - N min b: it is exactly zero for a uniform column, and float32 keeps its digits
-for a nearly uniform one.
+S is computed as a sum of differences, not as sum(b) - N min b.  So it is exactly zero for a uniform column, and float32
+keeps its digits for a nearly uniform one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch, _installed
+from ._dispatch import Forced
+from ._library import LIBRARY, refuse_second_derivative
 
 MAX_TOKENS = 127
 DTYPES = (torch.float32, torch.float64)
@@ -36,33 +38,35 @@ def attention_entropy(
     weight: float = 2.0,
     detach_min: bool = False,
 ) -> Tensor:
-    """Entropy of the subjects' attention maps, to be minimised: low means focused.
+    """Compute the entropy of the subjects' attention maps.  It is a loss: the lower it is, the more focused they are.
 
-    Differentiable once in ``maps`` (the reference backend as often as wanted).  A column that is the same in every
-    pixel (S = 0; always so for N = 1) has no shape to focus: its p, its loss and its gradient are defined as 0.  NaN in
-    the words' columns gives NaN, for that batch entry only.
+    The loss can be differentiated once in ``maps``, and with the reference backend any number of times.  A column with
+    the same value in every pixel (S = 0, which is always so for N = 1) has no shape to focus.  Its p, its loss and its
+    gradient are defined as 0.  A NaN in the columns of the words makes the loss of its batch entry NaN, and no other.
 
     Args:
-        maps: [B, N, T] float32 or float64, N >= 1, any strides: attention probabilities of N pixels for T tokens.
-        anchors: column of each subject: at least one, distinct, in 1 .. n_tokens; their order does not matter.
-        n_tokens: number of words (without start, end and padding tokens), 1 .. 127 and below T.
-        tau: temperature of the softmax over the words.
-        eps: added under the logarithm.
-        weight: factor of the loss.
-        detach_min: take min b for a constant in the gradient.  About 99% of the gradient's square otherwise lies on the
-            one pixel where b is lowest, an artefact of the subtraction.  The loss is the same.  Without it, the first
-            of several lowest pixels gets that gradient, as in ``torch.min(dim)``.
+        maps: attention probabilities of N pixels for T tokens, [B, N, T] with N >= 1, in float32 or float64 and with
+            any strides.
+        anchors: the column of each subject.  There is at least one, they are distinct, and all lie in 1 .. n_tokens;
+            their order does not matter.
+        n_tokens: the number of words, without start, end and padding tokens; 1 .. 127, and less than T.
+        tau: the temperature of the softmax over the words.
+        eps: a number that is added under the logarithm.
+        weight: the factor of the loss.
+        detach_min: treat min b as a constant in the gradient; the loss stays the same.  Otherwise about 99% of the
+            gradient's square lies on the one pixel where b is lowest, which is an artefact of the subtraction.  Of
+            several lowest pixels the first one gets that gradient, as in ``torch.min(dim)``.
 
     Returns:
-        loss [B], in the dtype of ``maps``.
+        The loss [B], in the dtype of ``maps``.
 
     Raises:
         ValueError: wrong shapes, dtypes or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    columns = _checked(maps, anchors, n_tokens, tau, eps, weight)
+    columns = _check(maps, anchors, n_tokens, tau, eps, weight)
     arguments = (maps, columns, n_tokens, float(tau), float(eps), float(weight), bool(detach_min))
-    backend = _backend(maps)
+    backend = choose(maps.dtype, maps.device)
     return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)[0]
 
 
@@ -75,7 +79,7 @@ def reference(
     weight: float = 2.0,
     detach_min: bool = False,
 ) -> Tensor:
-    """The definition in plain PyTorch, in the dtype of ``maps`` [B, N, T].  -> loss [B]"""
+    """Compute the definition in plain PyTorch, in the dtype of ``maps`` [B, N, T].  -> loss [B]"""
     b = (maps[..., 1 : n_tokens + 1] / tau).softmax(-1)[..., [anchor - 1 for anchor in anchors]]
     least = b.min(1, keepdim=True).values
     rise = b - (least.detach() if detach_min else least)
@@ -95,7 +99,7 @@ def reference_backward(
     weight: float = 2.0,
     detach_min: bool = False,
 ) -> Tensor:
-    """The closed-form gradient in plain PyTorch, from ``grad_loss`` [B].  -> d loss / d maps [B, N, T]
+    """Compute the closed-form gradient in plain PyTorch, from ``grad_loss`` [B].  -> d loss / d maps [B, N, T]
 
     With g = -weight (ln(p + eps) + p / (p + eps)) and gbar = sum(g p), of one subject:
     dL/db = (g - gbar) / S, minus (sum(g) - N gbar) / S at the first pixel where b is lowest; and with E = dL/db in the
@@ -123,8 +127,8 @@ def reference_backward(
     return grad
 
 
-def _checked(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, eps: float, weight: float) -> list[int]:
-    """The anchors in increasing order, after all arguments have been checked."""
+def _check(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, eps: float, weight: float) -> list[int]:
+    """Check all arguments and return the anchors in increasing order."""
     if maps.ndim != 3 or not maps.shape[1]:
         raise ValueError(f"maps must be [batch, pixels, tokens] with at least one pixel, got {tuple(maps.shape)}")
     if maps.dtype not in DTYPES:
@@ -156,16 +160,18 @@ def _checked(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, ep
     return sorted(columns)
 
 
-def obstacle(backend: str, maps: Tensor) -> str | None:
-    """Why a backend that exists here cannot serve these maps, or None."""
-    if backend == "triton" and maps.dtype == torch.float64 and not _registry.INTERPRETED:
+@_dispatch.remember
+def choose(forced: Forced, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend for maps of this dtype on this device."""
+    return _dispatch.choose("attention_entropy", forced, device, dtype, lambda backend: find_obstacle(backend, dtype))
+
+
+def find_obstacle(backend: str, dtype: torch.dtype) -> str | None:
+    """Say why a backend that exists here cannot serve maps of this dtype, or return None."""
+    if backend == "triton" and dtype == torch.float64 and not _installed.INTERPRETED:
         # A compiled Triton kernel takes tau, eps and weight as float32.
         return "it takes float64 in the interpreter only"
     return None
-
-
-def _backend(maps: Tensor) -> str:
-    return _registry.choose("attention_entropy", maps, lambda backend: obstacle(backend, maps))
 
 
 # anchors increase.  shares [B, K, N]: p of each subject.  stats [B, K, 4]: S, sum(g) - N gbar, gbar, the subject's part
@@ -220,7 +226,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _define(backend: str) -> None:
     """Schemas, fakes and autograd of one backend."""
-    name, library = f"attention_entropy.{backend}", _registry.LIBRARY
+    name, library = f"attention_entropy.{backend}", LIBRARY
     backward_name = f"attention_entropy_backward.{backend}"
     library.define(name + _SCHEMA)
     library.define(backward_name + _BACKWARD_SCHEMA)
@@ -234,7 +240,7 @@ def _define(backend: str) -> None:
         return grad, None, None, None, None, None, None
 
     torch.library.register_autograd(f"difffast::{name}", differentiate, setup_context=_save, lib=library)
-    _registry.refuse_second_derivative("attention_entropy", backward_name)
+    refuse_second_derivative("attention_entropy", backward_name)
 
 
 def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -252,5 +258,5 @@ def _triton_backward(*arguments: Any) -> Tensor:
 _define("cpp")
 _define("triton")
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("attention_entropy.triton", _triton_forward, _device)
-    _registry.LIBRARY.impl("attention_entropy_backward.triton", _triton_backward, _device)
+    LIBRARY.impl("attention_entropy.triton", _triton_forward, _device)
+    LIBRARY.impl("attention_entropy_backward.triton", _triton_backward, _device)

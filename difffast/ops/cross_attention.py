@@ -1,11 +1,13 @@
-"""cross_attention: attention over at most 128 keys that can also return the attention map averaged over heads.
+"""cross_attention: attend to at most 128 keys, and return the attention map averaged over heads on request.
 
     P = softmax(scale * q k^T),  out = P v,  maps = mean over heads of P at chosen keys
 
-Shapes: q [B, H, N, d]; k, v [Bk, H, T, d], B = Bk * r, row b of q uses row b // r of k and v; out [B, H, N, d];
-maps [B, N, M] float32.  ``sink`` more keys of logit 0 and value 0 take part in the softmax without being stored: rows
-that semantic binding has absorbed (ToMe, arXiv 2411.07132, section 4.1, and its released code).  Backward pass from
-both outputs: FlashAttention's (arXiv 2205.14135, appendix B), with the map's gradient added to dP.
+Shapes: q [B, H, N, d]; k, v [Bk, H, T, d], where B = Bk * r and row b of q uses row b // r of k and v; out
+[B, H, N, d]; maps [B, N, M] float32.
+
+``sink`` more keys with logit 0 and value 0 take part in the softmax without being stored.  They are the rows that
+semantic binding has absorbed (ToMe, arXiv 2411.07132, section 4.1, and its released code).  The backward pass starts
+from both outputs.  It is FlashAttention's (arXiv 2205.14135, appendix B), with the gradient of the maps added to dP.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch
+from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
+from ._dispatch import Forced, Operand
+from ._library import LIBRARY, refuse_second_derivative
 
-MAX_KEYS = 128
-MAX_HEAD_DIM = 256
 #: Products q k below which the C++ kernel loses to PyTorch's attention.
 _SMALL = 1 << 14
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cross_attention(
@@ -36,31 +38,40 @@ def cross_attention(
     sink: int = 0,
     map_tokens: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over text keys, with the head-averaged map of chosen tokens on request.
+    """Attend to the keys of a text, and return the maps of chosen tokens on request.
 
-    Differentiable once in q, k and v, from both outputs (the reference and sdpa backends as often as PyTorch can).
+    The result can be differentiated once in q, k and v, from both outputs.  With the reference and sdpa backends it can
+    be differentiated as often as PyTorch can.
 
     Args:
-        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
-        k, v: [Bk, H, T, d] with 1 <= T <= 128; Bk divides B, and row b of q uses row b // (B / Bk).
-        scale: factor of the logits; None: 1 / sqrt(d).
-        sink: number of keys with logit 0 and value 0 that are not stored.
-        map_tokens: keys whose probabilities are wanted, in this order; None: no maps.
+        q: the queries [B, H, N, d], in float16, bfloat16, float32 or float64 and with any strides; d <= 256.
+        k, v: the keys and values [Bk, H, T, d] with 1 <= T <= 128.  Bk divides B, and row b of q uses row
+            b // (B / Bk).
+        scale: the factor of the logits; None means 1 / sqrt(d).
+        sink: the number of keys with logit 0 and value 0 that are not stored.
+        map_tokens: the keys whose probabilities are wanted, in the order in which they are wanted; None means no maps.
 
     Returns:
-        out [B, H, N, d], stored as [B, N, H, d]; with ``map_tokens`` also maps [B, N, M] in float32 (float64 for
-        float64): the mean over heads of the probabilities.
+        The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, M], which are the
+        probabilities averaged over the heads; in float32, or in float64 for operands in float64.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    scale = checked(q, k, v, scale, sink)
-    if map_tokens is None:
-        return _run(q, k, v, scale, sink, [])[0]
-    tokens = checked_tokens(map_tokens, k.shape[2])
+    scale = None if scale is None else check_scale(scale)
+    tokens = [] if map_tokens is None else check_tokens(map_tokens, k.shape)
+    operands = (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device)
+    # Only the CUDA kernel asks how operands lie in memory.
+    layout = _find_layout(q, k, v) if q.is_cuda else None
+    backend, scale = _decide(operands, scale, sink, map_tokens is not None, layout)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, scale, sink)
+    run = reference if backend == "reference" else _OPERATORS[backend]
     increasing = sorted(set(tokens))
-    out, maps = _run(q, k, v, scale, sink, increasing)
+    out, maps = run(q, k, v, scale, sink, increasing)
+    if map_tokens is None:
+        return out
     if tokens != increasing:
         maps = maps[..., [increasing.index(token) for token in tokens]]
     return out, maps
@@ -69,15 +80,15 @@ def cross_attention(
 def reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int = 0, map_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
+    """Compute the definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (x.to(compute) for x in (q, *repeated(q, k, v)))
+    q_, k_, v_ = (x.to(compute) for x in (q, *repeat_rows(q, k, v)))
     logits = q_ @ k_.transpose(-1, -2) * scale
     if sink:
         # One more column of logit log(sink) is `sink` columns of logit 0.
         logits = F.pad(logits, (0, 1), value=math.log(sink))
     p = logits.softmax(-1)[..., : k.shape[2]]
-    return stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
+    return store_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
 
 def reference_backward(
@@ -90,13 +101,13 @@ def reference_backward(
     sink: int = 0,
     map_tokens: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The closed-form gradients in plain PyTorch.  -> (dq, dk, dv)
+    """Compute the closed-form gradients in plain PyTorch.  -> (dq, dk, dv)
 
     dP = dO v^T, plus dmaps / H at the chosen tokens; dS = P (dP - rowsum(P dP)); dq = scale dS k, dk = scale dS^T q,
     dv = P^T dO.  The sink takes no part: its dP is 0.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_, k_, v_ = (x.to(compute) for x in (q, *repeated(q, k, v)))
+    q_, k_, v_ = (x.to(compute) for x in (q, *repeat_rows(q, k, v)))
     logits = q_ @ k_.transpose(-1, -2) * scale
     if sink:
         logits = F.pad(logits, (0, 1), value=math.log(sink))
@@ -111,87 +122,58 @@ def reference_backward(
         x.unflatten(0, (-1, repeats)).sum(1).to(k.dtype)
         for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)
     )
-    return stored_by_row((ds @ k_).to(q.dtype)), dk, dv
+    return store_by_row((ds @ k_).to(q.dtype)), dk, dv
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int) -> Tensor:
-    k, v = repeated(q, k, v)
+    k, v = repeat_rows(q, k, v)
     if sink:
         k, v = F.pad(k, (0, 0, 0, sink)), F.pad(v, (0, 0, 0, sink))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    repeats = q.shape[0] // k.shape[0]
-    return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
+#: How an operand lies in memory: its strides, and its storage offset modulo 8.
+_Layout = tuple[tuple[int, ...], int]
 
 
-def stored_by_row(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+@_dispatch.remember
+def _decide(
+    forced: Forced,
+    operands: tuple[tuple[Any, ...], ...],
     scale: float | None,
-    sink: int = 0,
-    prefix: str = "",
-    most: int | None = MAX_KEYS,
-) -> float:
-    """The scale, after all operands have been checked; errors put ``prefix`` before the names of k and v.
+    sink: int,
+    maps: bool,
+    layout: tuple[_Layout, ...] | None,
+) -> tuple[str, float]:
+    """Check the operands; return the backend, and the factor of the logits.
 
-    ``most`` is how many keys there may be.
+    Args:
+        operands: :class:`Operand` s q, k and v, as plain tuples.
+        scale: None: the default.
+        maps: whether any are wanted.
+        layout: of q, k and v on a GPU.
     """
-    of_k, of_v = f"{prefix}k", f"{prefix}v"
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(
-            f"q, {of_k} and {of_v} must be [batch, heads, rows, head_dim], got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if k.shape != v.shape:
-        raise ValueError(f"{of_k} and {of_v} must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q and {of_k} must have the same heads and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if not k.shape[0] or q.shape[0] % k.shape[0]:
-        raise ValueError(f"{of_k}'s batch must divide q's, got {k.shape[0]} and {q.shape[0]}")
-    if k.shape[2] < 1 or (most is not None and k.shape[2] > most):
-        raise ValueError(
-            f"{of_k} must have {'at least 1 key' if most is None else f'1 to {most} keys'}, got {k.shape[2]}"
-        )
-    if not q.shape[1] or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"q needs a head and a head_dim of 1 to {MAX_HEAD_DIM}, got {tuple(q.shape)}")
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, {of_k} and {of_v} must have one dtype of float16, bfloat16, float32 and float64, "
-            f"got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"q, {of_k} and {of_v} must be on one device, got {q.device}, {k.device} and {v.device}")
+    q, k, v = (Operand(*each) for each in operands)
+    check_attention(q, k, v)
     if type(sink) is not int or sink < 0:
         raise ValueError(f"sink must be an int of at least 0, got {sink!r}")
-    if scale is None:
-        return q.shape[3] ** -0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    backend = _dispatch.choose(
+        "cross_attention",
+        forced,
+        q.device,
+        q.dtype,
+        lambda backend: find_obstacle(backend, q, k, v, scale, maps, layout),
+        lambda backend: _loses(backend, q, k, maps),
+    )
+    return backend, scale
 
 
-def checked_tokens(map_tokens: Sequence[int], keys: int) -> list[int]:
-    tokens = list(map_tokens)
-    if not tokens:
-        raise ValueError("map_tokens must name at least one token (or be None), got none")
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < keys:
-            raise ValueError(f"map_tokens must be ints in 0 .. {keys - 1}, got {token!r}")
-    return tokens
-
-
-def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
-    if backend == "sdpa" and map_tokens:
+def find_obstacle(
+    backend: str, q: Operand, k: Operand, v: Operand, scale: float, maps: bool, layout: tuple[_Layout, ...] | None
+) -> str | None:
+    """Say why a backend that exists here cannot serve these operands, or return None."""
+    if backend == "sdpa" and maps:
         return "PyTorch's fused attention returns no maps"
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
@@ -206,40 +188,24 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, map_to
             return f"scale must be positive, got {scale}"
         if q.shape[3] % 8:
             return f"head_dim must be a multiple of 8, got {q.shape[3]}"
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.stride(3) != 1 or x.storage_offset() % 8 or any(x.stride(i) % 8 for i in range(3)):
+        for name, (strides, offset) in zip("qkv", layout or (), strict=False):
+            if strides[3] != 1 or offset or any(stride % 8 for stride in strides[:3]):
                 return (
-                    f"{name} needs rows of neighbours at multiples of 16 bytes, got strides {x.stride()} "
-                    f"and storage offset {x.storage_offset()}"
+                    f"{name} needs rows of neighbours at multiples of 16 bytes, got strides {strides} "
+                    f"and storage offset {offset} modulo 8"
                 )
     return None
 
 
-def _backend(q: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int]) -> str:
-    return _registry.choose(
-        "cross_attention",
-        q,
-        lambda backend: obstacle(backend, q, k, v, scale, map_tokens),
-        lambda backend: _loses(backend, q, k, map_tokens),
-    )
+def _find_layout(*operands: Tensor) -> tuple[_Layout, ...]:
+    """Return how the operands lie in memory."""
+    return tuple((x.stride(), x.storage_offset() % 8) for x in operands)
 
 
-def _loses(backend: str, q: Tensor, k: Tensor, map_tokens: Sequence[int]) -> bool:
+def _loses(backend: str, q: Operand, k: Operand, maps: bool) -> bool:
     """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
     # Against PyTorch's own attention, one key or a few thousand products do not pay for packing the keys.
-    return backend == "cpp" and not map_tokens and (k.shape[2] == 1 or q.numel() * k.shape[2] < _SMALL)
-
-
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int, map_tokens: list[int]
-) -> tuple[Tensor, Tensor | None]:
-    """-> (out, maps), by the backend of choice; ``map_tokens`` increase."""
-    backend = _backend(q, k, v, scale, map_tokens)
-    if backend == "reference":
-        return reference(q, k, v, scale, sink, map_tokens)
-    if backend == "sdpa":
-        return _sdpa(q, k, v, scale, sink), None
-    return _OPERATORS[backend](q, k, v, scale, sink, map_tokens)
+    return backend == "cpp" and not maps and (k.shape[2] == 1 or math.prod(q.shape) * k.shape[2] < _SMALL)
 
 
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, float scale, int sink, int[] map_tokens) -> (Tensor out, Tensor maps)"
@@ -299,18 +265,16 @@ def _differentiate(backend: str) -> Any:
 
 def _define(backend: str, backward: str) -> None:
     """Schema, fake and autograd of one backend's operator; ``backward`` is the backend that differentiates it."""
-    _registry.LIBRARY.define(f"cross_attention.{backend}{_SCHEMA}")
-    torch.library.register_fake(f"difffast::cross_attention.{backend}", _fake, lib=_registry.LIBRARY)
+    LIBRARY.define(f"cross_attention.{backend}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::cross_attention.{backend}", _fake, lib=LIBRARY)
     _OPERATORS[backend] = getattr(torch.ops.difffast.cross_attention, backend)
     if backend == backward:
-        _registry.LIBRARY.define(f"cross_attention_backward.{backend}{_BACKWARD_SCHEMA}")
-        torch.library.register_fake(
-            f"difffast::cross_attention_backward.{backend}", _fake_backward, lib=_registry.LIBRARY
-        )
+        LIBRARY.define(f"cross_attention_backward.{backend}{_BACKWARD_SCHEMA}")
+        torch.library.register_fake(f"difffast::cross_attention_backward.{backend}", _fake_backward, lib=LIBRARY)
         _BACKWARD[backend] = getattr(torch.ops.difffast.cross_attention_backward, backend)
-        _registry.refuse_second_derivative("cross_attention", f"cross_attention_backward.{backend}")
+        refuse_second_derivative("cross_attention", f"cross_attention_backward.{backend}")
     torch.library.register_autograd(
-        f"difffast::cross_attention.{backend}", _differentiate(backward), setup_context=_save, lib=_registry.LIBRARY
+        f"difffast::cross_attention.{backend}", _differentiate(backward), setup_context=_save, lib=LIBRARY
     )
 
 
@@ -330,5 +294,5 @@ _define("cpp", backward="cpp")
 _define("triton", backward="triton")
 _define("cuda", backward="triton")
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("cross_attention.triton", _triton_forward, _device)
-    _registry.LIBRARY.impl("cross_attention_backward.triton", _triton_backward, _device)
+    LIBRARY.impl("cross_attention.triton", _triton_forward, _device)
+    LIBRARY.impl("cross_attention_backward.triton", _triton_backward, _device)

@@ -1,11 +1,13 @@
-"""group_norm_silu: GroupNorm and SiLU in one pass, with the time embedding before or after the norm.
+"""group_norm_silu: apply GroupNorm and SiLU in one pass, with the time embedding before or after the norm.
 
     z = x + addend,  n = (z - mean) / sqrt(var + eps) over each group,
     u = (n * weight + bias) * (1 + scale) + shift,  out = u * sigmoid(u)
 
-Shapes: x, out [B, C, H, W] or [B, C, N]; weight, bias [C]; addend [Ba, C] or [Ba, C, H, W], B = Ba * r, row b of x uses
-row b // r; scale, shift [B, C].  The norms of Diffusers' ResnetBlock2D: ``addend`` is its time embedding
-(time_embedding_norm="default") or anything that all time steps of a parallel decoder share, ``scale`` and ``shift`` its
+Shapes: x, out [B, C, H, W] or [B, C, N]; weight, bias [C]; addend [Ba, C] or [Ba, C, H, W], where B = Ba * r and row b
+of x uses row b // r; scale, shift [B, C].
+
+These are the norms of Diffusers' ResnetBlock2D.  ``addend`` is its time embedding for time_embedding_norm="default", or
+anything that all time steps of a parallel decoder share.  ``scale`` and ``shift`` are its time embedding for
 "scale_shift".  The variance is the mean of squared differences from the mean (Wu and He, arXiv 1803.08494), never
 E[z^2] - mean^2.
 """
@@ -19,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from . import _dispatch, _installed
+from ._dispatch import Forced, Operand
+from ._library import LIBRARY, refuse_second_derivative
+from ._norm_checks import Layout, check_like, check_norm, is_channels_last, lies_channels_last, memory_format
 
 
 def group_norm_silu(
@@ -36,35 +39,48 @@ def group_norm_silu(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """SiLU of the GroupNorm of ``x``, in the memory format of ``x``.
+    """Apply GroupNorm and SiLU to ``x``.
 
-    Differentiable in every tensor: once with the Triton kernels, else as often as PyTorch can.
+    The result can be differentiated in every tensor: once with the Triton kernels, otherwise as often as PyTorch can.
 
     Args:
-        x: [B, C, H, W] or [B, C, N], float16, bfloat16, float32 or float64; the dtype of all others too.  Contiguous or
-            channels_last; any other layout is copied first.
-        groups: divides C.
-        weight, bias: [C].
-        eps: added to the variance.
-        addend: added to x before the norm; [Ba, C] (trailing dimensions of size 1 may follow) or [Ba, C, H, W].  Ba
-            divides B, and row b of x uses row b // (B / Ba): Ba = B is one row each, Ba = B / k one row for k
-            neighbours, the batch-major layout of parallel decoding.
-        scale, shift: [B, C], both or none (trailing dimensions of size 1 may follow); applied after the norm.
+        x: the operand [B, C, H, W] or [B, C, N], in float16, bfloat16, float32 or float64.  All other tensors have its
+            dtype.  It is read where it lies if it is contiguous or channels_last; any other layout is copied first.
+        groups: the number of groups, which divides C.
+        weight, bias: the parameters of the norm, [C].
+        eps: a number that is added to the variance.
+        addend: a tensor that is added to x before the norm, [Ba, C] or [Ba, C, H, W].  Ba divides B, and row b of x
+            uses row b // (B / Ba).  So with Ba = B each row has its own, and with Ba = B / k one row serves k
+            neighbours, as in the batch-major layout of parallel decoding.  After [Ba, C] dimensions of size 1 may
+            follow.
+        scale, shift: the modulation [B, C] that is applied after the norm; both are given, or none is.  Dimensions of
+            size 1 may follow.
         silu: False leaves the SiLU out.
 
     Returns:
-        In the shape, dtype and memory format of x (channels_last stays, unlike ``F.group_norm`` on GPUs).
+        The result in the shape, dtype and memory format of x.  channels_last stays, unlike in ``F.group_norm`` on GPUs.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    check_norm("x", x, groups, {"weight": weight, "bias": bias}, eps)
-    if (scale is None) != (shift is None):
-        raise ValueError("scale and shift must be given together, got only " + ("scale" if shift is None else "shift"))
-    addend, scale, shift = _addend(x, addend), _rows("scale", x, scale), _rows("shift", x, shift)
+    # A comparison, which NaN fails too: torch.compile traces it for symbolic numbers, unlike math.isfinite.
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    backend, addend_shape = _decide(
+        (x.shape, x.dtype, x.device),
+        (x.stride(), x.is_contiguous()),
+        groups,
+        ((weight.shape, weight.dtype, weight.device), (bias.shape, bias.dtype, bias.device)),
+        None if addend is None else (addend.shape, addend.dtype, addend.device),
+        None if scale is None else (scale.shape, scale.dtype, scale.device),
+        None if shift is None else (shift.shape, shift.dtype, shift.device),
+    )
+    if addend_shape is not None:
+        addend = addend.reshape(addend_shape)
+    if scale is not None:
+        scale, shift = scale.reshape(x.shape[:2]), shift.reshape(x.shape[:2])
     arguments = (x, groups, weight, bias, float(eps), addend, scale, shift, bool(silu))
-    backend = choose("group_norm_silu", x, x.shape[1] // groups)
     if backend == "reference":
         return reference(*arguments)
     return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
@@ -81,10 +97,10 @@ def reference(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """The definition in plain PyTorch, in the dtype of ``x`` (its group_norm has float32 statistics for half)."""
+    """Compute the definition in plain PyTorch, in the dtype of ``x``, for half with statistics in float32."""
     layout = memory_format(x)
     if addend is not None:
-        x = _added(x, addend)
+        x = _add(x, addend)
     # Not in channels_last: PyTorch's kernel for it on CPUs takes E[z^2] - mean^2, and GPUs have none.
     out = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
     if scale is not None:
@@ -106,7 +122,7 @@ def reference_backward(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The closed-form gradients in plain PyTorch, in float32 or float64; differentiable itself.
+    """Compute the closed-form gradients in plain PyTorch, in float32 or float64; they can be differentiated themselves.
 
     With du = dout * s (1 + u (1 - s)), s = sigmoid(u), and dn = du * weight * (1 + scale):
     dz = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps), means over each group; the others are sums of du and du n.
@@ -115,7 +131,7 @@ def reference_backward(
         dx, dweight, dbias, daddend, dscale, dshift; None for what was not given.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = x.to(compute) if addend is None else _added(x.to(compute), addend.to(compute))
+    z = x.to(compute) if addend is None else _add(x.to(compute), addend.to(compute))
     # In NCHW, where PyTorch's sums round less; and centered twice, for what the first mean rounds away.
     grouped = z.contiguous().flatten(2).unflatten(1, (groups, z.shape[1] // groups))
     centered = grouped - grouped.mean((2, 3), keepdim=True)
@@ -138,76 +154,69 @@ def reference_backward(
         dx.to(x.dtype).contiguous(memory_format=memory_format(x)),
         (dy * n).sum(2).sum(0).to(weight.dtype),
         dy.sum(2).sum(0).to(bias.dtype),
-        None if addend is None else _summed(dx, addend),
+        None if addend is None else _sum_for(dx, addend),
         None if scale is None else (du * y).sum(2).to(scale.dtype),
         None if shift is None else du.sum(2).to(shift.dtype),
     )
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The format that the result has for this operand: channels_last where its channels are neighbours."""
-    if x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+@_dispatch.remember
+def _decide(
+    forced: Forced,
+    x: tuple[Any, ...],
+    layout: Layout,
+    groups: int,
+    parameters: tuple[tuple[Any, ...], tuple[Any, ...]],
+    addend: tuple[Any, ...] | None,
+    scale: tuple[Any, ...] | None,
+    shift: tuple[Any, ...] | None,
+) -> tuple[str, tuple[int, int] | None]:
+    """Check the operands; return the backend, and the shape that the addend shall be given, None: the one it has.
+
+    Args:
+        x, parameters, addend, scale, shift: :class:`Operand` s as plain tuples; the parameters are weight and bias.
+        layout: of x.
+    """
+    x = Operand(*x)
+    weight, bias = (Operand(*each) for each in parameters)
+    check_norm("x", x, groups, {"weight": weight, "bias": bias})
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together, got only " + ("scale" if shift is None else "shift"))
+    shape = None if addend is None else _check_addend(x, Operand(*addend))
+    for name, rows in (("scale", scale), ("shift", shift)):
+        if rows is not None:
+            _check_rows(name, x, Operand(*rows))
+    return choose_for("group_norm_silu", forced, x, layout, x.shape[1] // groups), shape
 
 
-def check_norm(name: str, x: Tensor, groups: int, others: dict[str, Tensor], eps: float, channels: int = 0) -> None:
-    """Check an operand and the norm's ``others``, of which ``weight`` and ``bias`` have ``channels`` (0: as x)."""
-    if x.ndim not in (3, 4):
-        raise ValueError(f"{name} must be [B, C, H, W] or [B, C, N], got {tuple(x.shape)}")
-    if not math.prod(x.shape[1:]):
-        raise ValueError(f"{name} must have at least one channel and one pixel, got {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    channels = channels or x.shape[1]
-    if type(groups) is not int or groups < 1 or channels % groups:
-        raise ValueError(f"groups must be an int that divides channels, got {groups!r} and {channels}")
-    for other, tensor in others.items():
-        if other in ("weight", "bias") and tensor.shape != (channels,):
-            raise ValueError(f"{other} must be [{channels}], got {tuple(tensor.shape)}")
-        _check_like(other, tensor, name, x)
-    # A comparison, which NaN fails too: torch.compile traces it for symbolic numbers, unlike math.isfinite.
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, got {eps}")
-
-
-def _check_like(other: str, tensor: Tensor, name: str, x: Tensor) -> None:
-    if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(f"{other} must be {x.dtype} on {x.device} like {name}, got {tensor.dtype} on {tensor.device}")
-
-
-def _addend(x: Tensor, addend: Tensor | None) -> Tensor | None:
-    """Checked, as [Ba, C] or in the shape of x but for the batch."""
-    if addend is None:
-        return None
-    _check_like("addend", addend, "x", x)
+def _check_addend(x: Operand, addend: Operand) -> tuple[int, int] | None:
+    """Check an addend; return its shape without trailing dimensions of size 1, or None for one in the shape of x."""
+    check_like("addend", addend, "x", x)
     shape = addend.shape
-    by_row = addend.ndim >= 2 and math.prod(shape[2:]) == 1
-    if addend.ndim < 2 or shape[1] != x.shape[1] or not (by_row or shape[2:] == x.shape[2:]):
+    by_row = len(shape) >= 2 and math.prod(shape[2:]) == 1
+    if len(shape) < 2 or shape[1] != x.shape[1] or not (by_row or shape[2:] == x.shape[2:]):
         raise ValueError(
             f"addend must be [Ba, {x.shape[1]}] or [Ba, {', '.join(map(str, x.shape[1:]))}], got {tuple(shape)}"
         )
     if shape[0] != x.shape[0] and (not shape[0] or x.shape[0] % shape[0]):
         raise ValueError(f"addend's batch must divide x's, got {shape[0]} and {x.shape[0]}")
-    return addend.reshape(shape[:2]) if by_row else addend
+    return (shape[0], shape[1]) if by_row else None
 
 
-def _rows(name: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
-    """Checked, as [B, C]."""
-    if rows is None:
-        return None
-    _check_like(name, rows, "x", x)
+def _check_rows(name: str, x: Operand, rows: Operand) -> None:
+    """Check that there is one number for each channel of each row of x."""
+    check_like(name, rows, "x", x)
     if rows.shape[:2] != x.shape[:2] or math.prod(rows.shape[2:]) != 1:
         raise ValueError(f"{name} must be {list(x.shape[:2])}, got {tuple(rows.shape)}")
-    return rows.reshape(x.shape[:2])
 
 
 def _broadcast(rows: Tensor, x: Tensor) -> Tensor:
-    """[B, C] with the rank of x."""
+    """Give [B, C] the rank of x."""
     return rows.reshape(*rows.shape, *(1 for _ in x.shape[2:]))
 
 
-def _added(x: Tensor, addend: Tensor) -> Tensor:
+def _add(x: Tensor, addend: Tensor) -> Tensor:
+    """Return x + addend, each row of which serves neighbours in x."""
     if addend.ndim == 2:
         addend = _broadcast(addend, x)
     if addend.shape[0] == x.shape[0]:
@@ -216,8 +225,8 @@ def _added(x: Tensor, addend: Tensor) -> Tensor:
     return (by_row + addend.unsqueeze(1)).flatten(0, 1)
 
 
-def _summed(dz: Tensor, addend: Tensor) -> Tensor:
-    """The gradient of an addend from that of the sum."""
+def _sum_for(dz: Tensor, addend: Tensor) -> Tensor:
+    """Return the gradient of an addend, from that of the sum."""
     if addend.ndim == 2:
         dz = dz.flatten(2).sum(2)
     if addend.shape[0] != dz.shape[0]:
@@ -229,14 +238,14 @@ def _summed(dz: Tensor, addend: Tensor) -> Tensor:
 _CUDA_CHANNELS = 2048
 
 
-def obstacle(backend: str, x: Tensor, size: int) -> str | None:
-    """Why a backend that exists here cannot serve this operand, whose groups have ``size`` channels, or None."""
-    if backend == "cpp" and x.dtype == torch.float16:
+def find_obstacle(backend: str, dtype: torch.dtype, size: int) -> str | None:
+    """Say why a backend that exists here cannot serve operands whose groups have ``size`` channels, or return None."""
+    if backend == "cpp" and dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if backend == "triton" and x.dtype == torch.float64 and not _registry.INTERPRETED:
+    if backend == "triton" and dtype == torch.float64 and not _installed.INTERPRETED:
         # A compiled Triton kernel takes eps as float32.
         return "it takes float64 in the interpreter only"
-    if backend == "cuda" and x.dtype == torch.float64:
+    if backend == "cuda" and dtype == torch.float64:
         return "it takes float16, bfloat16 and float32, got float64"
     if backend == "cuda" and size > _CUDA_CHANNELS:
         return f"it takes groups of at most {_CUDA_CHANNELS} channels, got {size}"
@@ -244,19 +253,36 @@ def obstacle(backend: str, x: Tensor, size: int) -> str | None:
 
 
 def choose(operator: str, x: Tensor, size: int) -> str:
-    """The backend of this operator or of skip_norm_silu for this operand, whose groups have ``size`` channels."""
-    return _registry.choose(operator, x, lambda backend: obstacle(backend, x, size), lambda backend: _loses(backend, x))
+    """Return the backend of this operator or of skip_norm_silu for x, whose groups have ``size`` channels."""
+    return _choose(operator, (x.shape, x.dtype, x.device), (x.stride(), x.is_contiguous()), size)
 
 
-def _loses(backend: str, x: Tensor) -> bool:
+@_dispatch.remember
+def _choose(forced: Forced, operator: str, x: tuple[Any, ...], layout: Layout, size: int) -> str:
+    return choose_for(operator, forced, Operand(*x), layout, size)
+
+
+def choose_for(operator: str, forced: Forced, x: Operand, layout: Layout, size: int) -> str:
+    """Do what :func:`choose` does, for a signature."""
+    return _dispatch.choose(
+        operator,
+        forced,
+        x.device,
+        x.dtype,
+        lambda backend: find_obstacle(backend, x.dtype, size),
+        lambda backend: _loses(backend, x, layout),
+    )
+
+
+def _loses(backend: str, x: Operand, layout: Layout) -> bool:
     """Whether a backend that could run is slower than the next (measured, bench/ops)."""
     if backend != "cpp":
         return False
     # Its exponential of doubles takes one at a time, PyTorch's a vector: 2.5 times slower in all.  And a call takes
     # some 20 us, in which PyTorch has done small operands; channels_last it lost at 2 x 2560 x 8 x 8 and won at
     # 2 x 1280 x 16 x 16 (float32; other dtypes are not measured).
-    small = 1 << 16 if memory_format(x) is torch.contiguous_format else 1 << 19
-    return x.dtype == torch.float64 or x.numel() < small
+    small = 1 << 19 if lies_channels_last(layout) else 1 << 16
+    return x.dtype == torch.float64 or math.prod(x.shape) < small
 
 
 _ARGUMENTS = (
@@ -317,7 +343,7 @@ def _differentiate_triton(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[A
         grad_out, x, coefficients, ctx.groups, full, ctx.silu
     )
     du_n = du_z * coefficients[3]
-    daddend = None if addend is None else _summed(dx.to(du.dtype), addend)
+    daddend = None if addend is None else _sum_for(dx.to(du.dtype), addend)
     dscale = dshift = None
     dy, dy_n = du, du_n
     if scale is not None:
@@ -327,24 +353,24 @@ def _differentiate_triton(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[A
     return dx, None, dweight, dbias, None, daddend, dscale, dshift, None
 
 
-def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from difffast.triton_kernels import group_norm_silu as kernels
 
-    return kernels.forward(*arguments)
+    return kernels.forward(x, *rest, channels_last=is_channels_last(x))
 
 
-def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from difffast.triton_kernels import group_norm_silu as kernels
 
-    return kernels.backward(*arguments)
+    return kernels.backward(grad_out, x, *rest, channels_last=is_channels_last(x))
 
 
 def _define(backend: str, fake: Any, differentiate: Any) -> None:
     """Schema, fake and autograd of one backend's operator."""
     name = f"group_norm_silu.{backend}"
-    _registry.LIBRARY.define(f"{name}{_ARGUMENTS} -> {_RETURNS[backend]}")
-    torch.library.register_fake(f"difffast::{name}", fake, lib=_registry.LIBRARY)
-    torch.library.register_autograd(f"difffast::{name}", differentiate, setup_context=_save, lib=_registry.LIBRARY)
+    LIBRARY.define(f"{name}{_ARGUMENTS} -> {_RETURNS[backend]}")
+    torch.library.register_fake(f"difffast::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"difffast::{name}", differentiate, setup_context=_save, lib=LIBRARY)
     _OPERATORS[backend] = getattr(torch.ops.difffast.group_norm_silu, backend)
 
 
@@ -353,9 +379,9 @@ def _define(backend: str, fake: Any, differentiate: Any) -> None:
 _define("cpp", _fake, _differentiate)
 _define("triton", _fake_triton, _differentiate_triton)
 _define("cuda", _fake, _differentiate)
-_registry.LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")
-torch.library.register_fake("difffast::group_norm_silu_backward.triton", _fake_triton_backward, lib=_registry.LIBRARY)
-_registry.refuse_second_derivative("group_norm_silu", "group_norm_silu_backward.triton")
+LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")
+torch.library.register_fake("difffast::group_norm_silu_backward.triton", _fake_triton_backward, lib=LIBRARY)
+refuse_second_derivative("group_norm_silu", "group_norm_silu_backward.triton")
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("group_norm_silu.triton", _triton_forward, _device)
-    _registry.LIBRARY.impl("group_norm_silu_backward.triton", _triton_backward, _device)
+    LIBRARY.impl("group_norm_silu.triton", _triton_forward, _device)
+    LIBRARY.impl("group_norm_silu_backward.triton", _triton_backward, _device)

@@ -1,13 +1,14 @@
-"""joint_attention: attention over text and pixels at once, as in DeepFloyd IF's UNets, without joining their keys.
+"""joint_attention: attend to text and pixels at once, as DeepFloyd IF's UNets do, without joining their keys.
 
     P = softmax(scale * q [text_k ; k]^T),  out = P [text_v ; v],  maps = mean over heads of P at chosen text keys
 
-Shapes: q [B, H, N, d]; text_k, text_v [Bt, H, T, d], B = Bt * r, row b of q uses row b // r of them; k, v [B, H, M, d];
-out [B, H, N, d]; maps [B, N, m] float32.  Text and pixels share one softmax: what a map gives to the words of a text is
-less than 1.  Source: GLIDE (arXiv 2112.10741, section 4.1), as Diffusers' AttnAddedKVProcessor2_0 computes it.
+Shapes: q [B, H, N, d]; text_k, text_v [Bt, H, T, d], where B = Bt * r and row b of q uses row b // r of them; k, v
+[B, H, M, d]; out [B, H, N, d]; maps [B, N, m] float32.  Text and pixels share one softmax, so that the probabilities of
+all words of a text add up to less than 1.  Source: GLIDE (arXiv 2112.10741, section 4.1), as Diffusers'
+AttnAddedKVProcessor2_0 computes it.
 
-The keys of a text are constant over the denoising steps, those of the pixels are not: a kernel that takes the two
-apart reads both where they are.  PyTorch's attention needs them joined.
+The keys of a text stay the same over the denoising steps; those of the pixels do not.  A kernel that takes the two
+separately reads both where they lie.  PyTorch's attention needs them joined.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
-from .cross_attention import checked, checked_tokens, cross_attention, repeated, stored_by_row
+from . import _dispatch
+from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
+from ._dispatch import Forced, Operand
+from ._library import LIBRARY
+from .cross_attention import cross_attention
 
 
 def joint_attention(
@@ -33,21 +37,25 @@ def joint_attention(
     scale: float | None = None,
     map_tokens: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over text keys and pixel keys in one softmax, with the head-averaged map of chosen tokens on request.
+    """Attend to the keys of a text and of pixels in one softmax, and return the maps of chosen tokens on request.
 
-    Differentiable as often as PyTorch can, in all operands and from both outputs.  The backward pass of the kernel is
-    the closed form in plain PyTorch, which holds the probabilities of all heads.
+    The result can be differentiated as often as PyTorch can, in all operands and from both outputs.  The backward pass
+    of the kernels is the closed form in plain PyTorch, which keeps the probabilities of all heads in memory.
 
     Args:
-        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
-        text_k, text_v: [Bt, H, T, d] with 1 <= T <= 128; Bt divides B, and row b of q uses row b // (B / Bt).
-        k, v: [B, H, M, d] with any M; both None: there is text alone, which is :func:`cross_attention`.
-        scale: factor of the logits; None: 1 / sqrt(d).
-        map_tokens: text keys whose probabilities are wanted, in this order; None: no maps.
+        q: the queries [B, H, N, d], in float16, bfloat16, float32 or float64 and with any strides; d <= 256.
+        text_k, text_v: the keys and values of the text, [Bt, H, T, d] with 1 <= T <= 128.  Bt divides B, and row b of q
+            uses row b // (B / Bt).
+        k, v: the keys and values of the pixels, [B, H, M, d] with any M.  If both are None there is only the text, and
+            the result is that of :func:`cross_attention`.
+        scale: the factor of the logits; None means 1 / sqrt(d).
+        map_tokens: the keys of the text whose probabilities are wanted, in the order in which they are wanted; None
+            means no maps.
 
     Returns:
-        out [B, H, N, d], stored as [B, N, H, d]; with ``map_tokens`` also maps [B, N, m] in float32 (float64 for
-        float64): the mean over heads of the probabilities among all keys, pixels included.
+        The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, m], which are the
+        probabilities among all keys, pixels included, averaged over the heads; in float32, or in float64 for operands
+        in float64.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -59,21 +67,16 @@ def joint_attention(
                 f"k and v must both be tensors or both be None, got {type(k).__name__}, {type(v).__name__}"
             )
         return cross_attention(q, text_k, text_v, scale=scale, map_tokens=map_tokens)
-    scale = checked(q, text_k, text_v, scale, prefix="text_")
-    _check_pixels(q, k, v)
-    tokens = [] if map_tokens is None else checked_tokens(map_tokens, text_k.shape[2])
-    increasing = sorted(set(tokens))
-    # The closed form in plain PyTorch takes up to 2.5 times as long as the backward pass of PyTorch's attention.
-    slow = map_tokens is None and _registry.wants_gradient(q, text_k, text_v, k, v)
-    backend = _registry.choose(
-        "joint_attention",
-        q,
-        lambda backend: obstacle(backend, q, text_k, text_v, increasing),
-        lambda backend: backend == "cpp" and slow,
-    )
+    scale = None if scale is None else check_scale(scale)
+    tokens = [] if map_tokens is None else check_tokens(map_tokens, text_k.shape)
+    tensors = (q, text_k, text_v, k, v)
+    gradient = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+    operands = tuple([(x.shape, x.dtype, x.device) for x in tensors])
+    backend, scale = _decide(operands, scale, map_tokens is not None, gradient)
     if backend == "sdpa":
         return _sdpa(q, text_k, text_v, k, v, scale)
     run = reference if backend == "reference" else _OPERATORS[backend]
+    increasing = sorted(set(tokens))
     out, maps = run(q, text_k, text_v, k, v, scale, increasing)
     if map_tokens is None:
         return out
@@ -83,10 +86,10 @@ def joint_attention(
 def reference(
     q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
-    q_, k_, v_ = _joined(q, text_k, text_v, k, v)
+    """Compute the definition in plain PyTorch; float16 and bfloat16 are computed in float32.  -> (out, maps)"""
+    q_, k_, v_ = _join(q, text_k, text_v, k, v)
     p = (q_ @ k_.transpose(-1, -2) * scale).softmax(-1)
-    return stored_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
+    return store_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
 
 def reference_backward(
@@ -100,12 +103,12 @@ def reference_backward(
     scale: float,
     map_tokens: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The closed-form gradients in plain PyTorch.  -> (dq, dtext_k, dtext_v, dk, dv)
+    """Compute the closed-form gradients in plain PyTorch.  -> (dq, dtext_k, dtext_v, dk, dv)
 
     FlashAttention's (arXiv 2205.14135, appendix B), with the maps' gradient added to dP: dP = dO v^T, plus dmaps / H
     at the chosen tokens; dS = P (dP - rowsum(P dP)); dq = scale dS k, dk = scale dS^T q, dv = P^T dO.
     """
-    q_, k_, v_ = _joined(q, text_k, text_v, k, v)
+    q_, k_, v_ = _join(q, text_k, text_v, k, v)
     p = (q_ @ k_.transpose(-1, -2) * scale).softmax(-1)
     grad = torch.zeros_like(q_) if grad_out is None else grad_out.to(q_.dtype)
     dp = grad @ v_.transpose(-1, -2)
@@ -120,25 +123,54 @@ def reference_backward(
     )
     repeats = q.shape[0] // text_k.shape[0]
     of_text = (x.unflatten(0, (-1, repeats)).sum(1) for x in of_text)
-    dq = stored_by_row((ds @ k_).to(q.dtype))
+    dq = store_by_row((ds @ k_).to(q.dtype))
     return dq, *(x.to(q.dtype) for x in (*of_text, *of_pixels))
 
 
-def _joined(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, keys and values in the dtype of the computation."""
+def _join(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, and all keys and values, in the dtype of the computation."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    text_k, text_v = repeated(q, text_k, text_v)
+    text_k, text_v = repeat_rows(q, text_k, text_v)
     return tuple(x.to(compute) for x in (q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)))
 
 
 def _sdpa(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    text_k, text_v = repeated(q, text_k, text_v)
+    text_k, text_v = repeat_rows(q, text_k, text_v)
     return F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), scale=scale)
 
 
-def _check_pixels(q: Tensor, k: Tensor, v: Tensor) -> None:
+@_dispatch.remember
+def _decide(
+    forced: Forced, operands: tuple[tuple[Any, ...], ...], scale: float | None, maps: bool, gradient: bool
+) -> tuple[str, float]:
+    """Check the operands; return the backend, and the factor of the logits.
+
+    Args:
+        operands: :class:`Operand` s q, text_k, text_v, k and v, as plain tuples.
+        scale: None: the default.
+        maps: whether any are wanted.
+        gradient: whether the call will be differentiated.
+    """
+    q, text_k, text_v, k, v = (Operand(*each) for each in operands)
+    check_attention(q, text_k, text_v, prefix="text_")
+    _check_pixels(q, k, v)
+    # The closed form in plain PyTorch takes up to 2.5 times as long as the backward pass of PyTorch's attention.
+    slow = gradient and not maps
+    backend = _dispatch.choose(
+        "joint_attention",
+        forced,
+        q.device,
+        q.dtype,
+        lambda backend: find_obstacle(backend, q, text_k, text_v, maps),
+        lambda backend: backend == "cpp" and slow,
+    )
+    return backend, q.shape[3] ** -0.5 if scale is None else scale
+
+
+def _check_pixels(q: Operand, k: Operand, v: Operand) -> None:
+    """Check that the keys and values of the pixels fit the queries, which have been checked."""
     batch, heads, _, dim = q.shape
-    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
+    if len(k.shape) != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
         raise ValueError(f"k must be [{batch}, {heads}, pixels, {dim}] like q, got {tuple(k.shape)}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -147,9 +179,9 @@ def _check_pixels(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
 
 
-def obstacle(backend: str, q: Tensor, text_k: Tensor, text_v: Tensor, map_tokens: Sequence[int]) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
-    if backend == "sdpa" and map_tokens:
+def find_obstacle(backend: str, q: Operand, text_k: Operand, text_v: Operand, maps: bool) -> str | None:
+    """Say why a backend that exists here cannot serve these operands, or return None."""
+    if backend == "sdpa" and maps:
         return "PyTorch's fused attention returns no maps"
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
@@ -196,9 +228,9 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 for _backend in ("triton", "cpp"):
     _name = f"joint_attention.{_backend}"
-    _registry.LIBRARY.define(f"{_name}{_SCHEMA}")
-    torch.library.register_fake(f"difffast::{_name}", _fake, lib=_registry.LIBRARY)
-    torch.library.register_autograd(f"difffast::{_name}", _differentiate, setup_context=_save, lib=_registry.LIBRARY)
+    LIBRARY.define(f"{_name}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"difffast::{_name}", _differentiate, setup_context=_save, lib=LIBRARY)
     _OPERATORS[_backend] = getattr(torch.ops.difffast.joint_attention, _backend)
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("joint_attention.triton", _triton, _device)
+    LIBRARY.impl("joint_attention.triton", _triton, _device)

@@ -1,24 +1,30 @@
-"""linear: a layer's product with its weights, by the faster of PyTorch's two libraries.
+"""linear: multiply by the weights of a layer, with the faster of PyTorch's two libraries.
 
     y[..., o] = sum_k x[..., k] weight[o, k] + bias[o]
 
-Shapes: x [..., K]; weight [O, K]; bias [O]; y [..., O].  On a CPU PyTorch multiplies float32 matrices with MKL, which
-leaves AVX-512 unused on processors that are not Intel's.  A 1x1 convolution of pixels whose channels lie side by side
-is the same product of the same memory, and goes to oneDNN, which does use it: half of the time on an AMD EPYC
-(bench/ops/bench_linear.py).  Which is faster here is measured once a process.  Rounding errors are float32's, up to 2.5
-times MKL's for thousands of columns.
+Shapes: x [..., K]; weight [O, K]; bias [O]; y [..., O].
+
+On a CPU PyTorch multiplies float32 matrices with MKL, which leaves AVX-512 unused on processors that are not Intel's.
+A 1x1 convolution of pixels whose channels lie side by side is the same product of the same memory.  PyTorch gives it to
+oneDNN, which does use AVX-512 and takes half of the time on an AMD EPYC (bench/ops/bench_linear.py).  Each process
+measures once which of the two is faster.  Rounding errors are those of float32, and up to 2.5 times MKL's for thousands
+of columns.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch, _installed
+from ._dispatch import Forced, Operand
+from ._library import LIBRARY
 
 #: Multiply-adds, and rows, below which oneDNN loses: it reorders the weights at every call.
 _SMALL, _FEW = 6_000_000, 64
@@ -33,60 +39,79 @@ _ROUNDS, _SECONDS = 100, 0.2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, differentiable.
+    """Compute x weight^T + bias.  The result can be differentiated.
 
     Args:
-        x: [..., K]; any strides and floating-point dtype.
-        weight: [O, K].
-        bias: [O], or None.
+        x: the operand [..., K], in any floating-point dtype and with any strides.
+        weight: the weights [O, K].
+        bias: the bias [O], or None.
 
     Returns:
-        y [..., O], contiguous.
+        The product [..., O], contiguous.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    _check(x, weight, bias)
+    _check(
+        (x.shape, x.dtype, x.device),
+        (weight.shape, weight.dtype, weight.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )
     return F.linear(x, weight, bias) if choose(x, weight, bias) == "reference" else through_onednn(x, weight, bias)
 
 
 def through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`linear` for operands for which :func:`choose` says "onednn"."""
+    """Do what :func:`linear` does, for operands for which :func:`choose` says "onednn"."""
     if torch.compiler.is_compiling():  # around a convolution Inductor would change layouts
         return torch.ops.difffast.linear.onednn(x, weight, bias)
     return _convolution(x, weight, bias)
 
 
 def choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """The backend that :func:`linear` takes for these operands.
+    """Return the backend that :func:`linear` takes for these operands.
+
+    It depends on what is forced, on the operands' sizes, dtypes and device, on whether the call will be differentiated,
+    and on PyTorch's settings.  Nothing is remembered: every linear layer of a UNet asks at every call, and the sizes,
+    which settle almost all of these, are compared faster than they are looked up.
 
     Raises:
         RuntimeError: the forced backend cannot run.
     """
-    if not _registry.forces():  # every linear layer of a UNet asks at every call: 2 us instead of 12
-        lost = x.device.type != "cpu" or _loses("onednn", x, weight) or _obstacle("onednn", x, weight, bias) is not None
-        return "reference" if lost else "onednn"
-    return _registry.choose(
-        "linear", x, lambda backend: _obstacle(backend, x, weight, bias), lambda backend: _loses(backend, x, weight)
-    )
+    forced = _dispatch.forced_backends
+    if forced:
+        backend = _dispatch.find_forced("linear", forced, x.device)
+        reason = _find_obstacle(x, weight, bias) if backend == "onednn" else None
+        if reason is not None:
+            raise _dispatch.make_error("linear", backend, reason)
+        if backend is not None:
+            return backend
+    size = x.numel()
+    if size <= _ACCEPTED or size < _FEW * x.shape[-1] or size * weight.shape[0] < _SMALL or x.device.type != "cpu":
+        return "reference"
+    return "onednn" if _pays() and _find_obstacle(x, weight, bias) is None else "reference"
 
 
 def backend_of_large(like: Tensor) -> str:
-    """The backend of products of operands with the dtype and device of ``like``, where they are large.
+    """Return the backend of large products whose operands have the dtype and the device of ``like``.
 
     Raises:
         RuntimeError: the forced backend cannot run.
     """
     if like.dtype != torch.float32 or like.device.type != "cpu":
         return "reference"
-    return _registry.forced("linear", like.device) or ("onednn" if _pays() else "reference")
+    return _dispatch.find_forced("linear", _dispatch.forced_backends, like.device) or (
+        "onednn" if _pays() else "reference"
+    )
 
 
 @functools.cache
 def advantage() -> float:
-    """How many times faster oneDNN is here than F.linear, measured once a process, in some 50 ms; 1 without oneDNN."""
-    if _registry.missing("onednn") is not None:
+    """Measure how many times faster oneDNN is here than F.linear; it is 1 without oneDNN.
+
+    The first call in a process takes some 50 ms, and the others return what it has found.
+    """
+    if _installed.missing("onednn") is not None:
         return 1.0
     x, weight = torch.ones(2, _SIDE, _SIDE, dtype=torch.float32, device="cpu")
     best = dict.fromkeys((F.linear, _convolution), float("inf"))
@@ -103,14 +128,18 @@ def advantage() -> float:
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product as a convolution of one image [1, K, rows, 1] in channels_last; no operand is copied."""
+    """Compute the product as a convolution of one image [1, K, rows, 1] in channels_last; no operand is copied."""
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = F.conv2d(rows, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+@_dispatch.remember
+def _check(_forced: Forced, x: tuple[Any, ...], weight: tuple[Any, ...], bias: tuple[Any, ...] | None) -> None:
+    """Check the operands, :class:`Operand` s as plain tuples."""
+    x, weight = Operand(*x), Operand(*weight)
+    bias = None if bias is None else Operand(*bias)
+    if len(weight.shape) != 2 or not x.shape or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [..., K] and weight [O, K], got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] as weight's rows, got shape {tuple(bias.shape)}")
@@ -119,22 +148,30 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} must be {x.dtype} on {x.device} as x, got {operand.dtype} on {operand.device}")
 
 
-def _obstacle(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
-    if backend != "onednn":
-        return None
+def _find_obstacle(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Say why oneDNN cannot serve these operands, or return None."""
     if x.dtype != torch.float32:
         return f"it takes float32, got {str(x.dtype).removeprefix('torch.')}"
     if x.numel() == 0 or weight.numel() == 0:
         return "an operand is empty"
-    if torch.compiler.is_compiling() and _registry.wants_gradient(x, weight, *([] if bias is None else [bias])):
+    wanting = any(each is not None and each.requires_grad for each in (x, weight, bias))
+    if wanting and torch.is_grad_enabled() and torch.compiler.is_compiling():
         return "compiled it has no backward pass"
-    return _setting()
+    return _find_setting()
 
 
-@torch.compiler.assume_constant_result
-def _setting() -> str | None:
-    """Why PyTorch would not give float32 convolutions to oneDNN as they are, or None."""
+def _keep_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Let a compiled graph keep what ``function`` returned when it was traced.
+
+    It is ``torch.compiler.assume_constant_result``, which does this and imports the compiler: a second of CPU time.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_keep_in_graphs
+def _find_setting() -> str | None:
+    """Say why PyTorch would not give float32 convolutions to oneDNN as they are, or return None."""
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn is switched off"
     if torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
@@ -142,16 +179,7 @@ def _setting() -> str | None:
     return "autocast chooses the dtype" if torch.is_autocast_enabled("cpu") else None
 
 
-def _loses(backend: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether a backend that could run is slower than the next for these operands (measured, bench/ops)."""
-    if backend != "onednn":
-        return False
-    size = x.numel()
-    small = size <= _ACCEPTED or size < _FEW * x.shape[-1] or size * weight.shape[0] < _SMALL
-    return small or not _pays()
-
-
-@torch.compiler.assume_constant_result
+@_keep_in_graphs
 def _pays() -> bool:
     # Who allows lower precision gets it from F.linear, which is the faster one then.
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and advantage() >= _WORTH
@@ -165,7 +193,7 @@ def _refuse(_ctx: object, *_grads: object) -> None:
     raise RuntimeError("linear: the operator has no backward pass; difffast.ops.linear takes another way")
 
 
-_registry.LIBRARY.define("linear.onednn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_registry.LIBRARY.impl("linear.onednn", _convolution, "CPU")
-torch.library.register_fake("difffast::linear.onednn", _fake, lib=_registry.LIBRARY)
-torch.library.register_autograd("difffast::linear.onednn", _refuse, lib=_registry.LIBRARY)
+LIBRARY.define("linear.onednn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.impl("linear.onednn", _convolution, "CPU")
+torch.library.register_fake("difffast::linear.onednn", _fake, lib=LIBRARY)
+torch.library.register_autograd("difffast::linear.onednn", _refuse, lib=LIBRARY)

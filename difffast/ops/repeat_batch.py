@@ -1,7 +1,8 @@
-"""repeat_batch: every sample of a batch ``repeats`` times, batch-major, keeping the memory format.
+"""repeat_batch: repeat every sample of a batch, and keep the memory format.
 
-Shapes: x [B, ...] -> [B * repeats, ...], row b * repeats + j = x[b].  Any dtype, any device; no arithmetic.
-It lays cached encoder features out for parallel decoding (Faster Diffusion, arXiv 2312.09608, section 3.2).
+Shapes: x [B, ...] -> [B * repeats, ...], where row b * repeats + j is x[b]: the order is batch-major.  The tensor
+may have any dtype and be on any device, as there is no arithmetic.  The operator lays out cached encoder features for
+parallel decoding (Faster Diffusion, arXiv 2312.09608, section 3.2).
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _registry
+from . import _dispatch
+from ._dispatch import Forced
+from ._library import LIBRARY
 
 
 def reference(x: Tensor, repeats: int) -> Tensor:
-    """The definition in plain PyTorch."""
+    """Repeat every sample in plain PyTorch: the definition."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         # repeat_interleave returns contiguous tensors; permuting around it keeps channels_last without a second copy.
         return x.permute(0, 2, 3, 1).repeat_interleave(repeats, dim=0).permute(0, 3, 1, 2)
@@ -21,11 +24,16 @@ def reference(x: Tensor, repeats: int) -> Tensor:
 
 
 def repeat_batch(x: Tensor, repeats: int) -> Tensor:
-    """Repeat every sample of ``x`` [B, ...] ``repeats`` times -> [B * repeats, ...], batch-major.
+    """Repeat every sample of ``x`` ``repeats`` times; the copies of a sample are neighbours.
+
+    The result can be differentiated.
 
     Args:
-        x: at least one dimension; contiguous or channels_last tensors take the fast path.
-        repeats: at least 1.
+        x: the batch [B, ...].  Contiguous and channels_last tensors are the fastest.
+        repeats: how often each sample occurs in the result, at least once.
+
+    Returns:
+        The samples [B * repeats, ...], in the memory format of ``x``.
 
     Raises:
         ValueError: ``repeats`` < 1 or a 0-d ``x``.
@@ -35,17 +43,20 @@ def repeat_batch(x: Tensor, repeats: int) -> Tensor:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")
-    backend = _registry.forced("repeat_batch", x.device)
-    if backend is None:
-        backend = "cpp" if _registry.default("repeat_batch", "cpp", x.device, x.dtype) else "reference"
-    if backend == "cpp" and not (x.requires_grad and torch.is_grad_enabled()):
+    if _decide(x.dtype, x.device) == "cpp" and not (x.requires_grad and torch.is_grad_enabled()):
         return torch.ops.difffast.repeat_batch(x, repeats)
     return reference(x, repeats)
 
 
-_registry.LIBRARY.define("repeat_batch(Tensor x, int repeats) -> Tensor")
+@_dispatch.remember
+def _decide(forced: Forced, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend; a call that will be differentiated takes the reference all the same."""
+    return _dispatch.choose("repeat_batch", forced, device, dtype, lambda backend: None)
 
 
-@torch.library.register_fake("difffast::repeat_batch", lib=_registry.LIBRARY)
+LIBRARY.define("repeat_batch(Tensor x, int repeats) -> Tensor")
+
+
+@torch.library.register_fake("difffast::repeat_batch", lib=LIBRARY)
 def _fake(x: Tensor, repeats: int) -> Tensor:
     return reference(x, repeats)

@@ -1,52 +1,55 @@
-"""self_attention: attention over any number of keys, forward.
+"""self_attention: attend to any number of keys.
 
     out = softmax(scale * q k^T) v
 
 Shapes: q [B, H, N, d]; k, v [B, H, M, d]; out [B, H, N, d].  On a GPU PyTorch's attention leaves little to win, and is
-what runs.  On a CPU the C++ kernel takes half of its time and less (bench/ops/bench_self_attention.py): a vector
-holds several query rows, so that heads of any width fill it and softmax needs no sums across it.
+what runs.  On a CPU the C++ kernel takes half of its time or less (bench/ops/bench_self_attention.py).  A vector of the
+kernel holds several rows of queries, so that heads of any width fill it and softmax needs no sums across it.
 
-Softmax with a running maximum: arXiv 1805.02867; in tiles of keys: FlashAttention (arXiv 2205.14135, section 3.1).
+Sources: softmax with a running maximum is from arXiv 1805.02867, its use on tiles of keys is FlashAttention's (arXiv
+2205.14135, section 3.1).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _registry
-from .cross_attention import checked, reference
+from . import _dispatch
+from ._attention_checks import check_attention, check_scale
+from ._dispatch import Forced, Operand
+from ._library import LIBRARY
+from .cross_attention import reference
 
 #: Products q k below which the C++ kernel loses to PyTorch's attention, and keys in bfloat16.
 _SMALL, _FEW = 1 << 14, 64
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention over keys of the same rows, such as all pixels.
+    """Attend to the keys of the same rows of the batch, such as those of all pixels.
 
-    Differentiable by PyTorch's own attention, which runs where a gradient is wanted.
+    The result can be differentiated: where a gradient is wanted, PyTorch's own attention runs.
 
     Args:
-        q: [B, H, N, d]; any strides, float16, bfloat16, float32 or float64, d <= 256.
-        k, v: [B, H, M, d] with M >= 1.
-        scale: factor of the logits; None: 1 / sqrt(d).
+        q: the queries [B, H, N, d], in float16, bfloat16, float32 or float64 and with any strides; d <= 256.
+        k, v: the keys and values [B, H, M, d] with M >= 1.
+        scale: the factor of the logits; None means 1 / sqrt(d).
 
     Returns:
-        out [B, H, N, d], stored as [B, N, H, d].
+        The output [B, H, N, d], stored as [B, N, H, d].
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    scale = checked(q, k, v, scale, most=None)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
-    backend = _registry.choose(
-        "self_attention", q, lambda backend: obstacle(backend, q, k, v), lambda backend: _loses(backend, q, k)
-    )
+    scale = None if scale is None else check_scale(scale)
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    operands = (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device)
+    backend, scale = _decide(operands, scale, gradient)
     if backend == "reference":
         return reference(q, k, v, scale)[0]
     if backend == "sdpa":
@@ -54,23 +57,47 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
     return torch.ops.difffast.self_attention.cpp(q, k, v, scale)
 
 
-def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why a backend that exists here cannot serve these operands, or None."""
+@_dispatch.remember
+def _decide(
+    forced: Forced, operands: tuple[tuple[Any, ...], ...], scale: float | None, gradient: bool
+) -> tuple[str, float]:
+    """Check the operands; return the backend, and the factor of the logits.
+
+    Args:
+        operands: :class:`Operand` s q, k and v, as plain tuples.
+        scale: None: the default.
+        gradient: whether the call will be differentiated.
+    """
+    q, k, v = (Operand(*each) for each in operands)
+    check_attention(q, k, v, most=None)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"q and k must have the same batch, got {q.shape[0]} and {k.shape[0]}")
+    backend = _dispatch.choose(
+        "self_attention",
+        forced,
+        q.device,
+        q.dtype,
+        lambda backend: find_obstacle(backend, q.dtype, gradient),
+        lambda backend: _loses(backend, q, k),
+    )
+    return backend, q.shape[3] ** -0.5 if scale is None else scale
+
+
+def find_obstacle(backend: str, dtype: torch.dtype, gradient: bool) -> str | None:
+    """Say why a backend that exists here cannot serve these operands, or return None."""
     if backend != "cpp":
         return None
-    if q.dtype == torch.float16:
+    if dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
-    if _registry.wants_gradient(q, k, v):
-        return "it has no backward pass"
-    return None
+    return "it has no backward pass" if gradient else None
 
 
-def _loses(backend: str, q: Tensor, k: Tensor) -> bool:
+def _loses(backend: str, q: Operand, k: Operand) -> bool:
     """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
     if backend != "cpp":
         return False
     # A few thousand products do not pay for the call, and few keys not for widening bfloat16.
-    return q.numel() * k.shape[2] < _SMALL or (q.dtype == torch.bfloat16 and k.shape[2] < _FEW)
+    return math.prod(q.shape) * k.shape[2] < _SMALL or (q.dtype == torch.bfloat16 and k.shape[2] < _FEW)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -82,6 +109,6 @@ def _refuse(_ctx: Any, *_grads: Any) -> None:
     raise RuntimeError("self_attention: the C++ kernel has no backward pass; difffast.ops.self_attention takes another")
 
 
-_registry.LIBRARY.define("self_attention.cpp(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
-torch.library.register_fake("difffast::self_attention.cpp", _fake, lib=_registry.LIBRARY)
-torch.library.register_autograd("difffast::self_attention.cpp", _refuse, lib=_registry.LIBRARY)
+LIBRARY.define("self_attention.cpp(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+torch.library.register_fake("difffast::self_attention.cpp", _fake, lib=LIBRARY)
+torch.library.register_autograd("difffast::self_attention.cpp", _refuse, lib=LIBRARY)

@@ -1,26 +1,31 @@
-"""skip_norm_silu: GroupNorm and SiLU of cat([hidden, skip]), without the cat, where decoder steps share the skip.
+"""skip_norm_silu: apply GroupNorm and SiLU to cat([hidden, skip]), without the cat, where decoder steps share the skip.
 
     both = silu(group_norm(cat([hidden, skip repeated k times], 1)))
     per_step = both[:, :E],  shared = both[::k, E:]
 
-Shapes: hidden [Bs * k, Ch, H, W], row b uses row b // k of skip [Bs, Cs, H, W]; weight, bias [Ch + Cs]; per_step
-[Bs * k, E, H, W], shared [Bs, Ch + Cs - E, H, W], where E is Ch rounded up to whole groups of (Ch + Cs) / groups
-channels.  Channels from E on are normalised with the skip's own channels alone: they are the same for all k steps and
-are made once.  The E - Ch channels of the skip whose group begins in hidden are made for every step.
+Shapes: hidden [Bs * k, Ch, H, W], of which row b uses row b // k of skip [Bs, Cs, H, W]; weight, bias [Ch + Cs];
+per_step [Bs * k, E, H, W]; shared [Bs, Ch + Cs - E, H, W].  E is Ch rounded up to whole groups of (Ch + Cs) / groups
+channels.
 
-The cut at E is one cut through the input channels of the convolution that follows, whose two parts are views:
+Channels from E on are normalised together with channels of the skip only.  They are the same for all k steps, and are
+made once.  The E - Ch channels of the skip whose group begins in hidden are made for every step.
+
+The convolution that follows is cut at E as well.  Both parts of its weights are views:
 conv(both) = conv(per_step, weight[:, :E]) + conv(shared, weight[:, E:]) repeated k times.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _registry
-from .group_norm_silu import check_norm, choose, memory_format
+from ._dispatch import Forced, Operand, remember
+from ._library import LIBRARY
+from ._norm_checks import Layout, check_norm, is_channels_last, memory_format
+from .group_norm_silu import choose_for
 from .group_norm_silu import reference as norm
 from .group_norm_silu import reference_backward as norm_backward
 
@@ -28,42 +33,71 @@ from .group_norm_silu import reference_backward as norm_backward
 def skip_norm_silu(
     hidden: Tensor, skip: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """SiLU of the GroupNorm of hidden and skip side by side: the channels of every step, and those that all share.
+    """Apply GroupNorm and SiLU to the channels of hidden and skip side by side.
 
-    Differentiable as often as PyTorch can.
+    The result can be differentiated as often as PyTorch can.
 
     Args:
-        hidden: [Bs * k, Ch, H, W] (or [Bs * k, Ch, N]), batch-major: the k steps of a sample are neighbours.  float16,
-            bfloat16, float32 or float64; contiguous or channels_last, any other layout is copied first.
-        skip: [Bs, Cs, H, W], in the dtype of hidden.
-        groups: divides Ch + Cs.
-        weight, bias: [Ch + Cs], hidden's channels first.
-        eps: added to the variance.
+        hidden: the channels of every step, [Bs * k, Ch, H, W] or [Bs * k, Ch, N], in float16, bfloat16, float32 or
+            float64.  The k steps of a sample are neighbours.  The operand is read where it lies if it is contiguous or
+            channels_last; any other layout is copied first.
+        skip: the channels that k steps share, [Bs, Cs, H, W], in the dtype of hidden.
+        groups: the number of groups, which divides Ch + Cs.
+        weight, bias: the parameters of the norm, [Ch + Cs]; those of hidden's channels come first.
+        eps: a number that is added to the variance.
         silu: False leaves the SiLU out.
 
     Returns:
-        per_step [Bs * k, E, H, W] and shared [Bs, Ch + Cs - E, H, W], possibly without channels; E is Ch rounded up to
-        whole groups.  Both in the memory format of hidden.
+        per_step [Bs * k, E, H, W] are the channels that differ between steps, and shared [Bs, Ch + Cs - E, H, W] those
+        that do not; there may be none of these.  E is Ch rounded up to whole groups.  Both have hidden's memory format.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    if skip.ndim != hidden.ndim or skip.shape[2:] != hidden.shape[2:] or not skip.shape[1]:
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    backend = _decide(
+        (hidden.shape, hidden.dtype, hidden.device),
+        (hidden.stride(), hidden.is_contiguous()),
+        (skip.shape, skip.dtype, skip.device),
+        groups,
+        ((weight.shape, weight.dtype, weight.device), (bias.shape, bias.dtype, bias.device)),
+    )
+    arguments = (hidden, skip, groups, weight, bias, float(eps), bool(silu))
+    return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)
+
+
+@remember
+def _decide(
+    forced: Forced,
+    hidden: tuple[Any, ...],
+    layout: Layout,
+    skip: tuple[Any, ...],
+    groups: int,
+    parameters: tuple[tuple[Any, ...], tuple[Any, ...]],
+) -> str:
+    """Check the operands and return the backend.
+
+    Args:
+        hidden, skip, parameters: :class:`Operand` s as plain tuples; the parameters are weight and bias.
+        layout: of hidden.
+    """
+    hidden, skip = Operand(*hidden), Operand(*skip)
+    weight, bias = (Operand(*each) for each in parameters)
+    if len(skip.shape) != len(hidden.shape) or skip.shape[2:] != hidden.shape[2:] or not skip.shape[1]:
         raise ValueError(
             f"skip must have channels and the pixels of hidden, got {tuple(skip.shape)} and {tuple(hidden.shape)}"
         )
     channels = hidden.shape[1] + skip.shape[1]
-    check_norm("hidden", hidden, groups, {"skip": skip, "weight": weight, "bias": bias}, eps, channels)
+    check_norm("hidden", hidden, groups, {"skip": skip, "weight": weight, "bias": bias}, channels)
     if not skip.shape[0] or not hidden.shape[0] or hidden.shape[0] % skip.shape[0]:
         raise ValueError(f"skip's batch must divide hidden's, got {skip.shape[0]} and {hidden.shape[0]}")
-    arguments = (hidden, skip, groups, weight, bias, float(eps), bool(silu))
-    backend = choose("skip_norm_silu", hidden, channels // groups)
-    return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)
+    return choose_for("skip_norm_silu", forced, hidden, layout, channels // groups)
 
 
 def own_channels(hidden_channels: int, skip_channels: int, groups: int) -> int:
-    """E: channels that are made for every step, ``hidden_channels`` rounded up to whole groups."""
+    """Return E, the number of channels that are made for every step: ``hidden_channels`` rounded up to whole groups."""
     size = (hidden_channels + skip_channels) // groups
     return -(-hidden_channels // size) * size
 
@@ -71,7 +105,7 @@ def own_channels(hidden_channels: int, skip_channels: int, groups: int) -> int:
 def reference(
     hidden: Tensor, skip: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch, in the dtype of ``hidden``.  -> (per_step, shared)"""
+    """Compute the definition in plain PyTorch, in the dtype of ``hidden``.  -> (per_step, shared)"""
     layout = memory_format(hidden)
     own = own_channels(hidden.shape[1], skip.shape[1], groups)
     kept = own * groups // weight.shape[0]
@@ -138,18 +172,18 @@ def _differentiate(ctx: Any, grad_per_step: Tensor, grad_shared: Tensor) -> tupl
     return dhidden, dskip, None, dweight, dbias, None, None
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from difffast.triton_kernels import skip_norm_silu as kernels
 
-    return kernels.forward(*arguments)
+    return kernels.forward(hidden, *rest, channels_last=is_channels_last(hidden))
 
 
 for _name in ("cpp", "cuda", "triton"):
-    _registry.LIBRARY.define(f"skip_norm_silu.{_name}{_SCHEMA}")
-    torch.library.register_fake(f"difffast::skip_norm_silu.{_name}", _fake, lib=_registry.LIBRARY)
+    LIBRARY.define(f"skip_norm_silu.{_name}{_SCHEMA}")
+    torch.library.register_fake(f"difffast::skip_norm_silu.{_name}", _fake, lib=LIBRARY)
     torch.library.register_autograd(
-        f"difffast::skip_norm_silu.{_name}", _differentiate, setup_context=_save, lib=_registry.LIBRARY
+        f"difffast::skip_norm_silu.{_name}", _differentiate, setup_context=_save, lib=LIBRARY
     )
     _OPERATORS[_name] = getattr(torch.ops.difffast.skip_norm_silu, _name)
 for _device in ("CPU", "CUDA"):
-    _registry.LIBRARY.impl("skip_norm_silu.triton", _triton, _device)
+    LIBRARY.impl("skip_norm_silu.triton", _triton, _device)

@@ -13,9 +13,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module is just a ``kind`` whose weights are there to be used."""
-    if plain_class(module) is not kind or is_wrapped(module):
+    if type(module) is not kind and plain_class(module) is not kind:
         return False
-    return type(module.weight) is nn.Parameter and not module.weight.is_meta
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter and not weight.is_meta and not is_wrapped(module)
 
 
 def is_wrapped(module: nn.Module) -> bool:

@@ -11,7 +11,8 @@ import copyreg
 from collections.abc import Callable
 from typing import Any
 
-_MARK = "_difffast_plain_class"
+#: Where the subclass of one object keeps the plain class.
+MARK = "_difffast_plain_class"
 
 
 def swap_in(obj: Any, methods: dict[str, Callable[..., Any]]) -> None:
@@ -42,7 +43,7 @@ def swap_in(obj: Any, methods: dict[str, Callable[..., Any]]) -> None:
             "__doc__": plain.__doc__,
             "__new__": new,
             "__reduce_ex__": reduce_ex,
-            _MARK: plain,
+            MARK: plain,
             **methods,
         },
     )
@@ -57,9 +58,9 @@ def swap_out(obj: Any) -> None:
 
 def is_swapped(obj: Any) -> bool:
     """Whether ``obj`` has a subclass of its own from :func:`swap_in`."""
-    return _MARK in vars(type(obj))
+    return MARK in vars(type(obj))
 
 
 def plain_class(obj: Any) -> type:
     """The class of ``obj`` as it is without difffast."""
-    return vars(type(obj)).get(_MARK, type(obj))
+    return vars(type(obj)).get(MARK, type(obj))

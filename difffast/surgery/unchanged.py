@@ -7,13 +7,13 @@ under ``torch.inference_mode`` have no such counter: their in-place edits cannot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .subclass import plain_class
+from .subclass import MARK, plain_class
 
 _PLAIN = (str, int, float, complex, bytes, tuple, torch.dtype, torch.device, type(None))
 
@@ -23,35 +23,38 @@ def read_version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def flatten_leaves(value: Any) -> Iterator[Any]:
-    """Yield what decides whether a nested value is unchanged: keys, lengths, tensors with versions, other leaves."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from flatten_leaves(item)
-    elif isinstance(value, (list, tuple)):
-        yield len(value)
-        for item in value:
-            yield from flatten_leaves(item)
-    elif isinstance(value, Tensor):
-        yield value
-        yield read_version(value)
-    else:
-        yield value
+def flatten_leaves(value: Any) -> list[Any]:
+    """Return what decides whether a nested value is unchanged: keys, lengths, tensors with versions, other leaves."""
+    found: list[Any] = []
+    waiting = [value]
+    while waiting:  # no recursion: this runs for every argument of every UNet call
+        each = waiting.pop()
+        if isinstance(each, Tensor):
+            found += (each, None if each.is_inference() else each._version)
+        elif isinstance(each, Mapping):
+            found.append(tuple(each))
+            waiting.extend(reversed(list(each.values())))
+        elif isinstance(each, (list, tuple)):
+            found.append(len(each))
+            waiting.extend(reversed(each))
+        else:
+            found.append(each)
+    return found
 
 
 def are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    """Return whether two lists of leaves are of the same values, unchanged."""
+    """Return whether two lists of leaves are of the same values, unchanged; two views of the same elements are."""
     if len(ours) != len(theirs):
         return False
-    return all(a is b or _is_same(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Compare two leaves that are not one object: two views of the same elements are the same."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and _is_same_view(a, b)
-    return isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b
+    for a, b in zip(ours, theirs, strict=True):
+        if a is b:
+            continue
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and _is_same_view(a, b)):
+                return False
+        elif not (isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b):
+            return False
+    return True
 
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:
@@ -73,30 +76,29 @@ def read_projection(projection: nn.Module) -> list[Any] | None:
     Returns:
         the leaves, or None where that cannot be told: a quantised layer, one with hooks, or one of an unknown kind.
     """
-    if plain_class(projection) in (nn.Linear, nn.GroupNorm, nn.LayerNorm):
-        # This runs for every layer at every step: walking a plain layer's tree would cost more than all the rest.
+    # This runs for every layer at every step: for plain layers nothing is called and no tree is walked.
+    cls = type(projection)
+    if vars(cls).get(MARK, cls) in (nn.Linear, nn.GroupNorm, nn.LayerNorm):
         own = vars(projection)
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return None  # offloaded layer by layer, or observed
-        return _read_weights(own["_parameters"].values())
+        state: list[Any] = []
+        for weight in own["_parameters"].values():
+            if weight is not None:
+                state += (weight, None if weight.is_inference() else weight._version, weight.data_ptr())
+        return state
     if type(projection).__module__ != "peft.tuners.lora.layer" or plain_class(projection.base_layer) is not nn.Linear:
         return None
     for module in projection.modules():
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return None
+    weights = list(projection.parameters())
     return [
-        *_read_weights(projection.parameters()),
+        *flatten_leaves(weights),
+        *(weight.data_ptr() for weight in weights),
         tuple(projection.active_adapters),
         tuple(projection.merged_adapters),
         projection.disable_adapters,
         tuple(sorted(projection.scaling.items())),
         projection.training,
     ]
-
-
-def _read_weights(weights: Any) -> list[Any]:
-    state: list[Any] = []
-    for weight in weights:
-        if weight is not None:
-            state += (weight, None if weight.is_inference() else weight._version, weight.data_ptr())
-    return state

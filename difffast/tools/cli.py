@@ -158,7 +158,7 @@ def _info_pipeline(folder: Path) -> int:
 def _proof_table() -> Table:
     """For every operator and backend, the runs that proved it."""
     from .. import ops
-    from ..ops._registry import FROM_PYTORCH
+    from ..ops._installed import FROM_PYTORCH
 
     table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
     for operator, backends in ops.OPERATORS.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..surgery.unchanged import are_same, flatten_leaves
 from .parts import FREEU, RESIDUALS
 
+_ABSENT: list[Any] = [None]
 #: Arguments that differ at every step as a matter of course.
 _FREE = ("sample", "timestep", "return_dict")
 
@@ -30,14 +31,15 @@ class Fingerprint:
         self._parts: dict[str, list[Any]] = {"the latents' shape": [sample.shape, sample.dtype, sample.device]}
         for name, value in call.items():
             if name not in _FREE:
-                self._parts[name] = list(_shapes(value) if name in RESIDUALS else flatten_leaves(value))
+                self._parts[name] = _shapes(value) if name in RESIDUALS else flatten_leaves(value)
         for name, value in (switches or {}).items():
             self._parts[name] = [value]
 
     def find_change(self, other: Fingerprint) -> str | None:
         """Return the name of something that may differ, or None."""
         for name in {**self._parts, **other._parts}:
-            if not are_same(self._parts.get(name, [None]), other._parts.get(name, [None])):
+            ours, theirs = self._parts.get(name, _ABSENT), other._parts.get(name, _ABSENT)
+            if ours is not theirs and not are_same(ours, theirs):
                 return name
         return None
 
@@ -68,5 +70,5 @@ class Switches:
         }
 
 
-def _shapes(value: Any) -> Iterator[Any]:
-    return (leaf.shape if isinstance(leaf, Tensor) else None for leaf in flatten_leaves(value))
+def _shapes(value: Any) -> list[Any]:
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in flatten_leaves(value)]

@@ -58,7 +58,7 @@ def read_weights(unet: nn.Module, names: Sequence[str]) -> list[Any]:
     modules = [
         getattr(unet.get_submodule(name), part) for name in names for part in ("norm1", "conv1", "conv_shortcut")
     ]
-    return list(flatten_leaves([weight for module in modules for weight in (module.weight, module.bias)]))
+    return flatten_leaves([weight for module in modules for weight in (module.weight, module.bias)])
 
 
 def share(

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffast import ops
-from difffast.ops import _registry
-from difffast.ops.attention_entropy import _backend, reference, reference_backward
+from difffast.ops import _dispatch, _installed
+from difffast.ops.attention_entropy import choose, reference, reference_backward
 
 EVERY = [
     pytest.param(b, marks=pytest.mark.skipif(ops.missing(b) is not None, reason=str(ops.missing(b))))
@@ -461,16 +461,17 @@ def test_forced_backends(monkeypatch):
             ):
                 ops.attention_entropy(MAPS.to("meta"), [1], 5)
     if ops.missing("triton") is None:
-        monkeypatch.setattr(_registry, "INTERPRETED", False)
+        monkeypatch.setattr(_installed, "INTERPRETED", False)
+        _dispatch.forget()
         with ops.use_backend("triton"), pytest.raises(RuntimeError, match="it takes float64 in the interpreter only"):
-            _backend(MAPS.double())
+            choose(torch.float64, MAPS.device)
 
 
 def test_the_default():
-    assert _backend(MAPS) == ("reference" if ops.missing("cpp") else "cpp")
-    assert _backend(MAPS.to("meta")) == "reference"
+    assert choose(MAPS.dtype, MAPS.device) == ("reference" if ops.missing("cpp") else "cpp")
+    assert choose(MAPS.dtype, torch.device("meta")) == "reference"
     with ops.use_backend("reference"):
-        assert _backend(MAPS) == "reference"
+        assert choose(MAPS.dtype, MAPS.device) == "reference"
 
 
 @needs_cpp

@@ -341,14 +341,14 @@ def test_forcing_one_operator_leaves_the_others():
 
 
 def test_unproved_gpu_kernels_are_no_default():
-    from difffast.ops import _registry
+    from difffast.ops._proofs import is_proved
 
     listed = {(p.operator, p.backend) for p in ops.PROVED}
     for operator, backends in ops.OPERATORS.items():
         for backend in {"triton", "cuda"} & set(backends):
             if (operator, backend) not in listed:
-                assert not _registry.proved(operator, backend, torch.device("cuda"), torch.float16)
-                assert not _registry.proved(operator, backend, torch.device("cpu"), torch.float32)
+                assert not is_proved(operator, backend, torch.device("cuda"), torch.float16)
+                assert not is_proved(operator, backend, torch.device("cpu"), torch.float32)
 
 
 @needs_cpp

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from difffast import ops
-from difffast.ops import _registry
-from difffast.ops.group_norm_silu import choose, obstacle, reference, reference_backward
+from difffast.ops import _dispatch, _installed
+from difffast.ops.group_norm_silu import choose, find_obstacle, reference, reference_backward
 
 # On CPU tensors; the CUDA kernel is emulated in test_group_norm_silu_cuda.py and runs in tests/test_gpu.py.
 EVERY = [
@@ -489,16 +489,17 @@ def test_forced_backends(monkeypatch, operator):
         with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="float32, float64 and bfloat16, got float16"):
             choose(operator, X.half(), 2)
     if ops.missing("triton") is None:
-        monkeypatch.setattr(_registry, "INTERPRETED", False)
+        monkeypatch.setattr(_installed, "INTERPRETED", False)
+        _dispatch.forget()
         with ops.use_backend("triton"), pytest.raises(RuntimeError, match="it takes float64 in the interpreter only"):
             choose(operator, X.double(), 2)
 
 
 def test_what_the_cuda_kernel_cannot_take():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert obstacle("cuda", X.to(dtype), 2048) is None
-    assert obstacle("cuda", X, 2049) == "it takes groups of at most 2048 channels, got 2049"
-    assert obstacle("cuda", X.double(), 2) == "it takes float16, bfloat16 and float32, got float64"
+        assert find_obstacle("cuda", dtype, 2048) is None
+    assert find_obstacle("cuda", X.dtype, 2049) == "it takes groups of at most 2048 channels, got 2049"
+    assert find_obstacle("cuda", torch.float64, 2) == "it takes float16, bfloat16 and float32, got float64"
 
 
 @pytest.mark.parametrize("operator", ["group_norm_silu", "skip_norm_silu"])

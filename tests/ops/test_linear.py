@@ -181,6 +181,19 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(made[0].grad, made[1].sum(0).expand_as(made[0]))
 
 
+def test_graphs_keep_settings_as_pytorchs_own_decorator_would():
+    """The mark is PyTorch's own business: where it changes, so must ours."""
+
+    def ours():
+        pass
+
+    def theirs():
+        pass
+
+    module._keep_in_graphs(ours)
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs))
+
+
 def test_the_operator_itself_refuses_gradients():
     x, weight, bias = operands((2, 3), 4)
     with pytest.raises(RuntimeError, match="has no backward pass"):

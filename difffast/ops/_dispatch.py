@@ -1,0 +1,190 @@
+"""Dispatch: which backends an operator has, which is forced, and which one runs.
+
+``DIFFFAST_BACKEND`` (read at import) or :func:`use_backend` force a backend.
+
+A decision depends on what is forced, on what the installation has, which does not change, and on a *signature* of the
+operands: shapes, dtypes, devices, and whatever else the operator reads.  Functions that decide are given the signature
+instead of the tensors, so that they cannot read what is not in it.  :func:`remember` keeps their latest answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from . import _installed
+from ._installed import BACKENDS, missing
+from ._proofs import is_proved
+
+#: Operator -> its backends, in the order in which they are tried.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "attention_entropy": ("cpp", "triton", "reference"),
+    "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
+    "group_norm_silu": ("cuda", "cpp", "triton", "reference"),
+    "joint_attention": ("triton", "cpp", "sdpa", "reference"),
+    "linear": ("onednn", "reference"),
+    "repeat_batch": ("cpp", "reference"),
+    "self_attention": ("cpp", "sdpa", "reference"),
+    "skip_norm_silu": ("cuda", "cpp", "triton", "reference"),
+}
+
+#: What is forced, as pairs (operator, backend): under ``None`` for all operators that have the backend.
+Forced = tuple[tuple[str | None, str], ...]
+
+#: A plain global that is only ever replaced: torch.compile guards it, and it is a part of what is remembered.
+forced_backends: Forced = ((None, os.environ["DIFFFAST_BACKEND"]),) if "DIFFFAST_BACKEND" in os.environ else ()
+
+#: How many answers each deciding function remembers.  A run of a pipeline has some dozen signatures.
+REMEMBERED = 512
+
+_memories: list[Any] = []
+
+Answer = TypeVar("Answer")
+
+
+class Operand(NamedTuple):
+    """What a decision may know of a tensor; the hot path makes plain tuples of it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Make a deciding function remember its latest :data:`REMEMBERED` answers.
+
+    Args:
+        decide: takes what is forced, then a signature of hashable values, on which alone its answer depends.  Values of
+            different types are different: True is not 1.  Errors are not remembered.
+
+    Returns:
+        A function of the signature.
+    """
+    remembered = functools.lru_cache(REMEMBERED, typed=True)(decide)
+    _memories.append(remembered)
+
+    @functools.wraps(decide)
+    def recall(*signature: Any, **named: Any) -> Answer:
+        # torch.compile can guard what decides, but not what a cache holds.
+        if torch.compiler.is_compiling():
+            return decide(forced_backends, *signature, **named)
+        try:
+            return remembered(forced_backends, *signature, **named)
+        except TypeError:
+            pass  # Sizes are symbols, in a trace: those have no hash.
+        return decide(forced_backends, *signature, **named)
+
+    signature = inspect.signature(decide)
+    recall.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    return recall
+
+
+def forget() -> None:
+    """Forget all answers, for tests that change what the installation has."""
+    for remembered in _memories:
+        remembered.cache_clear()
+
+
+def find_forced(operator: str, forced: Forced, device: torch.device) -> str | None:
+    """Return the backend that is forced for an operator, or None.
+
+    Raises:
+        ValueError: ``DIFFFAST_BACKEND`` names no backend.
+        RuntimeError: it is missing or does not serve this device.
+    """
+    by_operator = dict(forced)
+    backend = by_operator.get(operator, by_operator.get(None))
+    if backend is None or (operator not in by_operator and backend in BACKENDS and backend not in OPERATORS[operator]):
+        return None
+    reason = _installed.find_obstacle(backend, device)
+    if reason is not None:
+        raise make_error(operator, backend, reason)
+    return backend
+
+
+def may_be_default(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend can run here and may be chosen without being forced."""
+    return _installed.find_obstacle(backend, device) is None and is_proved(operator, backend, device, dtype)
+
+
+@remember
+def default_backend(forced: Forced, operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that an operator tries first for this device and dtype.
+
+    If one is forced, it is that one.  For some shapes the operator may take another one after all.
+    """
+    order = OPERATORS[operator]
+    return find_forced(operator, forced, device) or next(
+        backend for backend in order if may_be_default(operator, backend, device, dtype)
+    )
+
+
+def choose(
+    operator: str,
+    forced: Forced,
+    device: torch.device,
+    dtype: torch.dtype,
+    find_obstacle: Callable[[str], str | None],
+    loses: Callable[[str], bool] = lambda backend: False,
+) -> str:
+    """Return the forced backend, or the first that may be a default and serves the operands.
+
+    Args:
+        find_obstacle: says why a backend that exists here cannot serve these operands, or returns None.
+        loses: whether a backend that could run is slower than the next on this shape.
+
+    Raises:
+        RuntimeError: the forced backend cannot run.
+    """
+    backend = find_forced(operator, forced, device)
+    if backend is not None:
+        reason = find_obstacle(backend)
+        if reason is not None:
+            raise make_error(operator, backend, reason)
+        return backend
+    for backend in OPERATORS[operator]:
+        if may_be_default(operator, backend, device, dtype) and find_obstacle(backend) is None and not loses(backend):
+            return backend
+    raise AssertionError("the reference always runs")
+
+
+def make_error(operator: str, backend: str, reason: str) -> RuntimeError:
+    """Make the error for a forced backend that cannot run."""
+    return RuntimeError(f"{operator}: backend {backend!r} was forced but cannot run: {reason}")
+
+
+@contextlib.contextmanager
+def use_backend(backend: str, *operators: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block.  It is forced in all threads of the process.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        operators: the names of the operators that shall use it.  If none is named, all that have this backend do, and
+            the others keep their own choice.
+
+    Raises:
+        ValueError: unknown backend or operator, or an operator without this backend.
+        RuntimeError: the backend is missing.
+    """
+    global forced_backends
+    reason = missing(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+    for operator in operators:
+        if backend not in OPERATORS.get(operator, ()):
+            known = "; ".join(f"{name}: {', '.join(has)}" for name, has in OPERATORS.items())
+            raise ValueError(f"{operator!r} has no backend {backend!r}; operators and their backends: {known}")
+    earlier = forced_backends
+    # The inner block wins: without operators, over those that an outer one names.
+    inner = {**dict(earlier), **dict.fromkeys(operators, backend)} if operators else {None: backend}
+    forced_backends = tuple(inner.items())
+    try:
+        yield
+    finally:
+        forced_backends = earlier

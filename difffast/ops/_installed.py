@@ -1,0 +1,96 @@
+"""What this installation has: the compiled extension, Triton, a GPU; which backends are missing, and why.
+
+``reference`` is plain PyTorch and always runs; ``sdpa`` is PyTorch's own fused attention, ``onednn`` its way to that
+library's matrix products on CPUs.  ``cpp`` (CPU) and ``cuda`` (NVIDIA) are compiled into ``difffast._C`` by setup.py
+through LibTorch's stable ABI; ``triton`` needs a GPU, or TRITON_INTERPRET=1 on a CPU.
+
+Nothing here changes while a process runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+
+import torch
+
+from . import _library  # noqa: F401 - schemas come before what implements them
+
+#: PyTorch's own, which need no proof.
+FROM_PYTORCH = ("reference", "sdpa", "onednn")
+BACKENDS = (*FROM_PYTORCH, "cpp", "triton", "cuda")
+
+
+def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
+    """Load ``difffast._C`` and return it, or the reason why it cannot be loaded."""
+    spec = importlib.util.find_spec("difffast._C")
+    if spec is None or spec.origin is None:
+        return None, "difffast._C is not built (`pip install -v --no-build-isolation .` prints the reason)"
+    try:
+        torch.ops.load_library(spec.origin)
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return None, f"{spec.origin} cannot be loaded: {error}"
+    library.difffast_instruction_set.restype = ctypes.c_char_p
+    return library, None
+
+
+def _explain_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "no CUDA device is visible (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+    return None
+
+
+def _explain_cuda() -> str | None:
+    if _extension is None:
+        return _not_built
+    if not _extension.difffast_has_cuda():
+        return (
+            "difffast._C was built without the CUDA kernels (`pip install -v --no-build-isolation .` prints the reason)"
+        )
+    return None if torch.cuda.is_available() else "no CUDA device is visible"
+
+
+#: Whether Triton kernels run in Triton's interpreter; Triton reads the variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_extension, _not_built = _load_extension()
+_missing: dict[str, str | None] = {
+    "reference": None,
+    "sdpa": None,
+    "onednn": None if torch.backends.mkldnn.is_available() else "PyTorch was built without oneDNN",
+    "cpp": _not_built,
+    "triton": _explain_triton(),
+    "cuda": _explain_cuda(),
+}
+#: The instruction set of the C++ kernels: "avx512", "avx2" or "baseline"; None without them.
+INSTRUCTION_SET: str | None = _extension.difffast_instruction_set().decode() if _extension else None
+
+_DEVICES = {
+    "onednn": ("cpu",),
+    "cpp": ("cpu",),
+    "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
+    "cuda": ("cuda",),
+}
+
+
+def missing(backend: str) -> str | None:
+    """Say why a backend cannot run in this installation, or return None if it can.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if backend not in _missing:
+        raise ValueError(f"unknown backend {backend!r}; available: {', '.join(BACKENDS)}")
+    return _missing[backend]
+
+
+def find_obstacle(backend: str, device: torch.device) -> str | None:
+    """Say why a backend cannot run on this device in this installation, or return None."""
+    reason = missing(backend)
+    if reason is None and device.type not in _DEVICES.get(backend, (device.type,)):
+        reason = f"it serves {' and '.join(_DEVICES[backend])} tensors, the tensor is on {device.type!r}"
+    return reason
