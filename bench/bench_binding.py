@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from bench_fidelity import SEED
+from drawn.judge import judge, summary
+from drawn.shapes import Scene, draw_scene
 from tqdm import tqdm
 
 from difffast import SemanticBinding, patched
@@ -29,8 +31,6 @@ from difffast.demo import device_name
 from difffast.guidance.binding import PRESETS
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
-from difffast.models.judge import judge, summary
-from difffast.models.shapes import Scene, draw_scene
 
 BATCH = 10
 #: Of the losses on the latents alone; from one look at 20 of the prompts with one seed, no search.

@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 import peers
 import torch
+from drawn.judge import judge, summary
+from drawn.likeness import distance, features, frechet
+from drawn.shapes import Scene, draw_scene, render
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -30,9 +33,6 @@ from difffast import EncoderPropagation, FeatureReuse, GuidanceReuse, patched
 from difffast.demo import device_name, psnr
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
-from difffast.models.judge import judge, summary
-from difffast.models.likeness import distance, features, frechet
-from difffast.models.shapes import Scene, draw_scene, render
 from difffast.plan import PRESETS
 
 #: Scenes of this seed are in no training set.

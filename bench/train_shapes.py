@@ -24,6 +24,7 @@ from accelerate.utils import set_seed
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from drawn.shapes import COLOURS, SHAPES, SIDE, TEXTURES, draw_scene, render
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ from tqdm import tqdm
 from difffast.demo import device_name
 from difffast.models import tiny_pipeline
 from difffast.models.embedded import write_checksums
-from difffast.models.shapes import COLOURS, SHAPES, SIDE, TEXTURES, draw_scene, render
 from difffast.models.tokenizer import clip_tokenizer, learn_merges
 
 #: Scenes of this seed are for training only; the judge's come from others.
@@ -361,7 +361,7 @@ A small Stable Diffusion in the layout of SD 1.x (CLIP text encoder, UNet with w
 with factor 4) that draws captioned shapes, {SIDE} x {SIDE} pixels. It exists so that difffast can be tried, tested and
 judged without a download: `difffast.models.embedded_pipeline()`.
 
-**Data**: {recipe["scenes"]} scenes drawn by `difffast/models/shapes.py` (no data of others): one to three of
+**Data**: {recipe["scenes"]} scenes drawn by `bench/drawn/shapes.py` (no data of others): one to three of
 {len(SHAPES)} shapes ({", ".join(SHAPES)}) in {len(COLOURS)} colours ({", ".join(COLOURS)}) and {len(TEXTURES)} textures
 ({", ".join(TEXTURES)}), some wearing a hat or boots, on a white, grey or gradient background; captions such as
 "{PROMPTS[6]}".
