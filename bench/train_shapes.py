@@ -347,9 +347,17 @@ def export(recipe: Recipe, pipe: Any, folder: Path, out: Path) -> None:
     }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     (folder / "README.md").write_text(card(record))
+    write_vocabulary(folder / "tokenizer")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes them for their owner only, and packages keep that
     write_checksums(folder)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Write vocab.json and merges.txt, which transformers 4 reads, from transformers 5's tokenizer.json."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
 
 
 def card(record: dict[str, Any]) -> str:
