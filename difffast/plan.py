@@ -341,11 +341,12 @@ class Plan:
         Raises:
             ImportError: matplotlib is missing.
         """
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
+        from .plots import new_figure
+
+        figure = new_figure(figsize=(max(6.0, 1.5 + self.total / 6), 2.4))
+        from matplotlib.patches import Rectangle  # only here: new_figure says what to do where it is missing
 
         parts = ("outer layers", "encoder", "bottleneck", "decoder")
-        figure = Figure(figsize=(max(6.0, 1.5 + self.total / 6), 2.4), layout="constrained")
         axis = figure.subplots()
         for row in self.steps():
             ran = parts if row.key else ("outer layers",) if row.reuse else ("decoder",)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .patch import Sharing, guidance_obstacle, patched
 from .plan import EncoderPropagation, FeatureReuse, GuidanceReuse
+from .plots import new_figure
 from .support import support_of
 
 if TYPE_CHECKING:
@@ -136,9 +137,7 @@ class Choice:
         Raises:
             ImportError: matplotlib is missing.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 5), layout="constrained")
+        figure = new_figure(figsize=(9, 5))
         axis = figure.subplots()
         finite = [row for row in self.rows if math.isfinite(row.median(self.metric))]
         front = [row for row in self.front if row in finite]

@@ -23,6 +23,12 @@ import torch
 #: Schemas of all operators; the C++ side only adds implementations, so that they exist without it.
 LIBRARY = torch.library.Library("difffast", "DEF")
 
+#: The oldest PyTorch with all of the stable ABI that the extension calls; setup.py builds it for no older one.
+STABLE_ABI = (2, 10)
+#: How the parts that are compiled come into being; setup.py says the same.
+_HOW = "and setuptools>=78.0.1 installed, `pip install -v --no-build-isolation .` in a checkout builds"
+NOT_BUILT = f"difffast._C is not built: with a C++ compiler {_HOW} it, or prints why it cannot"
+
 #: PyTorch's own, which need no proof.
 FROM_PYTORCH = ("reference", "sdpa", "onednn")
 BACKENDS = (*FROM_PYTORCH, "cpp", "triton", "cuda")
@@ -78,9 +84,13 @@ PROVED: tuple[Proof, ...] = (
 
 def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
     """Load ``difffast._C``; the library, or why it cannot be."""
+    # An older PyTorch may load it all the same, and crashes at its first call.
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < STABLE_ABI:
+        oldest = ".".join(map(str, STABLE_ABI))
+        return None, f"difffast._C needs torch >= {oldest}, whose ABI is stable, and torch is {torch.__version__}"
     spec = importlib.util.find_spec("difffast._C")
     if spec is None or spec.origin is None:
-        return None, "difffast._C is not built (`pip install -v --no-build-isolation .` prints the reason)"
+        return None, NOT_BUILT
     try:
         torch.ops.load_library(spec.origin)
         library = ctypes.CDLL(spec.origin)
@@ -103,7 +113,7 @@ def _no_cuda() -> str | None:
         return _not_built
     if not _extension.difffast_has_cuda():
         return (
-            "difffast._C was built without the CUDA kernels (`pip install -v --no-build-isolation .` prints the reason)"
+            f"difffast._C was built without the CUDA kernels: with a CUDA toolkit {_HOW} them, or prints why it cannot"
         )
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 
