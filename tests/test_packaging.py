@@ -105,3 +105,13 @@ def test_import_needs_no_compiler_no_gpu_and_no_triton():
     environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "patch" in result.stdout
+
+
+def test_the_extension_is_refused_where_it_would_crash(monkeypatch):
+    from difffast.ops import _registry
+
+    assert f"STABLE_ABI = {_registry.STABLE_ABI}\n" in (ROOT / "setup.py").read_text()
+    monkeypatch.setattr(_registry.torch, "__version__", "2.9.1+cu128")
+    library, reason = _registry._load_extension()
+    assert library is None
+    assert reason == "difffast._C needs torch >= 2.10, whose ABI is stable, and torch is 2.9.1+cu128"

@@ -97,7 +97,8 @@ def test_the_wheel_of_an_isolated_build_works_from_an_empty_folder(source, tmp_p
     assert installed.returncode == 0, installed.stdout + installed.stderr
     # -S: without the site module, no .pth file puts the editable installation's finder in.
     path = os.pathsep.join(map(str, (prefix, sysconfig.get_path("purelib"))))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
+    # One thread: others run beside this test, and threads that wait for a core would spin.
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
 
     def python(*arguments):
         command = [sys.executable, "-S", *map(str, arguments)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ LIBRARY = torch.library.Library("difffast", "DEF")
 
 #: The oldest PyTorch with all of the stable ABI that the extension calls; setup.py builds it for no older one.
 STABLE_ABI = (2, 10)
+#: The oldest Triton with tl.range(disable_licm=True), without which loops would hold too many registers.
+_TRITON = (3, 5)
 #: How the parts that are compiled come into being; setup.py says the same.
 _HOW = "and setuptools>=78.0.1 installed, `pip install -v --no-build-isolation .` in a checkout builds"
 NOT_BUILT = f"difffast._C is not built: with a C++ compiler {_HOW} it, or prints why it cannot"
@@ -103,6 +106,10 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
 def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of a build with another name
+        found = importlib.metadata.version("triton")  # the module's own __version__ would import the compiler
+        if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+            return f"the kernels need triton >= {'.'.join(map(str, _TRITON))}, torch 2.9's own, and triton is {found}"
     if not INTERPRETED and not torch.cuda.is_available():
         return "no CUDA device is visible (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
     return None
