@@ -49,7 +49,7 @@ test-slow: install
 	$(PYTEST) -m slow
 
 bench: install
-	$(BIN)/difffast bench --budget-minutes 14
+	$(BIN)/python bench/run.py --budget-minutes 14
 
 fidelity: install
 	$(BIN)/python bench/bench_fidelity.py --out bench/results

@@ -1,28 +1,36 @@
 """Build script: adds the C++ / CUDA extension where it can be built and says why where it cannot.
 
 The extension goes through LibTorch's stable ABI (one wheel serves several PyTorch versions).  Everything works
-without it, on the reference path.  ``DIFFFAST_BUILD_CPP=1`` / ``DIFFFAST_BUILD_CUDA=1`` turn a missing part into an
-error.
+without it, on the reference path: ``pip install .``, whose isolated build has no torch, makes a pure-Python wheel.
+``DIFFFAST_BUILD_CPP=1`` / ``DIFFFAST_BUILD_CUDA=1`` turn a missing part into an error, ``DIFFFAST_BUILD_CPP=0`` leaves
+the extension out.
 """
 
 import os
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-# torch::stable::parallel_for and torch::stable::empty exist from this version on.
+# torch::stable::parallel_for and torch::stable::empty exist from this version on; difffast.ops refuses older ones.
 STABLE_ABI = (2, 10)
 # For which the CUDA sources are checked not to spill; newer GPUs compile the PTX.  TORCH_CUDA_ARCH_LIST replaces it.
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+#: What to do where the extension is missing; difffast.ops says the same.
+REMEDY = (
+    "with torch, a C++ compiler and setuptools>=78.0.1 installed, `pip install -v --no-build-isolation .` builds it"
+)
 
 
 def cpp_obstacle():
-    """Why the C++ extension cannot be built here, or None."""
+    """Why the C++ extension is not built here, or None."""
+    if os.environ.get("DIFFFAST_BUILD_CPP") == "0":
+        return "DIFFFAST_BUILD_CPP=0"
     try:
         import torch
-    except ImportError:
-        return "torch cannot be imported (install it first and use --no-build-isolation)"
+    except ImportError as error:
+        return f"torch cannot be imported ({error}), as in an isolated build; {REMEDY}"
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < STABLE_ABI:
         return f"torch {torch.__version__} lacks the stable ABI of {'.'.join(map(str, STABLE_ABI))}"
@@ -55,6 +63,7 @@ def cuda_obstacle():
 
 
 def report(part, variable, reason):
+    """Say why a part is left out; raises SystemExit where ``variable`` asks for it."""
     message = f"difffast: building without {part}: {reason}"
     if os.environ.get(variable) == "1":
         raise SystemExit(f"{message} ({variable}=1 makes this an error)")
@@ -97,10 +106,29 @@ def extension():
     }
 
 
+def packages():
+    """Every package of the repository that belongs into the wheel.
+
+    Never a top-level ``triton_kernels``: vLLM and the Triton project detect one by that name.
+    """
+    kernels = find_packages(include=["triton_kernels", "triton_kernels.*"])
+    return [*find_packages(include=["difffast", "difffast.*"]), *(f"difffast.{name}" for name in kernels)]
+
+
+class FreshBuild(build_py):
+    """Leaves out what an earlier build copied and the tree no longer has: moved modules would stay in the wheel."""
+
+    def run(self):
+        for path in Path(self.build_lib).rglob("*.py"):
+            path.unlink()
+        super().run()
+
+
+arguments = extension()
 setup(
-    # Never a top-level `triton_kernels`: vLLM and the Triton project detect one by that name.
-    packages=["difffast", "difffast.models", "difffast.ops", "difffast.triton_kernels"],
+    packages=packages(),
     package_dir={"difffast.triton_kernels": "triton_kernels"},
     package_data={"difffast": ["py.typed", "models/embedded/**/*"]},
-    **extension(),
+    cmdclass={"build_py": FreshBuild, **arguments.pop("cmdclass", {})},
+    **arguments,
 )

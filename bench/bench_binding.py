@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from bench_fidelity import SEED
+from drawn.judge import judge, summary
+from drawn.shapes import Scene, draw_scene
 from tqdm import tqdm
 
 from difffast import SemanticBinding, patched
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
-from difffast.models.judge import judge, summary
-from difffast.models.shapes import Scene, draw_scene
 from difffast.steering.binding.config import PRESETS
 from difffast.tools.binding_demo import EMBEDDED
 from difffast.tools.demo import device_name

@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 import peers
 import torch
+from drawn.judge import judge, summary
+from drawn.likeness import distance, features, frechet
+from drawn.shapes import Scene, draw_scene, render
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -29,9 +32,6 @@ from tqdm import tqdm
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patched
 from difffast.models import embedded_pipeline
 from difffast.models.embedded import CHECKSUMS, FOLDER
-from difffast.models.judge import judge, summary
-from difffast.models.likeness import distance, features, frechet
-from difffast.models.shapes import Scene, draw_scene, render
 from difffast.presets import PRESETS
 from difffast.tools.demo import device_name, psnr
 

@@ -24,6 +24,7 @@ from accelerate.utils import set_seed
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from drawn.shapes import COLOURS, SHAPES, SIDE, TEXTURES, draw_scene, render
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ from tqdm import tqdm
 
 from difffast.models import tiny_pipeline
 from difffast.models.embedded import write_checksums
-from difffast.models.shapes import COLOURS, SHAPES, SIDE, TEXTURES, draw_scene, render
 from difffast.models.tokenizer import clip_tokenizer, learn_merges
 from difffast.tools.demo import device_name
 
@@ -346,9 +346,17 @@ def export(recipe: Recipe, pipe: Any, folder: Path, out: Path) -> None:
     }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     (folder / "README.md").write_text(card(record))
+    write_vocabulary(folder / "tokenizer")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes them for their owner only, and packages keep that
     write_checksums(folder)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Write vocab.json and merges.txt, which transformers 4 reads, from transformers 5's tokenizer.json."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
 
 
 def card(record: dict[str, Any]) -> str:
@@ -360,7 +368,7 @@ A small Stable Diffusion in the layout of SD 1.x (CLIP text encoder, UNet with w
 with factor 4) that draws captioned shapes, {SIDE} x {SIDE} pixels. It exists so that difffast can be tried, tested and
 judged without a download: `difffast.models.embedded_pipeline()`.
 
-**Data**: {recipe["scenes"]} scenes drawn by `difffast/models/shapes.py` (no data of others): one to three of
+**Data**: {recipe["scenes"]} scenes drawn by `bench/drawn/shapes.py` (no data of others): one to three of
 {len(SHAPES)} shapes ({", ".join(SHAPES)}) in {len(COLOURS)} colours ({", ".join(COLOURS)}) and {len(TEXTURES)} textures
 ({", ".join(TEXTURES)}), some wearing a hat or boots, on a white, grey or gradient background; captions such as
 "{PROMPTS[6]}".

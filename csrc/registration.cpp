@@ -29,6 +29,14 @@ namespace {
 
 using torch::stable::Tensor;
 
+// By hand: in PyTorch 2.10 the stable ABI's lists of sizes cannot be compared.
+bool have_equal_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
 // [B, C, H, W] stored as B, H, W, C without gaps.
 bool is_channels_last(const Tensor& x) {
   if (x.dim() != 4) return false;
@@ -83,7 +91,7 @@ difffast::View4 view(const Tensor& x) {
 void check_cross_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& map_tokens) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, rows, head_dim]");
   STD_TORCH_CHECK(k.size(0) > 0 && q.size(0) % k.size(0) == 0 && k.size(1) == q.size(1) && k.size(3) == q.size(3) &&
-                      v.sizes() == k.sizes(),
+                      have_equal_sizes(v, k),
                   "k and v must have equal sizes, q's heads and head_dim, and a batch that divides q's");
   STD_TORCH_CHECK(k.size(2) >= 1 && k.size(2) <= 128, "1 to 128 keys are supported, got ", k.size(2));
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
@@ -159,7 +167,7 @@ std::tuple<Tensor, Tensor> joint_attention_parts(const Tensor& q, const Tensor* 
                                                  const Tensor& k, const Tensor& v, double scale,
                                                  const std::vector<int64_t>& map_tokens) {
   const auto fits = [&](const Tensor& x, const Tensor& like) {
-    return x.dim() == 4 && x.sizes() == like.sizes() && x.size(1) == q.size(1) && x.size(3) == q.size(3) &&
+    return x.dim() == 4 && have_equal_sizes(x, like) && x.size(1) == q.size(1) && x.size(3) == q.size(3) &&
            x.scalar_type() == q.scalar_type();
   };
   STD_TORCH_CHECK(q.dim() == 4, "q must be [batch, heads, rows, head_dim]");

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .patch import patched
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
+from .plots import new_figure
 from .renamed import warn_renamed
 from .target import Target
 from .tune_cache import Measurements, identify
@@ -139,9 +140,7 @@ class Tuning:
         Raises:
             ImportError: matplotlib is missing.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 5), layout="constrained")
+        figure = new_figure(figsize=(9, 5))
         axis = figure.subplots()
         finite = [row for row in self.rows if math.isfinite(row.median(self.metric))]
         front = [row for row in self.front if row in finite]

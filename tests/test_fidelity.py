@@ -7,10 +7,9 @@ import bench_fidelity
 import numpy as np
 import pytest
 import torch
+from drawn.shapes import render
 from PIL import Image
 from sampling import latents
-
-from difffast.models.shapes import render
 
 
 def test_every_way_works_and_leaves_the_pipeline_as_it_was(pipe64):

@@ -3,12 +3,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from drawn import judge as judging
+from drawn.judge import accuracy, degrade, detect, judge, summary
+from drawn.likeness import distance, features, frechet
+from drawn.shapes import COLOURS, PARTS, SHAPES, TEXTURES, Scene, Thing, draw_scene, render
 from PIL import Image, ImageDraw
-
-from difffast.models import judge as judging
-from difffast.models.judge import accuracy, degrade, detect, judge, summary
-from difffast.models.likeness import distance, features, frechet
-from difffast.models.shapes import COLOURS, PARTS, SHAPES, TEXTURES, Scene, Thing, draw_scene, render
 
 RED = Thing("circle", "red", x=0.25, y=0.5)
 BLUE = Thing("square", "blue", x=0.75, y=0.5)

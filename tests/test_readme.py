@@ -5,6 +5,7 @@ import shlex
 import warnings
 from pathlib import Path
 
+import run
 import tables
 import torch
 from PIL import Image
@@ -37,7 +38,9 @@ def test_commands_exist():
         if words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", makefile, re.M), line
         elif words and words[0].endswith("difffast"):
-            cli._parser().parse_args(words[1:])
+            arguments = cli._parser().parse_args(words[1:])
+            if words[1] == "bench":
+                run.make_parser().parse_args(arguments.forwarded)
 
 
 def test_the_examples_run(pipe, tmp_path, monkeypatch):

@@ -3,9 +3,8 @@ import itertools
 
 import numpy as np
 import pytest
-
-from difffast.models import shapes
-from difffast.models.shapes import Scene, Thing, draw_scene, holds, render
+from drawn import shapes
+from drawn.shapes import Scene, Thing, draw_scene, holds, render
 
 
 def _scenes(count, seed=0, **options):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -111,11 +112,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--fresh", action="store_true", help="leave Triton's cache alone, to time the compiler")
     options = parser.parse_args()
-    if triton.knobs.runtime.interpret:
+    # By their variables: triton.knobs does not exist in the oldest version.
+    if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter replaces the kernels")
     with tempfile.TemporaryDirectory() as cache:
         if options.fresh:
-            triton.knobs.cache.dir = cache
+            os.environ["TRITON_CACHE_DIR"] = cache
         failed = total = 0
         started = time.perf_counter()
         for result in compiled(options.module, options.capability, options.quick, options.only):

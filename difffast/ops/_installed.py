@@ -9,13 +9,23 @@ Nothing here changes while a process runs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 
 import torch
 
 from . import _library  # noqa: F401 - schemas come before what implements them
+
+#: The oldest PyTorch with all of the stable ABI that the extension calls; setup.py builds it for no older one.
+STABLE_ABI = (2, 10)
+#: The oldest Triton with tl.range(disable_licm=True), without which loops would hold too many registers.
+_TRITON = (3, 5)
+#: How the parts that are compiled come into being; setup.py says the same.
+_HOW = "and setuptools>=78.0.1 installed, `pip install -v --no-build-isolation .` in a checkout builds"
+NOT_BUILT = f"difffast._C is not built: with a C++ compiler {_HOW} it, or prints why it cannot"
 
 #: PyTorch's own, which need no proof.
 FROM_PYTORCH = ("reference", "sdpa", "onednn")
@@ -24,9 +34,13 @@ BACKENDS = (*FROM_PYTORCH, "cpp", "triton", "cuda")
 
 def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
     """Load ``difffast._C`` and return it, or the reason why it cannot be loaded."""
+    # An older PyTorch may load it all the same, and crashes at its first call.
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < STABLE_ABI:
+        oldest = ".".join(map(str, STABLE_ABI))
+        return None, f"difffast._C needs torch >= {oldest}, whose ABI is stable, and torch is {torch.__version__}"
     spec = importlib.util.find_spec("difffast._C")
     if spec is None or spec.origin is None:
-        return None, "difffast._C is not built (`pip install -v --no-build-isolation .` prints the reason)"
+        return None, NOT_BUILT
     try:
         torch.ops.load_library(spec.origin)
         library = ctypes.CDLL(spec.origin)
@@ -39,6 +53,10 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
 def _explain_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of a build with another name
+        found = importlib.metadata.version("triton")  # the module's own __version__ would import the compiler
+        if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+            return f"the kernels need triton >= {'.'.join(map(str, _TRITON))}, torch 2.9's own, and triton is {found}"
     if not INTERPRETED and not torch.cuda.is_available():
         return "no CUDA device is visible (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
     return None
@@ -49,7 +67,7 @@ def _explain_cuda() -> str | None:
         return _not_built
     if not _extension.difffast_has_cuda():
         return (
-            "difffast._C was built without the CUDA kernels (`pip install -v --no-build-isolation .` prints the reason)"
+            f"difffast._C was built without the CUDA kernels: with a CUDA toolkit {_HOW} them, or prints why it cannot"
         )
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 

@@ -32,6 +32,8 @@ _SMALL, _FEW = 6_000_000, 64
 _ACCEPTED = 20480
 #: oneDNN is used where it is so many times faster than F.linear: less may be noise, and elsewhere they are equal.
 _WORTH = 1.25
+#: Settings of oneDNN's precision that leave float32 as exact as it is.
+_EXACT = ("none", "ieee")
 #: Side of the square matrices that tell: short enough to finish undisturbed now and then, however busy the machine is.
 _SIDE = 320
 #: Most rounds, and seconds, that they are given.
@@ -174,15 +176,26 @@ def _find_setting() -> str | None:
     """Say why PyTorch would not give float32 convolutions to oneDNN as they are, or return None."""
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn is switched off"
-    if torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
-        return f"convolutions may be {torch.backends.mkldnn.conv.fp32_precision}"
+    precision = _allowed_precision("conv")
+    if precision not in _EXACT:
+        return f"convolutions may be {precision}"
     return "autocast chooses the dtype" if torch.is_autocast_enabled("cpu") else None
 
 
 @_keep_in_graphs
 def _pays() -> bool:
     # Who allows lower precision gets it from F.linear, which is the faster one then.
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and advantage() >= _WORTH
+    return _allowed_precision("matmul") in _EXACT and advantage() >= _WORTH
+
+
+def _allowed_precision(operation: str) -> str:
+    """The precision that oneDNN may use for float32 operands of an operation, "conv" or "matmul"."""
+    settings = getattr(torch.backends.mkldnn, operation, None)
+    if settings is not None:
+        return settings.fp32_precision
+    # Before torch 2.9 there is one setting for matrix products and none for convolutions, which are exact.
+    allowed = torch.get_float32_matmul_precision()
+    return "ieee" if operation == "conv" or allowed == "highest" else allowed
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

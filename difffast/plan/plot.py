@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..plots import new_figure
 from .rows import PlanStep
 
 _PARTS = ("outer layers", "encoder", "bottleneck", "decoder")
@@ -18,10 +19,9 @@ def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+    figure = new_figure(figsize=(max(6.0, 1.5 + len(rows) / 6), 2.4))
+    from matplotlib.patches import Rectangle  # only here: new_figure says what to do where it is missing
 
-    figure = Figure(figsize=(max(6.0, 1.5 + len(rows) / 6), 2.4), layout="constrained")
     axis = figure.subplots()
     for row in rows:
         ran = _PARTS if row.key else ("outer layers",) if row.reuse else ("decoder",)

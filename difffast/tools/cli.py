@@ -22,9 +22,6 @@ from ..steering.binding.config import PRESETS as BINDING_PRESETS
 
 console = Console()
 
-#: The suites of ``difffast bench``; the last one, a quarter of an hour by itself, runs by name only.
-BENCHMARKS = ("ops", "unet", "pipelines", "guidance", "memory", "full-size")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -67,12 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", help="default: cuda where there is one, else cpu")
     generate.set_defaults(run=_generate)
 
-    bench = commands.add_parser("bench", help="everybody in turn: tables, charts, a page; needs a checkout")
-    bench.add_argument("--size", choices=("cpu", "gpu"), help="which selection; default: gpu where there is one")
-    bench.add_argument("--budget-minutes", type=float, default=14.0, help="wall clock; a later run goes on")
-    bench.add_argument("--only", choices=BENCHMARKS, help="one suite")
-    bench.add_argument("--model", help="measure your own pipeline instead: a folder in Diffusers format")
-    bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results.json and the report")
+    # Its options are those of the checkout's bench/run.py: with no prefix of options of its own, all are forwarded.
+    bench = commands.add_parser(
+        "bench", help="everybody in turn: tables, charts, a page; needs a checkout", prefix_chars="\0", add_help=False
+    )
+    bench.add_argument("forwarded", nargs=argparse.REMAINDER)
     bench.set_defaults(run=_bench)
 
     profile = commands.add_parser("profile", help="one image: Perfetto trace, time and operators per block")
@@ -298,33 +294,12 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    folder = Path(__file__).resolve().parents[2] / "bench"
-    if not (folder / "registry.py").is_file():
-        raise ValueError(f"difffast bench needs a checkout of the repository: {folder} is not in the wheel")
-    if arguments.budget_minutes <= 0:
-        raise ValueError(f"--budget-minutes must be positive, got {arguments.budget_minutes}")
-    suite = "pipelines" if arguments.model else arguments.only
-    file = folder / f"bench_{(suite or BENCHMARKS[-1]).replace('-', '_')}.py"
-    chosen = [folder, f"--ignore={file}"] if suite is None else [folder / "ops" if suite == "ops" else file]
-    out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    results = out / "results.json"
-    results.unlink(missing_ok=True)  # an interrupted run must not be reported with an earlier one's figures
-    size = arguments.size or _default_size()
-    measuring = [sys.executable, "-m", "pytest", *map(str, chosen), "-W", "default", "-s", "--benchmark-enable"]
-    measuring += [f"--benchmark-json={results}", f"--size={size}", f"--budget-minutes={arguments.budget_minutes}"]
-    measuring += [f"--records={out / 'cases'}", *([f"--bench-model={arguments.model}"] if arguments.model else [])]
-    status = subprocess.run(measuring, cwd=folder.parent).returncode
-    if not results.is_file() or not results.stat().st_size:
-        return status or 1
-    reporting = [sys.executable, str(folder / "report.py"), str(results), "--out", str(out), "--size", size]
-    return subprocess.run(reporting).returncode or status
+    import difffast
 
-
-def _default_size() -> str:
-    import torch
-
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    script = Path(difffast.__file__).resolve().parents[1] / "bench" / "run.py"
+    if not script.is_file():
+        raise ValueError(f"difffast bench needs a checkout of the repository: there is no {script}")
+    return subprocess.run([sys.executable, str(script), *arguments.forwarded]).returncode
 
 
 def _profile(arguments: argparse.Namespace) -> int:

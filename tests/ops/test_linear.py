@@ -1,6 +1,7 @@
 """linear: oneDNN's product against float64, what it must not do, and when it runs."""
 
 import importlib
+import types
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_when_it_runs(monkeypatch):
         assert module.choose(x, weight[:64], None) == module.backend_of_large(weight) == "onednn"
 
 
+def test_before_torch_2_9_one_setting_tells_what_may_be_inexact(monkeypatch):
+    earlier = types.SimpleNamespace(get_float32_matmul_precision=lambda: "medium", backends=types.SimpleNamespace())
+    earlier.backends.mkldnn = types.SimpleNamespace(enabled=True)  # without `conv` and `matmul`
+    monkeypatch.setattr(module, "torch", earlier)
+    assert module._allowed_precision("conv") == "ieee"
+    assert module._allowed_precision("matmul") == "medium"
+    earlier.get_float32_matmul_precision = lambda: "highest"
+    assert module._allowed_precision("matmul") in module._EXACT
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "conv"), reason="settings of torch 2.9 and later")
 @pytest.mark.usefixtures("_pays")
 def test_settings_that_would_change_the_numbers_are_kept_to():
     made = operands(*LARGE)

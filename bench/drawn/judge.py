@@ -1,4 +1,4 @@
-"""Judge of pictures in the style of :mod:`difffast.models.shapes`: what is in them, and is it what the prompt said?
+"""Judge of pictures in the style of :mod:`drawn.shapes`: what is in them, and is it what the prompt said?
 
 No network is involved.  The colours are known exactly, so each pixel is split into the shares of grey background, of
 colour and of black that it is made of; the colour's share is then compared with the six shapes, drawn by the same code
