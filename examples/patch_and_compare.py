@@ -35,6 +35,7 @@ with difffast.patched(pipe, arguments.preset) as report:
     fast, fast_seconds = draw()
 
 error = np.mean((np.asarray(stock, float) - np.asarray(fast, float)) ** 2)
+likeness = f"PSNR {10 * np.log10(255**2 / error):.1f} dB" if error else "the same picture"
 print(report, report.last_run, sep="\n")
-print(f"stock {stock_seconds:.2f} s, {arguments.preset} {fast_seconds:.2f} s, {10 * np.log10(255**2 / error):.1f} dB")
+print(f"stock {stock_seconds:.2f} s, {arguments.preset} {fast_seconds:.2f} s, {likeness}")
 Image.fromarray(np.hstack([stock, fast])).resize((512, 256), Image.Resampling.NEAREST).save(arguments.out)

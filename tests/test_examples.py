@@ -45,7 +45,9 @@ def size(path):
 def test_patch_and_compare(run, capsys):
     run("patch_and_compare.py", "--steps", "9", "--preset", "faster-diffusion")
     assert size("compare.png") == (512, 256)
-    assert "dB" in capsys.readouterr().out
+    assert "PSNR" in capsys.readouterr().out
+    run("patch_and_compare.py", "--steps", "2", "--preset", "exact")
+    assert "preset" in capsys.readouterr().out
 
 
 def test_presets_and_plans(run):
