@@ -1,4 +1,4 @@
-"""The README's tables, from the committed results.
+"""The tables of README.md and docs/, from the committed results.
 
 python bench/tables.py      makes them anew
 """
@@ -6,36 +6,34 @@ python bench/tables.py      makes them anew
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from interleaved import ratio
-from session import against
+from picture_tables import (
+    binding_table,
+    demo_table,
+    fidelity_table,
+    memory_table,
+    pipelines_table,
+    presets_table,
+    ways_table,
+)
+from records import RESULTS, ROOT, Record, load, machine, measured, measured_on
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-
-Record = Mapping[str, Any]
+__all__ = ["RESULTS", "TABLES", "Record", "find_pages", "load", "machine", "render"]
 
 #: Unit -> how many of it make a second, and digits after the point.
 _UNITS = {"ms": (1e3, 2), "us": (1e6, 0)}
 
 
-def load(path: Path) -> list[Record]:
-    """Every case of a pytest-benchmark JSON, with its group."""
-    benchmarks = json.loads(path.read_text())["benchmarks"]
-    return [{"group": each["group"], **each["extra_info"]} for each in benchmarks]
-
-
 def unet_table(results: Path = RESULTS, group: str = "unet") -> str:
     """Seconds inside the UNet."""
-    found = _measured(results, group)
+    found = measured(results, group)
     head = "| provider |" + "".join(f" {info['case'].split(' at ')[0]}, seconds | against stock |" for info in found)
     rows = [head, "|" + "---|" * (1 + 2 * len(found))]
     for name in dict.fromkeys(name for info in found for name in (*info["seconds"], *info.get("absent", {}))):
@@ -44,33 +42,13 @@ def unet_table(results: Path = RESULTS, group: str = "unet") -> str:
             if name not in info["seconds"]:
                 cells += [info["absent"].get(name, {"status": ""})["status"], ""]
                 continue
-            low, middle, high = against(info, name)
+            low, middle, high = ratio(info["seconds"], name, info["baseline"])
             cells += [f"{statistics.median(info['seconds'][name]):.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
         rows.append(f"| {' | '.join(cells)} |")
     rounds = " and ".join(str(len(info["seconds"]["stock"])) for info in found)
     settings = " and ".join(dict.fromkeys(info["case"].split(" at ")[1] for info in found))
-    note = f"At {settings}. {_measured_on(found[0])}; {rounds} interleaved rounds, quartiles."
+    note = f"At {settings}. {measured_on(found[0])}; {rounds} interleaved rounds, quartiles."
     return "\n".join([*rows, "", note, *_bars(found)])
-
-
-def demo_table(results: Path = RESULTS) -> str:
-    """Medians of the demo, from ``demo.json``."""
-    record = json.loads((results / "demo.json").read_text())
-    rows = record["rows"]
-    stock, fast = (statistics.median(row[key] for row in rows) for key in ("stock_s", "patched_s"))
-    speedups = [row["stock_s"] / row["patched_s"] for row in rows]
-    psnr = statistics.median(row["psnr_db"] if row["psnr_db"] is not None else math.inf for row in rows)
-    info = {**record["versions"], "device": record["device"], "threads": record["threads"], "dtype": record["dtype"]}
-    return "\n".join(
-        [
-            "| | stock | difffast | speed-up | same-seed PSNR |",
-            "|---|---|---|---|---|",
-            f"| whole `pipe(...)` call, median | {stock:.2f} s | {fast:.2f} s | {statistics.median(speedups):.2f}x "
-            f"({min(speedups):.2f}x to {max(speedups):.2f}x) | {psnr:.1f} dB |",
-            "",
-            f"{record['model']}, {record['steps']} DDIM steps, {len(rows)} images. {_measured_on(info)}.",
-        ]
-    )
 
 
 def operator_table(
@@ -96,37 +74,15 @@ def operator_table(
     factor, digits = _UNITS[unit]
     heads = [first, *columns, *ratios]
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    found = [record for group in groups for record in _measured(results, group)]
+    found = [record for group in groups for record in measured(results, group)]
     for info in found:
         seconds = info["seconds"]
         times = (f"{statistics.median(seconds[name]) * factor:.{digits}f} {unit}" for name in columns.values())
         faster = (_quartiles(seconds, *pair) for pair in ratios.values())
         rows.append(f"| {' | '.join((info['case'].split(':')[0], *times, *faster))} |")
     rounds = sorted({len(seconds) for info in found for seconds in info["seconds"].values()})
-    measured = f"{machine(found[0])}; {' and '.join(map(str, rounds))} interleaved rounds, quartiles."
-    return "\n".join([*rows, "", f"{note} {measured}".lstrip()])
-
-
-def fidelity_table(results: Path = RESULTS) -> str:
-    """What every way to be faster costs in pictures, from ``fidelity.json`` (``bench/bench_fidelity.py``)."""
-    record = json.loads((results / "fidelity.json").read_text())
-    columns = "| way | seconds a picture | one thing right | two things | three | points lost (95%) | PSNR | Frechet |"
-    lines = [columns, "|" + "---|" * 8]
-    for name, row in record["rows"].items():
-        right = " | ".join(f"{100 * row[f'{count} things']['binding']:.1f}%" for count in (1, 2, 3))
-        lost, low, high = row["binding_points_lost"]
-        psnr = "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
-        seconds = statistics.median(row["seconds"])
-        spread = f"{lost:+.1f} ({low:+.1f} to {high:+.1f})"
-        lines.append(f"| {name} | {seconds:.2f} | {right} | {spread} | {psnr} | {row['frechet']:.3f} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{record['prompts']} prompts, the same seeds in every row; right: found in its own shape and colour; "
-            f"points lost and PSNR: against stock with 50 steps; Frechet: to drawn scenes. {machine(record)}.",
-        ]
-    )
+    setting = f"{machine(found[0])}; {' and '.join(map(str, rounds))} interleaved rounds, quartiles."
+    return "\n".join([*rows, "", f"{note} {setting}".lstrip()])
 
 
 def _bars(found: Sequence[Record]) -> list[str]:
@@ -175,46 +131,9 @@ def guidance_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", note])
 
 
-def binding_table(results: Path = RESULTS) -> str:
-    """What semantic binding does to the embedded model's pictures, from ``binding.json`` (bench_binding.py)."""
-    record = json.loads((results / "binding.json").read_text())
-    kinds = {
-        "binding": "shape and colour right",
-        "full_binding": "texture and part as well",
-        "leakage": "has what is another's",
-    }
-    heads = " | ".join(f"{title} | points (95%)" for title in kinds.values())
-    lines = [f"| way | {heads} |", "|" + "---|" * (1 + 2 * len(kinds))]
-    for name, row in record["rows"].items():
-        cells = [name]
-        for kind in kinds:
-            gained = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row[f"{kind}_points_gained"])
-            cells += [f"{100 * row[kind]:.1f}%", gained]
-        lines.append(f"| {' | '.join(cells)} |")
-    note = (
-        f"{record['prompts']} prompts x {record['seeds']} seeds, {record['steps']} steps; points: against stock "
-        f"on the same prompts and seeds; the model's numbers: {record['numbers']}. {machine(record)}."
-    )
-    return "\n".join([*lines, "", note])
-
-
-def _measured(results: Path, group: str) -> list[dict[str, Any]]:
-    """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's."""
-    return [record for record in load(results / "cpu.json") if record["group"] == group]
-
-
 def _quartiles(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
     low, middle, high = ratio(seconds, slow, fast)
     return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
-
-
-def machine(info: Mapping[str, Any]) -> str:
-    """What something was measured on."""
-    return f"{info['device']}, {info['threads']} threads, {info['dtype']}, torch {info['torch']}"
-
-
-def _measured_on(info: dict[str, Any]) -> str:
-    return f"{machine(info)}, diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
 
 
 def support_table() -> str:
@@ -225,27 +144,13 @@ def support_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def ways_table(results: Path = RESULTS) -> str:
-    """Seconds inside UNet and ControlNet of every supported pipeline, from ``support.json`` (bench_support.py)."""
-    record = json.loads((results / "support.json").read_text())
-    ways = [way for way in max(record["seconds"].values(), key=len) if way != "stock"]
-    rows = [f"| pipeline | {' | '.join(ways)} |", "|" + "---|" * (1 + len(ways))]
-    for name, seconds in record["seconds"].items():
-        shares = (
-            statistics.median(a / b for a, b in zip(seconds[way], seconds["stock"], strict=True))
-            if way in seconds
-            else None
-            for way in ways
-        )
-        rows.append(f"| {name} | {' | '.join('refused' if each is None else f'{each:.2f}' for each in shares)} |")
-    note = (
-        "Seconds inside the UNet, and ControlNet, of stock's; small UNets (32, 64) on 32x32 latents, 12 steps. "
-        f"{machine(record)}, {record['rounds']} interleaved rounds."
-    )
-    return "\n".join([*rows, "", note])
-
-
 TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets_table,
+    "pipelines": pipelines_table,
+    "memory": memory_table,
+    "maps": partial(
+        pipelines_table, group="guidance", ways={"exact": "difffast exact", "with all maps": "difffast exact, maps"}
+    ),
     "ways": ways_table,
     "support": support_table,
     "unet": unet_table,
@@ -304,8 +209,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def find_pages() -> list[Path]:
+    """Return the files that may hold tables: README.md and docs/*.md."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def render(text: str) -> str:
-    """``text`` with every ``<!-- table NAME -->`` ... ``<!-- end -->`` block made anew."""
+    """Return ``text`` with every ``<!-- table NAME -->`` ... ``<!-- end -->`` block made anew."""
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -314,6 +224,6 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
-    sys.stdout.write(f"written: {readme}\n")
+    for page in find_pages():
+        page.write_text(render(page.read_text()))
+        sys.stdout.write(f"written: {page}\n")

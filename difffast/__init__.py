@@ -1,4 +1,4 @@
-"""difffast: faster Hugging Face Diffusers UNet pipelines, patched in with one call and exactly out again."""
+"""difffast: make Hugging Face Diffusers UNet pipelines faster with one call, and exactly undo it with another."""
 
 from typing import Any
 

@@ -46,12 +46,13 @@ def collect_maps(
 
     Args:
         pipe: a pipeline that :func:`difffast.patch` supports.
-        layers: names of cross-attention layers of the UNet (attn2, or DeepFloyd IF's with added keys, whose maps leave
-            to the pixels what they take), or shell-style patterns such as ``"up_blocks.1.*"``; None: all.
-        tokens: positions in the tokenised prompt (0 is the start token); None: all.
+        layers: names of the UNet's cross-attention layers, or shell-style patterns such as ``"up_blocks.1.*"``; None
+            means all.  DeepFloyd IF's layers attend to text and pixels at once: the maps of its words add up to less
+            than 1.
+        tokens: positions in the tokenised prompt, 0 being the start token; None means all.
 
-    Returns:
-        For ``as``: an :class:`AttentionMaps`, which each new image starts afresh.
+    Yields:
+        The :class:`AttentionMaps`.  Each new image empties them first.
 
     Raises:
         ValueError: no such layer, bad tokens, or a pipeline that cannot be patched.

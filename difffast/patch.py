@@ -44,24 +44,24 @@ def patch(
     Args:
         pipe: a pipeline with a UNet (``difffast.support.PIPELINES``), or several, such as the stages of a cascade.
         preset: a name from ``difffast.presets.PRESETS``.
-        propagation: replaces what the preset says about steps that share features, or guidance.
-        cfg: run the unconditional half of guidance's batch at some key steps only; replaces what the preset says.
-        fused: replaces what the preset says about fused layers: True, or False for stock layers everywhere.
-        compile: run the UNet's halves as programs made by torch.compile, once per shape
-            (:mod:`difffast.engines.programs`); the first image waits for them.
-        binding: semantic binding of the things that a prompt marks, as in ``"a [black cat] and a [white dog]"``; None:
-            prompts are taken as they are.
-        force: allow schedules with fewer than 8 steps.
-        renamed: old names of options, with a warning.
+        propagation: how steps share features, in place of what the preset says.  The preset's ``cfg`` is then not
+            used either.
+        cfg: at which key steps both halves of classifier-free guidance's batch run, in place of what the preset says.
+        fused: whether layers are computed by difffast's operators, in place of what the preset says.
+        compile: run the parts of the UNet as programs made by torch.compile, one for each shape
+            (:mod:`difffast.engines.programs`).  The first image waits for them.
+        binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.  None
+            takes prompts as they are.
+        force: share features even in schedules with fewer than 8 steps.
+        renamed: options under their old names; each gives a warning.
 
     Returns:
-        A report of what was replaced; for several pipelines as many, in their order.
+        A report of what was replaced; for several pipelines a tuple with the report of each.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, an option has the wrong type, or there is no such option.
-        ValueError: no UNet, an unsupported pipeline or UNet, an unknown preset, feature reuse, prior noise or binding
-            where the pipeline's kind rules it out, a branch that the UNet does not have, or no layers for binding's
-            maps.
+        ValueError: there is no UNet; the pipeline, its UNet or the preset is unknown; this kind of pipeline rules out
+            feature reuse, prior noise or binding; the UNet has no such branch; or no layers have maps for binding.
     """
     options = Options.of(
         preset, propagation=propagation, cfg=cfg, fused=fused, compile=compile, binding=binding, force=force, **renamed
@@ -98,10 +98,10 @@ def _patch_one(pipe: DiffusionPipeline, options: Options) -> PatchReport:
 
 
 def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
-    """Take difffast out of a pipeline, or several: classes, attributes and outputs are as before :func:`patch`.
+    """Take difffast out of one pipeline or several: classes, attributes and outputs are as before :func:`patch`.
 
     Returns:
-        True if the pipeline, or any of them, was patched.
+        Whether any of them was patched.
     """
     return any([take_out(each) for each in (pipe if isinstance(pipe, (list, tuple)) else (pipe,))])
 
@@ -110,7 +110,10 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
 def patched(
     pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any
 ) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
-    """Patch inside a ``with`` block, with the arguments of :func:`patch`; on leaving, earlier patches are put back."""
+    """Patch for the length of a ``with`` block; afterwards, what was patched before is put back.
+
+    It takes the arguments of :func:`patch` and gives its report to ``as``.
+    """
     pipes = pipe if isinstance(pipe, (list, tuple)) else (pipe,)
     earlier = [_options_of(each) for each in pipes]
     report = patch(pipe, preset, **options)

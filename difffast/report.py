@@ -22,15 +22,15 @@ from .target import Target
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What :func:`difffast.patch` did; prints as text and shows as a table in a notebook.
+    """What :func:`difffast.patch` did.  It prints as text, and shows as a table in a notebook.
 
     Attributes:
-        pipeline, unet: class names.
-        preset: name of the preset, or "custom" where ``propagation``, ``cfg`` or ``fused`` was given.
-        propagation, cfg: the configurations in force.
-        fused: whether fused layers are on.
-        replaced: (what, by what) pairs.
-        notes: what was left alone or changed on the way, and why.
+        pipeline, unet: the names of their classes.
+        preset: the name of the preset, or "custom" if ``propagation``, ``cfg`` or ``fused`` was given.
+        propagation, cfg: the configurations that are in force.
+        fused: whether layers are computed by operators.
+        replaced: pairs of what was replaced and by what.
+        notes: what was left alone or changed besides, and why.
     """
 
     pipeline: str
@@ -46,7 +46,7 @@ class PatchReport:
 
     @property
     def last_run(self) -> RunStats | None:
-        """Counts of the latest run's UNet calls and reasons for every fallback; None before the first run."""
+        """What the UNet calls of the latest run did, and why any of them fell back; None before the first run."""
         return self._settings.last_run
 
     def plan(self, total: int) -> Plan:
@@ -56,7 +56,7 @@ class PatchReport:
 
     @property
     def trace(self) -> Any:
-        """What a method has left of the latest run: losses and maps of semantic binding; None without a method."""
+        """What a method recorded in the latest run, such as losses and maps of semantic binding; None without one."""
         return next((each.trace for each in self._settings.extensions if each.trace is not None), None)
 
     @property
@@ -65,7 +65,7 @@ class PatchReport:
         return self._controller.count_programs()
 
     def invalidate(self) -> None:
-        """Make the next step a key step, e.g. from a callback after a large edit of the latents."""
+        """Make the next step a key step, for instance from a callback that has changed the latents a lot."""
         self._controller.invalidate(self._settings)
 
     def __str__(self) -> str:

@@ -174,22 +174,24 @@ def tune(
 ) -> Tuning:
     """Find the fastest way for this pipeline to share features between steps, within a budget of error against stock.
 
-    Every candidate makes every prompt's picture, in turn with the others, from the same seeds as stock.
+    Stock and every candidate make a picture of every prompt, from the same seeds and in turn.
 
     Args:
         pipe: a pipeline that :func:`difffast.patch` takes; it is left as it was.
         steps: denoising steps.
-        budget: what the median over the prompts must keep: at least so many dB, or at most so large a latent error.
-        metric: "psnr_db" or "latent_error".
-        prompts: what to measure with.
-        candidates: what to choose from; the exact one is always among them.  None: those of ``CANDIDATES`` that the
-            pipeline can be patched with.
-        repeats: how often each is timed on each prompt, in turn with the others; on a noisy machine more are better.
-        cache: JSON file of measurements, which an interrupted or a later call goes on from; None: none is kept.
-        call: further arguments of the pipeline's call, e.g. ``guidance_scale``, ``height`` and ``width``.
+        budget: the worst error that is accepted, as the median over the prompts: the least PSNR in dB, or the largest
+            latent error.
+        metric: which error it is, "psnr_db" or "latent_error".
+        prompts: the prompts to measure with.
+        candidates: the ways to choose from; running every step in full is always one of them.  None: those of
+            ``CANDIDATES`` with which the pipeline can be patched.
+        repeats: how often each candidate is timed on each prompt; take more on a noisy machine.
+        cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.  None
+            keeps nothing.
+        call: further arguments of the pipeline's call, such as ``guidance_scale``, ``height`` and ``width``.
 
     Raises:
-        TypeError: a pipeline or an argument of its call that is none, or one without which it cannot run.
+        TypeError: ``pipe`` is no pipeline, its call has no such argument, or it lacks one that it needs.
         ValueError: an unknown metric, no prompts, or a pipeline that cannot be patched.
     """
     _check(metric, prompts, repeats)

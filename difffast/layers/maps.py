@@ -14,15 +14,16 @@ from .cross_attention import find_layers
 
 @dataclass
 class AttentionMaps:
-    """Cross-attention maps of one image's steps, averaged over heads; see :func:`difffast.collect_maps`.
+    """The cross-attention maps of one image, averaged over heads; :func:`difffast.collect_maps` makes them.
 
-    Batch rows are the UNet's: with guidance, the first half belongs to the negative prompt.
+    B is the batch of the UNet.  With guidance, its first half belongs to the negative prompt.
 
     Attributes:
-        layers: names of the chosen layers.
-        tokens: chosen token positions; None: all.
-        latest: per layer, the maps [B, N, M] of the latest step (with their graph where gradients are enabled).
-        steps: per layer, how many steps went into the mean.  At propagated steps encoder layers do not run.
+        layers: the names of the chosen layers.
+        tokens: the chosen positions in the tokenised prompt; None means all.
+        latest: for each layer, the maps [B, N, M] of the latest step, with their graph where gradients are enabled.
+        steps: for each layer, over how many steps :meth:`mean` goes.  Steps that do not run the encoder add nothing for
+            its layers.
     """
 
     layers: tuple[str, ...]
@@ -33,7 +34,7 @@ class AttentionMaps:
     _size: tuple[int, int] = (0, 0)
 
     def mean(self, layer: str | None = None) -> Tensor:
-        """Mean over steps [B, N, M] of one layer, or of all chosen layers, which must then be of one size.
+        """Return the mean over the steps [B, N, M] of one layer, or of all chosen layers if they are of one size.
 
         Raises:
             ValueError: unknown layer, nothing collected yet, or layers of several sizes.
@@ -51,7 +52,7 @@ class AttentionMaps:
         return torch.stack([self._sums[name] / self.steps[name] for name in names]).mean(0)
 
     def grid(self, layer: str | None = None) -> Tensor:
-        """:meth:`mean` as pictures [B, M, height, width].
+        """Return :meth:`mean` as pictures [B, M, height, width].
 
         Raises:
             ValueError: as :meth:`mean`.
@@ -60,22 +61,22 @@ class AttentionMaps:
         return mean.unflatten(1, self.picture_size(mean.shape[1])).permute(0, 3, 1, 2)
 
     def picture_size(self, pixels: int) -> tuple[int, int]:
-        """(height, width) of maps with so many pixels."""
+        """Return the (height, width) of maps with this number of pixels."""
         height, width = self._size
         while height * width > pixels:
             height, width = -(-height // 2), -(-width // 2)  # each level halves both, rounding up
         return height, width
 
     def reset(self) -> None:
-        """Forget everything collected; a new image does."""
+        """Forget everything that was collected, as at the start of a new image."""
         for values in (self.latest, self.steps, self._sums):
             values.clear()
 
     def columns(self, keys: int) -> list[int]:
-        """The chosen tokens of a text with ``keys`` tokens.
+        """Return the chosen positions in a text of ``keys`` tokens.
 
         Raises:
-            ValueError: a token beyond its end.
+            ValueError: a chosen position is beyond its end.
         """
         if self.tokens is None:
             return list(range(keys))

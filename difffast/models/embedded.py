@@ -15,10 +15,10 @@ CHECKSUMS = "checksums.json"
 
 
 def embedded_pipeline(folder: str | Path = FOLDER) -> StableDiffusionPipeline:
-    """The embedded model, 64 x 64 pictures, in float32; no network is used.
+    """Load the embedded model, which draws pictures of 64 x 64 pixels, in float32 and without a network.
 
     Args:
-        folder: another export of ``bench/train_shapes.py``.
+        folder: where the model is; another export of ``bench/train_shapes.py`` may be given.
 
     Raises:
         FileNotFoundError: the model or one of its files is missing.

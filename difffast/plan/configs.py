@@ -23,24 +23,28 @@ DEFAULT_MAX_PARALLEL = {"cpu": 2, "accelerator": 4}
 
 @dataclass(frozen=True)
 class EncoderPropagation:
-    """Run the UNet's encoder at key steps only and decode the steps in between from its features.
+    """Run the UNet's encoder at key steps only, and decode the steps in between from the features of the last one.
 
     Source: Faster Diffusion (arXiv 2312.09608), sections 3.2 (propagation, parallel decoding), 3.3 (prior noise).
 
     Args:
-        key_steps: which steps run the encoder.  None: the published table for the pipeline, scaled to the step
-            count.  A string: the table of another kind in ``PUBLISHED_KEY_STEPS``.  A sequence of steps, containing 0.
-            An int m: every m-th step.  A float below 1: evenly, at most this share of the schedule apart (0.06: every
-            3rd of 50 steps, every step of 33 or fewer).  A callable ``(step, total) -> bool``.  The first step that a
-            run executes is always a key step.
-        parallel: decode all steps up to the next key step as one batch; False decodes one step at a time.
-        max_parallel: most steps decoded in one batch (memory grows with it); None: ``DEFAULT_MAX_PARALLEL`` of the
-            device.
-        share_skips: compute what depends on the encoder's features alone once for all steps that share them (exact).
-        prior_noise: strength of the initial noise that is added back to the latents in the second half of the
-            schedule; the paper uses 0.003.  None: off.
-        extrapolate: 0 takes the last key step's features; 1 and 2 extrapolate over the last two or three, as
-            :class:`FeatureReuse` does (skips are not shared then).
+        key_steps: which steps run the encoder.  The first step that a run executes always does.
+            - None: the table published for this kind of pipeline, scaled to the number of steps.
+            - A string: the published table of another kind, from ``PUBLISHED_KEY_STEPS``.
+            - A sequence: these steps, 0 among them.
+            - An int m: every m-th step.
+            - A float below 1: evenly spaced, at most this share of the schedule apart.  0.06 is every 3rd of 50 steps,
+              and every step of 33 or fewer.
+            - A function ``(step, total) -> bool``.
+        parallel: decode the steps up to the next key step as batches; False decodes one step at a time.
+        max_parallel: the most steps in one batch; memory grows with it.  None takes the device's
+            ``DEFAULT_MAX_PARALLEL``.
+        share_skips: compute what depends on the encoder's features alone once for all steps that share them.  This is
+            exact.
+        prior_noise: the strength of the initial noise that is added back to the latents in the second half of the
+            schedule.  The paper uses 0.003; None adds none.
+        extrapolate: 0 takes the features of the last key step.  1 and 2 extrapolate over the last two or three; skips
+            are not shared then.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range.
@@ -74,13 +78,13 @@ class EncoderPropagation:
     def plan(
         self, total: int, *, kind: str = "sd", device: str = "cpu", batches: tuple[int, ...] | None = None
     ) -> Plan:
-        """Resolve to the plan of a schedule.
+        """Return the plan of a schedule.
 
         Args:
-            total: UNet calls in the schedule, ``len(scheduler.timesteps)``.
-            kind: which published list ``key_steps=None`` takes.
-            device: type of the device that the UNet runs on, for ``max_parallel=None``.
-            batches: sizes that decoder batches may have; None: any.
+            total: the number of UNet calls, ``len(scheduler.timesteps)``.
+            kind: the published table that ``key_steps=None`` takes.
+            device: the type of the UNet's device, for ``max_parallel=None``.
+            batches: the sizes that batches of decoders may have; None allows any.
 
         Raises:
             ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, unknown ``kind``.
@@ -96,24 +100,25 @@ class EncoderPropagation:
 
 @dataclass(frozen=True)
 class FeatureReuse:
-    """Run the whole UNet at key steps only; in between its outer layers alone, around the key step's deep feature.
+    """Run the whole UNet at key steps only, and its outer layers in between, around the deep feature of a key step.
 
-    Unlike under :class:`EncoderPropagation`, a reuse step sees the current latents: conv_in and the first ``branch``
-    skips are made anew, the up blocks run from the resnet that takes the last of these on, and that resnet's hidden
-    input is the cached deep feature.
+    A reuse step sees the current latents, which a step under :class:`EncoderPropagation` does not.  It computes conv_in
+    and the first ``branch`` skips anew.  The up blocks then begin with the resnet that takes the last of these skips.
+    Its other input is the cached deep feature.
 
     Sources: DeepCache (arXiv 2312.00858), sections 3.2 (branches), 3.3 (uniform and non-uniform spacing); for
     ``extrapolate``, TaylorSeer (arXiv 2503.06923), but through the features themselves instead of their differences.
 
     Args:
-        interval: an int m: every m-th step is a key step (on average, with ``schedule="quadratic"``).  A float below 1:
-            at most this share of the schedule apart (0.08: every 4th of 50 steps).  A sequence: the key steps,
-            containing 0.  The first step that a run executes is always a key step.
-        branch: skips that a reuse step makes anew besides conv_in's; 0 is the cheapest.
-        schedule: "uniform", or "quadratic": key steps are closer together around ``center``.
-        center: where they are closest, as a share of the schedule.
-        power: of the spacing around it, 1 being even.
-        extrapolate: 0 takes the last key step's feature; 1 and 2 extrapolate over the last two or three.
+        interval: which steps are key steps.  The first step that a run executes always is one.
+            - An int m: every m-th step; with ``schedule="quadratic"`` on average.
+            - A float below 1: at most this share of the schedule apart.  0.08 is every 4th of 50 steps.
+            - A sequence: these steps, 0 among them.
+        branch: how many skips a reuse step computes anew, besides that of conv_in; 0 is the cheapest.
+        schedule: "uniform" spaces key steps evenly; with "quadratic" they are closer together around ``center``.
+        center: where key steps are closest together, as a share of the schedule.
+        power: how fast their distances grow away from ``center``; with 1 they are even.
+        extrapolate: 0 takes the feature of the last key step; 1 and 2 extrapolate over the last two or three.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range.
@@ -142,7 +147,7 @@ class FeatureReuse:
         _check_degree(self, order)
 
     def plan(self, total: int) -> Plan:
-        """Resolve to the plan of a schedule with ``total`` UNet calls.
+        """Return the plan of a schedule with ``total`` UNet calls.
 
         Raises:
             ValueError: ``total`` < 1, or a key step outside ``0 .. total - 1``.
@@ -155,17 +160,17 @@ class FeatureReuse:
 
 @dataclass(frozen=True)
 class CfgReuse:
-    """Run both halves of classifier-free guidance's batch at some key steps only, the conditional half at all others.
+    """Run both halves of classifier-free guidance's batch at some key steps, and only the conditional half elsewhere.
 
-    There the unconditional half is the conditional one less their difference at the last step that ran both.
+    The difference between the halves changes slowly over the steps.  Where only the conditional half runs, the other
+    is taken to be the conditional half less their difference at the last step that ran both.
 
-    Source: the difference between the halves changes slowly over the steps (CFG-Cache in FasterCache, arXiv
-    2410.19355); taken as it is here, without its weighting of frequencies.
+    Source: CFG-Cache in FasterCache (arXiv 2410.19355), without its weighting of frequencies.
 
     Args:
-        interval: both halves run at key steps that are at least so many steps apart; a float below 1: at least this
-            share of the schedule.
-        start: before this share of the schedule all steps run both.
+        interval: how far apart the key steps that run both halves are, at least: a number of steps, or a float below 1
+            for a share of the schedule.
+        start: the share of the schedule before which all steps run both halves.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range.

@@ -24,14 +24,15 @@ class Plan:
     """What every step of a schedule does; pure data.  ``print(plan)`` shows it as a table.
 
     Args:
-        total: UNet calls in the schedule.
-        key_steps: the key steps, sorted, the first being 0.
-        max_batch: most steps decoded in one batch; 1 decodes step by step.
-        batches: sizes that a batch may have, ascending from 1, so that few programs serve all; None: any.
-        reuse: given, steps between key steps run the outer layers alone, and nothing is decoded ahead.
-        full_steps: steps at which embeddings or latents are changed on purpose; all of them are key steps.
-        halves: steps that run the conditional half of the batch alone; where a key step does, so do the steps up to
-            the next key step, which have nothing else to reuse.
+        total: the number of UNet calls.
+        key_steps: the key steps in order, beginning with 0.
+        max_batch: the most steps decoded in one batch; 1 decodes step by step.
+        batches: the sizes that a batch may have, in order and beginning with 1, so that few programs serve all; None
+            allows any.
+        reuse: if it is given, steps between key steps run the outer layers alone, and nothing is decoded ahead.
+        full_steps: the steps at which embeddings or latents are changed on purpose; all of them are key steps.
+        halves: the steps that run only the conditional half of the batch.  Where a key step does, the steps up to the
+            next key step have to do so too: the other half has left them nothing to reuse.
     """
 
     total: int
@@ -63,7 +64,7 @@ class Plan:
                 raise ValueError(f"step {min(rest)} needs both halves of key step {key}, which runs one")
 
     def add_full_steps(self, steps: Iterable[int]) -> Plan:
-        """Return this plan with ``steps`` run in full as well, where embeddings or latents are changed on purpose."""
+        """Return this plan with more steps that run in full, because embeddings or latents are changed at them."""
         steps = tuple(sorted({*self.full_steps, *steps}))
         halves = tuple(step for step in self.halves if step not in steps)
         return replace(self, key_steps=tuple(sorted({*self.key_steps, *steps})), full_steps=steps, halves=halves)
@@ -78,7 +79,7 @@ class Plan:
         return self.key_steps[bisect_right(self.key_steps, step) - 1] == step
 
     def is_half(self, step: int) -> bool:
-        """Return whether the plan runs the conditional half of the batch alone at this step."""
+        """Return whether the plan runs only the conditional half of the batch at this step."""
         at = bisect_left(self.halves, step)
         return at < len(self.halves) and self.halves[at] == step
 
@@ -88,7 +89,7 @@ class Plan:
         return self.key_steps[after] if after < len(self.key_steps) else self.total
 
     def batch(self, step: int) -> range:
-        """Return the steps decoded in one batch when ``step`` is the first of them that is not decoded yet.
+        """Return the steps that are decoded in one batch beginning with ``step``.
 
         Steps that run one half never share a batch with those that run both.
         """
@@ -105,7 +106,7 @@ class Plan:
         return PlanStep(step, key, tuple(self.batch(step)), reuse, self.is_half(step), step in self.full_steps)
 
     def steps(self, start: int = 0) -> tuple[PlanStep, ...]:
-        """Return all rows from ``start`` on; a run that enters late (img2img) begins with a key step.
+        """Return the rows from ``start`` on; a run that begins there, as img2img does, begins with a key step.
 
         Raises:
             ValueError: ``start`` is outside the schedule.
@@ -121,9 +122,10 @@ class Plan:
         return tuple(rows)
 
     def plot(self, path: str | Path) -> None:
-        """Draw which parts of the UNet run at which step, as PNG or SVG; decoders of one batch share a frame.
+        """Draw which parts of the UNet run at which step, as PNG or SVG.
 
-        Steps that run the conditional half of the batch alone are half as high.
+        Steps that are decoded in one batch share a frame.  Steps that run only the conditional half of the batch are
+        half as high.
 
         Raises:
             ImportError: matplotlib is missing.

@@ -29,7 +29,7 @@ class Schedule:
         focus_steps: steps, from the first, that minimise the losses on the maps.
         iterations: most updates in such a step.
         bind_iterations: updates of a composite token in a binding step.
-        replace_step: order from which end tokens are the simplified prompt's; None: never.
+        replace_step: the step from which end tokens are those of the simplified prompt; None: never.
         layout: whether the layout term is added.
     """
 
@@ -48,39 +48,40 @@ PRESETS: dict[str, Schedule] = {
         bind_steps=5, focus_steps=5, iterations=4, bind_iterations=3, replace_step=None, layout=False
     ),
 }
-#: Entropy loss at which the order's optimisation is done, for two subjects; the last one holds for all that follow.
+#: For each step, the entropy loss of two subjects at which its optimisation ends; the last holds for all later steps.
 THRESHOLDS = (26.0, 25.0, 24.0, 23.0, 22.5, 22.0, 21.5, 21.0, 21.0, 21.0)
 
 
 @dataclass(frozen=True)
 class BindingConfig:
-    """Make subjects get their own attributes: composite tokens, end-token substitution, entropy and binding losses.
+    """Bind attributes to the subjects that a prompt marks: composite tokens, replaced end tokens, losses on maps.
 
-    ``difffast.patch(pipe, binding=SemanticBinding("object"))``, then
-    ``pipe("a [cat wearing sunglasses] and a [dog wearing a hat]")``; see :mod:`difffast.guidance.tokens`.
-    Images whose prompt marks nothing are left as they are.
+    Patch with ``difffast.patch(pipe, binding=SemanticBinding("object"))``, then call
+    ``pipe("a [cat wearing sunglasses] and a [dog wearing a hat]")``.  :mod:`difffast.steering.prompts` says how prompts
+    are marked.  Images whose prompt marks nothing are left as they are.
 
     Args:
         preset: a name from ``PRESETS``: "object" for subjects with parts, "attribute" for colours and the like.
-        mode: "paper": the method as published, thresholds and step counts adapted to maps of any size and to any number
-            of steps.  "reference": what the released code does: composites weighted 1.1 and 1.2 with zero rows, all
-            rows of the embedding optimised, the scheduler stepping from latents that are not.
-        subjects: (nouns, modifiers) of each subject as token positions, for a prompt without marks.
-        merge: make composite tokens; False keeps the embedding, for losses that need the attributes' own maps.
-        weights: of the nouns' and of the modifiers' rows in a composite token (:func:`.composite.merge`); None: the
-            mode's.
-        optimise: what the losses on maps move: "latents", "text" or "both".
-        losses: name -> weight, from ``difffast.guidance.LOSSES``; None: {"entropy": 1}, and the preset's layout.
-        bind_steps, focus_steps, iterations, bind_iterations: see :class:`Schedule`; None: the preset's, the steps in
-            paper mode scaled from 50.
-        replace_step: see :class:`Schedule`; "preset": the preset's.
-        step_size: of the embedding; it falls to 0 over the schedule, linearly.
-        latent_share: the latents' step size, as a share of the embedding's.
-        bind_step_size: of a composite token in a binding step.
-        thresholds: of the entropy loss, per order (see ``THRESHOLDS``); they apply if no other loss is on, besides
-            layout.  (): never done before the iterations are.
-        layers: attn2 layers whose maps are used, names or shell-style patterns, all of one size; None: ToMe's for SDXL,
-            else the last level of the encoder that has cross-attention, and its counterpart in the decoder.
+        mode: "paper" is the method as published, with thresholds and numbers of steps adapted to maps of any size and
+            to any schedule.  "reference" does what the released code does: it weights composite tokens by 1.1 and 1.2
+            and leaves zero rows, optimises all rows of the embedding, and steps from latents that were not optimised.
+        subjects: for a prompt without marks, the pair (nouns, modifiers) of each subject as token positions.
+        merge: make composite tokens.  False keeps the embedding, for losses that need the attributes' own maps.
+        weights: the weights of the nouns' and of the modifiers' rows in a composite token; None takes the mode's.
+        optimise: what the losses on maps change: "latents", "text" or "both".
+        losses: the weight of each loss by its name in ``difffast.steering.LOSSES``.  None is {"entropy": 1}, with the
+            layout term if the preset has it.
+        bind_steps, focus_steps, iterations, bind_iterations: see :class:`Schedule`.  None takes the preset's; in paper
+            mode the numbers of steps are scaled from 50.
+        replace_step: see :class:`Schedule`; "preset" takes the preset's.
+        step_size: the step size of the embedding, which falls linearly to 0 over the schedule.
+        latent_share: the step size of the latents, as a share of the embedding's.
+        bind_step_size: the step size of a composite token in a binding step.
+        thresholds: for each step, the entropy loss at which its optimisation ends (see ``THRESHOLDS``).  They apply if
+            there is no other loss but layout.  With () it ends with the iterations.
+        layers: the attn2 layers whose maps are used, as names or shell-style patterns; all must have one size.  None
+            takes ToMe's for SDXL, and otherwise the deepest level of the encoder that has cross-attention, with its
+            counterpart in the decoder.
         detach_min: see :func:`difffast.ops.attention_entropy`.
 
     Raises:

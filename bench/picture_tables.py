@@ -1,0 +1,170 @@
+"""Tables of whole pictures: what they take, and what they look like."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from interleaved import ratio
+from records import RESULTS, Record, machine, measured, measured_on
+
+#: The presets of the front page, and the steps of whole images that are shown there.
+_SHOWN = ("exact", "balanced", "turbo")
+_STEPS = (50, 30, 20)
+
+
+def presets_table(results: Path = RESULTS) -> str:
+    """How much faster the presets are, and what they cost, from ``cpu.json`` and ``fidelity.json``."""
+    unets = measured(results, "unet")
+    images = {info["case"]: info for info in measured(results, "pipelines")}
+    whole = [images[f"SD1.5 (small), {steps} steps, batch 1"] for steps in _STEPS]
+    judged = json.loads((results / "fidelity.json").read_text())
+    heads = ["preset", "UNet, 50 steps", *(f"image, {steps} steps" for steps in _STEPS), "things lost", "PSNR"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for preset in _SHOWN:
+        name = f"difffast {preset}"
+        cells = [f"`{preset}`", " and ".join(_times(info, name) for info in unets), *(_times(i, name) for i in whole)]
+        lines.append(f"| {' | '.join((*cells, *_cost(judged['rows'][name])))} |")
+    rivals = [_cost(judged["rows"][f"stock, {steps} steps"]) for steps in _STEPS[1:]]
+    lost, psnr = (" and ".join(cells) for cells in zip(*rivals, strict=True))
+    note = f"Stock with {_STEPS[1]} and {_STEPS[2]} steps in place of {_STEPS[0]}: {lost} things lost, {psnr}."
+    return "\n".join([*lines, "", f"{note} {measured_on(unets[0])}."])
+
+
+def _times(info: Record, name: str) -> str:
+    return f"{ratio(info['seconds'], info['baseline'], name)[1]:.2f}x"
+
+
+def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
+    """(things lost of 100, PSNR) of a way that was judged."""
+    lost = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row["binding_points_lost"])
+    return lost, "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+
+
+#: Title of a column -> provider.
+_WAYS = {
+    "exact": "difffast exact",
+    "balanced": "difffast balanced",
+    "turbo": "difffast turbo",
+    "faster-diffusion": "difffast faster-diffusion",
+    "DeepCache 3": "DeepCache 3",
+    "tomesd 50%": "tomesd 50%",
+}
+
+
+def pipelines_table(results: Path = RESULTS, group: str = "pipelines", ways: Mapping[str, str] = _WAYS) -> str:
+    """Seconds of whole images against stock, from ``cpu.json``."""
+    found = measured(results, group)
+    lines = [f"| images | stock | {' | '.join(ways)} |", "|" + "---|" * (2 + len(ways))]
+    for info in found:
+        stock = statistics.median(info["seconds"][info["baseline"]])
+        cells = [info["case"], f"{stock:.2f} s", *(_share(info, name) for name in ways.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    rounds = sorted({len(info["seconds"][info["baseline"]]) for info in found})
+    note = f"Share of stock's seconds for whole images, random weights. {measured_on(found[0])}; "
+    return "\n".join([*lines, "", f"{note}{' to '.join(map(str, rounds))} interleaved rounds."])
+
+
+def _share(info: Record, name: str) -> str:
+    if name not in info["seconds"]:
+        return info["absent"].get(name, {"status": "not for it"})["status"]
+    low, middle, high = ratio(info["seconds"], name, info["baseline"])
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def memory_table(results: Path = RESULTS) -> str:
+    """Peak memory of one image, from ``cpu.json``."""
+    (info,) = measured(results, "memory")
+    stock = info["peak_bytes"][info["baseline"]]
+    lines = ["| way | peak of tensors | against stock |", "|---|---|---|"]
+    lines += [f"| {name} | {peak / 2**20:.1f} MiB | {peak / stock:.2f} |" for name, peak in info["peak_bytes"].items()]
+    return "\n".join([*lines, "", f"{info['case']}: the weights, and the most held above them. {measured_on(info)}."])
+
+
+def demo_table(results: Path = RESULTS) -> str:
+    """Medians of the demo, from ``demo.json``."""
+    record = json.loads((results / "demo.json").read_text())
+    rows = record["rows"]
+    stock, fast = (statistics.median(row[key] for row in rows) for key in ("stock_s", "patched_s"))
+    speedups = [row["stock_s"] / row["patched_s"] for row in rows]
+    psnr = statistics.median(row["psnr_db"] if row["psnr_db"] is not None else math.inf for row in rows)
+    info = {**record["versions"], "device": record["device"], "threads": record["threads"], "dtype": record["dtype"]}
+    return "\n".join(
+        [
+            "| | stock | difffast | speed-up | same-seed PSNR |",
+            "|---|---|---|---|---|",
+            f"| whole `pipe(...)` call, median | {stock:.2f} s | {fast:.2f} s | {statistics.median(speedups):.2f}x "
+            f"({min(speedups):.2f}x to {max(speedups):.2f}x) | {psnr:.1f} dB |",
+            "",
+            f"{record['model']}, {record['steps']} DDIM steps, {len(rows)} images. {measured_on(info)}.",
+        ]
+    )
+
+
+def fidelity_table(results: Path = RESULTS) -> str:
+    """What every way to be faster costs in pictures, from ``fidelity.json`` (``bench/bench_fidelity.py``)."""
+    record = json.loads((results / "fidelity.json").read_text())
+    columns = "| way | seconds a picture | one thing right | two things | three | points lost (95%) | PSNR | Frechet |"
+    lines = [columns, "|" + "---|" * 8]
+    for name, row in record["rows"].items():
+        right = " | ".join(f"{100 * row[f'{count} things']['binding']:.1f}%" for count in (1, 2, 3))
+        lost, low, high = row["binding_points_lost"]
+        psnr = "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+        seconds = statistics.median(row["seconds"])
+        spread = f"{lost:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(f"| {name} | {seconds:.2f} | {right} | {spread} | {psnr} | {row['frechet']:.3f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{record['prompts']} prompts, the same seeds in every row; right: found in its own shape and colour; "
+            f"points lost and PSNR: against stock with 50 steps; Frechet: to drawn scenes. {machine(record)}.",
+        ]
+    )
+
+
+def binding_table(results: Path = RESULTS) -> str:
+    """What semantic binding does to the embedded model's pictures, from ``binding.json`` (bench_binding.py)."""
+    record = json.loads((results / "binding.json").read_text())
+    kinds = {
+        "binding": "shape and colour right",
+        "full_binding": "texture and part as well",
+        "leakage": "has what is another's",
+    }
+    heads = " | ".join(f"{title} | points (95%)" for title in kinds.values())
+    lines = [f"| way | {heads} |", "|" + "---|" * (1 + 2 * len(kinds))]
+    for name, row in record["rows"].items():
+        cells = [name]
+        for kind in kinds:
+            gained = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row[f"{kind}_points_gained"])
+            cells += [f"{100 * row[kind]:.1f}%", gained]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"{record['prompts']} prompts x {record['seeds']} seeds, {record['steps']} steps; points: against stock "
+        f"on the same prompts and seeds; the model's numbers: {record['numbers']}. {machine(record)}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def ways_table(results: Path = RESULTS) -> str:
+    """Seconds inside UNet and ControlNet of every supported pipeline, from ``support.json`` (bench_support.py)."""
+    record = json.loads((results / "support.json").read_text())
+    ways = [way for way in max(record["seconds"].values(), key=len) if way != "stock"]
+    rows = [f"| pipeline | {' | '.join(ways)} |", "|" + "---|" * (1 + len(ways))]
+    for name, seconds in record["seconds"].items():
+        shares = (
+            statistics.median(a / b for a, b in zip(seconds[way], seconds["stock"], strict=True))
+            if way in seconds
+            else None
+            for way in ways
+        )
+        rows.append(f"| {name} | {' | '.join('refused' if each is None else f'{each:.2f}' for each in shares)} |")
+    note = (
+        "Seconds inside the UNet, and ControlNet, of stock's; small UNets (32, 64) on 32x32 latents, 12 steps. "
+        f"{machine(record)}, {record['rounds']} interleaved rounds."
+    )
+    return "\n".join([*rows, "", note])

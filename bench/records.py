@@ -1,0 +1,34 @@
+"""The committed results, and what they say about the machine that they were measured on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+Record = Mapping[str, Any]
+
+
+def load(path: Path) -> list[Record]:
+    """Every case of a pytest-benchmark JSON, with its group."""
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    return [{"group": each["group"], **each["extra_info"]} for each in benchmarks]
+
+
+def measured(results: Path, group: str) -> list[dict[str, Any]]:
+    """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's."""
+    return [record for record in load(results / "cpu.json") if record["group"] == group]
+
+
+def machine(info: Mapping[str, Any]) -> str:
+    """What something was measured on."""
+    return f"{info['device']}, {info['threads']} threads, {info['dtype']}, torch {info['torch']}"
+
+
+def measured_on(info: Mapping[str, Any]) -> str:
+    """What images were measured on, and what their baseline is."""
+    return f"{machine(info)}, diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
