@@ -379,7 +379,7 @@ judged without a download: `difffast.models.embedded_pipeline()`.
 ({record["threads"]} threads). Noise prediction, min-SNR weights, {recipe["drop_text"]:.0%} empty captions, averaged
 weights. `training.json` has the numbers.
 
-**How good it is**: the fidelity table in difffast's README, measured by `bench/bench_fidelity.py`.
+**How good it is**: the fidelity table in docs/results.md, measured by `bench/bench_fidelity.py`.
 
 **What it cannot do**: anything but such scenes. Words outside those captions mean nothing to it, other picture sizes
 are outside its training, and with several things it confuses colours, textures and parts, as large models do: that is

@@ -12,7 +12,7 @@ from .report import PatchReport
 from .steering.binding.method import SemanticBinding
 from .tune import tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionMaps",

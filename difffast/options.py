@@ -67,7 +67,10 @@ class Options:
         for old, new in _RENAMED.items():
             if old in replaced:
                 warn_renamed(f"patch({old}=)", f"patch({new}=)", stacklevel=4)
-                replaced.setdefault(new, replaced.pop(old))
+                value = replaced.pop(old)
+                if replaced.get(new) is not None:
+                    raise TypeError(f"{old} is the old name of {new}: give one of them")
+                replaced[new] = value
         for name in replaced:
             if name not in known:
                 raise TypeError(f"unknown option {name!r}{suggest(name, known)}; available: {', '.join(known)}")

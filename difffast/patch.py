@@ -91,10 +91,10 @@ def _patch_one(pipe: DiffusionPipeline, options: Options) -> PatchReport:
                 settings.extensions += tuple(each for each in earlier.settings.extensions if each.stays)
             notes = tuple(note_exceptions(Target.of(pipe), settings, options))  # as it is without a patch
             put_in(target, options, settings)
+            return make_report(target.name, target.unet, options.name, settings, notes)
         except BaseException:
             _put_back(pipe, earlier and earlier.options)
             raise
-    return make_report(target.name, target.unet, options.name, settings, notes)
 
 
 def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:

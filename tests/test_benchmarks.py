@@ -366,7 +366,7 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
     before = latents(pipe, steps=STEPS)
     everyone = (
         *registry.presets(),
-        registry.publish_key_steps(),
+        registry.published_key_steps(),
         *registry.competitors(),
         *registry.savings(),
         *registry.exact_savings(),

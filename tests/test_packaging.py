@@ -72,16 +72,17 @@ def test_every_module_that_is_imported_is_declared():
     assert "matplotlib" in declared("bench")
 
 
-@pytest.mark.parametrize("owner", ["plan", "choice"])
+@pytest.mark.parametrize("owner", ["plan", "tuning"])
 def test_without_matplotlib_a_plot_names_the_command(owner, tmp_path, monkeypatch):
-    from difffast import EncoderPropagation, planner
+    from difffast import EncoderPropagation
+    from difffast.tune import Tuning
 
     drawn = EncoderPropagation().plan(20)
-    if owner == "choice":
-        drawn = object.__new__(planner.Choice)  # the refusal comes before anything of it is read
+    if owner == "tuning":
+        drawn = object.__new__(Tuning)  # the refusal comes before anything of it is read
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"^drawing needs matplotlib: `pip install difffast\[plots\]`"):
-        drawn.picture(tmp_path / "plan.png")
+        drawn.plot(tmp_path / "plan.png")
 
 
 def test_the_supported_range_is_declared():

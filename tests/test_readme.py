@@ -84,7 +84,7 @@ def test_commands_exist(page):
             assert re.search(rf"^{words[1]}:", makefile, re.M), line
         elif words and words[0].endswith("difffast"):
             check_command(words[1:])
-    for script in re.findall(r"`(?:python )?((?:bench|tests|examples)/[\w/]+\.(?:py|sh))", page.read_text()):
+    for script in re.findall(r"`(?:python )?((?:bench|tests|examples)/[a-z0-9_/]+\.(?:py|sh))", page.read_text()):
         assert (ROOT / script).exists(), script
 
 

@@ -1,20 +1,28 @@
 """tune measures candidates against stock and chooses the fastest inside the budget."""
 
 import functools
+import inspect
 import math
 import re
 import sys
+import warnings
 
+import adapter_zoo
+import if_zoo
 import pytest
 import torch
+import video_zoo
 import zoo
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 from sampling import latents
 
 import difffast
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch
+from difffast.surgery.subclass import is_swapped
 from difffast.tune import CANDIDATES, EXACT, Candidate, Measured, Tuning, tune
 
+ROWS = {**zoo.ROWS, **adapter_zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS}
 SOME = (Candidate(FeatureReuse(2)), FeatureReuse(3), EncoderPropagation(key_steps=2))
 WITH_GUIDANCE = Candidate(FeatureReuse(2), CfgReuse(2))
 
@@ -130,3 +138,62 @@ def test_the_front_has_no_candidate_that_another_beats(tmp_path):
     choice.plot(tmp_path / "front.png")
     with Image.open(tmp_path / "front.png") as picture:
         assert picture.size[0] > 500
+
+
+#: KolorsImg2ImgPipeline forgets to pass the embeddings on that it is given; its text encoder is not to be had offline.
+@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
+@pytest.mark.usefixtures("_one_thread")
+def test_every_supported_pipeline(name, monkeypatch):
+    """What a pipeline of the support table is called with, tune can be called with as well."""
+    pipe, given = ROWS[name].build(), {}
+    pipe.set_progress_bar_config(disable=True)
+    plain = type(pipe).__call__
+
+    @functools.wraps(plain)
+    def recorded(self, *args, **kwargs):
+        given.update(inspect.signature(plain).bind(self, *args, **kwargs).arguments)
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patching, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patching.setattr(type(pipe), "__call__", recorded)
+        ROWS[name].run(pipe, zoo.Inputs())
+    own = ("self", "prompt", "num_inference_steps", "generator", "output_type", "return_dict", "num_images_per_prompt")
+    call = {key: value for key, value in {**given, **given.get("kwargs", {})}.items() if key not in (*own, "kwargs")}
+    steps = given.get("num_inference_steps", 8)
+    candidates = [EncoderPropagation(key_steps=2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Default grid_sample")  # Diffusers', in Text2Video-Zero
+        for reason in ROWS[name].reasons:
+            warnings.filterwarnings("ignore", f"difffast: {reason}")
+        tuning = tune(pipe, steps, prompts=["a red circle"], candidates=candidates, repeats=1, **call)
+    assert {row.candidate for row in tuning.rows} == {EXACT, Candidate(candidates[0])}
+    exact, other = (next(row for row in tuning.rows if (row.candidate == EXACT) == first) for first in (True, False))
+    assert exact.latent_error[0] < 1e-3
+    assert 0 < other.latent_error[0] < 10
+    assert exact.psnr_db[0] > other.psnr_db[0]
+    assert not is_swapped(pipe.unet)
+
+
+def test_arguments_that_a_call_does_not_have_are_refused_before_anything_runs(pipe, calls):
+    with pytest.raises(TypeError, match=r"takes no 'budgett' beside what tune gives it.*it takes: height"):
+        tune(pipe, 9, budgett=3.0)
+    with pytest.raises(TypeError, match=r"takes no 'guidance_scal' .*did you mean 'guidance_scale'"):
+        tune(pipe, 9, guidance_scal=3.0)
+    with pytest.raises(TypeError, match=r"prompts must be a sequence of strings, got the string 'a cat'"):
+        tune(pipe, 9, prompts="a cat")
+    with pytest.raises(ValueError, match=r"DiTPipeline has no UNet"):
+        tune(_without_unet(), 9)
+    assert not calls
+
+
+def test_a_picture_that_a_pipeline_needs_is_asked_for():
+    with pytest.raises(TypeError, match=r"needs 'image': tune\(pipe, steps, image=...\)"):
+        tune(ROWS["StableDiffusionImageVariationPipeline"].build(), 9)
+
+
+def _without_unet():
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4
+    )
+    return DiTPipeline(transformer=transformer, vae=AutoencoderKL(), scheduler=DDIMScheduler())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..engines.programs import Programs, ProgramStats
 from ..layers.context import use_context
 from ..layers.cross_attention import process_text
+from ..layers.kind import LayerKind
 from ..support import output_of
 from ..surgery.calls import bind_arguments
 from ..surgery.subclass import plain_class
@@ -36,6 +37,8 @@ class Controller:
     """
 
     def __init__(self, unet: nn.Module) -> None:
+        #: The kinds of layers that have been put into the UNet.
+        self.kinds: list[LayerKind] = []
         self._programs = Programs()
         self._unet = weakref.ref(unet)
         self._settings: list[Settings] = []

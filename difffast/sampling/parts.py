@@ -30,9 +30,12 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
     undo.add(take_out_unet, unet, settings)
     if not is_swapped(unet):
         swap_in(unet, override_unet(unet))
+    controller = find_controller(unet)
     for kind in LAYERS:
+        if kind not in controller.kinds:
+            controller.kinds.append(kind)
         kind.put_in(unet)
-    find_controller(unet).add(settings)
+    controller.add(settings)
 
 
 def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
@@ -40,7 +43,7 @@ def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
     controller = find_controller(unet)
     if controller is not None and not controller.remove(settings):
         return  # another pipeline needs it
-    for kind in reversed(LAYERS):
+    for kind in reversed(controller.kinds if controller is not None else LAYERS):
         kind.take_out(unet)
     swap_out(unet)
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parents[1] / "triton_aot.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "triton_aot.py"
 
 
 def _compile(*arguments):

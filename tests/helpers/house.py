@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 #: From the bottom to the top; rooms on one floor do not know each other.  A room is a folder, or a file of the top one.
 FLOORS: tuple[tuple[str, ...], ...] = (

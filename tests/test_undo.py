@@ -1,0 +1,177 @@
+"""Whatever interrupts patch or unpatch: nothing is half done, and what was patched before is patched again."""
+
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionImageVariationPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from sampling import latents
+
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, SemanticBinding, patch, unpatch
+from difffast.sampling import parts
+from difffast.sampling.settings import Settings
+from difffast.surgery.subclass import is_swapped
+from difffast.surgery.undo import UndoStack
+
+EVERYTHING = {"propagation": EncoderPropagation(key_steps=3, prior_noise=0.003), "cfg": CfgReuse(1)}
+
+
+def swapped(pipe):
+    """The names of all that has a class of its own."""
+    names = [name for name, module in pipe.unet.named_modules() if is_swapped(module)]
+    return [*names, *(name for name in ("scheduler",) if is_swapped(pipe.scheduler)), *(["pipe"] * is_swapped(pipe))]
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th call into difffast inside the block."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, frame, event, _argument):
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("difffast."):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    def __enter__(self):
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+
+def calls(function, *args, **kwargs):
+    with Interrupt(-1) as counter:
+        function(*args, **kwargs)
+    return -1 - counter.left
+
+
+POSITIONS = [each / 24 for each in range(24)]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_interrupted_patch_leaves_no_trace(pipe, position, earlier):
+    if earlier:
+        patch(pipe, propagation=FeatureReuse(3))
+    count = calls(patch, pipe, **EVERYTHING)
+    unpatch(pipe)
+    if earlier:
+        patch(pipe, propagation=FeatureReuse(3))
+    with pytest.raises(KeyboardInterrupt), Interrupt(1 + int(position * count)):
+        patch(pipe, **EVERYTHING)
+    if earlier:
+        assert patch_of(pipe) == FeatureReuse(3)
+        assert unpatch(pipe)
+    assert swapped(pipe) == []
+    assert not unpatch(pipe)
+
+
+def patch_of(pipe):
+    from difffast.sites import find_site
+
+    return find_site(pipe).settings.propagation
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_an_interrupted_unpatch_is_finished_by_the_next(pipe, position):
+    patch(pipe, **EVERYTHING)
+    count = calls(unpatch, pipe)
+    patch(pipe, **EVERYTHING)
+    with pytest.raises(KeyboardInterrupt), Interrupt(1 + int(position * count)):
+        unpatch(pipe)
+    unpatch(pipe)
+    assert swapped(pipe) == []
+
+
+@pytest.mark.parametrize("part", [part.__name__ for part in parts.PARTS])
+def test_an_error_in_a_part_rolls_all_of_them_back(pipe, part, monkeypatch):
+    stock = latents(pipe)
+
+    def broken(*_):
+        raise RuntimeError(part)
+
+    monkeypatch.setattr(parts, "PARTS", [broken if each.__name__ == part else each for each in parts.PARTS])
+    monkeypatch.setattr("difffast.sites.PARTS", parts.PARTS)
+    with pytest.raises(RuntimeError, match=part):
+        patch(pipe, **EVERYTHING)
+    assert swapped(pipe) == []
+    assert type(pipe.unet) is UNet2DConditionModel
+    assert torch.equal(latents(pipe), stock)
+
+
+def test_an_error_in_the_second_of_two_pipelines(pipe, monkeypatch):
+    twin = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    twin.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    adopt = Settings.adopt_scheduler
+
+    def broken(self):
+        adopt(self)
+        if self.pipe() is twin:
+            raise OSError("no more")
+
+    monkeypatch.setattr(Settings, "adopt_scheduler", broken)
+    with pytest.raises(OSError, match="no more"):
+        patch([pipe, twin], **EVERYTHING)
+    assert swapped(pipe) == swapped(twin) == []
+
+
+def test_binding_without_a_prompt_is_refused_and_changes_nothing(pipe):
+    other = StableDiffusionImageVariationPipeline(
+        vae=pipe.vae,
+        image_encoder=None,
+        unet=pipe.unet,
+        scheduler=pipe.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with pytest.raises(ValueError, match="StableDiffusionImageVariationPipeline has no encode_prompt"):
+        patch(other, binding=SemanticBinding("object"))
+    assert swapped(pipe) == []
+
+
+def test_a_unet_whose_pipelines_are_gone_is_healed(pipe):
+    own = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    patch(own, "exact")
+    del own
+    assert swapped(pipe)
+    assert unpatch(pipe) is False
+    assert swapped(pipe) == []
+
+
+def test_a_replaced_unet_is_noticed_at_the_next_call(pipe):
+    other = UNet2DConditionModel.from_config(pipe.unet.config).eval()
+    patch(pipe, "exact")
+    patched_unet = pipe.unet
+    latents(pipe)
+    pipe.unet = other
+    with pytest.warns(UserWarning, match=r"pipe.unet was replaced .* UNet2DConditionModel runs stock: call diff"):
+        latents(pipe)
+    report = patch(pipe, "exact")
+    assert is_swapped(other)
+    assert not is_swapped(patched_unet)
+    latents(pipe)
+    assert report.last_run.total == 20
+    unpatch(pipe)
+    assert swapped(pipe) == []
+
+
+def test_the_stack_goes_on_where_it_was_interrupted():
+    done, stack = [], UndoStack()
+
+    def second():
+        if not done:
+            done.append("tried")
+            raise KeyboardInterrupt
+        done.append("second")
+
+    stack.add(done.append, "first")
+    stack.add(second)
+    with pytest.raises(KeyboardInterrupt):
+        stack.run()
+    stack.run()
+    stack.run()
+    assert done == ["tried", "second", "first"]
