@@ -158,6 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
     torch::stable::parallel_for(0, p.batch / p.repeats * p.heads, 1, [&](int64_t begin, int64_t end) {
       difffast::backward(p, g, packed.const_data_ptr(), begin, end);
     });
+  } else {  // nothing attends to the keys
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
   }
   return {need_q ? torch::stable::transpose(dq, 1, 2) : dq, dk, dv};
 }

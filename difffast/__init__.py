@@ -1,6 +1,6 @@
 """difffast: make Hugging Face Diffusers UNet pipelines faster with one call, and exactly undo it with another."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import models
 from .collect import collect_maps
@@ -35,8 +35,10 @@ __all__ = [
 _RENAMED = {"GuidanceReuse": CfgReuse, "plan_for": tune}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        warn_renamed(f"difffast.{name}", f"difffast.{_RENAMED[name].__name__}")
-        return _RENAMED[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers shall see the names that there are, and no other
+
+    def __getattr__(name: str) -> Any:
+        if name in _RENAMED:
+            warn_renamed(f"difffast.{name}", f"difffast.{_RENAMED[name].__name__}")
+            return _RENAMED[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from .engines.programs import BATCHES
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
@@ -19,6 +19,17 @@ from .unet.parts import find_reentry
 
 #: Old names of options -> new ones.
 _RENAMED = {"guidance": "cfg"}
+
+
+class PatchOptions(TypedDict, total=False):
+    """The optional arguments of :func:`difffast.patch`, for type checkers."""
+
+    propagation: Sharing | None
+    cfg: CfgReuse | None
+    fused: bool | None
+    compile: bool
+    binding: Method | None
+    force: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,10 @@ class Options:
                 raise TypeError(f"unknown option {name!r}{suggest(name, known)}; available: {', '.join(known)}")
         return cls(preset, **replaced)
 
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the options as arguments of :func:`difffast.patch`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def name(self) -> str:
         """The preset's name, or "custom" where a part of it was replaced."""
@@ -99,7 +114,7 @@ class Options:
             ValueError: what the pipeline's kind, or its UNet, rules out.
         """
         sharing = self.sharing
-        _refuse_sharing(sharing, target)
+        _check_sharing(sharing, target)
         obstacle = target.refuse_cfg_reuse()
         if self.cfg is not None and obstacle:
             raise ValueError(f"guidance cannot be reused with {target.name}: {obstacle}")
@@ -120,7 +135,7 @@ class Options:
         )
 
 
-def _refuse_sharing(sharing: Sharing, target: Target) -> None:
+def _check_sharing(sharing: Sharing, target: Target) -> None:
     """Refuse what the pipeline's kind rules out, with the reason."""
     support = target.support
     if isinstance(sharing, FeatureReuse):
@@ -135,8 +150,8 @@ def _refuse_sharing(sharing: Sharing, target: Target) -> None:
         )
 
 
-def suggest(name: Any, known: Iterable[str] | Mapping[str, Any]) -> str:
-    """Return ", did you mean ...?" with the nearest known name, or nothing."""
+def suggest(name: Any, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" with the nearest known name, or nothing."""
     plain = str(name).lower().replace("_", "-")
     near = {each.lower().replace("_", "-"): each for each in known}
     found = difflib.get_close_matches(plain, near, n=1, cutoff=0.6)

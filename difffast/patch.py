@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, overload
 
 from .options import Options
 from .plan import CfgReuse, Sharing
 from .report import PatchReport, make_report, note_exceptions
 from .sampling.extension import Method
-from .sites import find_site, lock, put_in, take_out
+from .sites import Site, find_site, lock, put_back, put_in, refuse_neighbours, take_out
 from .target import Target
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from typing_extensions import Unpack
+
+    from .options import PatchOptions
 
 
 @overload
-def patch(pipe: DiffusionPipeline, preset: str = ..., **options: Any) -> PatchReport: ...
+def patch(pipe: DiffusionPipeline, preset: str = ..., **options: Unpack[PatchOptions]) -> PatchReport: ...
 
 
 @overload
-def patch(pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Any) -> tuple[PatchReport, ...]: ...
+def patch(
+    pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Unpack[PatchOptions]
+) -> tuple[PatchReport, ...]: ...
 
 
 def patch(
@@ -68,14 +74,13 @@ def patch(
     )
     if not isinstance(pipe, (list, tuple)):
         return _patch_one(pipe, options)
-    earlier = [_options_of(each) for each in pipe]
+    earlier = [find_site(each) for each in pipe]
     reports: list[PatchReport] = []
     try:
         for each in pipe:
             reports.append(_patch_one(each, options))
     except BaseException:
-        for each, asked in reversed(list(zip(pipe, earlier, strict=True))[: len(reports)]):
-            _put_back(each, asked)
+        _put_back_all(pipe[: len(reports)], earlier)
         raise
     return tuple(reports)
 
@@ -84,16 +89,17 @@ def _patch_one(pipe: DiffusionPipeline, options: Options) -> PatchReport:
     target = Target.of(pipe)
     settings = options.resolve(target)
     with lock:
+        refuse_neighbours(target, settings)
         earlier = find_site(pipe)
         try:
             take_out(pipe)
             if earlier is not None:
                 settings.extensions += tuple(each for each in earlier.settings.extensions if each.stays)
             notes = tuple(note_exceptions(Target.of(pipe), settings, options))  # as it is without a patch
-            put_in(target, options, settings)
+            put_in(target, Site(options, settings, target.unet))
             return make_report(target.name, target.unet, options.name, settings, notes)
         except BaseException:
-            _put_back(pipe, earlier and earlier.options)
+            put_back(pipe, earlier)
             raise
 
 
@@ -106,30 +112,39 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
     return any([take_out(each) for each in (pipe if isinstance(pipe, (list, tuple)) else (pipe,))])
 
 
-@contextlib.contextmanager
+@overload
 def patched(
-    pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any
-) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
+    pipe: DiffusionPipeline, preset: str = ..., **options: Unpack[PatchOptions]
+) -> AbstractContextManager[PatchReport]: ...
+
+
+@overload
+def patched(
+    pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Unpack[PatchOptions]
+) -> AbstractContextManager[tuple[PatchReport, ...]]: ...
+
+
+def patched(pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any) -> Any:
     """Patch for the length of a ``with`` block; afterwards, what was patched before is put back.
 
     It takes the arguments of :func:`patch` and gives its report to ``as``.
     """
+    return _hold(pipe, Options.of(preset, **options))
+
+
+@contextlib.contextmanager
+def _hold(
+    pipe: DiffusionPipeline | Sequence[DiffusionPipeline], options: Options
+) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
     pipes = pipe if isinstance(pipe, (list, tuple)) else (pipe,)
-    earlier = [_options_of(each) for each in pipes]
-    report = patch(pipe, preset, **options)
+    earlier = [find_site(each) for each in pipes]
+    report = patch(pipe, **options.as_arguments())
     try:
         yield report
     finally:
-        for each, asked in reversed(list(zip(pipes, earlier, strict=True))):
-            _put_back(each, asked)
+        _put_back_all(pipes, earlier)
 
 
-def _options_of(pipe: DiffusionPipeline) -> Options | None:
-    site = find_site(pipe)
-    return None if site is None else site.options
-
-
-def _put_back(pipe: DiffusionPipeline, options: Options | None) -> None:
-    take_out(pipe)
-    if options is not None:
-        _patch_one(pipe, options)
+def _put_back_all(pipes: Sequence[DiffusionPipeline], earlier: Sequence[Site | None]) -> None:
+    for each, site in reversed(list(zip(pipes, earlier, strict=False))):
+        put_back(each, site)

@@ -17,5 +17,7 @@ def new_figure(**options: Any) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ImportError(f"drawing needs matplotlib: `pip install difffast[plots]` ({error})") from error
+        raise ImportError(
+            f"drawing needs matplotlib: `pip install matplotlib`, or `.[plots]` in a checkout ({error})"
+        ) from error
     return Figure(layout="constrained", **options)

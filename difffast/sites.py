@@ -46,18 +46,22 @@ def find_site(pipe: Any) -> Site | None:
         return next((site for each, site in _sites.items() if each is pipe), None)
 
 
-def put_in(target: Target, options: Options, settings: Settings) -> None:
-    """Put every part into a pipeline that is not patched; after an exception, :func:`take_out` cleans up.
+def refuse_neighbours(target: Target, settings: Settings) -> None:
+    """Refuse what other patched pipelines rule out; nothing has been changed yet.
 
     Raises:
-        ValueError: another patched pipeline shares its scheduler and wants other things.
+        ValueError: one of them shares the scheduler and wants other things.
     """
-    pipe, unet = target.pipe, target.unet
-    for site in _sites.values():
-        settings.refuse_neighbour(unet, site.settings, site.unet)
-    site = _sites[pipe] = Site(options, settings, unet)
+    for pipe, site in _sites.items():
+        if pipe is not target.pipe:
+            settings.refuse_neighbour(target.unet, site.settings, site.unet)
+
+
+def put_in(target: Target, site: Site) -> None:
+    """Put every part into a pipeline that is not patched; after an exception, :func:`take_out` cleans up."""
+    _sites[target.pipe] = site
     for part in PARTS:
-        part(pipe, unet, settings, site.undo)
+        part(target.pipe, target.unet, site.settings, site.undo)
 
 
 def take_out(pipe: Any) -> bool:
@@ -66,9 +70,26 @@ def take_out(pipe: Any) -> bool:
         site = find_site(pipe)
         if site is None:
             unet = getattr(pipe, "unet", None)
+            unet = getattr(unet, "_orig_mod", unet)
             if unet is not None and is_swapped(unet):
                 take_out_unet(unet)  # of pipelines that are gone; those that are alive keep it
             return False
         site.undo.run()
         del _sites[pipe]
         return True
+
+
+def put_back(pipe: Any, earlier: Site | None) -> None:
+    """Let a pipeline be as at ``earlier``: not patched, or patched with the very settings that its report reads."""
+    with lock:
+        now = find_site(pipe)
+        take_out(pipe)
+        if earlier is None:
+            return
+        target, settings = Target.of(pipe), earlier.settings
+        if target.unet is not earlier.unet:  # replaced meanwhile: what was asked for is attached to the new one
+            settings = earlier.options.resolve(target)
+        if now is not None and now is not earlier:
+            own = [each for each in settings.extensions if not each.stays]
+            settings.extensions = (*own, *(each for each in now.settings.extensions if each.stays))
+        put_in(target, Site(earlier.options, settings, target.unet))

@@ -23,9 +23,23 @@ def identify(pipe: Any, steps: int, call: Mapping[str, Any]) -> str:
     scheduler = {name: str(value) for name, value in pipe.scheduler.config.items()}
     device = pipe.device.type
     machine = torch.cuda.get_device_name(pipe.device) if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    facts = [type(pipe.scheduler).__name__, scheduler, steps, machine, {name: str(v) for name, v in call.items()}]
+    facts = [type(pipe.scheduler).__name__, scheduler, steps, machine, _describe(call)]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _describe(value: Any) -> str:
+    """Return what tells an argument of a call from others: of tensors and pictures all that is in them."""
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"{tuple(value.shape)} {value.dtype} {hashlib.sha256(content).hexdigest()}"
+    if hasattr(value, "tobytes"):  # PIL's, NumPy's
+        return f"{getattr(value, 'mode', '')} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, (list, tuple)):
+        return str([_describe(each) for each in value])
+    if isinstance(value, Mapping):
+        return str({name: _describe(each) for name, each in value.items()})
+    return str(value)
 
 
 class Measurements:

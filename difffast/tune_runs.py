@@ -29,11 +29,12 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
     """
     parameters = inspect.signature(plain_class(pipe).__call__).parameters
     named = [name for name, each in parameters.items() if each.kind not in _OPEN]
+    free = [name for name in named if name not in _OWN]
     for name in call:
-        if name not in named or name in _OWN:
+        if name not in free:
             raise TypeError(
-                f"{type(pipe).__name__} takes no {name!r} beside what tune gives it{suggest(name, named)}; "
-                f"it takes: {', '.join(each for each in named if each not in _OWN)}"
+                f"{type(pipe).__name__} takes no {name!r} beside what tune gives it{suggest(name, free)}; "
+                f"it takes: {', '.join(free)}"
             )
     for name, each in parameters.items():
         required = each.default is inspect.Parameter.empty and each.kind not in _OPEN
@@ -50,7 +51,7 @@ def run_once(pipe: Any, prompt: str, seed: int, steps: int, call: Mapping[str, A
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": _choose_output(pipe),
     }
-    if "prompt_embeds" in call or call.get("image_embeds") is not None:
+    if call.get("prompt_embeds") is not None or call.get("image_embeds") is not None:
         del given["prompt"]
     given = {name: value for name, value in given.items() if name in taken}
     devices = [pipe.device] if pipe.device.type == "cuda" else []

@@ -7,7 +7,7 @@ from sampling import largest, picture
 from zoo import ROWS, Inputs
 
 from difffast import EncoderPropagation, patch, patched, unpatch
-from difffast.plan import publish_key_steps
+from difffast.plan import scale_published_key_steps
 from difffast.surgery.subclass import is_swapped
 
 
@@ -43,7 +43,7 @@ def test_a_cascade(stages):
     for report, kind, count, ours, theirs in zip(
         reports, ("if-1", "if-2", "upscaler"), steps, fast, stock, strict=True
     ):
-        assert report.last_run.key == len(publish_key_steps(kind, count)) < count
+        assert report.last_run.key == len(scale_published_key_steps(kind, count)) < count
         assert ours.shape == theirs.shape
         assert largest(ours, theirs) > 1e-4
     assert unpatch(stages)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import difffast
-from difffast.tools import binding_demo, cli, demo
+from difffast.tools import binding_demo, cli, demo, terminal
 from difffast.tools.demo import PROMPTS, psnr
 
 
@@ -34,7 +35,7 @@ def test_info_about_a_pipeline_on_disk(pipe, tmp_path, capsys):
 
 
 def test_info_says_which_kernels_are_proved(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "console", cli.Console(width=200))
+    monkeypatch.setattr(terminal, "console", Console(width=200))
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {tuple(cell.strip() for cell in line.split("│")[1:4]) for line in lines if "│" in line}
@@ -153,3 +154,59 @@ def test_grid_shows_what_it_is_given(tmp_path):
         assert grid.getpixel((6 + 8, row)) == (255, 0, 0)
         assert grid.getpixel((6 + 22 + 8, row)) == (0, 0, 255)
         assert grid.getpixel((6 + 44 + 8, row)) == (255, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "must name the pipeline's class as a string under _class_name, got None"),
+        ('{"_class_name": ["a", "b"]}', r"under _class_name, got ['a', 'b']"),
+        ("[]", "under _class_name, got None"),
+        ("{", "is no JSON that can be read: "),
+        ("\xff", "is no JSON that can be read: "),
+        ("[" * 100_000, "is no JSON that can be read: "),
+    ],
+)
+def test_a_broken_index_is_one_sentence(tmp_path, capsys, content, message):
+    folder = tmp_path / "[" / "x]"  # "[/x]" is markup to rich
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_bytes(content.encode("latin-1"))
+    assert cli.main(["info", "--pipeline", str(folder)]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith(f"error: {folder / 'model_index.json'} ")
+    assert message in out
+    assert len(out.splitlines()) == 1
+
+
+def test_info_answers_first_and_lists_on_request(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path)
+    assert cli.main(["info", "--pipeline", str(tmp_path)]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[0].startswith("StableDiffusionPipeline is supported: encoder propagation")
+    )
+    assert cli.main(["info", "--pipelines"]) == 0
+    assert "GLIGEN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "picture.doc"], "--out must end as a picture does (.png, .jpg, ...), got picture.doc"),
+        (["--out", "picture"], "got picture"),
+        (["--out", "{file}/picture.png"], "file"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used here: "),
+        (["--device", "toaster"], "--device toaster cannot be used here: "),
+        (["--model", "[/nowhere]"], "[/nowhere]"),
+    ],
+)
+def test_generate_refuses_before_anything_is_made(pipe, tmp_path, capsys, monkeypatch, options, message):
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("it runs"))
+    options = [each.replace("{file}", str(tmp_path / "file")) for each in options]
+    assert cli.main(["generate", "--model", str(tmp_path / "model"), "--prompt", "a", *options]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("error: ")
+    assert message in out
+    assert not list(tmp_path.glob("**/picture*"))

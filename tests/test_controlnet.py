@@ -10,7 +10,7 @@ from sampling import largest, latents, picture
 from tolerances import LATENTS_FLOAT64
 from unet_oracle import decode, encode
 
-from difffast import EncoderPropagation, FeatureReuse, patch, patched, unpatch
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
 from difffast.surgery.subclass import is_swapped
 
 KEYS = EncoderPropagation(key_steps=4)
@@ -168,3 +168,17 @@ def test_a_pipeline_without_it_shares_the_unet(pipe):
         assert torch.equal(latents(plain, steps=12), first)
         assert torch.equal(run(pipe), under)
     assert largest(first, under) > 1e-3
+
+
+@pytest.mark.parametrize("cfg", [None, CfgReuse(1)])
+def test_under_freeu_every_step_is_stock(pipe, cfg):
+    """Nothing of a step that runs stock is kept: neither ControlNet's residuals nor one half of the batch."""
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    stock = run(pipe)
+    with (
+        patched(pipe, propagation=FeatureReuse(4), cfg=cfg, fused=False) as report,
+        pytest.warns(UserWarning, match="FreeU changes the skips"),
+    ):
+        assert torch.equal(run(pipe), stock)
+    assert report.last_run.controlnet == {"computed": 12}
+    assert report.last_run.halves == 0

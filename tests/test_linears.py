@@ -10,7 +10,7 @@ from sampling import latents as sampled
 from tolerances import EXACT_FLOAT32
 from torch import nn
 
-from difffast import SemanticBinding, ops, patch, patched, unpatch
+from difffast import SemanticBinding, collect_maps, ops, patch, patched, unpatch
 from difffast.engines import programs
 from difffast.layers.linear import Linear
 from difffast.surgery.subclass import is_swapped
@@ -145,3 +145,11 @@ def test_they_are_in_the_programs(pipe, fused, monkeypatch):
     assert not report.last_run.reasons
     layers = list(Linear().find(pipe.unet))
     assert len(found) == fused * (len(layers) - len(of_text(layers)))
+
+
+def test_layers_that_shall_not_be_fused_are_asked_nothing(pipe, counted, monkeypatch):
+    """A forced backend that cannot serve them must not make them fail."""
+    pipe.to(torch.bfloat16)
+    with ops.use_backend("onednn"), patched(pipe, "exact", fused=False), collect_maps(pipe, layers="mid_block.*"):
+        assert latents(pipe).isfinite().all()
+    assert not counted

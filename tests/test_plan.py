@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difffast import EncoderPropagation, FeatureReuse, Plan
-from difffast.plan import PUBLISHED_KEY_STEPS, publish_key_steps
+from difffast.plan import PUBLISHED_KEY_STEPS, scale_published_key_steps
 from difffast.presets import PRESETS
 
 
@@ -20,7 +20,7 @@ def test_published_lists_are_exact():
 
 @given(st.integers(8, 1000))
 def test_scaled_lists_keep_the_published_shares(total):
-    keys = publish_key_steps("sd", total)
+    keys = scale_published_key_steps("sd", total)
     assert keys[0] == 0
     assert all(a < b < total for a, b in itertools.pairwise(keys))
     shares = [(length - orders[-1]) / length for length, orders in PUBLISHED_KEY_STEPS["sd"].items()]
@@ -28,7 +28,7 @@ def test_scaled_lists_keep_the_published_shares(total):
 
 
 def test_pndm_calls_the_unet_once_more_and_keeps_the_early_keys():
-    assert publish_key_steps("sd", 51)[:5] == (0, 1, 2, 3, 5)
+    assert scale_published_key_steps("sd", 51)[:5] == (0, 1, 2, 3, 5)
 
 
 @given(st.data())
@@ -117,7 +117,7 @@ def test_bad_schedules():
     with pytest.raises(ValueError, match="at least one step, got 0"):
         EncoderPropagation().plan(0)
     with pytest.raises(ValueError, match="no published key steps for 'dit'"):
-        publish_key_steps("dit", 20)
+        scale_published_key_steps("dit", 20)
     with pytest.raises(ValueError, match="key_steps must increase strictly"):
         Plan(total=5, key_steps=(0, 2, 2), max_batch=1)
     with pytest.raises(ValueError, match=r"start must lie in 0 .. 4, got 5"):

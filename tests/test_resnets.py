@@ -142,3 +142,18 @@ def test_small_operands_run_stock_altogether(monkeypatch):
         with torch.no_grad(), use_context(CallContext(True, pytest.fail, pytest.fail)):
             holder["resnet"](torch.randn(size), torch.randn(size[0], 24))
         assert bool(calls) == fused
+
+
+def test_inputs_may_come_by_name(monkeypatch):
+    """As UNetMotionModel calls its resnets."""
+    holder = make()
+    Resnet().put_in(holder)
+    calls, plain = [], ops.group_norm_silu
+    monkeypatch.setattr(ops, "group_norm_silu", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    hidden, temb = torch.randn(SIZE), torch.randn(3, 24)
+    with torch.no_grad(), ops.use_backend("cpp", "group_norm_silu"):
+        stock = holder["resnet"](hidden, temb)
+        with use_context(CallContext(True, pytest.fail, pytest.fail)):
+            fused = holder["resnet"](input_tensor=hidden, temb=temb)
+    assert len(calls) == 2
+    torch.testing.assert_close(fused, stock, rtol=1e-4, atol=1e-4)

@@ -7,8 +7,18 @@ import torch
 from diffusers import StableDiffusionImageVariationPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from sampling import latents
 
-from difffast import CfgReuse, EncoderPropagation, FeatureReuse, SemanticBinding, patch, unpatch
+from difffast import (
+    CfgReuse,
+    EncoderPropagation,
+    FeatureReuse,
+    SemanticBinding,
+    collect_maps,
+    patch,
+    patched,
+    unpatch,
+)
 from difffast.sampling import parts
+from difffast.sampling.prior_noise import PriorNoise
 from difffast.sampling.settings import Settings
 from difffast.surgery.subclass import is_swapped
 from difffast.surgery.undo import UndoStack
@@ -29,7 +39,9 @@ class Interrupt:
         self.left = at
 
     def __call__(self, frame, event, _argument):
-        if event == "call" and frame.f_globals.get("__name__", "").startswith("difffast."):
+        # A generator expression may be called to be closed: Python reports and ignores what is raised there.
+        here = frame.f_globals.get("__name__", "").startswith("difffast.") and frame.f_code.co_name != "<genexpr>"
+        if event == "call" and here:
             self.left -= 1
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -175,3 +187,52 @@ def test_the_stack_goes_on_where_it_was_interrupted():
     stack.run()
     stack.run()
     assert done == ["tried", "second", "first"]
+
+
+def test_a_refused_patch_leaves_the_report_of_the_earlier_one_in_force(pipe):
+    twin = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    twin.set_progress_bar_config(disable=True)
+    report = patch(pipe, "exact")
+    patch(twin, "exact")
+    with collect_maps(pipe) as maps:
+        with pytest.raises(ValueError, match="shares this pipeline's scheduler"):
+            patch(pipe, "turbo")
+        latents(pipe, steps=9)
+    assert report.last_run.total == 9
+    assert set(maps.steps.values()) == {9}
+
+
+def test_a_block_gives_back_the_earlier_patch_with_its_report_and_its_collections(pipe):
+    report = patch(pipe, propagation=EncoderPropagation(key_steps=3))
+    with collect_maps(pipe) as maps:
+        with patched(pipe, "exact") as inner:
+            latents(pipe, steps=9)
+        assert set(maps.steps.values()) == {9}
+        assert inner.last_run.total == 9
+        assert report.last_run is None
+        latents(pipe, steps=12)
+        assert max(maps.steps.values()) == 12
+    assert report.last_run.total == 12
+    with pytest.raises(ZeroDivisionError), patched(pipe, "turbo"):
+        raise ZeroDivisionError
+    latents(pipe, steps=15)
+    assert report.last_run.total == 15
+
+
+def test_a_unet_that_is_compiled_after_patching_is_the_patched_one(pipe, monkeypatch):
+    def stop(*_, **__):
+        raise InterruptedError
+
+    patch(pipe, "exact")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    monkeypatch.setattr(StableDiffusionPipeline, "check_inputs", stop)  # the first thing that the plain call does
+    with pytest.raises(InterruptedError):  # and no warning, which would be an error
+        pipe("a red circle")
+    assert type(pipe).__call__.__wrapped__ is StableDiffusionPipeline.__call__.__wrapped__, "under its no_grad"
+
+
+def test_two_extensions_cannot_override_one_method(pipe, monkeypatch):
+    monkeypatch.setattr(PriorNoise, "pipeline_methods", lambda self: {"__call__": len})
+    with pytest.raises(ValueError, match="can be overridden once, and __call__ would be twice"):
+        patch(pipe, **EVERYTHING)
+    assert swapped(pipe) == []

@@ -739,7 +739,7 @@ def head_groups(batch: int, heads: int, queries: int) -> int:
 
     It depends on the problem alone, so that a map is the same sum in the same order on every machine.
     """
-    programs = batch * triton.cdiv(queries, 128)
+    programs = max(1, batch * triton.cdiv(queries, 128))
     return triton.cdiv(heads, min(heads, triton.cdiv(256, programs)))
 
 

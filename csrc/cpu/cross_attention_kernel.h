@@ -59,7 +59,10 @@ DIFFFAST_TARGET void softmax_rows(const CrossAttention& p, T* s, int64_t rows, i
       store(x, e);
       sums += e;
     }
-    const Vec<T> e = exp2_of(load(last) - top) * keep;
+    // Columns that pad the last vector have logit 0, which may lie far above all others: 2^x would be infinite, and
+    // infinity times 0 is no number.
+    const Vec<T> x = load(last) - top;
+    const Vec<T> e = exp2_of(x > T{0} ? Vec<T>{} : x) * keep;
     store(last, e);
     sums += e;
     T sum = p.sink > 0 ? static_cast<T>(p.sink) * std::exp2(-top) : T{0};

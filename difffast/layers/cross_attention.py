@@ -18,12 +18,10 @@ from .. import ops
 from ..ops._attention_checks import MAX_HEAD_DIM, MAX_KEYS, repeat_rows
 from ..surgery.unchanged import read_projection
 from .context import CURRENT, AllCollected, CallContext, MapSink, Text, find_context, set_projected_text
-from .kind import LayerKind, ProgramCall, is_masked
+from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked
 
 #: Arguments of a UNet call that reach the layers and that compiled programs do not serve.
 _FOR_LAYERS = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
-#: Parts of a layer that the operators cannot stand in for.
-_FOREIGN_PARTS = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 
 
 class CrossAttention(LayerKind):
@@ -186,7 +184,7 @@ def refuse_call(
     given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
     if positional or given:
         return f"arguments {', '.join(given) or 'by position'} (masks are not fused)"
-    added = layer.added_kv_proj_dim is not None
+    added = layer.added_kv_proj_dim is not None  # has_added_keys, without a call: every layer asks at every step
     if added != (processor.__name__ == _ADDED):
         return f"attention processor {processor.__name__} {'with' if added else 'without'} added keys"
     if isinstance(text, tuple) != (processor.__name__ == "IPAdapterAttnProcessor2_0"):
@@ -209,7 +207,7 @@ def refuse_call(
 
 def _refuse_parts(layer: Any, sink: int) -> str | None:
     """Return why an attn2 layer itself cannot be fused, or None."""
-    for name in _FOREIGN_PARTS:
+    for name in FOREIGN_PARTS:
         if getattr(layer, name, None):
             return f"the layer has a {name}"
     if layer.residual_connection or layer.rescale_output_factor != 1:

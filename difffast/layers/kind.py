@@ -32,6 +32,9 @@ class ProgramCall:
     kv: TextKV | None
 
 
+#: Parts of an attention layer that no operator can stand in for.
+FOREIGN_PARTS = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+
 #: The kinds that have been put in, by name.
 _kinds: dict[str, LayerKind] = {}
 
@@ -44,6 +47,8 @@ class LayerKind(ABC):
 
     #: What reports call layers of this kind.
     name: str
+    #: What a layer's ``forward`` calls its input, which callers may pass by name.
+    input_name = "hidden_states"
 
     @abstractmethod
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
@@ -92,13 +97,16 @@ class LayerKind(ABC):
             plain: the layer's own ``__call__``.
         """
 
-        kind = self.name  # torch.compile can trace a function that holds a string, but none that holds an object
+        # torch.compile can trace a function that holds strings, but none that holds an object.
+        kind, input_name = self.name, self.input_name
 
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             context = None if torch.compiler.is_compiling() else CURRENT.get()
             if context is None or not context.fused or context.only_text:
                 return plain(layer, *args, **kwargs)
             own = _kinds[kind]
+            if not args and input_name in kwargs:  # as UNetMotionModel calls its resnets
+                args = (kwargs.pop(input_name),)
             if not args or not own.pays(layer, args[0]):
                 return plain(layer, *args, **kwargs)
             reason = own.refuse(layer, args[0], args[1:], kwargs)

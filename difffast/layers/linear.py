@@ -23,6 +23,7 @@ class Linear(LayerKind):
     """Linear layers that see pixels or tokens; those that LoRA wraps among them."""
 
     name = "linear layers"
+    input_name = "input"
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
         return {
@@ -36,7 +37,8 @@ class Linear(LayerKind):
         fused = super().wrap(name, plain)
 
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not args or CURRENT.get() is None:
+            context = None if torch.compiler.is_compiling() else CURRENT.get()
+            if context is None or not context.fused or context.only_text or not args or args[0].device.type != "cpu":
                 return plain(layer, *args, **kwargs)
             if choose(args[0], layer.weight, layer.bias) == "reference":
                 return plain(layer, *args, **kwargs)

@@ -17,7 +17,7 @@ LAYERS: list[LayerKind] = [CrossAttention(), SelfAttention(), Resnet(), Linear()
 
 
 def register(kind: LayerKind) -> LayerKind:
-    """Add a kind of layers; pipelines that are patched from now on fuse it.
+    """Add a kind of layers, which contain none of the others; pipelines that are patched from now on fuse it.
 
     Raises:
         TypeError: ``kind`` is no :class:`LayerKind`.

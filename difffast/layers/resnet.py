@@ -34,6 +34,7 @@ class Resnet(LayerKind):
     """ResnetBlock2D; in compiled programs Inductor fuses its norms."""
 
     name = "resnets"
+    input_name = "input_tensor"
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
         from diffusers.models.resnet import ResnetBlock2D

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._attention_checks import MAX_HEAD_DIM
 from ..surgery.pristine import is_wrapped
-from .kind import LayerKind, ProgramCall, is_masked
+from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked
 
 #: Processors that can be fused.
 _PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
@@ -23,8 +23,6 @@ _ON_PURPOSE = (
 )
 #: Arguments that a pipeline gives to every layer and these processors ignore.
 _IGNORED = ("ip_adapter_masks",)
-#: Parts of a layer that the operator cannot stand in for.
-_FOREIGN_PARTS = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 
 
 class SelfAttention(LayerKind):
@@ -42,7 +40,7 @@ class SelfAttention(LayerKind):
             and not module.is_cross_attention
             and module.added_kv_proj_dim is None
             and module.inner_dim // module.heads <= MAX_HEAD_DIM
-            and not any(getattr(module, part, None) for part in _FOREIGN_PARTS)
+            and not any(getattr(module, part, None) for part in FOREIGN_PARTS)
             and not module.residual_connection
             and module.rescale_output_factor == 1
         }

@@ -119,7 +119,7 @@ def reference_backward(
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
     repeats = q.shape[0] // k.shape[0]
     dk, dv = (
-        x.unflatten(0, (-1, repeats)).sum(1).to(k.dtype)
+        x.unflatten(0, (k.shape[0], repeats)).sum(1).to(k.dtype)
         for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)
     )
     return store_by_row((ds @ k_).to(q.dtype)), dk, dv

@@ -122,7 +122,7 @@ def reference_backward(
         *((x.split(parts, 2)) for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)), strict=True
     )
     repeats = q.shape[0] // text_k.shape[0]
-    of_text = (x.unflatten(0, (-1, repeats)).sum(1) for x in of_text)
+    of_text = (x.unflatten(0, (text_k.shape[0], repeats)).sum(1) for x in of_text)
     dq = store_by_row((ds @ k_).to(q.dtype))
     return dq, *(x.to(q.dtype) for x in (*of_text, *of_pixels))
 

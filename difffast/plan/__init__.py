@@ -1,7 +1,7 @@
 """Which step of a schedule does what: configurations, plans as printable data.  Nothing here imports torch."""
 
 from .configs import DEFAULT_MAX_PARALLEL, MIN_STEPS, CfgReuse, EncoderPropagation, FeatureReuse, Sharing
-from .key_steps import PUBLISHED_KEY_STEPS, publish_key_steps
+from .key_steps import PUBLISHED_KEY_STEPS, scale_published_key_steps
 from .rows import OuterReuse, PlanStep
 from .steps import Plan
 
@@ -16,5 +16,5 @@ __all__ = [
     "Plan",
     "PlanStep",
     "Sharing",
-    "publish_key_steps",
+    "scale_published_key_steps",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, replace
 
 from ..renamed import warn_renamed
-from .key_steps import check_int, check_key_steps, publish_key_steps, resolve_key_steps, space_key_steps
+from .key_steps import check_int, check_key_steps, resolve_key_steps, scale_published_key_steps, space_key_steps
 from .rows import OuterReuse
 from .steps import Plan
 
@@ -60,7 +60,7 @@ class EncoderPropagation:
 
     def __post_init__(self, order: int | None) -> None:
         if isinstance(self.key_steps, str):
-            publish_key_steps(self.key_steps, 1)
+            scale_published_key_steps(self.key_steps, 1)
         else:
             object.__setattr__(self, "key_steps", check_key_steps(self.key_steps))
         for name in ("parallel", "share_skips"):
@@ -90,7 +90,7 @@ class EncoderPropagation:
             ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, unknown ``kind``.
         """
         if (self.key_steps is None or isinstance(self.key_steps, str)) and total >= 1:
-            resolved = publish_key_steps(self.key_steps or kind, total)
+            resolved = scale_published_key_steps(self.key_steps or kind, total)
         else:
             resolved = resolve_key_steps("key_steps", self.key_steps, total)
         default = DEFAULT_MAX_PARALLEL["cpu" if device == "cpu" else "accelerator"]
@@ -209,6 +209,8 @@ def _check_degree(config: Sharing, order: int | None) -> None:
     """Take ``order``, the old name of ``extrapolate``, and check the degree."""
     if order is not None:
         warn_renamed(f"{type(config).__name__}(order=)", f"{type(config).__name__}(extrapolate=)", stacklevel=5)
+        if config.extrapolate:
+            raise TypeError("order is the old name of extrapolate: give one of them")
         object.__setattr__(config, "extrapolate", order)
     if check_int("extrapolate", config.extrapolate) not in (0, 1, 2):
         raise ValueError(f"extrapolate must be 0, 1 or 2, got {config.extrapolate}")

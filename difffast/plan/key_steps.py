@@ -24,7 +24,7 @@ PUBLISHED_KEY_STEPS: dict[str, dict[int, tuple[int, ...]]] = {
 KeySteps = Iterable[int] | int | float | Callable[[int, int], bool]
 
 
-def publish_key_steps(kind: str, total: int) -> tuple[int, ...]:
+def scale_published_key_steps(kind: str, total: int) -> tuple[int, ...]:
     """Return the published key steps for a kind of pipeline, scaled to ``total`` UNet calls.
 
     Steps keep their fraction of the schedule (rounded, duplicates dropped), and the last key step is rounded up,

@@ -43,7 +43,7 @@ class Controller:
         self._unet = weakref.ref(unet)
         self._settings: list[Settings] = []
         self._runs: list[SamplingRun] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an extension that begins may invalidate its run
 
     def add(self, settings: Settings) -> None:
         """Answer for one more pipeline."""
@@ -67,7 +67,7 @@ class Controller:
         with self._lock:
             for run in self._runs:
                 if settings in run.settings:
-                    run.restart = True
+                    run.state.restart = True
 
     def __call__(
         self, unet: nn.Module, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -81,7 +81,7 @@ class Controller:
         call = run.edit_call(given, step, stock)
         if call is not given:
             args, kwargs = (), dict(call)
-        reason = _refuse_sharing(unet, run) or run.refuse_residuals(call, step)
+        reason = _require_stock(unet, run) or run.refuse_residuals(call, step)
         if reason is not None:
             run.note_stock(reason)
             with use_context(run.make_context(call, stock=True)):
@@ -145,7 +145,7 @@ def find_controller(unet: nn.Module) -> Controller | None:
     return getattr(type(unet), "_difffast_controller", None)
 
 
-def _refuse_sharing(unet: nn.Module, run: SamplingRun) -> str | None:
+def _require_stock(unet: nn.Module, run: SamplingRun) -> str | None:
     """Return why a call must run the unpatched forward, or None."""
     if torch.is_grad_enabled():
         return "gradients are enabled (cached features would cut the graph); use torch.no_grad()"

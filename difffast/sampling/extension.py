@@ -83,7 +83,10 @@ class Extension:
         return ()
 
     def begin(self, info: RunInfo) -> ExtensionRun | None:
-        """Begin a run; None: the extension has nothing to do in its UNet calls."""
+        """Begin a run; None: the extension has nothing to do in its UNet calls.
+
+        The UNet must not be called here: the run is not there yet.
+        """
         return None
 
     def describe(self) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..surgery.trees import take_second_half
 from ..unet.outer_layers import run_recording, run_reuse
-from ..unet.parts import find_freeu
+from ..unet.parts import refuse_freeu
 from .state import RunState, Step
 from .strategy import Strategy, weigh
 
@@ -27,9 +27,10 @@ class OuterLayers(Strategy):
 
     def predict(self, step: Step) -> Tensor:
         state = self._state
-        reason = find_freeu(step.unet)
+        reason = refuse_freeu(step.unet)
         if reason is not None:
             self.forget()
+            state.restart = True  # nothing may build on this step
             state.stats.stock += 1
             state.note(f"stock forward: features cannot be reused: {reason}")
             return step.stock()

@@ -79,7 +79,10 @@ def put_in_pipeline(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoSt
     """Override the pipeline's own methods: those that extensions name, and its call, which watches the UNet."""
     methods: dict[str, Callable[..., Any]] = {"__call__": _watch_unet(pipe, unet)}
     for extension in settings.extensions:
-        methods.update(extension.pipeline_methods())
+        for name, method in extension.pipeline_methods().items():
+            if name in methods:
+                raise ValueError(f"a method of the pipeline can be overridden once, and {name} would be twice")
+            methods[name] = method
     undo.add(_take_out_pipeline, weakref.ref(pipe))
     swap_in(pipe, methods)
 
@@ -95,15 +98,18 @@ def _watch_unet(pipe: Any, unet: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unet = getattr(self.unet, "_orig_mod", self.unet)  # compiled after patching, it is the patched one still
         # What wraps the UNet without being a module (a profiler) still calls it.
-        if self.unet is not patched() and isinstance(self.unet, nn.Module) and not is_swapped(self.unet):
+        if unet is not patched() and isinstance(unet, nn.Module) and not is_swapped(unet):
             warnings.warn(
-                f"difffast: pipe.unet was replaced after difffast.patch(pipe), and the new {type(self.unet).__name__} "
+                f"difffast: pipe.unet was replaced after difffast.patch(pipe), and the new {type(unet).__name__} "
                 "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
                 stacklevel=2,
             )
         return plain(self, *args, **kwargs)
 
+    # Diffusers' own ``__call__`` is wrapped in no_grad; who takes that off to differentiate shall find what is inside.
+    call.__wrapped__ = getattr(plain, "__wrapped__", plain)
     return call
 
 

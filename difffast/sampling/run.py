@@ -50,7 +50,6 @@ class SamplingRun:
         self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
-        self.restart = False
         self._programs = programs if first.compiled else None
         for each in settings:
             each.last_run = self.state.stats
@@ -125,10 +124,10 @@ class SamplingRun:
             stock: runs it.
         """
         step = self.step_of(call["timestep"])
-        goes_on = not self.restart and self._last is not None and step == self._last + 1
+        goes_on = not self.state.restart and self._last is not None and step == self._last + 1
         output, change = self._control.answer(call, step, goes_on and not self.state.plan.is_key(step), stock)
         if change is not None:
-            self.restart = True
+            self.state.restart = True
             self.state.record(f"key step at {step}: ControlNet's {change} changed")
         return output
 
@@ -197,9 +196,9 @@ class SamplingRun:
         follows = self._last is not None and index == self._last + 1
         if change is not None and follows and not self.state.plan.is_key(index):
             self.state.record(f"key step at {index}: {change} changed")
-        if self.restart or not follows or change is not None:
+        if self.state.restart or not follows or change is not None:
             self.forget()
-            self.restart = False
+            self.state.restart = False
             self._cfg.restart(index)
         if self._fingerprint is None:
             self._fingerprint = fingerprint

@@ -56,6 +56,8 @@ class RunState:
 
     def __init__(self, plan: Plan, stats: RunStats, timesteps: Tensor) -> None:
         self.plan, self.asked, self.stats = plan, plan, stats
+        #: Whether the next step must build on nothing that was before it.
+        self.restart = False
         self._timesteps = TensorWeakRef(timesteps)
 
     def timesteps(self) -> Tensor | None:

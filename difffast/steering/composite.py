@@ -36,7 +36,7 @@ class Columns:
 
 
 def locate_subjects(subjects: Sequence[Subject], length: int) -> Columns:
-    """Where subjects are in the embedding as it was encoded."""
+    """Return where subjects are in the embedding as it was encoded."""
     return Columns(tuple(g.anchor for g in subjects), tuple(g.modifiers for g in subjects), length)
 
 

@@ -36,7 +36,7 @@ class EncodedPrompts:
 def override_encode_prompt(
     pipe: Any, subjects: Sequence[Any] | None, remember: Callable[[EncodedPrompts], None]
 ) -> Callable[..., Any]:
-    """An ``encode_prompt`` that reads marks, encodes the text without them, and lets ``remember`` keep the rest.
+    """Return an ``encode_prompt`` that reads marks, encodes the text without them, and lets ``remember`` keep the rest.
 
     Works for pipelines of one and of two text encoders.
     """

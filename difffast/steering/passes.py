@@ -34,7 +34,7 @@ class Passes:
     def maps(
         self, call: Mapping[str, Any], text: Tensor, absorbed: Sequence[int] = ()
     ) -> tuple[Tensor, tuple[int, int]]:
-        """Maps [B, N, T] of ``text`` [B, T, D], mean over heads and layers; the pass ends at the last of the layers.
+        """Return the maps [B, N, T] of ``text`` [B, T, D], mean over heads and layers; the pass ends at the last layer.
 
         Args:
             call: the UNet's other arguments.
@@ -67,7 +67,7 @@ class Passes:
         return mean, collected.picture_size(pixels.pop())
 
     def prediction(self, call: Mapping[str, Any], text: Tensor) -> Tensor:
-        """The UNet's output [B, C, H, W] for embeddings [B, T, D] of any length; one token needs no queries or keys."""
+        """Return the output [B, C, H, W] for embeddings [B, T, D] of any length; one token needs no queries or keys."""
         return self._run(call, text)[0]
 
     def _run(self, call: Mapping[str, Any], text: Tensor, absorbed: int = 0, **options: Any) -> Any:
@@ -85,7 +85,7 @@ class Passes:
 
 
 def take_rows(call: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """The call for some rows of its batch, which may repeat."""
+    """Return the call for some rows of its batch, which may repeat."""
     batch = call["sample"].shape[0]
 
     def chosen(tensor: Tensor) -> Tensor:
@@ -95,13 +95,13 @@ def take_rows(call: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
 
 
 def shift_latents(sample: Tensor, by: Tensor) -> Tensor:
-    """``sample`` with ``by`` added to its first channels, the latents; an inpainting UNet has more."""
+    """Return ``sample`` with ``by`` added to its first channels, the latents; an inpainting UNet has more."""
     channels = by.shape[1]
     return torch.cat([sample[:, :channels] + by.to(sample.dtype), sample[:, channels:]], 1)
 
 
 def drop_pooled_text(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call with SDXL's pooled text embedding zero; its time ids stay."""
+    """Return the call with SDXL's pooled text embedding zero; its time ids stay."""
     added = call.get("added_cond_kwargs") or {}
     if "text_embeds" not in added:
         return dict(call)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
 import statistics
 import subprocess
 import sys
@@ -13,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
-
-console = Console()
+from . import terminal
+from .info import show_info
+from .terminal import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (ValueError, TypeError, OSError) as error:
-        console.print(f"[bold red]error[/]: {error}", highlight=False)
+        terminal.console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
 
 
@@ -38,8 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     info = commands.add_parser("info", help="versions, devices, and each backend with the reason where it is missing")
-    info.add_argument("--pipeline", type=Path, metavar="DIR", help="which pipelines are supported, and whether this is")
-    info.set_defaults(run=_info)
+    info.add_argument("--pipeline", type=Path, metavar="DIR", help="whether a pipeline on disk is supported")
+    info.add_argument("--pipelines", action="store_true", help="all pipelines that are supported")
+    info.set_defaults(run=show_info)
 
     demo = commands.add_parser("demo", help="the embedded model, stock against patched: images, seconds, PSNR, plan")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for grid.png and demo.json")
@@ -89,95 +89,6 @@ def _positive(text: str) -> int:
     return value
 
 
-def _info(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from .. import ops
-    from ..ops.linear import advantage
-
-    if arguments.pipeline is not None:
-        return _info_pipeline(arguments.pipeline)
-
-    table = Table("item", "value", title="difffast info")
-    for package in ("difffast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft"):
-        table.add_row(package, _version(package))
-    table.add_row("python", platform.python_version())
-    table.add_row("threads", str(torch.get_num_threads()))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
-    else:
-        build = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
-        table.add_row("cuda", f"none: {build}")
-    for backend in ops.BACKENDS:
-        worth = f", linear layers {advantage():.1f} times as fast as F.linear" if backend == "onednn" else ""
-        table.add_row(f"backend {backend}", ops.missing(backend) or f"available{worth}")
-    if ops.INSTRUCTION_SET is not None:
-        table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
-    table.add_row("pipelines", "difffast info --pipeline DIR")
-    table.add_row("presets", "\n".join(PRESETS))
-    console.print(table)
-    console.print(_proof_table())
-    console.print(
-        "A kernel without a proving run is never a default; difffast.ops.use_backend or DIFFFAST_BACKEND run it."
-    )
-    return 0
-
-
-def _info_pipeline(folder: Path) -> int:
-    """The table of pipelines, and the row of one on disk; status 1 if it is not supported."""
-    import json
-
-    import diffusers
-
-    from ..support import COLUMNS, support_of, table
-
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} holds no pipeline in Diffusers format: there is no model_index.json")
-    name = json.loads(index.read_text())["_class_name"]
-    found = getattr(diffusers, name, None)
-    entry = support_of(found) if isinstance(found, type) else None
-    shown = Table(*COLUMNS, title="pipelines that difffast patches")
-    for row in table():
-        shown.add_row(*row, style="bold" if entry is not None and row[0] == entry.family else None)
-    console.print(shown)
-    if entry is None:
-        console.print(f"[bold red]{name}[/] is not supported: difffast.patch refuses it.")
-        return 1
-    decoders = "several decoders in one batch" if entry.parallel else "one decoder at a time"
-    reuse = "and feature reuse" if entry.reuse else "but no feature reuse"
-    console.print(f"[bold]{name}[/] is supported: encoder propagation with {decoders}, {reuse}. {entry.note}".rstrip())
-    return 0
-
-
-def _proof_table() -> Table:
-    """For every operator and backend, the runs that proved it."""
-    from .. import ops
-    from ..ops._installed import FROM_PYTORCH
-
-    table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
-    for operator, backends in ops.OPERATORS.items():
-        for backend in backends:
-            if backend in FROM_PYTORCH:
-                table.add_row(operator, backend, "plain PyTorch", "", "")
-                continue
-            rows = [proof for proof in ops.PROVED if (proof.operator, proof.backend) == (operator, backend)]
-            for proof in rows:
-                names = sorted(str(dtype).removeprefix("torch.") for dtype in proof.dtypes)
-                table.add_row(operator, backend, proof.architecture, ", ".join(names), proof.run)
-            if not rows:
-                table.add_row(operator, backend, "no hardware yet: opt-in only", "", "")
-    return table
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -185,7 +96,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=terminal.console,
     )
 
 
@@ -195,7 +106,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     if arguments.binding is not None:
         return _binding_demo(arguments)
-    with console.status("loading the embedded model"):
+    with terminal.console.status("loading the embedded model"):
         pipe = models.embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     seeds = range(arguments.seeds)
@@ -214,10 +125,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     demo.draw_grid(results, grid)
     demo.write_json(results, numbers, steps=arguments.steps, preset=arguments.preset, model="the embedded model")
 
-    console.print(str(report), highlight=False)
-    console.print(str(report.plan(report.last_run.total)), highlight=False)
-    console.print(_comparison_table(results))
-    console.print(f"written: {grid}, {numbers}", highlight=False, soft_wrap=True)
+    say(report)
+    say(report.plan(report.last_run.total))
+    terminal.console.print(_comparison_table(results))
+    say(f"written: {grid}, {numbers}")
     return 0
 
 
@@ -225,7 +136,7 @@ def _binding_demo(arguments: argparse.Namespace) -> int:
     from .. import SemanticBinding, models
     from . import binding_demo
 
-    with console.status("loading the embedded model"):
+    with terminal.console.status("loading the embedded model"):
         pipe = models.embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     seeds = range(arguments.seeds)
@@ -243,8 +154,8 @@ def _binding_demo(arguments: argparse.Namespace) -> int:
         )
     grid = arguments.out / "binding.png"
     binding_demo.draw_grid(results, grid)
-    console.print(str(results[0].trace), highlight=False)
-    console.print(f"written: {grid}", highlight=False, soft_wrap=True)
+    say(results[0].trace)
+    say(f"written: {grid}")
     return 0
 
 
@@ -268,14 +179,15 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     from ..patch import patch
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_writable(arguments.out)
+    device = _choose_device(arguments.device)
     dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
     # Cast after loading: the name of from_pretrained's dtype argument differs between Diffusers versions.
     pipe = DiffusionPipeline.from_pretrained(arguments.model).to(device, getattr(torch, dtype))
     report = None
     if arguments.preset != "stock":
         report = patch(pipe, arguments.preset)
-        console.print(str(report), highlight=False)
+        say(report)
     start = time.perf_counter()
     image = pipe(
         arguments.prompt,
@@ -285,12 +197,47 @@ def _generate(arguments: argparse.Namespace) -> int:
         generator=torch.Generator("cpu").manual_seed(arguments.seed),
     ).images[0]
     seconds = time.perf_counter() - start
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     image.save(arguments.out)
     if report is not None:
-        console.print(str(report.last_run), highlight=False)
-    console.print(f"{seconds:.2f} s, written: {arguments.out}", highlight=False, soft_wrap=True)
+        say(report.last_run)
+    say(f"{seconds:.2f} s, written: {arguments.out}")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a picture that cannot be written before the time for it is spent.
+
+    Raises:
+        ValueError: no picture format has this extension.
+        OSError: the folder cannot be made, or the file not be written.
+    """
+    from PIL import Image
+
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out must end as a picture does (.png, .jpg, ...), got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    with path.open("ab"):
+        pass
+    if not existed:
+        path.unlink()
+
+
+def _choose_device(asked: str | None) -> str:
+    """Return the device that was asked for, or the best one.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=asked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {asked} cannot be used here: {str(error).splitlines()[0]}") from None
+    return asked
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -311,7 +258,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     from ..patch import patched
     from .profiling import profile
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _choose_device(arguments.device)
     pipe = models.load_pipeline(arguments.model) if arguments.model else models.embedded_pipeline()
     pipe = pipe.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -321,16 +268,17 @@ def _profile(arguments: argparse.Namespace) -> int:
         pipe(arguments.prompt, num_inference_steps=arguments.steps, generator=generator)
 
     preset = arguments.preset
-    with contextlib.nullcontext() if preset == "stock" else patched(pipe, preset), console.status("profiling"):
+    with contextlib.nullcontext() if preset == "stock" else patched(pipe, preset), terminal.console.status("profiling"):
         found = profile(pipe, generate, arguments.out / "trace.json")
     table = Table(Column("block", no_wrap=True), "calls", "host ms", "device ms", "operators", "launches", "syncs")
     for row in found.blocks:
         cells = (row.calls, f"{1e3 * row.host_s:.1f}", f"{1e3 * row.device_s:.1f}", row.operators, row.launches)
         table.add_row(row.name, *map(str, cells), str(row.synchronisations))
-    console.print(table)
-    console.print(f"written: {found.trace} (open in https://ui.perfetto.dev)", highlight=False, soft_wrap=True)
+    terminal.console.print(table)
+    say(f"written: {found.trace} (open in https://ui.perfetto.dev)")
     if found.synchronisations and preset != "stock":
-        console.print(f"[bold red]{found.synchronisations} synchronisations inside UNet calls, expected none[/]")
+        text = f"{found.synchronisations} synchronisations inside UNet calls, expected none"
+        terminal.console.print(text, style="bold red")
         return 1
     return 0
 

@@ -81,7 +81,7 @@ def find_reentry(unet: nn.Module, branch: int) -> tuple[int, int]:
     return places[skips - 1 - branch]
 
 
-def find_freeu(unet: nn.Module) -> str | None:
+def refuse_freeu(unet: nn.Module) -> str | None:
     """Return why the up blocks' inputs are not what the encoder made, or None."""
     if any(getattr(block, name, None) for block in unet.up_blocks for name in FREEU):
         return "FreeU changes the skips"

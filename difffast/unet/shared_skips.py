@@ -25,7 +25,7 @@ from ..surgery.facade import make_facade
 from ..surgery.pristine import is_plain, is_wrapped
 from ..surgery.subclass import plain_class
 from ..surgery.unchanged import flatten_leaves
-from .parts import find_freeu
+from .parts import refuse_freeu
 
 
 def refuse_sharing(unet: nn.Module) -> str | None:
@@ -34,7 +34,7 @@ def refuse_sharing(unet: nn.Module) -> str | None:
 
     if plain_class(unet) is not UNet2DConditionModel:
         return f"{plain_class(unet).__name__} is not UNet2DConditionModel"
-    return find_freeu(unet)
+    return refuse_freeu(unet)
 
 
 def find_shareable(unet: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:

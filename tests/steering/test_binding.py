@@ -531,3 +531,12 @@ def test_patch_refuses_before_it_changes_anything(pipe):
 def test_layers_of_two_sizes_are_refused(pipe64):
     with pytest.raises(ValueError, match="one size"):
         run(pipe64, binding(layers="*"))
+
+
+def test_gradient_checkpointing_changes_nothing(pipe64):
+    """A forward pass that is made again in the backward pass would not find the context of its call."""
+    expected, _ = run(pipe64, binding())
+    pipe64.unet.enable_gradient_checkpointing()
+    ours, _ = run(pipe64, binding())
+    assert torch.equal(ours, expected)
+    assert pipe64.unet.is_gradient_checkpointing, "it is on again"

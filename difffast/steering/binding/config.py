@@ -1,4 +1,4 @@
-"""What semantic binding does and when: configuration and presets; nothing here imports torch.
+"""What semantic binding does and when: configuration and presets.
 
 Source: ToMe, "Token Merging for Training-Free Semantic Binding" (arXiv 2411.07132).  The paper and its released code
 differ; both are here as modes.
@@ -141,9 +141,9 @@ class BindingConfig:
             object.__setattr__(self, "layers", tuple(self.layers))
         if not self.merge and self.bind_steps != 0:
             raise ValueError("without composite tokens there is nothing to bind: merge=False needs bind_steps=0")
-        object.__setattr__(self, "losses", self._checked_losses())
+        object.__setattr__(self, "losses", self._check_losses())
 
-    def _checked_losses(self) -> tuple[tuple[str, float], ...]:
+    def _check_losses(self) -> tuple[tuple[str, float], ...]:
         if self.losses is None:
             return (("entropy", 1.0), ("layout", 1.0)) if PRESETS[self.preset].layout else (("entropy", 1.0),)
         pairs = tuple(dict(self.losses).items())
@@ -157,7 +157,7 @@ class BindingConfig:
         return pairs
 
     def schedule(self, total: int) -> Schedule:
-        """What happens in a schedule of ``total`` UNet calls."""
+        """Return what happens in a schedule of ``total`` UNet calls."""
         preset = PRESETS[self.preset]
 
         def steps(asked: int | None, preset_steps: int) -> int:
@@ -175,20 +175,20 @@ class BindingConfig:
         )
 
     def full_steps(self, total: int) -> tuple[int, ...]:
-        """The orders at which embeddings or latents change; the encoder runs there."""
+        """Return the steps at which embeddings or latents change; the encoder runs there."""
         schedule = self.schedule(total)
-        orders = set(range(max(schedule.bind_steps, schedule.focus_steps)))
+        changed = set(range(max(schedule.bind_steps, schedule.focus_steps)))
         if schedule.replace_step is not None and schedule.replace_step < total:
-            orders.add(schedule.replace_step)
-        return tuple(sorted(orders))
+            changed.add(schedule.replace_step)
+        return tuple(sorted(changed))
 
-    def step_size_at(self, order: int, total: int) -> float:
-        """The embedding's step size."""
-        return self.step_size * (1 - order / max(total - 1, 1))
+    def step_size_at(self, step: int, total: int) -> float:
+        """Return the embedding's step size."""
+        return self.step_size * (1 - step / max(total - 1, 1))
 
-    def threshold_at(self, order: int, total: int) -> float | None:
-        """ToMe's threshold for two subjects; None: never done early."""
+    def threshold_at(self, step: int, total: int) -> float | None:
+        """Return ToMe's threshold for two subjects; None: never done early."""
         if not self.thresholds or {name for name, _ in self.losses} - {"entropy", "layout"}:
             return None
-        position = order if self.mode == "reference" else round(order * _STEPS / total)
+        position = step if self.mode == "reference" else round(step * _STEPS / total)
         return self.thresholds[min(position, len(self.thresholds) - 1)]

@@ -1,0 +1,126 @@
+"""``difffast info``: versions, devices, kernels with their proofs, and which pipelines are supported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+from rich.table import Column, Table
+
+from ..presets import PRESETS
+from . import terminal
+from .terminal import say
+
+
+def show_info(arguments: argparse.Namespace) -> int:
+    """Print what was asked for; returns the exit status."""
+    import torch
+
+    from .. import ops
+    from ..ops.linear import advantage
+
+    if arguments.pipeline is not None:
+        return _info_pipeline(arguments.pipeline)
+    if arguments.pipelines:
+        return _info_pipelines()
+
+    table = Table("item", "value", title="difffast info")
+    for package in ("difffast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft"):
+        table.add_row(package, _version(package))
+    table.add_row("python", platform.python_version())
+    table.add_row("threads", str(torch.get_num_threads()))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    else:
+        build = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+        table.add_row("cuda", f"none: {build}")
+    for backend in ops.BACKENDS:
+        worth = f", linear layers {advantage():.1f} times as fast as F.linear" if backend == "onednn" else ""
+        table.add_row(f"backend {backend}", ops.missing(backend) or f"available{worth}")
+    if ops.INSTRUCTION_SET is not None:
+        table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
+    table.add_row("pipelines", "difffast info --pipelines, or --pipeline DIR")
+    table.add_row("presets", "\n".join(PRESETS))
+    terminal.console.print(table)
+    terminal.console.print(_proof_table())
+    terminal.console.print(
+        "A kernel without a proving run is never a default; difffast.ops.use_backend or DIFFFAST_BACKEND run it."
+    )
+    return 0
+
+
+def _info_pipeline(folder: Path) -> int:
+    """Say whether a pipeline on disk is supported; status 1 if it is not."""
+    import diffusers
+
+    from ..support import support_of
+
+    name = _read_class(folder / "model_index.json")
+    found = getattr(diffusers, name, None)
+    entry = support_of(found) if isinstance(found, type) else None
+    if entry is None:
+        say(f"{name} is not supported: difffast.patch refuses it (difffast info --pipelines lists what it takes).")
+        return 1
+    decoders = "several decoders in one batch" if entry.parallel else "one decoder at a time"
+    reuse = "and feature reuse" if entry.reuse else "but no feature reuse"
+    say(f"{name} is supported: encoder propagation with {decoders}, {reuse}. {entry.note}".rstrip())
+    return 0
+
+
+def _read_class(index: Path) -> str:
+    """Return the class that a ``model_index.json`` names.
+
+    Raises:
+        ValueError: there is no such file, or it names none.
+    """
+    if not index.is_file():
+        raise ValueError(f"{index.parent} holds no pipeline in Diffusers format: there is no {index.name}")
+    try:
+        content = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{index} is no JSON that can be read: {error}") from None
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{index} must name the pipeline's class as a string under _class_name, got {name!r}")
+    return name
+
+
+def _info_pipelines() -> int:
+    from ..support import COLUMNS, table
+
+    shown = Table(*(Column(name, overflow="fold") for name in COLUMNS), title="pipelines that difffast patches")
+    for row in table():
+        shown.add_row(*row)
+    terminal.console.print(shown)
+    return 0
+
+
+def _proof_table() -> Table:
+    """For every operator and backend, the runs that proved it."""
+    from .. import ops
+    from ..ops._installed import FROM_PYTORCH
+
+    table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
+    for operator, backends in ops.OPERATORS.items():
+        for backend in backends:
+            if backend in FROM_PYTORCH:
+                table.add_row(operator, backend, "plain PyTorch", "", "")
+                continue
+            rows = [proof for proof in ops.PROVED if (proof.operator, proof.backend) == (operator, backend)]
+            for proof in rows:
+                names = sorted(str(dtype).removeprefix("torch.") for dtype in proof.dtypes)
+                table.add_row(operator, backend, proof.architecture, ", ".join(names), proof.run)
+            if not rows:
+                table.add_row(operator, backend, "no hardware yet: opt-in only", "", "")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
