@@ -97,15 +97,15 @@ class Programs:
             return self._program(key, function, device)(unet, inputs, arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             # The layers have changed too often for one program's cache; a fresh one starts with an empty cache.
-            return self._keep(key, _compiled(function, device))(unet, inputs, arguments)
+            return self._keep(key, _compile(function, device))(unet, inputs, arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             note(f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}")
-            return self._keep(key, _uncompiled(function))(unet, inputs, arguments)
+            return self._keep(key, _run_plainly(function))(unet, inputs, arguments)
 
     def _program(self, key: Any, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         with self._lock:
             program = self._compiled.get(key)
-        return self._keep(key, program or _compiled(function, device))
+        return self._keep(key, program or _compile(function, device))
 
     def _keep(self, key: Any, program: Callable[..., Any]) -> Callable[..., Any]:
         with self._lock:
@@ -116,15 +116,15 @@ class Programs:
         return program
 
 
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _run_plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     def program(unet: nn.Module, inputs: ProgramInputs, arguments: tuple[Any, ...]) -> Any:
         return function(put_inputs(unet, inputs), *arguments)
 
     return program
 
 
-def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    program = _uncompiled(function)
+def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    program = _run_plainly(function)
     # torch.compile keeps its programs by code object: a copy has a cache, and a limit, of its own.
     own = types.FunctionType(
         program.__code__.replace(co_name=function.__name__), program.__globals__, closure=program.__closure__

@@ -59,7 +59,7 @@ def layout(maps: Tensor, target: Target) -> Tensor:
         return maps.new_zeros(maps.shape[0])
     b = (maps[..., 1 : target.columns.length + 1] / _TAU).softmax(-1)[..., [a - 1 for a in target.columns.anchors]]
     rise = b - b.amin(1, keepdim=True)
-    p = _normalised(rise)  # [B, N, 2]
+    p = _normalise(rise)  # [B, N, 2]
     centroid = p.transpose(1, 2) @ _places(target.size, maps)  # [B, 2, (x, y)]
     goal = maps.new_tensor([[0.25, 0.5], [0.75, 0.5]])
     return 0.2 * (_LAYOUT_UNITS * (centroid - goal)).square().mean((1, 2))
@@ -72,7 +72,7 @@ def attend_and_excite(maps: Tensor, target: Target) -> Tensor:
     """
     attended = (100 * maps[..., 1:-1]).softmax(-1)[..., [a - 1 for a in target.columns.anchors]]
     pictures = attended.transpose(1, 2).unflatten(-1, target.size)
-    peak = _smoothed(pictures).amax((2, 3))
+    peak = _smooth(pictures).amax((2, 3))
     return (1 - peak).clamp(min=0).amax(1)
 
 
@@ -104,7 +104,7 @@ def syngen(maps: Tensor, target: Target) -> Tensor:
     D(m, n) = (KL(m || n) + KL(n || m)) / 2 of the words' maps; the means are averaged over the words of a subject.
     Needs subjects that are not merged.  Source: arXiv 2306.08877, section 3.2.
     """
-    words = _normalised(maps[..., : target.columns.length + 1]) + torch.finfo(maps.dtype).tiny
+    words = _normalise(maps[..., : target.columns.length + 1]) + torch.finfo(maps.dtype).tiny
     logs = words.log()
 
     def divergence(m: int, n: int) -> Tensor:
@@ -130,7 +130,7 @@ def divide_and_bind(maps: Tensor, target: Target) -> Tensor:
     chosen = maps[..., list(target.columns.anchors)].transpose(1, 2).unflatten(-1, target.size)
     variation = chosen.diff(dim=2).abs().sum((2, 3)) + chosen.diff(dim=3).abs().sum((2, 3))
     total = -variation.amin(1)
-    words = _normalised(maps) + torch.finfo(maps.dtype).tiny
+    words = _normalise(maps) + torch.finfo(maps.dtype).tiny
     for anchor, attributes in zip(target.columns.anchors, target.columns.attributes, strict=True):
         for attribute in attributes:
             pair = words[..., anchor], words[..., attribute]
@@ -165,7 +165,7 @@ def entropy_threshold(value: float, subjects: int, pixels: int, *, shifted: bool
     return value / 2 * subjects - 2 + shift
 
 
-def _normalised(maps: Tensor) -> Tensor:
+def _normalise(maps: Tensor) -> Tensor:
     """Each column of [B, N, K] divided by its sum over the pixels; a column of zeros stays."""
     total = maps.sum(1, keepdim=True)
     return maps / torch.where(total == 0, 1.0, total)
@@ -184,7 +184,7 @@ def _places(size: tuple[int, int], like: Tensor) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 
-def _smoothed(pictures: Tensor) -> Tensor:
+def _smooth(pictures: Tensor) -> Tensor:
     """[B, K, h, w] through the 3 x 3 Gaussian; a side of one pixel has nothing to reflect and is repeated."""
     side = torch.exp(torch.tensor([-2.0, 0.0, -2.0], dtype=torch.float64)).to(pictures)
     kernel = side[:, None] * side[None]

@@ -93,12 +93,12 @@ def parse_prompt(pipe: Any, prompt: str, subjects: Sequence[Sequence[Sequence[in
             for k in dict.fromkeys(p.subject for p in pieces)
             if k is not None
         )
-        simplified = _simplified(pieces)
+        simplified = _simplify(pieces)
     else:
         text, length = prompt, len(_tokens(pipe, prompt))
         found = _explicit(pipe, prompt, subjects, length)
         dropped = {position for subject in found for position in subject.modifiers}
-        simplified = _decoded(pipe, prompt, [i for i in range(1, length + 1) if i not in dropped])
+        simplified = _decode(pipe, prompt, [i for i in range(1, length + 1) if i not in dropped])
     return MarkedPrompt(text, found, simplified, length, len(_tokens(pipe, simplified)))
 
 
@@ -177,7 +177,7 @@ def _phrase(pieces: Sequence[_Piece], subject: int) -> str:
     return " ".join([*article, *(pieces[i].text for i in inside)])
 
 
-def _simplified(pieces: Sequence[_Piece]) -> str:
+def _simplify(pieces: Sequence[_Piece]) -> str:
     """The text with nouns alone in the subjects' places; "a" and "an" follow the noun."""
     text = ""
     for subject, piece in ((p.subject, p) for p in pieces):
@@ -205,11 +205,11 @@ def _explicit(pipe: Any, prompt: str, subjects: Sequence[Sequence[Sequence[int]]
         if positions[0] < 1 or positions[-1] > length:
             raise ValueError(f"positions of {prompt!r} must lie in 1 .. {length}, got {positions}")
         seen.update(positions)
-        found.append(Subject(nouns, modifiers, _decoded(pipe, prompt, positions)))
+        found.append(Subject(nouns, modifiers, _decode(pipe, prompt, positions)))
     return tuple(found)
 
 
-def _decoded(pipe: Any, prompt: str, positions: Sequence[int]) -> str:
+def _decode(pipe: Any, prompt: str, positions: Sequence[int]) -> str:
     tokenizer = _tokenizers(pipe)[0]
     ids = _ids(pipe, tokenizer, prompt)
     return " ".join(tokenizer.decode([ids[position - 1] for position in positions]).split())

@@ -56,11 +56,11 @@ def variable_size_attention(
         raise ValueError(f"trained_size {(height, width)} leaves {small[0]} fewer than 2 tokens, whose logarithm is 0")
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.to_q.register_forward_hook(_scaled(tokens[name])).remove)
+            stack.callback(layer.to_q.register_forward_hook(_scale(tokens[name])).remove)
         yield tokens
 
 
-def _scaled(trained: int) -> Callable[..., Tensor]:
+def _scale(trained: int) -> Callable[..., Tensor]:
     def hook(_projection: nn.Module, _arguments: Any, query: Tensor) -> Tensor:
         return query * math.sqrt(math.log(query.shape[1]) / math.log(trained))
 

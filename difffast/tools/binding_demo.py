@@ -96,7 +96,7 @@ def draw_grid(results: Sequence[Bound], path: Path, *, cell: int = 160) -> None:
         draw.text((gap + column * (cell + gap), 5), title, fill="black")
     for row, result in enumerate(results):
         top = head + row * (cell + caption + gap)
-        maps = [_overlaid(result.images[1], attended.cpu().numpy(), cell) for attended in result.trace.maps[0]]
+        maps = [_overlay(result.images[1], attended.cpu().numpy(), cell) for attended in result.trace.maps[0]]
         pictures = [image.resize((cell, cell), Image.Resampling.NEAREST) for image in result.images] + maps
         for column, picture in enumerate(pictures):
             left = gap + column * (cell + gap)
@@ -108,7 +108,7 @@ def draw_grid(results: Sequence[Bound], path: Path, *, cell: int = 160) -> None:
     sheet.save(path)
 
 
-def _overlaid(image: Image.Image, attended: np.ndarray, cell: int) -> Image.Image:
+def _overlay(image: Image.Image, attended: np.ndarray, cell: int) -> Image.Image:
     """A map [h, w], from its least to its largest, as red light on the grey picture."""
     span = float(np.ptp(attended)) or 1.0
     light = Image.fromarray(np.uint8(255 * (attended - attended.min()) / span))

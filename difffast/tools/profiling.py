@@ -88,7 +88,7 @@ def profile(pipe: DiffusionPipeline, generate: Callable[[], object], trace: Path
         raise ValueError("the UNet is compiled: its blocks cannot be told apart; profile the eager one")
     generate()
     counter = OperatorCounter()
-    with _watched(pipe, counter.enter_block, counter.leave_block), counter:
+    with _watch(pipe, counter.enter_block, counter.leave_block), counter:
         generate()
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if unet.device.type == "cuda" else [])]
@@ -102,7 +102,7 @@ def profile(pipe: DiffusionPipeline, generate: Callable[[], object], trace: Path
         ranges.pop().__exit__(None, None, None)
 
     with torch.profiler.profile(activities=activities) as recorded:
-        with _watched(pipe, enter, leave), record_function(_PREFIX + _OUTSIDE):
+        with _watch(pipe, enter, leave), record_function(_PREFIX + _OUTSIDE):
             generate()
         if unet.device.type == "cuda":
             torch.cuda.synchronize()
@@ -176,7 +176,7 @@ class _Calls:
 
 
 @contextlib.contextmanager
-def _watched(pipe: Any, enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
+def _watch(pipe: Any, enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
     """Tell ``enter`` and ``leave`` about every UNet call and every block in it; afterwards all is as before.
 
     Hooks on blocks are seen by both halves of a patched UNet and keep nothing from being fused; on the UNet itself

@@ -68,7 +68,7 @@ class BindingRun(ExtensionRun):
             self._text = embeds.to(torch.promote_types(embeds.dtype, torch.float32), copy=True)
             self._columns: dict[int, Columns] = {}
             for row in self._rows:
-                marked, config = self._marked(row), self._config
+                marked, config = self._find_marked(row), self._config
                 if config.merge:
                     self._text[row], self._columns[row] = merge(
                         self._text[row].clone(), marked.subjects, marked.length, config.mode, config.weights
@@ -79,10 +79,10 @@ class BindingRun(ExtensionRun):
         self._previous: dict[int, Tensor] = {}
         self._replaced, self._last, self._given, self._assembled = False, -1, None, None
         self._trace.subjects = {
-            row: tuple(subject.phrase for subject in self._marked(row).subjects) for row in self._rows
+            row: tuple(subject.phrase for subject in self._find_marked(row).subjects) for row in self._rows
         }
 
-    def _marked(self, row: int) -> Any:
+    def _find_marked(self, row: int) -> Any:
         return self._encoded.marked[row // self._encoded.images_per_prompt]
 
     def edit_call(
@@ -160,7 +160,7 @@ class BindingRun(ExtensionRun):
                 self._text[row],
                 self._columns[row].length,
                 simplified.to(self._text),
-                self._marked(row).simplified_length,
+                self._find_marked(row).simplified_length,
                 self._config.mode,
             )
         self._replaced, self._assembled = True, None
@@ -215,7 +215,7 @@ class BindingRun(ExtensionRun):
         config = self._config
         if not (config.mode == "reference" and config.merge and config.optimise == "latents"):
             return ()
-        absorbed = {tuple(sorted(i for s in self._marked(row).subjects for i in s.absorbed)) for row in rows}
+        absorbed = {tuple(sorted(i for s in self._find_marked(row).subjects for i in s.absorbed)) for row in rows}
         return absorbed.pop() if len(absorbed) == 1 else ()
 
     def _movable(self, row: int) -> list[int]:
