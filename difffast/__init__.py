@@ -7,6 +7,7 @@ from .collect import collect_maps
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan
+from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
 from .steering.binding.method import SemanticBinding
@@ -21,12 +22,14 @@ __all__ = [
     "FeatureReuse",
     "PatchReport",
     "Plan",
+    "ProofReport",
     "SemanticBinding",
     "__version__",
     "collect_maps",
     "models",
     "patch",
     "patched",
+    "prove",
     "tune",
     "unpatch",
 ]

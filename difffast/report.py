@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from . import ops
 from .engines.engine import choose_engine
 from .engines.programs import BATCHES, ProgramStats
 from .layers.registry import LAYERS
+from .ops._local import list_struck, table_of
 from .options import Options
 from .plan import CfgReuse, FeatureReuse, Plan, Sharing
 from .sampling.controller import Controller, find_controller
@@ -77,7 +79,8 @@ class PatchReport:
 
     def _rows(self) -> list[tuple[str, str]]:
         head = [("pipeline", self.pipeline), ("unet", self.unet), ("preset", self.preset)]
-        return [*head, *self.replaced, *(("note", note) for note in self.notes)]
+        struck = [("failed", f"{operator} ({backend}): {reason}") for operator, backend, reason in list_struck()]
+        return [*head, *self.replaced, *struck, *(("note", note) for note in self.notes)]
 
     def _repr_html_(self) -> str:
         cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows())
@@ -123,6 +126,12 @@ def note_exceptions(target: Target, settings: Settings, options: Options) -> Ite
     obstacle = target.refuse_cfg_reuse()
     if obstacle and options.wanted_cfg is not None:
         yield f"guidance's halves run together: {obstacle}"
+    device = next(target.unet.parameters()).device
+    if device.type == "cuda" and not table_of(device).proofs and os.environ.get("DIFFFAST_PROVE") != "0":
+        yield (
+            "no kernel has been proved on this GPU, so that PyTorch's operators run: difffast.prove(pipe), or "
+            "`difffast prove`, finds out which are faster here (DIFFFAST_PROVE=0 silences this)"
+        )
     reason = ops.missing("cpp")
     if reason is not None:
         yield f"operators run on the PyTorch reference: {reason}"

@@ -75,6 +75,7 @@ class CallContext:
         size: (height, width) of the latents.
         stop: whether the call ends, by :class:`AllCollected`, once every sink has the maps of all its layers.
         only_text: whether cross-attention layers alone are fused.
+        always: whether layers are fused even where that does not pay, to see what they would ask for.
         projected: what the UNet has made of the text, which layers attend to instead (:func:`set_projected_text`).
     """
 
@@ -86,6 +87,7 @@ class CallContext:
     size: tuple[int, int] = (0, 0)
     stop: bool = False
     only_text: bool = False
+    always: bool = False
     projected: Text | None = None
 
 

@@ -107,7 +107,7 @@ class LayerKind(ABC):
             own = _kinds[kind]
             if not args and input_name in kwargs:  # as UNetMotionModel calls its resnets
                 args = (kwargs.pop(input_name),)
-            if not args or not own.pays(layer, args[0]):
+            if not args or not (context.always or own.pays(layer, args[0])):
                 return plain(layer, *args, **kwargs)
             reason = own.refuse(layer, args[0], args[1:], kwargs)
             if reason is None:

@@ -50,7 +50,9 @@ class Resnet(LayerKind):
         }
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
-        return choose("group_norm_silu", hidden, 1) != "reference"  # groups of one channel rule no backend out
+        norm = layer.norm1.norm if isinstance(layer.norm1, NormStandIn) else layer.norm1
+        size = max(1, hidden.shape[1] // getattr(norm, "num_groups", 1))
+        return choose("group_norm_silu", hidden, size) != "reference"
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         given = [*args, *kwargs.values()]
@@ -62,12 +64,12 @@ class Resnet(LayerKind):
             return "one has hooks, or a forward of its own"
         if layer.time_emb_proj is None:
             return "one has no time projection"
-        if torch.is_autocast_enabled(hidden.device.type):
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
             return "autocast chooses the norms' dtype"
         for norm in (layer.norm1, layer.norm2):
             if isinstance(norm, NormStandIn):
                 norm = norm.norm
-            if not is_plain(norm, nn.GroupNorm):
+            if not is_plain(norm, nn.GroupNorm) and not hidden.is_meta:  # of a dry run no weight is there
                 return "a norm is wrapped, quantised, offloaded, without weights, or no plain GroupNorm"
             if norm.weight.dtype != hidden.dtype:
                 return f"a norm's weights are {norm.weight.dtype}, its input {hidden.dtype}"

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._attention_checks import MAX_HEAD_DIM
+from ..ops._local import load
+from ..ops.self_attention import choose
 from ..surgery.pristine import is_wrapped
 from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked
 
@@ -46,9 +48,17 @@ class SelfAttention(LayerKind):
         }
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
-        if hidden.ndim != 3 or hidden.device.type != "cpu":  # on GPUs all would ask in vain
+        if hidden.ndim != 3:
             return False
-        return ops.default_backend("self_attention", hidden.device, hidden.dtype) != "sdpa"
+        if hidden.is_cpu:
+            return ops.default_backend("self_attention", hidden.device, hidden.dtype) != "sdpa"
+        if not load(hidden.device):  # without proofs all would ask in vain
+            return False
+        batch, pixels, _ = hidden.shape
+        dim = layer.inner_dim // layer.heads
+        parts = 3 if type(layer.processor).__name__ == "FusedAttnProcessor2_0" else 1
+        row = parts * layer.inner_dim
+        return choose(hidden, (batch, layer.heads, pixels, dim), (pixels * row, dim, row, 1)) != "sdpa"
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         processor = type(layer.processor)

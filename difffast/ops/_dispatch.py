@@ -13,24 +13,26 @@ import contextlib
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from . import _installed
+from . import _installed, _local
 from ._installed import BACKENDS, missing
+from ._keys import Key
 from ._proofs import is_proved
 
 #: Operator -> its backends, in the order in which they are tried.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "attention_entropy": ("cpp", "triton", "reference"),
-    "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference"),
+    "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference", "flash", "cudnn", "efficient"),
     "group_norm_silu": ("cuda", "cpp", "triton", "reference"),
-    "joint_attention": ("triton", "cpp", "sdpa", "reference"),
+    "joint_attention": ("triton", "cpp", "sdpa", "reference", "flash", "cudnn", "efficient"),
     "linear": ("onednn", "reference"),
     "repeat_batch": ("cpp", "reference"),
-    "self_attention": ("cpp", "sdpa", "reference"),
+    "self_attention": ("cpp", "sdpa", "reference", "flash", "cudnn", "efficient"),
     "skip_norm_silu": ("cuda", "cpp", "triton", "reference"),
 }
 
@@ -66,16 +68,21 @@ def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
     Returns:
         A function of the signature.
     """
-    remembered = functools.lru_cache(REMEMBERED, typed=True)(decide)
+
+    @functools.lru_cache(REMEMBERED, typed=True)
+    @functools.wraps(decide)
+    def remembered(forced: Forced, _state: _local.State, *signature: Any, **named: Any) -> Answer:
+        return decide(forced, *signature, **named)
+
     _memories.append(remembered)
 
     @functools.wraps(decide)
     def recall(*signature: Any, **named: Any) -> Answer:
         # torch.compile can guard what decides, but not what a cache holds.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _local.watch is not None:
             return decide(forced_backends, *signature, **named)
         try:
-            return remembered(forced_backends, *signature, **named)
+            return remembered(forced_backends, _local.state, *signature, **named)
         except TypeError:
             pass  # Sizes are symbols, in a trace: those have no hash.
         return decide(forced_backends, *signature, **named)
@@ -110,7 +117,11 @@ def find_forced(operator: str, forced: Forced, device: torch.device) -> str | No
 
 def may_be_default(operator: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend can run here and may be chosen without being forced."""
-    return _installed.find_obstacle(backend, device) is None and is_proved(operator, backend, device, dtype)
+    return (
+        _installed.find_obstacle(backend, device) is None
+        and is_proved(operator, backend, device, dtype)
+        and not _local.is_struck(_local.state.version, operator, backend)
+    )
 
 
 @remember
@@ -125,6 +136,20 @@ def default_backend(forced: Forced, operator: str, device: torch.device, dtype: 
     )
 
 
+class Case(NamedTuple):
+    """What the local table asks of a call besides operator, device and dtype.
+
+    Attributes:
+        shapes: of the operands that settle all others.
+        strides: of as many of them; None: they make no difference.
+        options: pairs (name, number).
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...] | None
+    options: tuple[tuple[str, int], ...]
+
+
 def choose(
     operator: str,
     forced: Forced,
@@ -132,31 +157,69 @@ def choose(
     dtype: torch.dtype,
     find_obstacle: Callable[[str], str | None],
     loses: Callable[[str], bool] = lambda backend: False,
+    case: Case | None = None,
 ) -> str:
-    """Return the forced backend, or the first that may be a default and serves the operands.
+    """Return the forced backend, that of a proof on this machine, or the first default that serves the operands.
 
     Args:
         find_obstacle: says why a backend that exists here cannot serve these operands, or returns None.
         loses: whether a backend that could run is slower than the next on this shape.
+        case: what the local table is asked for; None: it is not asked.
 
     Raises:
-        RuntimeError: the forced backend cannot run.
+        CannotRunError: the forced backend cannot run.
     """
+    if case is not None and _local.watch is not None:
+        _local.watch(device, Key.of(operator, dtype, *case))
     backend = find_forced(operator, forced, device)
     if backend is not None:
         reason = find_obstacle(backend)
         if reason is not None:
             raise make_error(operator, backend, reason)
         return backend
+    if case is not None and _local.load(device):
+        version, mode = _local.state
+        mode = "graph" if torch.compiler.is_compiling() else mode
+        backend = _local.find(version, device, operator, dtype, case.shapes, case.strides, case.options, mode)
+        runs = backend in OPERATORS[operator] and _installed.find_obstacle(backend, device) is None
+        if runs and find_obstacle(backend) is None:
+            return backend
     for backend in OPERATORS[operator]:
         if may_be_default(operator, backend, device, dtype) and find_obstacle(backend) is None and not loses(backend):
             return backend
     raise AssertionError("the reference always runs")
 
 
-def make_error(operator: str, backend: str, reason: str) -> RuntimeError:
+def strike_out(operator: str, backend: str, device: torch.device, error: Exception) -> None:
+    """Strike out a backend that was chosen and has failed, so that the call can be answered by another one.
+
+    Raises:
+        Exception: ``error``, where no other one would do better: the backend is forced or the reference, the memory is
+            full, or the call is being traced.
+    """
+    forced = find_forced(operator, forced_backends, device)
+    if (
+        backend in ("reference", forced)
+        or isinstance(error, torch.OutOfMemoryError)
+        or torch.compiler.is_compiling()
+        or device.type == "meta"
+    ):
+        raise error
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    _local.strike(operator, backend, reason)
+    warnings.warn(
+        f"difffast: {operator} takes PyTorch's way from now on, its backend {backend!r} has failed: {reason}",
+        stacklevel=3,
+    )
+
+
+class CannotRunError(RuntimeError):
+    """A forced backend cannot run on these operands, or not here."""
+
+
+def make_error(operator: str, backend: str, reason: str) -> CannotRunError:
     """Make the error for a forced backend that cannot run."""
-    return RuntimeError(f"{operator}: backend {backend!r} was forced but cannot run: {reason}")
+    return CannotRunError(f"{operator}: backend {backend!r} was forced but cannot run: {reason}")
 
 
 @contextlib.contextmanager

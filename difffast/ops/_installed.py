@@ -29,7 +29,10 @@ NOT_BUILT = f"difffast._C is not built: with a C++ compiler {_HOW} it, or prints
 
 #: PyTorch's own, which need no proof.
 FROM_PYTORCH = ("reference", "sdpa", "onednn")
-BACKENDS = (*FROM_PYTORCH, "cpp", "triton", "cuda")
+#: PyTorch's fused attention by one of its kernels for GPUs, after torch.nn.attention.SDPBackend; "sdpa" tries them in
+#: an order of its own.  They are chosen where a proof has measured that another one is faster.
+SDPA_KERNELS = ("flash", "cudnn", "efficient")
+BACKENDS = (*FROM_PYTORCH, "cpp", "triton", "cuda", *SDPA_KERNELS)
 
 
 def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
@@ -83,6 +86,7 @@ _missing: dict[str, str | None] = {
     "cpp": _not_built,
     "triton": _explain_triton(),
     "cuda": _explain_cuda(),
+    **dict.fromkeys(SDPA_KERNELS, None if torch.cuda.is_available() else "no CUDA device is visible"),
 }
 #: The instruction set of the C++ kernels: "avx512", "avx2" or "baseline"; None without them.
 INSTRUCTION_SET: str | None = _extension.difffast_instruction_set().decode() if _extension else None
@@ -92,6 +96,7 @@ _DEVICES = {
     "cpp": ("cpu",),
     "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
     "cuda": ("cuda",),
+    **dict.fromkeys(SDPA_KERNELS, ("cuda",)),
 }
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._dispatch import Operand
+from ._dispatch import Case, Operand
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,3 +54,53 @@ def check_like(other: str, operand: Operand, name: str, x: Operand) -> None:
         raise ValueError(
             f"{other} must be {x.dtype} on {x.device} like {name}, got {operand.dtype} on {operand.device}"
         )
+
+
+def check_addend(x: Operand, addend: Operand) -> tuple[int, int] | None:
+    """Check an addend; return its shape without trailing dimensions of size 1, or None for one in the shape of x."""
+    check_like("addend", addend, "x", x)
+    shape = addend.shape
+    by_row = len(shape) >= 2 and math.prod(shape[2:]) == 1
+    if len(shape) < 2 or shape[1] != x.shape[1] or not (by_row or shape[2:] == x.shape[2:]):
+        raise ValueError(
+            f"addend must be [Ba, {x.shape[1]}] or [Ba, {', '.join(map(str, x.shape[1:]))}], got {tuple(shape)}"
+        )
+    if shape[0] != x.shape[0] and (not shape[0] or x.shape[0] % shape[0]):
+        raise ValueError(f"addend's batch must divide x's, got {shape[0]} and {x.shape[0]}")
+    return (shape[0], shape[1]) if by_row else None
+
+
+def check_rows(name: str, x: Operand, rows: Operand) -> None:
+    """Check that there is one number for each channel of each row of x."""
+    check_like(name, rows, "x", x)
+    if rows.shape[:2] != x.shape[:2] or math.prod(rows.shape[2:]) != 1:
+        raise ValueError(f"{name} must be {list(x.shape[:2])}, got {tuple(rows.shape)}")
+
+
+def make_case(
+    x: Operand,
+    layout: Layout,
+    groups: int,
+    addends: int = 0,
+    whole: bool = False,
+    modulated: bool = False,
+    gradient: bool = False,
+) -> Case:
+    """Return what the local table is asked for a call of group_norm_silu.
+
+    Args:
+        x, layout: the operand, and how it lies in memory.
+        groups: of the norm.
+        addends: rows of an addend; 0: there is none.
+        whole: whether each of them has the shape of a row of x.
+        modulated: whether there are scale and shift.
+        gradient: whether the call will be differentiated.
+    """
+    options = (
+        ("groups", groups),
+        ("addends", addends),
+        ("whole", whole),
+        ("modulated", modulated),
+        ("gradient", gradient),
+    )
+    return Case((x.shape,), (layout[0],), options)

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _sdpa
 from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
-from ._dispatch import Forced, Operand
+from ._dispatch import Case, Forced, Operand
+from ._installed import SDPA_KERNELS
 from ._library import LIBRARY, refuse_second_derivative
 
 #: Products q k below which the C++ kernel loses to PyTorch's attention.
@@ -62,14 +63,22 @@ def cross_attention(
     scale = None if scale is None else check_scale(scale)
     tokens = [] if map_tokens is None else check_tokens(map_tokens, k.shape)
     operands = (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device)
-    # Only the CUDA kernel asks how operands lie in memory.
-    layout = _find_layout(q, k, v) if q.is_cuda else None
-    backend, scale = _decide(operands, scale, sink, map_tokens is not None, layout)
+    layout, gradient = None, False
+    if not q.is_cpu:  # there, kernels differ in whether they like how operands lie in memory, and go backward
+        layout = _find_layout(q, k, v)
+        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    backend, factor = _decide(operands, scale, sink, map_tokens is not None, layout, gradient)
     if backend == "sdpa":
-        return _sdpa(q, k, v, scale, sink)
-    run = reference if backend == "reference" else _OPERATORS[backend]
+        return _attend(backend, q, k, v, factor, sink)
     increasing = sorted(set(tokens))
-    out, maps = run(q, k, v, scale, sink, increasing)
+    try:
+        if backend in SDPA_KERNELS:
+            return _attend(backend, q, k, v, factor, sink)
+        run = reference if backend == "reference" else _OPERATORS[backend]
+        out, maps = run(q, k, v, factor, sink, increasing)
+    except Exception as error:
+        _dispatch.strike_out("cross_attention", backend, q.device, error)
+        return cross_attention(q, k, v, scale=scale, sink=sink, map_tokens=map_tokens)
     if map_tokens is None:
         return out
     if tokens != increasing:
@@ -125,11 +134,11 @@ def reference_backward(
     return store_by_row((ds @ k_).to(q.dtype)), dk, dv
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int) -> Tensor:
+def _attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int) -> Tensor:
     k, v = repeat_rows(q, k, v)
     if sink:
         k, v = F.pad(k, (0, 0, 0, sink)), F.pad(v, (0, 0, 0, sink))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _sdpa.attend(backend, q, k, v, scale)
 
 
 #: How an operand lies in memory: its strides, and its storage offset modulo 8.
@@ -144,6 +153,7 @@ def _decide(
     sink: int,
     maps: bool,
     layout: tuple[_Layout, ...] | None,
+    gradient: bool,
 ) -> tuple[str, float]:
     """Check the operands; return the backend, and the factor of the logits.
 
@@ -151,7 +161,8 @@ def _decide(
         operands: :class:`Operand` s q, k and v, as plain tuples.
         scale: None: the default.
         maps: whether any are wanted.
-        layout: of q, k and v on a GPU.
+        layout: of q, k and v; None on a CPU.
+        gradient: whether the call will be differentiated; not asked on a CPU.
     """
     q, k, v = (Operand(*each) for each in operands)
     check_attention(q, k, v)
@@ -165,6 +176,11 @@ def _decide(
         q.dtype,
         lambda backend: find_obstacle(backend, q, k, v, scale, maps, layout),
         lambda backend: _loses(backend, q, k, maps),
+        Case(
+            (q.shape, k.shape, v.shape),
+            None if layout is None else (layout[0][0], layout[1][0], layout[2][0]),
+            (("sink", sink), ("maps", maps), ("gradient", gradient)),
+        ),
     )
     return backend, scale
 
@@ -173,8 +189,6 @@ def find_obstacle(
     backend: str, q: Operand, k: Operand, v: Operand, scale: float, maps: bool, layout: tuple[_Layout, ...] | None
 ) -> str | None:
     """Say why a backend that exists here cannot serve these operands, or return None."""
-    if backend == "sdpa" and maps:
-        return "PyTorch's fused attention returns no maps"
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
     if backend == "triton":
@@ -194,7 +208,7 @@ def find_obstacle(
                     f"{name} needs rows of neighbours at multiples of 16 bytes, got strides {strides} "
                     f"and storage offset {offset} modulo 8"
                 )
-    return None
+    return _sdpa.find_obstacle(backend, q, maps)
 
 
 def _find_layout(*operands: Tensor) -> tuple[_Layout, ...]:

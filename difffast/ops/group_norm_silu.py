@@ -22,9 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _installed
-from ._dispatch import Forced, Operand
+from ._dispatch import Case, Forced, Operand
 from ._library import LIBRARY, refuse_second_derivative
-from ._norm_checks import Layout, check_like, check_norm, is_channels_last, lies_channels_last, memory_format
+from ._norm_checks import (
+    Layout,
+    check_addend,
+    check_norm,
+    check_rows,
+    is_channels_last,
+    lies_channels_last,
+    make_case,
+    memory_format,
+)
 
 
 def group_norm_silu(
@@ -70,20 +79,24 @@ def group_norm_silu(
     backend, addend_shape = _decide(
         (x.shape, x.dtype, x.device),
         (x.stride(), x.is_contiguous()),
+        not x.is_cpu and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
         groups,
         ((weight.shape, weight.dtype, weight.device), (bias.shape, bias.dtype, bias.device)),
         None if addend is None else (addend.shape, addend.dtype, addend.device),
         None if scale is None else (scale.shape, scale.dtype, scale.device),
         None if shift is None else (shift.shape, shift.dtype, shift.device),
     )
-    if addend_shape is not None:
-        addend = addend.reshape(addend_shape)
+    rows = addend if addend_shape is None else addend.reshape(addend_shape)
     if scale is not None:
         scale, shift = scale.reshape(x.shape[:2]), shift.reshape(x.shape[:2])
-    arguments = (x, groups, weight, bias, float(eps), addend, scale, shift, bool(silu))
+    arguments = (x, groups, weight, bias, float(eps), rows, scale, shift, bool(silu))
     if backend == "reference":
         return reference(*arguments)
-    return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
+    try:
+        return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
+    except Exception as error:
+        _dispatch.strike_out("group_norm_silu", backend, x.device, error)
+        return group_norm_silu(x, groups, weight, bias, eps, addend=rows, scale=scale, shift=shift, silu=silu)
 
 
 def reference(
@@ -165,6 +178,7 @@ def _decide(
     forced: Forced,
     x: tuple[Any, ...],
     layout: Layout,
+    gradient: bool,
     groups: int,
     parameters: tuple[tuple[Any, ...], tuple[Any, ...]],
     addend: tuple[Any, ...] | None,
@@ -176,38 +190,20 @@ def _decide(
     Args:
         x, parameters, addend, scale, shift: :class:`Operand` s as plain tuples; the parameters are weight and bias.
         layout: of x.
+        gradient: whether the call will be differentiated; not asked on a CPU.
     """
     x = Operand(*x)
     weight, bias = (Operand(*each) for each in parameters)
     check_norm("x", x, groups, {"weight": weight, "bias": bias})
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got only " + ("scale" if shift is None else "shift"))
-    shape = None if addend is None else _check_addend(x, Operand(*addend))
+    shape = None if addend is None else check_addend(x, Operand(*addend))
     for name, rows in (("scale", scale), ("shift", shift)):
         if rows is not None:
-            _check_rows(name, x, Operand(*rows))
-    return choose_for("group_norm_silu", forced, x, layout, x.shape[1] // groups), shape
-
-
-def _check_addend(x: Operand, addend: Operand) -> tuple[int, int] | None:
-    """Check an addend; return its shape without trailing dimensions of size 1, or None for one in the shape of x."""
-    check_like("addend", addend, "x", x)
-    shape = addend.shape
-    by_row = len(shape) >= 2 and math.prod(shape[2:]) == 1
-    if len(shape) < 2 or shape[1] != x.shape[1] or not (by_row or shape[2:] == x.shape[2:]):
-        raise ValueError(
-            f"addend must be [Ba, {x.shape[1]}] or [Ba, {', '.join(map(str, x.shape[1:]))}], got {tuple(shape)}"
-        )
-    if shape[0] != x.shape[0] and (not shape[0] or x.shape[0] % shape[0]):
-        raise ValueError(f"addend's batch must divide x's, got {shape[0]} and {x.shape[0]}")
-    return (shape[0], shape[1]) if by_row else None
-
-
-def _check_rows(name: str, x: Operand, rows: Operand) -> None:
-    """Check that there is one number for each channel of each row of x."""
-    check_like(name, rows, "x", x)
-    if rows.shape[:2] != x.shape[:2] or math.prod(rows.shape[2:]) != 1:
-        raise ValueError(f"{name} must be {list(x.shape[:2])}, got {tuple(rows.shape)}")
+            check_rows(name, x, Operand(*rows))
+    addends = 0 if addend is None else addend[0][0]
+    case = make_case(x, layout, groups, addends, addend is not None and shape is None, scale is not None, gradient)
+    return choose_for("group_norm_silu", forced, x, layout, x.shape[1] // groups, case), shape
 
 
 def _broadcast(rows: Tensor, x: Tensor) -> Tensor:
@@ -253,17 +249,19 @@ def find_obstacle(backend: str, dtype: torch.dtype, size: int) -> str | None:
 
 
 def choose(operator: str, x: Tensor, size: int) -> str:
-    """Return the backend of this operator or of skip_norm_silu for x, whose groups have ``size`` channels."""
+    """Return the backend of this operator or of skip_norm_silu for x alone, whose groups have ``size`` channels."""
     return _choose(operator, (x.shape, x.dtype, x.device), (x.stride(), x.is_contiguous()), size)
 
 
 @_dispatch.remember
 def _choose(forced: Forced, operator: str, x: tuple[Any, ...], layout: Layout, size: int) -> str:
-    return choose_for(operator, forced, Operand(*x), layout, size)
+    x = Operand(*x)
+    case = make_case(x, layout, x.shape[1] // size) if operator == "group_norm_silu" else None
+    return choose_for(operator, forced, x, layout, size, case)
 
 
-def choose_for(operator: str, forced: Forced, x: Operand, layout: Layout, size: int) -> str:
-    """Do what :func:`choose` does, for a signature."""
+def choose_for(operator: str, forced: Forced, x: Operand, layout: Layout, size: int, case: Case | None) -> str:
+    """Return the backend of this operator or of skip_norm_silu for x, whose groups have ``size`` channels."""
     return _dispatch.choose(
         operator,
         forced,
@@ -271,6 +269,7 @@ def choose_for(operator: str, forced: Forced, x: Operand, layout: Layout, size: 
         x.dtype,
         lambda backend: find_obstacle(backend, x.dtype, size),
         lambda backend: _loses(backend, x, layout),
+        case,
     )
 
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _sdpa
 from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
-from ._dispatch import Forced, Operand
+from ._dispatch import Case, Forced, Operand
+from ._installed import SDPA_KERNELS
 from ._library import LIBRARY
 from .cross_attention import cross_attention
 
@@ -72,12 +72,19 @@ def joint_attention(
     tensors = (q, text_k, text_v, k, v)
     gradient = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
     operands = tuple([(x.shape, x.dtype, x.device) for x in tensors])
-    backend, scale = _decide(operands, scale, map_tokens is not None, gradient)
+    strides = None if q.is_cpu else tuple([x.stride() for x in tensors])
+    backend, factor = _decide(operands, scale, map_tokens is not None, gradient, strides)
     if backend == "sdpa":
-        return _sdpa(q, text_k, text_v, k, v, scale)
-    run = reference if backend == "reference" else _OPERATORS[backend]
+        return _attend(backend, q, text_k, text_v, k, v, factor)
     increasing = sorted(set(tokens))
-    out, maps = run(q, text_k, text_v, k, v, scale, increasing)
+    try:
+        if backend in SDPA_KERNELS:
+            return _attend(backend, q, text_k, text_v, k, v, factor)
+        run = reference if backend == "reference" else _OPERATORS[backend]
+        out, maps = run(q, text_k, text_v, k, v, factor, increasing)
+    except Exception as error:
+        _dispatch.strike_out("joint_attention", backend, q.device, error)
+        return joint_attention(q, text_k, text_v, k, v, scale=scale, map_tokens=map_tokens)
     if map_tokens is None:
         return out
     return out, maps if tokens == increasing else maps[..., [increasing.index(token) for token in tokens]]
@@ -134,14 +141,19 @@ def _join(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor) -> tu
     return tuple(x.to(compute) for x in (q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)))
 
 
-def _sdpa(q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend(backend: str, q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     text_k, text_v = repeat_rows(q, text_k, text_v)
-    return F.scaled_dot_product_attention(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), scale=scale)
+    return _sdpa.attend(backend, q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), scale)
 
 
 @_dispatch.remember
 def _decide(
-    forced: Forced, operands: tuple[tuple[Any, ...], ...], scale: float | None, maps: bool, gradient: bool
+    forced: Forced,
+    operands: tuple[tuple[Any, ...], ...],
+    scale: float | None,
+    maps: bool,
+    gradient: bool,
+    strides: tuple[tuple[int, ...], ...] | None,
 ) -> tuple[str, float]:
     """Check the operands; return the backend, and the factor of the logits.
 
@@ -150,6 +162,7 @@ def _decide(
         scale: None: the default.
         maps: whether any are wanted.
         gradient: whether the call will be differentiated.
+        strides: of the operands; None on a CPU.
     """
     q, text_k, text_v, k, v = (Operand(*each) for each in operands)
     check_attention(q, text_k, text_v, prefix="text_")
@@ -163,6 +176,11 @@ def _decide(
         q.dtype,
         lambda backend: find_obstacle(backend, q, text_k, text_v, maps),
         lambda backend: backend == "cpp" and slow,
+        Case(
+            (q.shape, text_k.shape, text_v.shape, k.shape, v.shape),
+            strides,
+            (("maps", maps), ("gradient", gradient)),
+        ),
     )
     return backend, q.shape[3] ** -0.5 if scale is None else scale
 
@@ -181,15 +199,13 @@ def _check_pixels(q: Operand, k: Operand, v: Operand) -> None:
 
 def find_obstacle(backend: str, q: Operand, text_k: Operand, text_v: Operand, maps: bool) -> str | None:
     """Say why a backend that exists here cannot serve these operands, or return None."""
-    if backend == "sdpa" and maps:
-        return "PyTorch's fused attention returns no maps"
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
     if backend == "triton":
         from difffast.triton_kernels import joint_attention as kernels
 
         return kernels.obstacle(q, text_k, text_v)
-    return None
+    return _sdpa.find_obstacle(backend, q, maps)
 
 
 _SCHEMA = (

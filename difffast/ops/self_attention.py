@@ -16,12 +16,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _sdpa
 from ._attention_checks import check_attention, check_scale
-from ._dispatch import Forced, Operand
+from ._dispatch import Case, Forced, Operand
+from ._installed import SDPA_KERNELS
 from ._library import LIBRARY
 from .cross_attention import reference
 
@@ -49,17 +49,39 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
     scale = None if scale is None else check_scale(scale)
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     operands = (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device)
-    backend, scale = _decide(operands, scale, gradient)
+    strides = None if q.is_cpu else (q.stride(), k.stride(), v.stride())
+    backend, factor = _decide(operands, scale, gradient, strides)
     if backend == "reference":
-        return reference(q, k, v, scale)[0]
+        return reference(q, k, v, factor)[0]
     if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return torch.ops.difffast.self_attention.cpp(q, k, v, scale)
+        return _sdpa.attend(backend, q, k, v, factor)
+    try:
+        if backend in SDPA_KERNELS:
+            return _sdpa.attend(backend, q, k, v, factor)
+        return torch.ops.difffast.self_attention.cpp(q, k, v, factor)
+    except Exception as error:
+        _dispatch.strike_out("self_attention", backend, q.device, error)
+        return self_attention(q, k, v, scale=scale)
+
+
+def choose(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
+    """Return the backend for queries, keys and values of one shape and strides.
+
+    Args:
+        like: what has their dtype and device, and wants a gradient if they do.
+    """
+    operand = (torch.Size(shape), like.dtype, like.device)
+    gradient = torch.is_grad_enabled() and like.requires_grad
+    return _decide((operand,) * 3, None, gradient, None if like.is_cpu else (strides,) * 3)[0]
 
 
 @_dispatch.remember
 def _decide(
-    forced: Forced, operands: tuple[tuple[Any, ...], ...], scale: float | None, gradient: bool
+    forced: Forced,
+    operands: tuple[tuple[Any, ...], ...],
+    scale: float | None,
+    gradient: bool,
+    strides: tuple[tuple[int, ...], ...] | None,
 ) -> tuple[str, float]:
     """Check the operands; return the backend, and the factor of the logits.
 
@@ -67,6 +89,7 @@ def _decide(
         operands: :class:`Operand` s q, k and v, as plain tuples.
         scale: None: the default.
         gradient: whether the call will be differentiated.
+        strides: of q, k and v; None on a CPU.
     """
     q, k, v = (Operand(*each) for each in operands)
     check_attention(q, k, v, most=None)
@@ -77,17 +100,18 @@ def _decide(
         forced,
         q.device,
         q.dtype,
-        lambda backend: find_obstacle(backend, q.dtype, gradient),
+        lambda backend: find_obstacle(backend, q, gradient),
         lambda backend: _loses(backend, q, k),
+        Case((q.shape, k.shape, v.shape), strides, (("gradient", gradient),)),
     )
     return backend, q.shape[3] ** -0.5 if scale is None else scale
 
 
-def find_obstacle(backend: str, dtype: torch.dtype, gradient: bool) -> str | None:
+def find_obstacle(backend: str, q: Operand, gradient: bool) -> str | None:
     """Say why a backend that exists here cannot serve these operands, or return None."""
     if backend != "cpp":
-        return None
-    if dtype == torch.float16:
+        return _sdpa.find_obstacle(backend, q)
+    if q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
     return "it has no backward pass" if gradient else None
 

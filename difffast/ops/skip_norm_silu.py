@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import Forced, Operand, remember
+from ._dispatch import Case, Forced, Operand, remember, strike_out
 from ._library import LIBRARY
 from ._norm_checks import Layout, check_norm, is_channels_last, memory_format
 from .group_norm_silu import choose_for
@@ -60,12 +60,19 @@ def skip_norm_silu(
     backend = _decide(
         (hidden.shape, hidden.dtype, hidden.device),
         (hidden.stride(), hidden.is_contiguous()),
+        not hidden.is_cpu and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
         (skip.shape, skip.dtype, skip.device),
         groups,
         ((weight.shape, weight.dtype, weight.device), (bias.shape, bias.dtype, bias.device)),
     )
     arguments = (hidden, skip, groups, weight, bias, float(eps), bool(silu))
-    return reference(*arguments) if backend == "reference" else _OPERATORS[backend](*arguments)
+    if backend == "reference":
+        return reference(*arguments)
+    try:
+        return _OPERATORS[backend](*arguments)
+    except Exception as error:
+        strike_out("skip_norm_silu", backend, hidden.device, error)
+        return skip_norm_silu(*arguments)
 
 
 @remember
@@ -73,6 +80,7 @@ def _decide(
     forced: Forced,
     hidden: tuple[Any, ...],
     layout: Layout,
+    gradient: bool,
     skip: tuple[Any, ...],
     groups: int,
     parameters: tuple[tuple[Any, ...], tuple[Any, ...]],
@@ -82,6 +90,7 @@ def _decide(
     Args:
         hidden, skip, parameters: :class:`Operand` s as plain tuples; the parameters are weight and bias.
         layout: of hidden.
+        gradient: whether the call will be differentiated; not asked on a CPU.
     """
     hidden, skip = Operand(*hidden), Operand(*skip)
     weight, bias = (Operand(*each) for each in parameters)
@@ -93,7 +102,8 @@ def _decide(
     check_norm("hidden", hidden, groups, {"skip": skip, "weight": weight, "bias": bias}, channels)
     if not skip.shape[0] or not hidden.shape[0] or hidden.shape[0] % skip.shape[0]:
         raise ValueError(f"skip's batch must divide hidden's, got {skip.shape[0]} and {hidden.shape[0]}")
-    return choose_for("skip_norm_silu", forced, hidden, layout, channels // groups)
+    case = Case((hidden.shape, skip.shape), (layout[0],), (("groups", groups), ("gradient", gradient)))
+    return choose_for("skip_norm_silu", forced, hidden, layout, channels // groups, case)
 
 
 def own_channels(hidden_channels: int, skip_channels: int, groups: int) -> int:

@@ -1,4 +1,4 @@
-"""The command line: ``difffast info | demo | generate | bench | profile``."""
+"""The command line: ``difffast info | prove | demo | generate | bench | profile``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
-from . import terminal
+from . import proving, terminal
 from .info import show_info
 from .terminal import say
 
@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--pipeline", type=Path, metavar="DIR", help="whether a pipeline on disk is supported")
     info.add_argument("--pipelines", action="store_true", help="all pipelines that are supported")
     info.set_defaults(run=show_info)
+
+    proving.add_parser(commands)
 
     demo = commands.add_parser("demo", help="the embedded model, stock against patched: images, seconds, PSNR, plan")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for grid.png and demo.json")
@@ -180,7 +182,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ..patch import patch
 
     _check_writable(arguments.out)
-    device = _choose_device(arguments.device)
+    device = choose_device(arguments.device)
     dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
     # Cast after loading: the name of from_pretrained's dtype argument differs between Diffusers versions.
     pipe = DiffusionPipeline.from_pretrained(arguments.model).to(device, getattr(torch, dtype))
@@ -223,7 +225,7 @@ def _check_writable(path: Path) -> None:
         path.unlink()
 
 
-def _choose_device(asked: str | None) -> str:
+def choose_device(asked: str | None) -> str:
     """Return the device that was asked for, or the best one.
 
     Raises:
@@ -258,7 +260,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     from ..patch import patched
     from .profiling import profile
 
-    device = _choose_device(arguments.device)
+    device = choose_device(arguments.device)
     pipe = models.load_pipeline(arguments.model) if arguments.model else models.embedded_pipeline()
     pipe = pipe.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
     pipe.set_progress_bar_config(disable=True)

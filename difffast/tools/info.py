@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from ..presets import PRESETS
 from . import terminal
+from .proving import make_table
 from .terminal import say
 
 
@@ -50,6 +51,7 @@ def show_info(arguments: argparse.Namespace) -> int:
     terminal.console.print(
         "A kernel without a proving run is never a default; difffast.ops.use_backend or DIFFFAST_BACKEND run it."
     )
+    _show_local_proofs()
     return 0
 
 
@@ -117,6 +119,23 @@ def _proof_table() -> Table:
             if not rows:
                 table.add_row(operator, backend, "no hardware yet: opt-in only", "", "")
     return table
+
+
+def _show_local_proofs() -> None:
+    """Print what has been proved on the devices of this machine."""
+    import torch
+
+    from ..ops import _local
+
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        table = _local.table_of(device)
+        if table.note is not None:
+            say(f"note: {table.note}")
+        if table.proofs:
+            terminal.console.print(make_table(table.proofs, f"proved here, on {_local.name_device(device)}"))
+    if not any(_local.table_of(device).proofs for device in devices):
+        say("Nothing has been proved on this machine's own devices yet: difffast prove does it.")
 
 
 def _version(package: str) -> str:

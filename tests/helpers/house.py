@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("surgery", "presets"),
     ("layers",),
     ("unet",),
-    ("engines",),
+    ("engines", "proofs"),
     ("sampling", "target", "tune_cache"),
     ("steering", "options"),
     ("report", "sites", "tune_runs"),

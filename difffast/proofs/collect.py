@@ -1,0 +1,163 @@
+"""Which keys a UNet asks for: it is run dry, on the meta device, with its layers patched as difffast patches them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.context import CallContext, Text, use_context
+from ..layers.cross_attention import process_text
+from ..layers.registry import LAYERS
+from ..models.configs import unet as make_unet
+from ..ops import _local
+from ..ops._keys import Key
+from ..unet.features import Features
+from ..unet.shared_skips import read_weights
+from ..unet.split import decode, encode, run_encoder
+from .problems import KINDS, is_slow
+
+#: Time steps that are decoded at once.
+DECODERS = (1, 2, 4)
+#: Tokens of a text, of CLIP's encoder.
+_TOKENS = 77
+
+_collecting = threading.Lock()
+
+
+def make_dry(source: Any, dtype: torch.dtype) -> nn.Module:
+    """Return a UNet without memory.
+
+    Args:
+        source: a name of :data:`difffast.models.configs.UNET_CONFIGS`, or a UNet of which it is a copy.
+        dtype: of its weights.
+
+    Raises:
+        ValueError: there is no UNet of this name.
+    """
+    if isinstance(source, str):
+        return nn.Module.to(make_unet(source), dtype=dtype).requires_grad_(False)
+    from ..surgery.subclass import plain_class
+
+    with torch.device("meta"):
+        dry = plain_class(source).from_config(source.config)
+    first = next((x for x in source.parameters() if x.ndim == 4), None)
+    last = first is not None and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+    layout = torch.channels_last if last else torch.preserve_format
+    return nn.Module.to(dry, dtype=dtype, memory_format=layout).eval().requires_grad_(False)
+
+
+def make_call(unet: nn.Module, batch: int) -> dict[str, Any]:
+    """Return the arguments of a call of a dry UNet.
+
+    Args:
+        batch: rows, guidance included.
+
+    Raises:
+        ValueError: nobody knows what this UNet is called with.
+    """
+    from diffusers import UNet2DConditionModel
+
+    config, like = unet.config, next(unet.parameters())
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"keys can be collected from a UNet2DConditionModel, got {type(unet).__name__}")
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    size = config.sample_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    width_of_text = config.encoder_hid_dim or config.cross_attention_dim
+    width_of_text = width_of_text if isinstance(width_of_text, int) else width_of_text[0]
+    call: dict[str, Any] = {
+        "sample": empty(batch, config.in_channels, height, width),
+        "timestep": torch.zeros((), dtype=torch.int64, device=like.device),
+        "encoder_hidden_states": empty(batch, _TOKENS, width_of_text),
+    }
+    if config.addition_embed_type == "text_time":
+        ids = 6 if config.projection_class_embeddings_input_dim != 2560 else 5
+        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+        call["added_cond_kwargs"] = {"text_embeds": empty(batch, pooled), "time_ids": empty(batch, ids)}
+    if config.class_embed_type == "timestep":
+        call["class_labels"] = torch.zeros(batch, dtype=torch.int64, device=like.device)
+    return call
+
+
+def collect(unet: nn.Module, batch: int, device: torch.device, decoders: Sequence[int] = DECODERS) -> list[Key]:
+    """Return the keys that a UNet asks for, in the order in which they should be proved.
+
+    Whole calls come first, then decoders of more and more steps at once; among these, what moves the most bytes, and
+    last of all what takes long to prove.
+
+    Args:
+        unet: from :func:`make_dry`; it stays patched.
+        batch: rows of a call, guidance included.
+        device: where the proofs are for.
+        decoders: how many steps may be decoded at once.
+    """
+    call = make_call(unet, batch)
+    text = call["encoder_hidden_states"]
+    for kind in LAYERS:
+        kind.put_in(unet)
+    if getattr(unet.config, "encoder_hid_dim_type", None) == "text_proj":
+        unet.process_encoder_hidden_states = functools.partial(_process_text, unet)
+    context = CallContext(
+        fused=True, note=_ignore, record=_ignore, text=Text(seen=None, original=text, kv=None), always=True
+    )
+    found: list[Counter[Key]] = []
+
+    def watch(where: torch.device, key: Key) -> None:
+        if where.type == "meta" and key.operator in KINDS:
+            found[-1][_move(key, device)] += 1
+
+    with _collecting, torch.no_grad():
+        _local.watch = watch
+        try:
+            found.append(Counter())
+            with use_context(context):
+                unet(**call, return_dict=False)
+            with use_context(context):
+                features = encode(unet, call)
+                shared = _share(unet, call)
+            for steps in decoders:
+                found.append(Counter())
+                for each in (features, shared):
+                    with use_context(context):
+                        decode(unet, each, call, torch.zeros(steps, dtype=torch.int64, device="meta"))
+        finally:
+            _local.watch = None
+    ordered = [
+        key for each in found for key in sorted(each, key=lambda key: (is_slow(key, device), -each[key] * key.size))
+    ]
+    return list(dict.fromkeys(ordered))
+
+
+def _share(unet: nn.Module, call: dict[str, Any]) -> Features:
+    """Encode for decoders that share their skips; of a dry UNet nobody else would believe that it can."""
+    names = tuple(
+        name
+        for name, module in unet.named_modules()
+        if name.startswith("up_blocks.") and ".resnets." in name and getattr(module, "conv_shortcut", None) is not None
+    )
+    outputs, parts = run_encoder(unet, call, names)
+    return Features(outputs, call["sample"].shape[0], parts, {}, read_weights(unet, tuple(parts)))
+
+
+def _process_text(unet: nn.Module, encoder_hidden_states: Any, added_cond_kwargs: Any) -> Any:
+    plain = type(unet).process_encoder_hidden_states
+    return process_text(unet, encoder_hidden_states, lambda text: plain(unet, text, added_cond_kwargs))
+
+
+def _move(key: Key, device: torch.device) -> Key:
+    """Return the key that is asked for on a device, of one that was asked for on the meta device."""
+    # On a CPU attention does not ask how operands lie in memory.
+    return key._replace(layouts=()) if device.type == "cpu" and "norm" not in key.operator else key
+
+
+def _ignore(_reason: str) -> None:
+    """Nobody reads the report of a dry run."""

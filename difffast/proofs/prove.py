@@ -1,0 +1,150 @@
+"""difffast.prove: find out on this device which kernels are right and the fastest, and remember it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..ops import _local
+from ..ops._keys import Key
+from . import store
+from .collect import collect, make_dry
+from .parent import STEP, Proving
+from .report import ProofReport
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+#: Is told after each key how many of how many are done.
+Progress = Callable[[int, int], object]
+
+
+def prove(
+    pipe: DiffusionPipeline | None = None,
+    *,
+    model: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    batch: int = 1,
+    seconds: float = 20.0,
+    refresh: bool = False,
+    progress: Progress | None = None,
+) -> ProofReport:
+    """Prove, on this device, which backend of each operator is right for a UNet's shapes, and choose the fastest.
+
+    The candidates run in a process of their own: whatever they do, this one lives.  What is chosen is remembered in the
+    user's cache folder, for this device, driver and versions, and holds at once.  What the time does not suffice for
+    stays PyTorch's, and is proved at the next call.
+
+    Args:
+        pipe: a pipeline, whose UNet, device and dtype count.
+        model: instead, the name of a published UNet: "sd15", "sdxl", "if-i-xl" and so on.
+        device: None means the pipeline's; without one, cuda where there is one, else cpu.
+        dtype: None means the pipeline's; without one, float16 on cuda, else float32.
+        batch: images at once; guidance doubles it.
+        seconds: how long it may take.
+        refresh: prove anew what is known.
+        progress: is told after each key how many of how many are done.
+
+    Returns:
+        A report, which prints as text.
+
+    Raises:
+        ValueError: neither or both of ``pipe`` and ``model`` are given; no UNet of this name or kind; values out of
+            range; a device that has no proofs.
+        TypeError: ``pipe`` has no UNet.
+    """
+    if (pipe is None) == (model is None):
+        raise ValueError(f"either pipe or model must be given, got pipe={type(pipe).__name__} and model={model!r}")
+    if type(batch) is not int or batch < 1:
+        raise ValueError(f"batch must be an int of at least 1, got {batch!r}")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds must be positive and finite, got {seconds}")
+    unet = model if pipe is None else find_unet(pipe)
+    device = torch.device(device or find_device(unet))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"proofs are made on cpu and cuda, got {device}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if dtype is None:
+        half = torch.float16 if device.type == "cuda" else torch.float32
+        dtype = half if isinstance(unet, str) else unet.dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+    keys = collect(make_dry(unet, dtype), 2 * batch, device)
+    return prove_keys(keys, device, seconds, refresh=refresh, progress=progress)
+
+
+def find_unet(pipe: Any) -> Any:
+    """Return a pipeline's UNet, not its compiled wrapper.
+
+    Raises:
+        TypeError: it has none.
+    """
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        raise TypeError(f"pipe must be a pipeline with a UNet, got {type(pipe).__name__}")
+    return getattr(unet, "_orig_mod", unet)
+
+
+def find_device(unet: Any) -> torch.device:
+    """Return where a UNet is; of a name, the best device that there is."""
+    if not isinstance(unet, str):
+        return unet.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prove_keys(
+    keys: Sequence[Key],
+    device: torch.device,
+    seconds: float,
+    *,
+    refresh: bool = False,
+    progress: Progress | None = None,
+    extras: Sequence[str] = (),
+    step: float = STEP,
+) -> ProofReport:
+    """Do what :func:`prove` does, for keys in the order in which they shall be proved.
+
+    Args:
+        extras: "module:name" of dictionaries {operator: {name: way}} with more candidates.
+        step: most seconds that a candidate may take for one step.
+    """
+    start = time.monotonic()
+    table = _local.table_of(device)
+    modes = _local.MODES if device.type == "cuda" else _local.MODES[:1]
+    known = [key for key in keys if not refresh and all(key.text(mode) in table.proofs for mode in modes)]
+    new = [key for key in keys if key not in set(known)]
+    notes: list[str] = []
+    done = 0
+
+    def keep(key: Key, entries: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        note = store.merge(device, {key.text(mode): entry for mode, entry in entries.items()})
+        if note is not None and note not in notes:
+            notes.append(note)
+        if progress is not None:
+            progress(done, len(new))
+
+    left: list[Key] = []
+    if new:
+        outcome = Proving(device, seconds, extras, keep, step).run(new)
+        notes += outcome.notes
+        left = outcome.left
+    table = _local.table_of(device)
+    texts = (key.text(mode) for key in keys for mode in modes)
+    return ProofReport(
+        device=_local.name_device(device),
+        path=table.path,
+        facts=_local.find_facts(device),
+        proofs={text: table.proofs[text] for text in texts if text in table.proofs},
+        proved=done,
+        known=len(known),
+        left=tuple(key.text() for key in left),
+        notes=tuple(dict.fromkeys(notes)),
+        seconds=time.monotonic() - start,
+    )
