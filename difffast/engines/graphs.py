@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from ..ops import _dispatch
+from ..ops import _dispatch, _local
 from ..surgery.unchanged import read_version
 from .inputs import ProgramInputs, put_inputs
 from .programs import MAX_PROGRAMS, ProgramStats, count_graph_bytes
@@ -208,7 +208,8 @@ class Graphs:
             recording = self._recordings.get(key)
             if recording is None:
                 self._keep(key, _Recording())
-                return self._recorder.warm_up(call.run)
+                with _local.use_mode("graph"):  # what is recorded later
+                    return self._recorder.warm_up(call.run)
             self._recordings.move_to_end(key)
             if recording.replay is None and not recording.refused:
                 self._record(recording, call, tensors, note)
@@ -239,7 +240,8 @@ class Graphs:
             buffer.fill(value)
         static = call.on([buffer.memory for buffer in buffers])
         try:
-            recording.outputs, recording.replay = self._recorder.record(static.run)
+            with _local.use_mode("graph"):
+                recording.outputs, recording.replay = self._recorder.record(static.run)
             recording.buffers = buffers
         except torch.OutOfMemoryError:
             raise  # the strategy may ask for less at once
@@ -261,6 +263,7 @@ def _read_surroundings(device: torch.device) -> Hashable:
     kind = device.type
     return (
         _dispatch.forced_backends,
+        _local.state.version,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,

@@ -74,7 +74,7 @@ def prove(
         dtype = half if isinstance(unet, str) else unet.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    keys = collect(make_dry(unet, dtype), 2 * batch, device)
+    keys = collect(make_dry(unet, dtype, device), 2 * batch, device)
     return prove_keys(keys, device, seconds, refresh=refresh, progress=progress)
 
 
