@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import bits, on_device_of
+from .launch import bits, on_device_of, registers
 
 LOG2_E = tl.constexpr(1 / math.log(2))
 
@@ -635,9 +635,9 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"at most 65535 batch rows and heads are supported, got {q.shape[0]} and {q.shape[1]}"
     if INTERPRETED:
         return None
-    if q.device.type != "cuda" or torch.version.hip is not None:
-        return f"the kernels are for NVIDIA GPUs, got tensors on {q.device.type!r}"
-    if _capability(q.device) < 80:
+    if q.device.type != "cuda":
+        return f"the kernels are for GPUs of NVIDIA and AMD, got tensors on {q.device.type!r}"
+    if torch.version.hip is None and _capability(q.device) < 80:
         return f"the kernels need compute capability 8.0, this GPU has {_capability(q.device) / 10}"
     return None
 
@@ -701,7 +701,7 @@ def backward_q_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: 
     options = {"num_warps": 8, "num_stages": 1}
     if dtype.itemsize == 4:
         # Left alone, ptxas stops at 128 registers and spills two.
-        options["maxnreg"] = 168
+        options |= registers(168)
     return {**sizes, "OUT": out, "MAPS": maps, "BLOCK": block}, options
 
 
