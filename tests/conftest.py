@@ -1,5 +1,6 @@
 import copy
 import os
+import tempfile
 
 import pytest
 import torch
@@ -7,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     # Before any kernel is imported, also Triton's own (transformers does): Triton reads it when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What has been proved on this machine is no part of the tests.
+os.environ["DIFFFAST_CACHE"] = os.path.join(tempfile.gettempdir(), f"difffast-tests-{os.getpid()}")  # noqa: PTH118
 
 import transformers.models.clip.modeling_clip as clip
 

@@ -52,7 +52,9 @@ def find_candidates(key: Key, device: torch.device, extras: Sequence[str] = ()) 
     """
     default = find_default(key)
     found = []
-    others = [each for each in ops.OPERATORS[key.operator] if each not in FROM_PYTORCH]
+    # Triton's interpreter is a way to look for errors.
+    none = (*FROM_PYTORCH, "triton") if _installed.INTERPRETED else FROM_PYTORCH
+    others = [each for each in ops.OPERATORS[key.operator] if each not in none]
     for name in (default, *others):
         if _installed.find_obstacle(name, device) is None:
             around = _force(name, key.operator)

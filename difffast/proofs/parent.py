@@ -80,7 +80,8 @@ class Child:
             self._errors.close()
             raise NoChildError(f"no process can be started to prove kernels in ({error})") from None
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         facts = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
         self.ask({"device": str(device), "extras": list(extras), **facts})
         event = self.hear(START)
@@ -127,6 +128,9 @@ class Child:
             self._process.wait()
         except ValueError:
             ended = f"it crashed with signal {-code}"
+        self._listener.join(timeout=2.0)  # of a grandchild that holds the pipe nobody waits for the end
+        if not self._listener.is_alive():
+            self._process.stdout.close()
         self._errors.seek(0)
         last = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()][-1:]
         self._errors.close()

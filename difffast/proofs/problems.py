@@ -253,7 +253,7 @@ def vary(key: Key, step: int) -> Key | None:
         of_text = () if key.operator == "self_attention" else (1, 2)
         for index, shape in enumerate(shapes):
             shape[:2] = 1 if index in of_text else repeats, min(shape[1], 2)
-            shape[2] = min(shape[2] + step, MAX_KEYS) if index in of_text else shape[2] + step
+            shape[2] = max(1, min(shape[2] + step, MAX_KEYS)) if index in of_text else shape[2] + step
     if not all(min(shape) > 0 for shape in shapes):
         return None
     layouts = tuple(each if each[0].isalpha() else "rows" for each in key.layouts)

@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
 from . import proving, terminal
+from .arguments import choose_device, positive
 from .info import show_info
 from .terminal import say
 
@@ -45,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="the embedded model, stock against patched: images, seconds, PSNR, plan")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for grid.png and demo.json")
-    demo.add_argument("--steps", type=_positive, default=50)
-    demo.add_argument("--seeds", type=_positive, default=2, help="how many seeds per prompt")
+    demo.add_argument("--steps", type=positive, default=50)
+    demo.add_argument("--seeds", type=positive, default=2, help="how many seeds per prompt")
     demo.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
     demo.add_argument(
         "--binding", choices=sorted(BINDING_PRESETS), help="instead: semantic binding, in binding.png, with its maps"
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--negative-prompt")
     generate.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
     generate.add_argument("--out", type=Path, default=Path("image.png"))
-    generate.add_argument("--steps", type=_positive, default=50)
+    generate.add_argument("--steps", type=positive, default=50)
     generate.add_argument("--guidance-scale", type=float, default=7.5)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
@@ -77,18 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--model", help="folder in Diffusers format; default: the embedded model")
     profile.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
     profile.add_argument("--prompt", default="a red triangle above a dotted purple circle")
-    profile.add_argument("--steps", type=_positive, default=50)
+    profile.add_argument("--steps", type=positive, default=50)
     profile.add_argument("--device", help="default: cuda where there is one, else cpu")
     profile.add_argument("--out", type=Path, default=Path("out/profile"), help="folder for trace.json")
     profile.set_defaults(run=_profile)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _progress() -> Progress:
@@ -223,23 +217,6 @@ def _check_writable(path: Path) -> None:
         pass
     if not existed:
         path.unlink()
-
-
-def choose_device(asked: str | None) -> str:
-    """Return the device that was asked for, or the best one.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    import torch
-
-    if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=asked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {asked} cannot be used here: {str(error).splitlines()[0]}") from None
-    return asked
 
 
 def _bench(arguments: argparse.Namespace) -> int:

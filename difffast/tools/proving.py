@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from . import terminal
+from .arguments import choose_device, positive, positive_seconds
 from .terminal import say
 
 
@@ -25,8 +25,10 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--model", help="a published UNet: sd15, sd21, sdxl, if-i-xl, if-ii-l (default: sd15)")
     prove.add_argument("--device", help="default: cuda where there is one, else cpu")
     prove.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
-    prove.add_argument("--batch", type=_positive, default=1, help="images at once; guidance doubles it")
-    prove.add_argument("--seconds", type=_seconds, default=20.0, help="how long it may take (default: %(default)s)")
+    prove.add_argument("--batch", type=positive, default=1, help="images at once; guidance doubles it")
+    prove.add_argument(
+        "--seconds", type=positive_seconds, default=20.0, help="how long it may take (default: %(default)s)"
+    )
     prove.add_argument("--refresh", action="store_true", help="prove anew what is known")
     prove.add_argument("--show", action="store_true", help="print what is known, and prove nothing")
     prove.add_argument("--clear", action="store_true", help="delete what is known of the device, and prove nothing")
@@ -34,26 +36,11 @@ def add_parser(commands: Any) -> None:
     prove.set_defaults(run=_prove)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-    return value
-
-
 def _prove(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..proofs import prove
     from ..proofs.store import clear
-    from .cli import choose_device
 
     device = torch.device(choose_device(arguments.device))
     if device.type == "cuda" and device.index is None:
