@@ -139,8 +139,8 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-// The same without making anything seen, and so without a fence of the whole device: says that this block's threads have
-// read what they wanted, if a barrier of the block lies between.
+// The same without making anything seen, and so without a fence of the whole device: says that this block's threads
+// have read what they wanted, if a barrier of the block lies between.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

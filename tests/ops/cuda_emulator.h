@@ -653,7 +653,7 @@ struct Device {
   size_t max_shared_bytes = 99 << 10;
   bool clusters = false;
   int ptx_version = 80;
-  int for_clusters = 0;  // multiprocessors that clusters fill: what is left over in their groups is not among them
+  int for_clusters = 0;  // multiprocessors that clusters fill, without those left over in a group; -1: it cannot say
 
   bool operator==(const Device& other) const {
     return multiprocessors == other.multiprocessors && max_shared_bytes == other.max_shared_bytes &&
@@ -754,7 +754,8 @@ template <typename... Parameters>
 cudaError_t cudaOccupancyMaxActiveClusters(
     int* clusters, void (*kernel)(Parameters...), const cudaLaunchConfig_t* config) {
   ++emulator::questions;
-  if (!emulator::device().clusters || config->numAttrs != 1) return cudaErrorInvalidValue;
+  const bool known = emulator::device().for_clusters >= 0;
+  if (!known || !emulator::device().clusters || config->numAttrs != 1) return cudaErrorInvalidValue;
   if (emulator::wants_too_much(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes)) {
     return cudaErrorInvalidValue;
   }

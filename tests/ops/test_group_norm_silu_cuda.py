@@ -477,8 +477,8 @@ def test_layouts_of_all_sizes(emulated):
 
 
 def test_no_clusters_where_they_cannot_run(emulated, monkeypatch):
-    """Where none fits, as in a small partition of a device, and in kernels compiled for devices that have none."""
-    devices = {(132, 227 << 10, True, 90, 128): True, (132, 227 << 10, True, 90, 0): False}
+    """Where none fits, as in a small partition of a device, or none is known to, and in kernels for older devices."""
+    devices = {(132, 227 << 10, True, 90, processors): processors > 0 for processors in (128, 0, -1)}
     devices[132, 227 << 10, True, 86, 128] = False
     for device, cluster in devices.items():
         monkeypatch.setitem(DEVICES, "this", device)
