@@ -3,8 +3,8 @@
 // A block holds K and V of one head in shared memory; each of its warps owns 16 or 32 queries at a time and computes
 //   scores (tensor cores) -> softmax (float32, in registers) -> output (tensor cores) -> 16-byte stores,
 // with the next rows of q on their way meanwhile. Without maps a block keeps its head and walks over query tiles;
-// with maps it keeps its query tile and walks over some of the heads, adding up probabilities in registers. If these are
-// not all heads, the sums go to a workspace, and a second kernel adds them up in a fixed order.
+// with maps it keeps its query tile and walks over some of the heads, adding up probabilities in registers. If these
+// are not all heads, the sums go to a workspace, and a second kernel adds them up in a fixed order.
 //
 // The operation is limited by reading q and writing out, so what the code spares is traffic: a fragment of K or V read
 // from shared memory serves all rows of a warp, and head_dim is a run-time number (padded to 16, not to a power of

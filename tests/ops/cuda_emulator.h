@@ -115,6 +115,8 @@ struct Thread {
   // Barriers passed.
   uint64_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
   uint64_t cluster_arrivals = 0;
+  bool relaxed = false;                   // the latest arrival made nothing seen
+  bool reads_remotely = false;            // since the latest barrier of the block
   std::vector<std::vector<Copy>> groups = {{}};  // copies under way; the last group is still open
   ucontext_t start;
   jmp_buf resume;
@@ -380,16 +382,32 @@ inline void __syncthreads() {
   }
   ++emulator::self->block_epoch;
   ++emulator::self->warp_epoch;
+  emulator::self->reads_remotely = false;
 }
 
-inline void cluster_arrive() {
-  emulator::Meeting& all = emulator::cluster->all;
-  if (emulator::self->cluster_arrivals++ != emulator::self->cluster_epoch) {
-    emulator::fail("cluster_arrive without cluster_wait before it");
+namespace emulator {
+
+inline void arrive_at_cluster() {
+  Meeting& all = cluster->all;
+  if (self->cluster_arrivals++ != self->cluster_epoch) {
+    fail("cluster_arrive without cluster_wait before it");
   }
-  if (++all.arrived < emulator::cluster->blocks.size() * emulator::block->threads.size()) return;
+  if (++all.arrived < cluster->blocks.size() * block->threads.size()) return;
   all.arrived = 0;
   ++all.generation;
+}
+
+}  // namespace emulator
+
+inline void cluster_arrive() {
+  emulator::self->relaxed = false;
+  emulator::arrive_at_cluster();
+}
+
+inline void cluster_arrive_relaxed() {
+  if (emulator::self->reads_remotely) emulator::fail("cluster_arrive_relaxed may overtake a read of another block");
+  emulator::self->relaxed = true;
+  emulator::arrive_at_cluster();
 }
 
 // What threads of a block write between the two is not ordered by them: they do not count as a barrier of the block.
@@ -441,6 +459,8 @@ inline float load_cluster_float(uint32_t from, uint32_t rank) {
     fail("%s from block %u of a cluster of %zu", what, rank, cluster->blocks.size());
     return 0.0f;
   }
+  if (self->relaxed) fail("%s after a relaxed arrival, which makes no write seen", what);
+  self->reads_remotely = true;
   Block* const running = block;
   block = &cluster->blocks[rank];
   Word* const word = word_at(from, 4, what);
@@ -633,7 +653,7 @@ struct Device {
   size_t max_shared_bytes = 99 << 10;
   bool clusters = false;
   int ptx_version = 80;
-  int for_clusters = 0;  // multiprocessors that clusters fill: what is left over in their groups is not among them
+  int for_clusters = 0;  // multiprocessors that clusters fill, without those left over in a group; -1: it cannot say
 
   bool operator==(const Device& other) const {
     return multiprocessors == other.multiprocessors && max_shared_bytes == other.max_shared_bytes &&
@@ -734,7 +754,8 @@ template <typename... Parameters>
 cudaError_t cudaOccupancyMaxActiveClusters(
     int* clusters, void (*kernel)(Parameters...), const cudaLaunchConfig_t* config) {
   ++emulator::questions;
-  if (!emulator::device().clusters || config->numAttrs != 1) return cudaErrorInvalidValue;
+  const bool known = emulator::device().for_clusters >= 0;
+  if (!known || !emulator::device().clusters || config->numAttrs != 1) return cudaErrorInvalidValue;
   if (emulator::wants_too_much(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes)) {
     return cudaErrorInvalidValue;
   }

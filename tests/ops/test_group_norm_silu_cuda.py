@@ -61,14 +61,21 @@ struct Exercise {
   int mistake;
 };
 
-enum { kNone, kNoBarrier, kUnwritten, kEarlyWrite, kNoWaitAtEnd, kEarlyEnd, kOutside, kTwoArrivals, kForeign };
+enum {
+  kNone, kNoBarrier, kUnwritten, kEarlyWrite, kNoWaitAtEnd, kEarlyEnd, kOutside, kTwoArrivals, kForeign, kRelaxed,
+  kOvertaking
+};
 
 void exercise(Exercise e) {
   const int thread = threadIdx.x, rank = blockIdx.x % 2;
   if (e.mistake != kUnwritten || thread != 5) store_shared_float(thread * 4, thread + 100.0f * rank);
   if (e.mistake == kTwoArrivals) cluster_arrive();
   if (e.mistake != kNoBarrier) {
-    cluster_arrive();
+    if (e.mistake == kRelaxed) {
+      cluster_arrive_relaxed();
+    } else {
+      cluster_arrive();
+    }
     cluster_wait();
   }
   const float value = load_cluster_float(thread * 4, e.mistake == kOutside ? 2 : 1 - rank);
@@ -76,7 +83,8 @@ void exercise(Exercise e) {
   store_global(e.out + blockIdx.x * blockDim.x + thread, value);
   if (e.mistake == kForeign) load_global(e.out + 256 + thread);
   if (e.mistake == kEarlyEnd) return;
-  cluster_arrive();
+  if (e.mistake != kOvertaking) __syncthreads();
+  cluster_arrive_relaxed();
   if (e.mistake != kNoWaitAtEnd) cluster_wait();
 }
 
@@ -469,8 +477,8 @@ def test_layouts_of_all_sizes(emulated):
 
 
 def test_no_clusters_where_they_cannot_run(emulated, monkeypatch):
-    """Where none fits, as in a small partition of a device, and in kernels compiled for devices that have none."""
-    devices = {(132, 227 << 10, True, 90, 128): True, (132, 227 << 10, True, 90, 0): False}
+    """Where none fits, as in a small partition of a device, or none is known to, and in kernels for older devices."""
+    devices = {(132, 227 << 10, True, 90, processors): processors > 0 for processors in (128, 0, -1)}
     devices[132, 227 << 10, True, 86, 128] = False
     for device, cluster in devices.items():
         monkeypatch.setitem(DEVICES, "this", device)
@@ -556,6 +564,8 @@ MISTAKES = [
     "load_cluster_float from block 2 of a cluster of 2",
     "cluster_arrive without cluster_wait before it",
     "load_global reads outside of the operands",
+    "load_cluster_float after a relaxed arrival, which makes no write seen",
+    "cluster_arrive_relaxed may overtake a read of another block",
 ]
 
 
