@@ -12,6 +12,11 @@ Strides are passed in units of ``VECTOR`` elements, so that the compiler can pro
 (d = 40: Triton alone recognises multiples of 16 elements only) and none of them recompiles a kernel.  The start of a
 tile is a 64-bit offset; within a tile offsets are 32 bits wide, since 64-bit ones took as many registers as the scores.
 
+Kernels on wgmma run their products inside a loop, pipelined where no maps are kept, even for a single turn.  Straight
+on, the assembler of CUDA 12.8 (in the wheels of Triton 3.6 and 3.7) reads a uniform register that it has never written
+when it makes the descriptor of an operand in shared memory whose place an earlier operand had: on an H100 the results
+were wrong, or the access illegal.  ``tests/helpers/triton_aot.py`` looks for such registers in the machine code.
+
 float32 products are ``ieee``, on the FMA units: as exact as PyTorch's own.  ``tf32x3``, three tensor-core products of
 operands split in two, keeps about two bits fewer and holds both halves of every operand in registers, which spilled at
 each shape tried; float32 has tiles of its own below.
@@ -302,8 +307,8 @@ def forward_kernel(
         map0 = tl.zeros([BLOCK, KEYS], ACC)
         if KEYS_REST > 0:
             map1 = tl.zeros([BLOCK, KEYS_REST], ACC)
-    # Without maps one turn, which the compiler sees: no loop remains.
-    for turn in tl.range(0, tl.minimum(heads, H - group * heads) if MAPS else 1, disable_licm=True):
+    # Without maps one turn, of which the compiler must not know: see the top of this file.
+    for turn in tl.range(0, tl.minimum(heads, H - group * heads), disable_licm=True):
         h = (group * heads + turn).to(tl.int64)
         s0, s1 = products(
             q + (b * q_stride_b + h * q_stride_h + start * q_stride_n) * VECTOR, rows * (q_stride_n * VECTOR), rows_in,
@@ -407,64 +412,67 @@ def backward_q_kernel(
     start = tile.to(tl.int64) * BLOCK
     rows = tl.arange(0, BLOCK)
     rows_in = rows < N - tile * BLOCK
-    k_head = k + (key_b * k_stride_b + h * k_stride_h) * VECTOR
-    s0, s1 = products(
-        q + (b * q_stride_b + h * q_stride_h + start * q_stride_n) * VECTOR, rows * (q_stride_n * VECTOR), rows_in,
-        q_stride_d, k_head, k_stride_t * VECTOR, k_stride_d, T,
-        D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, BLOCK, False, DOT, ACC,
-    )  # fmt: skip
-    if OUT:
-        dp0, dp1 = products(
-            grad_out + (b * go_stride_b + h * go_stride_h + start * go_stride_n) * VECTOR,
-            rows * (go_stride_n * VECTOR), rows_in, go_stride_d,
-            v + (key_b * v_stride_b + h * v_stride_h) * VECTOR, v_stride_t * VECTOR, v_stride_d, T,
+    for _ in tl.range(0, 1 if MAPS else tl.minimum(H, 1), disable_licm=True):  # one turn: see the top of this file
+        k_head = k + (key_b * k_stride_b + h * k_stride_h) * VECTOR
+        s0, s1 = products(
+            q + (b * q_stride_b + h * q_stride_h + start * q_stride_n) * VECTOR, rows * (q_stride_n * VECTOR), rows_in,
+            q_stride_d, k_head, k_stride_t * VECTOR, k_stride_d, T,
             D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, BLOCK, False, DOT, ACC,
         )  # fmt: skip
-    else:
-        dp0 = tl.zeros([BLOCK, KEYS], ACC)
-        dp1 = tl.zeros([BLOCK, KEYS_REST if KEYS_REST > 0 else 16], ACC)
-    if MAPS:
-        share = 1.0 / H.to(ACC)
-        source = grad_maps + (b * gm_stride_b + start * gm_stride_n)
-        map_rows = (rows * gm_stride_n)[:, None]
-        chosen0 = chosen_keys(low, high, 0, KEYS)
-        slots = tl.cumsum(chosen0, 0) - 1
-        mask = rows_in[:, None] & (chosen0 > 0)[None, :]
-        dp0 += tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
+        if OUT:
+            dp0, dp1 = products(
+                grad_out + (b * go_stride_b + h * go_stride_h + start * go_stride_n) * VECTOR,
+                rows * (go_stride_n * VECTOR), rows_in, go_stride_d,
+                v + (key_b * v_stride_b + h * v_stride_h) * VECTOR, v_stride_t * VECTOR, v_stride_d, T,
+                D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, BLOCK, False, DOT, ACC,
+            )  # fmt: skip
+        else:
+            dp0 = tl.zeros([BLOCK, KEYS], ACC)
+            dp1 = tl.zeros([BLOCK, KEYS_REST if KEYS_REST > 0 else 16], ACC)
+        if MAPS:
+            share = 1.0 / H.to(ACC)
+            source = grad_maps + (b * gm_stride_b + start * gm_stride_n)
+            map_rows = (rows * gm_stride_n)[:, None]
+            chosen0 = chosen_keys(low, high, 0, KEYS)
+            slots = tl.cumsum(chosen0, 0) - 1
+            mask = rows_in[:, None] & (chosen0 > 0)[None, :]
+            dp0 += tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
+            if KEYS_REST > 0:
+                chosen1 = chosen_keys(low, high, KEYS, KEYS_REST)
+                slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
+                mask = rows_in[:, None] & (chosen1 > 0)[None, :]
+                dp1 += (
+                    tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
+                )
+        s0, s1 = _logits(s0, s1, scale_log2, T, KEYS, KEYS_REST)
+        peak = tl.max(s0, 1)
         if KEYS_REST > 0:
-            chosen1 = chosen_keys(low, high, KEYS, KEYS_REST)
-            slots = tl.sum(chosen0, 0) + tl.cumsum(chosen1, 0) - 1
-            mask = rows_in[:, None] & (chosen1 > 0)[None, :]
-            dp1 += tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
-    s0, s1 = _logits(s0, s1, scale_log2, T, KEYS, KEYS_REST)
-    peak = tl.max(s0, 1)
-    if KEYS_REST > 0:
-        peak = tl.maximum(peak, tl.max(s1, 1))
-    peak = tl.where(sink > 0, tl.maximum(peak, 0.0), peak)
-    p0 = tl.exp2(s0 - peak[:, None])
-    total = tl.sum(p0, 1) + sink * tl.exp2(-tl.maximum(peak, 0.0))
-    p1 = s1
-    if KEYS_REST > 0:
-        p1 = tl.exp2(s1 - peak[:, None])
-        total += tl.sum(p1, 1)
-    inverse = 1.0 / total
-    p0 *= inverse[:, None]
-    dot = tl.sum(p0 * dp0, 1)
-    if KEYS_REST > 0:
-        p1 *= inverse[:, None]
-        dot += tl.sum(p1 * dp1, 1)
-    target = statistics + ((b * H + h) * N + start) + rows
-    plane = tl.num_programs(1).to(tl.int64) * H * N
-    tl.store(target, peak, mask=rows_in)
-    tl.store(target + plane, inverse, mask=rows_in)
-    tl.store(target + 2 * plane, dot, mask=rows_in)
-    if DQ:
-        _store_weighted(
-            p0 * (dp0 - dot[:, None]), p1 * (dp1 - dot[:, None]), tl.full([BLOCK], 1.0, ACC) * scale,
-            k_head, k_stride_t * VECTOR, k_stride_d,
-            dq + (b * N + start) * (H * D) + h * D, rows * (H * D), rows_in, T,
-            D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, DOT, ACC,
-        )  # fmt: skip
+            peak = tl.maximum(peak, tl.max(s1, 1))
+        peak = tl.where(sink > 0, tl.maximum(peak, 0.0), peak)
+        p0 = tl.exp2(s0 - peak[:, None])
+        total = tl.sum(p0, 1) + sink * tl.exp2(-tl.maximum(peak, 0.0))
+        p1 = s1
+        if KEYS_REST > 0:
+            p1 = tl.exp2(s1 - peak[:, None])
+            total += tl.sum(p1, 1)
+        inverse = 1.0 / total
+        p0 *= inverse[:, None]
+        dot = tl.sum(p0 * dp0, 1)
+        if KEYS_REST > 0:
+            p1 *= inverse[:, None]
+            dot += tl.sum(p1 * dp1, 1)
+        target = statistics + ((b * H + h) * N + start) + rows
+        plane = tl.num_programs(1).to(tl.int64) * H * N
+        tl.store(target, peak, mask=rows_in)
+        tl.store(target + plane, inverse, mask=rows_in)
+        tl.store(target + 2 * plane, dot, mask=rows_in)
+        if DQ:
+            _store_weighted(
+                p0 * (dp0 - dot[:, None]), p1 * (dp1 - dot[:, None]), tl.full([BLOCK], 1.0, ACC) * scale,
+                k_head, k_stride_t * VECTOR, k_stride_d,
+                dq + (b * N + start) * (H * D) + h * D, rows * (H * D), rows_in, T,
+                D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, DOT, ACC,
+            )  # fmt: skip
 
 
 @triton.jit(
@@ -697,8 +705,8 @@ def backward_q_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: 
     """(compile-time arguments, compiler options) of :data:`backward_q_kernel`, all but VECTOR and DQ."""
     # With maps registers are scarce, and a rest costs more of them than more turns of a loop.
     sizes = tile_sizes(d, n_keys, dtype, 16 if maps and 64 < d <= 80 else 64)
-    block = 32 if maps or dtype.itemsize == 4 else 64
-    options = {"num_warps": 8, "num_stages": 1}
+    block = 32 if maps or dtype.itemsize == 4 or n_keys < 64 else 64
+    options = {"num_warps": 8, "num_stages": 1 if maps or dtype.itemsize == 4 else 2}
     if dtype.itemsize == 4:
         # Left alone, ptxas stops at 128 registers and spills two.
         options |= registers(168)

@@ -49,10 +49,13 @@ class Compiled:
     shared: int
     warps: int
     seconds: float
+    unwritten: str | None
 
     @property
     def complaint(self) -> str | None:
         """Why this kernel must not be shipped, or None."""
+        if self.unwritten is not None:
+            return f"reads a register that nothing has written: {self.unwritten}"
         if self.stack:
             return f"{self.stack} bytes of registers spilled"
         if self.shared > SHARED[self.capability]:
@@ -83,9 +86,9 @@ def compile_case(case: tuple, capability: int) -> Compiled:
     seconds = time.perf_counter() - started
     usage = resource_usage(binary.asm["cubin"])
     registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return Compiled(
-        name, capability, registers, stack + local, binary.metadata.shared, binary.metadata.num_warps, seconds
-    )
+    shared, warps = binary.metadata.shared, binary.metadata.num_warps
+    unwritten = find_unwritten(disassemble(binary.asm["cubin"])) if capability >= 90 else None
+    return Compiled(name, capability, registers, stack + local, shared, warps, seconds, unwritten)
 
 
 def compile_for_amd(case: tuple, architecture: str) -> tuple[str, str | None]:
@@ -107,12 +110,45 @@ def compile_for_amd(case: tuple, architecture: str) -> tuple[str, str | None]:
 
 def resource_usage(cubin: bytes) -> str:
     """The lines about its function that the cuobjdump in Triton's wheel prints."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return _read(cubin, "cuobjdump", "--dump-resource-usage")
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code, as the nvdisasm in Triton's wheel prints it."""
+    return _read(cubin, "nvdisasm", "--print-code")
+
+
+def _read(cubin: bytes, tool: str, option: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(cuobjdump), "--dump-resource-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(path), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+#: "/*0050*/  @P0 UIADD3 UR4, UP0, UR8, 0x20, URZ ;": where, what, operands.
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+#: Descriptors name the first of a group of registers, of which not all need be used.
+_DESCRIPTOR = re.compile(r"g?desc\[U?R\d+\](\[[^\]]*\])?")
+
+
+def find_unwritten(code: str) -> str | None:
+    """Return the first instruction that reads a uniform register before any other has written it, or None.
+
+    The assembler of CUDA 12.8 has made such code, for which the results are anything.  Registers that are written on
+    some path only are not found.
+    """
+    written: set[int] = set()
+    for at, operation, operands in _INSTRUCTION.findall(code):
+        first, *others = [each.strip() for each in _DESCRIPTOR.sub("", operands).split(",")]
+        target = re.fullmatch(r"UR(\d+)", first)
+        sources = others if target else [first, *others]
+        if {int(n) for each in sources for n in re.findall(r"\bUR(\d+)\b", each)} - written:
+            return f"{at} {operation} {operands}"
+        if target:
+            width = 4 if ".128" in operation else 2 if ".64" in operation or ".WIDE" in operation else 1
+            written.update(range(int(target[1]), int(target[1]) + width))
+    return None
 
 
 def cases(modules: Sequence[str], capability: int, quick: bool, only: str) -> Iterator[tuple]:
