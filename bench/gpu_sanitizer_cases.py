@@ -194,9 +194,15 @@ def entropy_cases() -> Iterator[Case]:
     yield Case("attention_entropy", "backward", maps, entropy, ("triton",), torch.float32, True)
 
 
+def geglu_cases() -> Iterator[Case]:
+    """The gated activation, on a row and a half of a program's numbers and on few."""
+    for rows, width in ((3, 1), (71, 88)):
+        yield Case("geglu", f"{rows} x {width}", {"x": (rows, 2 * width)}, ops.geglu, ("triton",))
+
+
 def cases(backend: str, only: str = "") -> list[Case]:
     """Those of a backend whose names contain ``only``."""
-    everything = [*attention_cases(), *norm_cases(), *entropy_cases()]
+    everything = [*attention_cases(), *norm_cases(), *entropy_cases(), *geglu_cases()]
     return [case for case in everything if backend in case.backends and only in str(case)]
 
 
