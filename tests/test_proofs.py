@@ -197,6 +197,27 @@ def test_compiled_code_keeps_the_choice_and_follows_a_new_table():
     assert not ran()
 
 
+@needs_cpp
+def test_sizes_that_are_symbols_are_not_looked_up():
+    key = Key.parse(NORM.format(17))
+    store.merge(CPU, {key.text("graph"): entry("cpp")})
+    compiled = torch.compile(
+        lambda x, w: ops.group_norm_silu(x, 4, w, w), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    seen = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for size in (17, 19, 23):
+        x, w = torch.randn(1, 32, size, size), torch.ones(32)
+        torch.testing.assert_close(compiled(x, w), ops.group_norm_silu(x, 4, w, w))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen + 1, "one graph for all sizes"
+
+
+@needs_cpp
+def test_reports_name_what_proofs_have_chosen(pipe):
+    store.merge(CPU, {EAGER: entry("cpp"), KEY.text("graph"): entry("sdpa")})
+    note = "chosen by proofs on this device: cross_attention (cpp) for 1 shapes"
+    assert note in difffast.patch(pipe, "exact").notes
+
+
 @pytest.mark.parametrize("choice", ["nonsense", "cuda", None, 3, ["cpp"]])
 def test_a_choice_that_nobody_knows_is_ignored(choice):
     store.merge(CPU, {EAGER: entry(choice)})
