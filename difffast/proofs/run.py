@@ -64,11 +64,7 @@ def prove(
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
     unet = model if pipe is None else find_unet(pipe)
-    device = torch.device(device or find_device(unet))
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"proofs are made on cpu and cuda, got {device}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = complete_device(device or find_device(unet))
     if dtype is None:
         half = torch.float16 if device.type == "cuda" else torch.float32
         dtype = half if isinstance(unet, str) else unet.dtype
@@ -95,6 +91,20 @@ def find_device(unet: Any) -> torch.device:
     if not isinstance(unet, str):
         return unet.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def complete_device(device: str | torch.device) -> torch.device:
+    """Return a device with its index, if it has one.
+
+    Raises:
+        ValueError: there are no proofs for this kind.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"proofs are made on cpu and cuda, got {device}")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def prove_keys(

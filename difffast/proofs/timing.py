@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -176,8 +177,11 @@ def capture(candidate: Candidate, problems: Sequence[Problem]) -> tuple[torch.cu
             try:
                 for each in problems:
                     outputs = candidate.call(each.key, *each.tensors)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the capture is void; the first error says why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     torch.cuda.synchronize()
     return graph, outputs
 
