@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from difffast.ops import _local
-from difffast.proofs import run, store
+from difffast.proofs import parent, store
 from difffast.proofs.parent import Outcome
 from difffast.tools import cli, terminal
 
@@ -39,7 +39,7 @@ class Proving:
 
 
 def test_prove_a_pipeline_on_disk(pipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "Proving", Proving)
+    monkeypatch.setattr(parent, "Proving", Proving)
     pipe.save_pretrained(tmp_path / "pipeline")
     report = tmp_path / "deep" / "report.json"
     command = ["prove", "--pipeline", str(tmp_path / "pipeline"), "--device", "cpu", "--report", str(report)]

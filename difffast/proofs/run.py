@@ -11,8 +11,6 @@ import torch
 from ..ops import _local
 from ..ops._keys import Key
 from . import store
-from .collect import collect, make_dry
-from .parent import STEP, Proving
 from .report import ProofReport
 
 if TYPE_CHECKING:
@@ -63,6 +61,8 @@ def prove(
         raise ValueError(f"batch must be an int of at least 1, got {batch!r}")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
+    from .collect import collect, make_dry  # not before it is needed: everybody imports this file
+
     unet = model if pipe is None else find_unet(pipe)
     device = complete_device(device or find_device(unet))
     if dtype is None:
@@ -115,14 +115,16 @@ def prove_keys(
     refresh: bool = False,
     progress: Progress | None = None,
     extras: Sequence[str] = (),
-    step: float = STEP,
+    step: float | None = None,
 ) -> ProofReport:
     """Do what :func:`prove` does, for keys in the order in which they shall be proved.
 
     Args:
         extras: "module:name" of dictionaries {operator: {name: way}} with more candidates.
-        step: most seconds that a candidate may take for one step.
+        step: most seconds that a candidate may take for one step; None means :data:`.parent.STEP`.
     """
+    from . import parent
+
     start = time.monotonic()
     table = _local.table_of(device)
     modes = _local.MODES if device.type == "cuda" else _local.MODES[:1]
@@ -142,7 +144,7 @@ def prove_keys(
 
     left: list[Key] = []
     if new:
-        outcome = Proving(device, seconds, extras, keep, step).run(new)
+        outcome = parent.Proving(device, seconds, extras, keep, step or parent.STEP).run(new)
         notes += outcome.notes
         left = outcome.left
     table = _local.table_of(device)
