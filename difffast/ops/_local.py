@@ -121,7 +121,7 @@ def table_of(device: torch.device) -> Table:
     if table is None:
         path = find_path(device)
         table = Table(path)
-        if path is not None and path.exists():
+        if path.exists():
             content, table.note = read_file(path)
             mark = hash_facts(find_facts(device)) if content else ""
             table.proofs = content.get(mark, {}).get("proofs", {})
@@ -267,7 +267,6 @@ def find_facts(device: torch.device) -> dict[str, Any]:
             "driver": _read_driver(),
             "cuda": torch.version.cuda or torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),
-            "cudnn benchmark": torch.backends.cudnn.benchmark,
             "triton": _version("triton"),
         }
     else:
