@@ -1,16 +1,27 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: build the extension, run the GPU tests, then the benchmark selection, within a time limit.
-#   bench/gpu.sh OUT [SECONDS [PYTEST SELECTION ...]]
-# OUT receives tests.txt, bench.txt and bench.json. A diffusers wheel in .wheels/ is installed if diffusers is missing.
-set -euo pipefail
+# On a machine with a GPU: build, test, look for bad memory accesses, prove the kernels, measure images, within a limit.
+#   bench/gpu.sh OUT [SECONDS [PART ...]]
+# Parts: build tests sanitizer prove images; all of them in this order unless some are named.  Every part writes into OUT
+# as it goes (tests-*.txt, sanitizer-*.txt, prove-*.json, images.json, times.txt), so that a run that is cut off leaves
+# what it had.  Wheels in .wheels/ are installed if diffusers is missing.  A part that fails does not stop the others.
+# GPU_PARALLEL test processes run at once; GPU_MODELS and GPU_IMAGES are arguments for the last two parts.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT [SECONDS [SELECTION ...]]}" && cd "$1" && pwd)
-deadline=$(( $(date +%s) + ${2:-540} ))
+out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT [SECONDS [PART ...]]}" && cd "$1" && pwd)
+start=$(date +%s)
+deadline=$(( start + ${2:-540} ))
 shift $(( $# < 2 ? $# : 2 ))
-left() { echo $(( deadline - $(date +%s) )); }
-
+parts=${*:-build tests sanitizer prove images}
 python=${PYTHON:-python3}
-"$python" -c 'import diffusers' 2>/dev/null || "$python" -m pip install --quiet --no-index --no-deps .wheels/*.whl
+models=${GPU_MODELS:-sd15 sdxl}
+status=0
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 DIFFFAST_CACHE="${DIFFFAST_CACHE:-$out/cache}"
+
+left() { local now; now=$(( deadline - $(date +%s) )); echo $(( now > 1 ? now : 1 )); }
+# within SECONDS COMMAND...: the command, for so long at most and never beyond the whole limit
+within() { local most=$1; shift; timeout "$(( most < $(left) ? most : $(left) ))" "$@"; }
+note() { echo "$(( $(date +%s) - start )) s: $*" | tee -a "$out/times.txt"; }
+fail() { note "FAILED: $*"; status=1; }
 
 # nvcc on PATH may be a wrapper: the toolkit is where its headers are.
 if [ -z "${CUDA_HOME:-}" ]; then
@@ -18,14 +29,76 @@ if [ -z "${CUDA_HOME:-}" ]; then
     [ -f "$header" ] && export CUDA_HOME=${header%/include/*}
   done
 fi
-"$python" -m pip install --quiet --no-build-isolation --no-deps --editable .
 
-export HF_HUB_OFFLINE=1
-status=0
-timeout "$(left)" "$python" -m pytest -m gpu tests | tee "$out/tests.txt" || status=$?
-if [ $# -gt 0 ] && [ "$status" -eq 0 ]; then
-  # The cases share nine tenths of what is left: one that is cut off leaves no record.
-  timeout "$(left)" "$python" -m pytest -W default --benchmark-enable --benchmark-json="$out/bench.json" -s \
-    --size gpu --budget-minutes "$(( $(left) * 9 / 600 ))" "$@" | tee "$out/bench.txt" || status=$?
-fi
+build() {
+  if ! "$python" -c 'import diffusers' 2>/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --target "$out/site" .wheels/*.whl || return 1
+    export PYTHONPATH="$out/site${PYTHONPATH:+:$PYTHONPATH}"
+  fi
+  # An extension with the CUDA kernels that loads here (built elsewhere for this torch, say) is taken as it is.
+  if [ -f difffast/_C.abi3.so ] && DIFFFAST_BUILD_CPP=0 "$python" -m pip install --quiet --no-build-isolation --no-deps \
+    --editable . && "$python" -c 'from difffast import ops; raise SystemExit(ops.missing("cuda") is not None)'; then
+    return 0
+  fi
+  within 300 "$python" -m pip install --quiet --no-build-isolation --no-deps --editable . > "$out/build.txt" 2>&1
+}
+
+# A kernel that reads where it must not spoils everything else in its process: one process for each file and backend.
+tests() {
+  local name files filter running=()
+  while read -r name files filter; do
+    within 150 "$python" -m pytest -m gpu $files ${filter:+-k "$filter"} -q -p no:cacheprovider \
+      > "$out/tests-$name.txt" 2>&1 & running+=("$!:$name")
+  done < <(
+    for operator in cross_attention joint_attention group_norm_silu skip_norm_silu geglu; do
+      for backend in triton cuda; do echo "$operator-$backend tests/ops/test_$operator.py $backend"; done
+    done
+    echo "pipelines tests/test_gpu.py"
+  )
+  local each code bad=0
+  for each in "${running[@]}"; do
+    wait "${each%%:*}"; code=$?
+    # 5: no test has this backend.
+    if [ "$code" -ne 0 ] && [ "$code" -ne 5 ]; then bad=1; note "tests-${each#*:}: exit status $code"; fi
+    tail -n 1 "$out/tests-${each#*:}.txt"
+  done
+  return $bad
+}
+
+sanitizer() {
+  local tool backend bad=0
+  command -v compute-sanitizer > /dev/null || { note "there is no compute-sanitizer"; return 1; }
+  for tool in memcheck racecheck initcheck synccheck; do
+    for backend in cuda triton; do
+      within 60 compute-sanitizer --tool $tool --print-limit 20 --error-exitcode 3 "$python" bench/gpu_sanitizer_cases.py \
+        --backend $backend > "$out/sanitizer-$tool-$backend.txt" 2>&1 || { bad=1; note "$tool, $backend: failed"; }
+      tail -n 1 "$out/sanitizer-$tool-$backend.txt"
+    done
+  done
+  return $bad
+}
+
+prove() {
+  local model bad=0
+  for model in $models; do
+    within 90 "$python" -m difffast.tools.cli prove --model "$model" --device cuda --dtype float16 --seconds 30 \
+      --report "$out/prove-$model.json" > "$out/prove-$model.txt" 2>&1 || bad=1
+    tail -n 3 "$out/prove-$model.txt"
+  done
+  return $bad
+}
+
+images() {
+  # Everything above must be over: this part has the card to itself.
+  within "$(left)" "$python" bench/gpu_images.py --out "$out" --models $models --seconds "$(( $(left) - 5 ))" \
+    ${GPU_IMAGES:-} 2>&1 | tee "$out/images.txt" | grep steps
+}
+
+"$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device")' \
+  | tee "$out/card.txt"
+for part in $parts; do
+  note "$part"
+  $part || fail "$part"
+done
+note "done, status $status"
 exit "$status"

@@ -393,15 +393,24 @@ void* current_stream(const Tensor& x) {
   return stream;
 }
 
+// None where none is needed: an empty tensor costs a call as well.
+std::optional<Tensor> make_workspace(int64_t floats, const Tensor& like) {
+  if (floats == 0) return std::nullopt;
+  return empty({floats}, torch::headeronly::ScalarType::Float, like);
+}
+
+float* data_of(const std::optional<Tensor>& workspace) {
+  return workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
+}
+
 void run_norm(const difffast::cuda::GroupNormSilu& p, const Tensor& like) {
   if (p.batch == 0 || p.pixels == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   int64_t floats = 0;
   const char* error = difffast::cuda::group_norm_silu_workspace(p, &floats);
   STD_TORCH_CHECK(error == nullptr, "group_norm_silu on CUDA: ", error);
-  Tensor workspace = empty({floats}, torch::headeronly::ScalarType::Float, like);
-  float* data = floats > 0 ? static_cast<float*>(workspace.mutable_data_ptr()) : nullptr;
-  error = difffast::cuda::group_norm_silu_forward(p, data, current_stream(like));
+  const std::optional<Tensor> workspace = make_workspace(floats, like);
+  error = difffast::cuda::group_norm_silu_forward(p, data_of(workspace), current_stream(like));
   STD_TORCH_CHECK(error == nullptr, "group_norm_silu on CUDA: ", error);
 }
 #endif
@@ -509,7 +518,11 @@ std::tuple<Tensor, Tensor> cross_attention_on_cuda(const Tensor& q, const Tensor
   args.scale = static_cast<float>(scale);
   args.dtype = q.scalar_type() == ScalarType::Half ? difffast::cuda::ElementType::kFloat16
                                                    : difffast::cuda::ElementType::kBFloat16;
-  const char* error = difffast::cuda::cross_attention_forward(args, current_stream(q));
+  int64_t floats = 0;
+  const char* error = difffast::cuda::cross_attention_workspace(args, &floats);
+  STD_TORCH_CHECK(error == nullptr, "cross_attention on CUDA: ", error);
+  const std::optional<Tensor> workspace = make_workspace(floats, q);
+  error = difffast::cuda::cross_attention_forward(args, data_of(workspace), current_stream(q));
   STD_TORCH_CHECK(error == nullptr, "cross_attention on CUDA: ", error);
   return {out, maps};
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
-from .engines.programs import BATCHES
+from .engines.engine import ENGINES
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
@@ -28,6 +28,7 @@ class PatchOptions(TypedDict, total=False):
     cfg: CfgReuse | None
     fused: bool | None
     compile: bool
+    engine: str | None
     binding: Method | None
     force: bool
 
@@ -44,7 +45,7 @@ class Options:
     propagation: Sharing | None = None
     cfg: CfgReuse | None = None
     fused: bool | None = None
-    compile: bool = False
+    engine: str | None = None
     binding: Method | None = None
     force: bool = False
 
@@ -63,9 +64,10 @@ class Options:
                 raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
         if self.fused is not None and not isinstance(self.fused, bool):
             raise TypeError(f"fused must be True, False or None, got {self.fused!r}")
-        for name in ("compile", "force"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        _check_switch("force", self.force)
+        if self.engine is not None and self.engine not in ENGINES:
+            names = ", ".join(map(repr, ENGINES))
+            raise ValueError(f"unknown engine {self.engine!r}{suggest(self.engine, ENGINES)}; available: {names}, None")
 
     @classmethod
     def of(cls, preset: str = "balanced", **replaced: Any) -> Options:
@@ -82,6 +84,12 @@ class Options:
                 if replaced.get(new) is not None:
                     raise TypeError(f"{old} is the old name of {new}: give one of them")
                 replaced[new] = value
+        if "compile" in replaced:  # short for an engine
+            compiled, engine = replaced.pop("compile"), replaced.get("engine")
+            _check_switch("compile", compiled)
+            if compiled and engine not in (None, "inductor"):
+                raise ValueError(f"compile=True is short for engine='inductor', got engine={engine!r} as well")
+            replaced["engine"] = "inductor" if compiled else engine
         for name in replaced:
             if name not in known:
                 raise TypeError(f"unknown option {name!r}{suggest(name, known)}; available: {', '.join(known)}")
@@ -129,10 +137,15 @@ class Options:
             sharing,
             cfg=None if obstacle else self.wanted_cfg,
             fused=PRESETS[self.preset].fused if self.fused is None else self.fused,
-            batches=BATCHES if self.compile else None,
+            engine=self.engine,
             force=self.force,
             extensions=extensions,
         )
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_sharing(sharing: Sharing, target: Target) -> None:

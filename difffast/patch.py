@@ -38,7 +38,7 @@ def patch(
     propagation: Sharing | None = None,
     cfg: CfgReuse | None = None,
     fused: bool | None = None,
-    compile: bool = False,
+    engine: str | None = None,
     binding: Method | None = None,
     force: bool = False,
     **renamed: Any,
@@ -54,12 +54,12 @@ def patch(
             used either.
         cfg: at which key steps both halves of classifier-free guidance's batch run, in place of what the preset says.
         fused: whether layers are computed by difffast's operators, in place of what the preset says.
-        compile: run the parts of the UNet as programs made by torch.compile, one for each shape
-            (:mod:`difffast.engines.programs`).  The first image waits for them.
-        binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.  None
-            takes prompts as they are.
+        engine: what executes the parts of the UNet.  ``"eager"``: Python.  ``"inductor"``, or ``compile=True``:
+            programs made by torch.compile, one for each shape, for which the first image waits.  ``"cudagraphs"``: CUDA
+            graphs of what runs eagerly.  None: graphs on a CUDA device, else eager.
+        binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
         force: share features even in schedules with fewer than 8 steps.
-        renamed: options under their old names; each gives a warning.
+        renamed: ``compile``, and options under their old names, each of which gives a warning.
 
     Returns:
         A report of what was replaced; for several pipelines a tuple with the report of each.
@@ -70,7 +70,7 @@ def patch(
             feature reuse, prior noise or binding; the UNet has no such branch; or no layers have maps for binding.
     """
     options = Options.of(
-        preset, propagation=propagation, cfg=cfg, fused=fused, compile=compile, binding=binding, force=force, **renamed
+        preset, propagation=propagation, cfg=cfg, fused=fused, engine=engine, binding=binding, force=force, **renamed
     )
     if not isinstance(pipe, (list, tuple)):
         return _patch_one(pipe, options)

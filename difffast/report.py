@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import ops
+from .engines.engine import choose_engine
 from .engines.programs import BATCHES, ProgramStats
 from .layers.registry import LAYERS
 from .ops._local import describe_choices, list_struck, table_of
@@ -54,7 +56,7 @@ class PatchReport:
     def plan(self, total: int) -> Plan:
         """Return the plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now."""
         pipe = self._settings.pipe()
-        return self._settings.plan(total, pipe.device.type if pipe is not None else "cpu")
+        return self._settings.plan(total, pipe.device if pipe is not None else torch.device("cpu"))
 
     @property
     def trace(self) -> Any:
@@ -63,7 +65,7 @@ class PatchReport:
 
     @property
     def programs(self) -> ProgramStats:
-        """How many compiled programs the UNet has, and the GPU memory of their CUDA graphs; zeros without any."""
+        """How many compiled programs or recorded graphs the UNet has, and the GPU memory of graphs."""
         return self._controller.count_programs()
 
     def invalidate(self) -> None:
@@ -102,6 +104,8 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
         sizes = ", ".join(map(str, BATCHES))
         yield "programs", f"torch.compile, one per shape, decoder batches of {sizes} steps at most"
     weight = next(unet.parameters())
+    if choose_engine(settings.engine, weight.device) == "cudagraphs":
+        yield "engine", "CUDA graphs, one per shape, recorded when a shape is met again"
     for kind in LAYERS if settings.fused else ():
         yield from kind.describe(kind.find(unet), weight, compiled=settings.compiled)
     for extension in settings.extensions:

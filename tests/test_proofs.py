@@ -480,7 +480,7 @@ def test_keys_are_text_and_back():
 
 @pytest.fixture(scope="module")
 def sd15():
-    return collect.collect(collect.make_dry("sd15", torch.float16), 2, torch.device("cuda"))
+    return collect.collect(collect.make_dry("sd15", torch.float16, CPU), 2, torch.device("cuda"))
 
 
 @pytest.mark.slow
@@ -499,7 +499,7 @@ def test_keys_of_a_published_unet(sd15):
 
 def test_keys_of_a_pipeline_are_those_that_its_run_asks_for(pipe):
     """Collected without memory, against what operators are asked for by the patched UNet itself."""
-    keys = collect.collect(collect.make_dry(pipe.unet, torch.float32), 2, CPU, decoders=())
+    keys = collect.collect(collect.make_dry(pipe.unet, torch.float32, CPU), 2, CPU, decoders=())
     asked = []
     original = _dispatch.choose
 
@@ -516,7 +516,7 @@ def test_keys_of_a_pipeline_are_those_that_its_run_asks_for(pipe):
     tokens = {key.shapes[1][2] for key in asked if key.operator == "cross_attention"}
     assert tokens == {77}
     assert set(asked) <= set(keys)
-    assert {key.operator for key in keys} == {"cross_attention", "group_norm_silu", "self_attention"}
+    assert {key.operator for key in keys} == {"cross_attention", "geglu", "group_norm_silu", "self_attention"}
 
 
 @pytest.mark.parametrize(

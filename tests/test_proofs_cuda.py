@@ -158,6 +158,7 @@ def test_a_candidate_that_cannot_be_captured_is_refused_in_that_mode_alone(monke
 
 KEYS = [
     KEY.text(),
+    "geglu float16 2x64x128 any gradient=0",
     "self_attention float16 2x2x64x32,2x2x64x32,2x2x64x32 rows,rows,rows gradient=0",
     "self_attention float16 2x2x64x32,2x2x64x32,2x2x64x32 12288.32.192.1,12288.32.192.1,12288.32.192.1 gradient=1",
     "cross_attention bfloat16 4x2x64x32,2x2x7x32,2x2x7x32 rows,rows,rows sink=1,maps=1,gradient=1",

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import bits, on_device_of
+from .launch import bits, on_device_of, registers
 
 LOG2_E = 1 / math.log(2)
 STATS = tl.constexpr(4)
@@ -178,9 +178,10 @@ def backward_kernel(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Program (row tile, batch entry)."""
-    b = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    """Program row tile + tiles * batch entry."""
+    tiles = tl.cdiv(N, ROWS)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    rows = (tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     rows_in = rows < N
     e, total = _exponentials(maps + b * stride_b, rows, rows_in, stride_n, stride_t, n_tokens, factor, TOKENS, ACC)
     words = e / total[:, None]
@@ -221,7 +222,7 @@ def forward_launch(n_tokens: int, dtype: torch.dtype) -> tuple[dict, dict]:
     tokens = _tile(n_tokens)
     constants = {"TOKENS": tokens, "ROWS": 4096 // tokens, "PIXELS": 1024, "ACC": _ACC[dtype]}
     # One program is alone on its multiprocessor and may have its registers; unasked, ptxas spills to save some.
-    return constants, {"num_warps": 8, "maxnreg": 192}
+    return constants, {"num_warps": 8, **registers(192)}
 
 
 def backward_launch(n_tokens: int, dtype: torch.dtype) -> tuple[dict, dict]:
@@ -279,7 +280,7 @@ def backward(
     if batch:
         constants, options = backward_launch(n_tokens, maps.dtype)
         with on_device_of(maps):
-            backward_kernel[(triton.cdiv(pixels, constants["ROWS"]), batch)](
+            backward_kernel[(triton.cdiv(pixels, constants["ROWS"]) * batch,)](
                 grad_loss, maps, shares, stats, argmin, grad, *grad_loss.stride(), *maps.stride(), *bits(anchors),
                 len(anchors), pixels, columns, n_tokens, LOG2_E / tau, eps, weight, 1 / tau, **constants, **options,
             )  # fmt: skip

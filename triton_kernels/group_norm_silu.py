@@ -24,14 +24,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of
+from .launch import on_device_of, registers
 
 #: Programs of the kernels that reduce over pixels, at least, if there are pixels enough: some on every multiprocessor.
 _PROGRAMS = 1024
 #: Elements of a tile.
 _TILE = 2048
 #: Compiler options.  Unasked, ptxas now and then spills two registers to keep to 64.
-OPTIONS = {"num_warps": 4, "maxnreg": 255}
+OPTIONS = {"num_warps": 4, **registers(255)}
+
+
+@triton.jit
+def _program(columns, tiles):
+    """(column, tile, row) of program column + columns * (tile + tiles * row).
+
+    Other dimensions of a grid than the first end at 65535, and a video has more rows.
+    """
+    place = tl.program_id(0)
+    return place % columns, place // columns % tiles, (place // (columns * tiles)).to(tl.int64)
 
 
 @triton.jit
@@ -71,10 +81,11 @@ def moments_kernel(
     PIXELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Program (span of pixels, tile of channels, batch entry)."""
-    split = tl.program_id(0)
-    b = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    """Program span of pixels + splits * (tile of channels + tiles * batch entry)."""
+    splits, tiles = tl.cdiv(N, span), tl.cdiv(C, CHANNELS)
+    split, tile, b = _program(splits, tiles)
+    B = (tl.num_programs(0) // (splits * tiles)).to(tl.int64)
+    c = tile * CHANNELS + tl.arange(0, CHANNELS)
     p = tl.arange(0, PIXELS)
     first = split * span
     last = tl.minimum(first + span, N)
@@ -96,9 +107,9 @@ def moments_kernel(
     center = tl.sum(mean * counts, 1) / (last - first).to(ACC)
     apart = mean - center[:, None]
     m2 = tl.sum(m2 + counts * apart * apart, 1)
-    place = moments + (b * tl.num_programs(0) + split) * C + c
+    place = moments + (b * splits + split) * C + c
     tl.store(place, center, mask=c < C)
-    tl.store(place + tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * C, m2, mask=c < C)
+    tl.store(place + B * splits * C, m2, mask=c < C)
 
 
 @triton.jit
@@ -179,9 +190,10 @@ def coefficients_kernel(
     CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Program (group, batch entry)."""
-    first = tl.program_id(0) * size
-    b = tl.program_id(1).to(tl.int64)
+    """Program group + groups * batch entry."""
+    groups = C // size
+    first = tl.program_id(0) % groups * size
+    b = (tl.program_id(0) // groups).to(tl.int64)
     B = B.to(tl.int64)
     t = tl.arange(0, CHANNELS)
     s = tl.arange(0, SPLITS)
@@ -265,10 +277,10 @@ def apply_kernel(
     PIXELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Program (tile of pixels, tile of channels, row)."""
-    b = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    """Program tile of pixels + columns * (tile of channels + tiles * row)."""
+    column, tile, b = _program(tl.cdiv(N, PIXELS), tl.cdiv(C, CHANNELS))
+    c = tile * CHANNELS + tl.arange(0, CHANNELS)
+    p = column * PIXELS + tl.arange(0, PIXELS)
     inside = (c < C)[:, None] & (p < N)[None, :]
     center, gain, offset = _load_coefficients(coefficients + b * every * row_size, c, c < C, plane)
     z = _tile(
@@ -325,11 +337,11 @@ def sums_kernel(
     PIXELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Program (span of pixels, tile of channels, batch entry)."""
-    split = tl.program_id(0)
-    b = tl.program_id(2).to(tl.int64)
-    B = tl.num_programs(2).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    """Program span of pixels + splits * (tile of channels + tiles * batch entry)."""
+    splits, tiles = tl.cdiv(N, span), tl.cdiv(C, CHANNELS)
+    split, tile, b = _program(splits, tiles)
+    B = (tl.num_programs(0) // (splits * tiles)).to(tl.int64)
+    c = tile * CHANNELS + tl.arange(0, CHANNELS)
     p = tl.arange(0, PIXELS)
     first = split * span
     last = tl.minimum(first + span, N)
@@ -346,9 +358,9 @@ def sums_kernel(
         du = _slope(grad + b * stride_b, z, c, start + p, inside, gain, offset, stride_c, stride_p, SILU, ACC)
         slopes += du
         products += du * z
-    place = sums + (b * tl.num_programs(0) + split) * C + c
+    place = sums + (b * splits + split) * C + c
     tl.store(place, tl.sum(slopes, 1), mask=c < C)
-    tl.store(place + B * tl.num_programs(0) * C, tl.sum(products, 1), mask=c < C)
+    tl.store(place + B * splits * C, tl.sum(products, 1), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["addend_repeats", "groups", "size"])
@@ -373,11 +385,12 @@ def gradient_kernel(
     PIXELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Program (tile of pixels, tile of channels, batch entry)."""
-    b = tl.program_id(2).to(tl.int64)
-    B = tl.num_programs(2).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    """Program tile of pixels + columns * (tile of channels + tiles * batch entry)."""
+    columns, tiles = tl.cdiv(N, PIXELS), tl.cdiv(C, CHANNELS)
+    column, tile, b = _program(columns, tiles)
+    B = (tl.num_programs(0) // (columns * tiles)).to(tl.int64)
+    c = tile * CHANNELS + tl.arange(0, CHANNELS)
+    p = column * PIXELS + tl.arange(0, PIXELS)
     inside = (c < C)[:, None] & (p < N)[None, :]
     center, gain, offset = _load_coefficients(coefficients + b * C, c, c < C, B * C)
     constant = tl.load(means + b * groups + c // size, mask=c < C, other=0.0)[:, None]
@@ -458,7 +471,7 @@ def forward(
     parts, span = splits(batch, channels, pixels, tile)
     with on_device_of(x):
         means = moments(x, parts, span, tile, full, repeats)
-        coefficients_kernel[(groups, batch)](
+        coefficients_kernel[(groups * batch,)](
             means, means, or_any(by_row, x), weight.contiguous(), bias.contiguous(),
             *(or_any(None if rows is None else rows.contiguous(), x) for rows in (scale, shift)), coefficients,
             batch, channels, channels, 1, repeats, pixels, parts, span, channels // groups, eps,
@@ -473,7 +486,7 @@ def moments(x: Tensor, parts: int, span: int, tile: dict, addend: Tensor | None 
     """Mean and M2 of every channel of x (+ addend) in every span of pixels, [2, B, parts, C]."""
     batch, channels = x.shape[:2]
     result = x.new_empty(2, batch, parts, channels, dtype=sums_dtype(x))
-    moments_kernel[(parts, triton.cdiv(channels, tile["CHANNELS"]), batch)](
+    moments_kernel[(parts * triton.cdiv(channels, tile["CHANNELS"]) * batch,)](
         x, or_any(addend, x), result, *strides(x), repeats, channels, x.numel() // (batch * channels), span,
         ADDED=addend is not None, **tile, ACC=ACC[x.dtype], **OPTIONS,
     )  # fmt: skip
@@ -497,7 +510,7 @@ def apply(
     """
     (rows, channels), (of_rows, row_size) = out.shape[:2], coefficients.shape[1:]
     pixels = out.numel() // (rows * channels)
-    apply_kernel[(triton.cdiv(pixels, tile["PIXELS"]), triton.cdiv(channels, tile["CHANNELS"]), rows)](
+    apply_kernel[(triton.cdiv(pixels, tile["PIXELS"]) * triton.cdiv(channels, tile["CHANNELS"]) * rows,)](
         x, or_any(addend, x), coefficients[..., first:], out, *strides(x), *strides(out), rows // x.shape[0],
         addend_repeats, of_rows // rows, row_size, of_rows * row_size, channels, pixels,
         ADDED=addend is not None, SILU=silu, **tile, ACC=ACC[x.dtype], **OPTIONS,
@@ -540,13 +553,13 @@ def backward(
     blocks = triton.cdiv(channels, tile["CHANNELS"])
     partial = coefficients.new_empty(2, batch, parts, channels)
     with on_device_of(x):
-        sums_kernel[(parts, blocks, batch)](
+        sums_kernel[(parts * blocks * batch,)](
             *operands, partial, *strides(x), repeats, channels, pixels, span, **constants, **OPTIONS
         )
         sums = partial.sum(2)
         means = (sums * coefficients[1]).unflatten(2, (groups, size)).sum(3) / (size * pixels)
         means[1] *= coefficients[3, :, ::size].square()
-        gradient_kernel[(triton.cdiv(pixels, tile["PIXELS"]), blocks, batch)](
+        gradient_kernel[(triton.cdiv(pixels, tile["PIXELS"]) * blocks * batch,)](
             *operands, means, dx, *strides(x), repeats, channels, pixels, groups, size, **constants, **OPTIONS
         )
     return dx, sums

@@ -43,7 +43,7 @@ from .cross_attention import (
     summed,
     tile_sizes,
 )
-from .launch import bits, on_device_of
+from .launch import bits, on_device_of, registers
 
 MAX_HEAD_DIM = 128
 
@@ -288,7 +288,7 @@ def forward_launch(d: int, n_text: int, queries: int, dtype: torch.dtype, statis
     tiles = {"WIDTH": width, "TEXT": text, "TEXTS": texts, "TEXT_REST": rest, "KEYS": 16 if exact else 64}
     if exact:
         # Left alone, ptxas stops at 64 or 128 registers and spills two.
-        options = {"num_warps": 8, "maxnreg": 168} if width > 64 else {"num_warps": 4}
+        options = {"num_warps": 8, **registers(168)} if width > 64 else {"num_warps": 4}
         return {**sizes, **tiles, "STATISTICS": statistics, "BLOCK": 16}, {**options, "num_stages": 1}
     # The deepest level of a UNet has 64 pixels.
     block = 64 if queries <= 64 else 128

@@ -16,6 +16,14 @@ def bits(columns: Sequence[int]) -> tuple[int, int]:
     return low - ((low >> 63) << 64), high - ((high >> 63) << 64)
 
 
+def registers(most: int) -> dict[str, int]:
+    """The compiler option for at most so many registers a thread.
+
+    NVIDIA's compiler alone has it; for other makers' GPUs a launch with a name that the compiler does not know fails.
+    """
+    return {"maxnreg": most} if torch.version.hip is None else {}
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -60,7 +60,7 @@ def forward(
     coefficients = hidden.new_empty(4, batch, channels, dtype=sums_dtype(hidden))
     with on_device_of(hidden):
         weight, bias = weight.contiguous(), bias.contiguous()
-        coefficients_kernel[(groups, batch)](
+        coefficients_kernel[(groups * batch,)](
             moments(hidden, parts, span, tile), moments(skip, parts, span, tile), hidden, weight, bias, hidden, hidden,
             coefficients, batch, channels, of_hidden, repeats, 1, pixels, parts, span, size, eps,
             SHARED=True, ADDED=False, SCALED=False, **coefficients_launch(parts, hidden.dtype), **OPTIONS,

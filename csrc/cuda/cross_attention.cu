@@ -3,13 +3,15 @@
 // A block holds K and V of one head in shared memory; each of its warps owns 16 or 32 queries at a time and computes
 //   scores (tensor cores) -> softmax (float32, in registers) -> output (tensor cores) -> 16-byte stores,
 // with the next rows of q on their way meanwhile. Without maps a block keeps its head and walks over query tiles;
-// with maps it keeps its query tile and walks over all heads, adding up probabilities in registers.
+// with maps it keeps its query tile and walks over some of the heads, adding up probabilities in registers. If these
+// are not all heads, the sums go to a workspace, and a second kernel adds them up in a fixed order.
 //
 // The operation is limited by reading q and writing out, so what the code spares is traffic: a fragment of K or V read
 // from shared memory serves all rows of a warp, and head_dim is a run-time number (padded to 16, not to a power of
 // two): no register array depends on it, since the output is computed 32 columns at a time.
 
 #include "cross_attention.h"
+#include "device.h"
 #include "primitives.h"
 
 #include <cmath>
@@ -26,8 +28,6 @@ constexpr int kMaxKeys = 128;
 constexpr int kMaxHeadDim = 256;
 // What a block of compute capability 8.6 and 8.9 may have; 8.0 and 9.0 allow more, but then fewer blocks at a time.
 constexpr int kMaxSharedBytes = 99 * 1024;
-// More than this must be asked for.
-constexpr int kDefaultSharedBytes = 48 * 1024;
 constexpr int kPieceBytes = 16;
 constexpr int kPieceElements = 8;
 // The output passes through shared memory 32 columns at a time; the gap keeps rows on different banks.
@@ -36,10 +36,15 @@ constexpr int kStagePitch = 32 * 2 + kPieceBytes;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 16-row tiles a warp owns: two halve the reads of K and V, one leaves enough registers for 128 keys.
-constexpr int row_tiles(int groups) { return groups <= 5 ? 2 : 1; }
-template <int GROUPS>
-constexpr int kRowTiles = row_tiles(GROUPS);
+// 16-row tiles a warp owns: two halve the reads of K and V, one leaves enough registers for 128 keys or for the sums of
+// maps.
+constexpr int row_tiles(int groups, bool maps) { return groups <= 5 && !maps ? 2 : 1; }
+template <int GROUPS, bool MAPS>
+constexpr int kRowTiles = row_tiles(GROUPS, MAPS);
+// Blocks that a multiprocessor must have room for: with maps no more than 168 registers a thread; without, ptxas stays
+// below that by itself (0: it may choose).
+template <bool MAPS>
+constexpr int kBlocksTogether = MAPS ? 3 : 0;
 
 // The kernel exists for these numbers of 16-key groups; fewer keys use the next one and masks. 5 is the usual 77.
 constexpr int kGroups[] = {1, 2, 4, 5, 8};
@@ -58,9 +63,11 @@ constexpr int kSmallerGroups = smaller_groups(GROUPS);
 struct Layout {
   int groups;         // 16-key groups a tile of K or V has
   int warps;          // of a block
-  int tiles;          // query tiles, of warps * 16 * row_tiles(groups) queries each
+  int tiles;          // query tiles, of warps * 16 * row_tiles(groups, maps) queries each
   int tiles_a_block;  // consecutive query tiles a block without maps walks over
   int splits;         // blocks a head's tiles are spread over (1 tile each with maps)
+  int heads_a_block;  // consecutive heads a block with maps walks over
+  int head_groups;    // blocks the heads of a query tile are spread over
   int padded_dim;     // head_dim rounded up to 16
   int pitch;          // bytes from row to row of K, V and q in shared memory: an odd number of pieces, so that the
                       // eight rows of a matrix that ldmatrix reads lie on different banks
@@ -71,6 +78,7 @@ struct Layout {
 struct Problem {
   CrossAttentionArgs args;
   Layout layout;
+  float* map_sums;  // [head groups, batch, queries, map_count]; the maps themselves where there is one group
 };
 
 // ---- Kernel ----
@@ -253,8 +261,8 @@ __device__ __forceinline__ void output_columns(
 }
 
 template <typename Element, int GROUPS, bool MAPS>
-__global__ void __launch_bounds__(kMaxWarps * kWarp) forward_kernel(const Problem problem) {
-  constexpr int kTiles = kRowTiles<GROUPS>;
+__global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksTogether<MAPS>) forward_kernel(const Problem problem) {
+  constexpr int kTiles = kRowTiles<GROUPS, MAPS>;
   constexpr int kRows = 16 * kTiles;
   constexpr int kKeys = 16 * GROUPS;
   const CrossAttentionArgs& args = problem.args;
@@ -264,12 +272,15 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) forward_kernel(const Proble
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
 
-  // Heads change fastest without maps: neighbouring blocks then read neighbouring bytes of a [B, N, H * d] tensor.
-  const int outer = MAPS ? blockIdx.x : blockIdx.x / args.heads;
-  const int first_head = MAPS ? 0 : blockIdx.x % args.heads;
+  // Heads change fastest: neighbouring blocks then read neighbouring bytes of a [B, N, H * d] tensor.
+  const int groups_of_heads = MAPS ? layout.head_groups : args.heads;
+  const int outer = blockIdx.x / groups_of_heads;
+  const int head_group = blockIdx.x % groups_of_heads;
+  const int first_head = MAPS ? head_group * layout.heads_a_block : head_group;
   const int batch = outer / layout.splits;
   const int first_tile = outer % layout.splits * layout.tiles_a_block;
-  const int steps = MAPS ? args.heads : min(layout.tiles_a_block, layout.tiles - first_tile);
+  const int steps = MAPS ? min(layout.heads_a_block, args.heads - first_head)
+                         : min(layout.tiles_a_block, layout.tiles - first_tile);
   const int kv_batch = batch / args.kv_repeats;
 
   // Shared memory: K, V, every warp's rows of q, every warp's stage for its output.
@@ -287,7 +298,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) forward_kernel(const Proble
   const int pieces = layout.padded_dim / kPieceElements;
   const Walk block_walk(threadIdx.x, blockDim.x, pieces);
   const Walk warp_walk(lane, kWarp, pieces);
-  const auto head_at = [&](int step) { return MAPS ? step : first_head; };
+  const auto head_at = [&](int step) { return first_head + (MAPS ? step : 0); };
   const auto row_at = [&](int step) { return ((first_tile + (MAPS ? 0 : step)) * warps + warp) * kRows; };
   const auto copy_q = [&](int step) {
     const void* from = matrix(args.q, args.q_strides, batch, head_at(step));
@@ -402,6 +413,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) forward_kernel(const Proble
 
   if constexpr (MAPS) {
     const float share = 1.0f / static_cast<float>(args.heads);
+    const int64_t first_line = (static_cast<int64_t>(head_group) * args.batch + batch) * args.queries;
 #pragma unroll
     for (int j = 0; j < 2 * GROUPS; ++j) {
 #pragma unroll
@@ -414,13 +426,30 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp) forward_kernel(const Proble
         for (int i = 0; i < kTiles; ++i) {
           const int row = row_at(0) + 16 * i + e / 2 * 8 + lane / 4;
           if (row < args.queries) {
-            const int64_t line = static_cast<int64_t>(batch) * args.queries + row;
-            store_global(args.maps + line * args.map_count + slot, mean[i][j][e] * share);
+            store_global(problem.map_sums + (first_line + row) * args.map_count + slot, mean[i][j][e] * share);
           }
         }
       }
     }
   }
+}
+
+// maps = the sum of the head groups' parts, in the order of the heads.
+struct Sums {
+  const float* parts;  // [head_groups, count]
+  float* maps;         // [count]
+  int64_t count;
+  int head_groups;
+};
+
+constexpr int kSumThreads = 256;
+
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const Sums sums) {
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (place >= sums.count) return;
+  float total = load_global(sums.parts + place);
+  for (int group = 1; group < sums.head_groups; ++group) total += load_global(sums.parts + group * sums.count + place);
+  store_global(sums.maps + place, total);
 }
 
 // ---- Host ----
@@ -436,8 +465,9 @@ Layout plan(const CrossAttentionArgs& args, int multiprocessors) {
   }
   layout.padded_dim = (args.head_dim + 15) / 16 * 16;
   layout.pitch = layout.padded_dim * 2 + kPieceBytes;
-  const int rows = 16 * row_tiles(layout.groups);
-  const int64_t walks = static_cast<int64_t>(args.batch) * (wants_maps(args) ? 1 : args.heads);
+  const bool maps = wants_maps(args);
+  const int rows = 16 * row_tiles(layout.groups, maps);
+  const int64_t walks = static_cast<int64_t>(args.batch) * args.heads;
 
   // Large tiles read K and V less often; smaller ones when they would hold no queries or leave processors idle.
   int warps = kMaxWarps;
@@ -454,10 +484,19 @@ Layout plan(const CrossAttentionArgs& args, int multiprocessors) {
   if (!fits(2, warps) && !(warps > 2 && fits(2, 2)) && !fits(1, warps)) fits(1, 2);
 
   layout.tiles = divide_up(args.queries, layout.warps * rows);
-  // Enough blocks to fill the device a few times over; beyond that, blocks that load K and V once for several tiles.
-  const int64_t plenty = static_cast<int64_t>(multiprocessors) * 8;
   layout.tiles_a_block = 1;
-  if (!wants_maps(args)) {
+  layout.heads_a_block = 1;
+  layout.head_groups = args.heads;
+  if (maps) {
+    // A block and a half for a processor; beyond that, blocks that keep their sums for several heads. What groups of
+    // heads write and read again is to q and out as 2 * head_groups * map_count is to heads * head_dim.
+    const int64_t tiles = static_cast<int64_t>(args.batch) * layout.tiles;
+    const int wanted = divide_up(static_cast<int64_t>(multiprocessors) * 3, 2 * tiles);
+    layout.heads_a_block = divide_up(args.heads, wanted < args.heads ? wanted : args.heads);
+    layout.head_groups = divide_up(args.heads, layout.heads_a_block);
+  } else {
+    // Enough blocks to fill the device a few times over; beyond that, blocks that load K and V once for several tiles.
+    const int64_t plenty = static_cast<int64_t>(multiprocessors) * 8;
     while (layout.tiles_a_block < 8 && walks * divide_up(layout.tiles, 2 * layout.tiles_a_block) >= plenty) {
       layout.tiles_a_block *= 2;
     }
@@ -467,47 +506,57 @@ Layout plan(const CrossAttentionArgs& args, int multiprocessors) {
 }
 
 template <typename Element, int GROUPS, bool MAPS>
-cudaError_t launch_kernel(Problem& problem, cudaStream_t stream) {
+cudaError_t launch_kernel(Problem& problem, int device, cudaStream_t stream) {
   const auto kernel = forward_kernel<Element, GROUPS, MAPS>;
+  const cudaError_t error = allow_all_shared_memory(kernel, device);
+  if (error != cudaSuccess) return error;
   const CrossAttentionArgs& args = problem.args;
   const Layout& layout = problem.layout;
-  if (layout.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  const unsigned blocks = static_cast<unsigned>(layout.splits) * args.batch * (MAPS ? 1 : args.heads);
+  const unsigned blocks = static_cast<unsigned>(layout.splits) * args.batch * layout.head_groups;
   void* arguments[] = {&problem};
   return cudaLaunchKernel(kernel, dim3(blocks), dim3(layout.warps * kWarp), arguments, layout.shared_bytes, stream);
 }
 
 template <typename Element, bool MAPS>
-cudaError_t launch_for_keys(Problem& problem, cudaStream_t stream) {
+cudaError_t launch_for_keys(Problem& problem, int device, cudaStream_t stream) {
   switch (problem.layout.groups) {
-    case 1: return launch_kernel<Element, 1, MAPS>(problem, stream);
-    case 2: return launch_kernel<Element, 2, MAPS>(problem, stream);
-    case 4: return launch_kernel<Element, 4, MAPS>(problem, stream);
-    case 5: return launch_kernel<Element, 5, MAPS>(problem, stream);
-    default: return launch_kernel<Element, 8, MAPS>(problem, stream);
+    case 1: return launch_kernel<Element, 1, MAPS>(problem, device, stream);
+    case 2: return launch_kernel<Element, 2, MAPS>(problem, device, stream);
+    case 4: return launch_kernel<Element, 4, MAPS>(problem, device, stream);
+    case 5: return launch_kernel<Element, 5, MAPS>(problem, device, stream);
+    default: return launch_kernel<Element, 8, MAPS>(problem, device, stream);
   }
 }
 
 template <typename Element>
-cudaError_t launch_for_maps(Problem& problem, cudaStream_t stream) {
-  return wants_maps(problem.args) ? launch_for_keys<Element, true>(problem, stream)
-                                  : launch_for_keys<Element, false>(problem, stream);
+cudaError_t launch_for_maps(Problem& problem, int device, cudaStream_t stream) {
+  return wants_maps(problem.args) ? launch_for_keys<Element, true>(problem, device, stream)
+                                  : launch_for_keys<Element, false>(problem, device, stream);
 }
 
-cudaError_t launch(const CrossAttentionArgs& args, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  Problem problem = {args, plan(args, multiprocessors)};
-  return args.dtype == ElementType::kFloat16 ? launch_for_maps<Float16>(problem, stream)
-                                             : launch_for_maps<BFloat16>(problem, stream);
+cudaError_t launch_sum(const Problem& problem, cudaStream_t stream) {
+  const CrossAttentionArgs& args = problem.args;
+  const int64_t count = static_cast<int64_t>(args.batch) * args.queries * args.map_count;
+  Sums sums = {problem.map_sums, args.maps, count, problem.layout.head_groups};
+  void* arguments[] = {&sums};
+  return cudaLaunchKernel(sum_kernel, dim3(divide_up(count, kSumThreads)), dim3(kSumThreads), arguments, 0, stream);
 }
+
+// Floats of the sums of head groups, 0 where a block has all heads.
+int64_t workspace_floats(const CrossAttentionArgs& args, const Layout& layout) {
+  if (!wants_maps(args) || layout.head_groups == 1) return 0;
+  return static_cast<int64_t>(layout.head_groups) * args.batch * args.queries * args.map_count;
+}
+
+cudaError_t plan_on_current_device(const CrossAttentionArgs& args, int& device, Layout& layout) {
+  int multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = device_attribute<cudaDevAttrMultiProcessorCount>(device, multiprocessors);
+  if (error == cudaSuccess) layout = plan(args, multiprocessors);
+  return error;
+}
+
+bool is_empty(const CrossAttentionArgs& args) { return args.batch == 0 || args.heads == 0 || args.queries == 0; }
 
 int count_bits(uint64_t word) {
   int count = 0;
@@ -572,7 +621,7 @@ const char* cross_attention_obstacle(const CrossAttentionArgs& args) {
         "batch * heads * queries / 16 must be below 2**31, got %d * %d * %d / 16", args.batch, args.heads,
         args.queries);
   }
-  if (args.batch == 0 || args.heads == 0 || args.queries == 0) return nullptr;
+  if (is_empty(args)) return nullptr;
 
   if (args.map_count > 0 && args.maps == nullptr) {
     return message("maps must be a device pointer when map_count is %d, got null", args.map_count);
@@ -585,14 +634,35 @@ const char* cross_attention_obstacle(const CrossAttentionArgs& args) {
   return alignment_obstacle("out", args.out, args.out_strides, q_sizes);
 }
 
-const char* cross_attention_forward(const CrossAttentionArgs& args, void* stream) {
+const char* cross_attention_workspace(const CrossAttentionArgs& args, int64_t* floats) {
+  *floats = 0;
   if (const char* text = cross_attention_obstacle(args)) return text;
-  if (args.batch == 0 || args.heads == 0 || args.queries == 0) return nullptr;
-  const cudaError_t error = launch(args, static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return nullptr;
-  // Taken from the runtime too, so that the next call does not report it again.
-  cudaGetLastError();
-  return cudaGetErrorString(error);
+  if (is_empty(args) || !wants_maps(args)) return nullptr;
+  int device = 0;
+  Layout layout = {};
+  const cudaError_t error = plan_on_current_device(args, device, layout);
+  if (error != cudaSuccess) return text_of(error);
+  *floats = workspace_floats(args, layout);
+  return nullptr;
+}
+
+const char* cross_attention_forward(const CrossAttentionArgs& args, float* workspace, void* stream) {
+  if (const char* text = cross_attention_obstacle(args)) return text;
+  if (is_empty(args)) return nullptr;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  Problem problem = {args, {}, args.maps};
+  int device = 0;
+  cudaError_t error = plan_on_current_device(args, device, problem.layout);
+  if (error != cudaSuccess) return text_of(error);
+  const bool in_parts = workspace_floats(args, problem.layout) > 0;
+  if (in_parts) {
+    if (workspace == nullptr) return message("workspace must be a device pointer, got null");
+    problem.map_sums = workspace;
+  }
+  error = args.dtype == ElementType::kFloat16 ? launch_for_maps<Float16>(problem, device, on)
+                                              : launch_for_maps<BFloat16>(problem, device, on);
+  if (error == cudaSuccess && in_parts) error = launch_sum(problem, on);
+  return error == cudaSuccess ? nullptr : text_of(error);
 }
 
 }  // namespace difffast::cuda

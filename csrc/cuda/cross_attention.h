@@ -36,8 +36,13 @@ struct CrossAttentionArgs {
 // thread's own and lasts until its next call. Looks at the arguments only, never at a device.
 const char* cross_attention_obstacle(const CrossAttentionArgs& args);
 
-// Enqueues the kernel on `stream` (a cudaStream_t of the current device) and returns without waiting for it: null, or
-// the obstacle, or CUDA's error text. Same arguments, same bits: nothing is accumulated atomically.
-const char* cross_attention_forward(const CrossAttentionArgs& args, void* stream);
+// The floats that `workspace` must have for these arguments on the current device, 0 where no sums of maps are left to
+// add up: null, or the obstacle, or CUDA's error text.
+const char* cross_attention_workspace(const CrossAttentionArgs& args, int64_t* floats);
+
+// Enqueues the kernels on `stream` (a cudaStream_t of the current device) and returns without waiting for them: null,
+// or the obstacle, or CUDA's error text. Same arguments and device, same bits: nothing is accumulated atomically. In
+// which order heads are added up in a map depends on the batch and on the device.
+const char* cross_attention_forward(const CrossAttentionArgs& args, float* workspace, void* stream);
 
 }  // namespace difffast::cuda

@@ -1,17 +1,17 @@
 // Launches of group_norm_silu and skip_norm_silu: how the work is spread over blocks, and what is refused.
 
+#include "device.h"
 #include "group_norm_silu.h"
 #include "group_norm_silu_kernel.h"
 
 #include <limits>
+#include <tuple>
 
 namespace difffast::cuda {
 namespace {
 
-// Blocks that any device with clusters can run together.
+// Blocks that a cluster may have on every device with clusters.
 constexpr int kMaxCluster = 8;
-// More than this must be asked for.
-constexpr int kDefaultSharedBytes = 48 * 1024;
 // Of pixels in shared memory: what is worth a block of its own, what a block that no other one helps should not exceed
 // unless there are slabs for most processors, and what leaves room for several blocks on a processor.
 constexpr int kWorthwhileTile = 4 * 1024;
@@ -21,26 +21,33 @@ constexpr int kSplitTile = 32 * 1024;
 constexpr int kLineBytes = 128;
 
 struct Device {
+  int id;
   int multiprocessors;
   int shared_bytes;  // that a block may have
-  int cluster;       // blocks that a cluster may have; 1: there are none
+  bool clusters;
 };
 
 cudaError_t current_device(Device& device) {
-  int id = 0, clusters = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  const auto read = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, id);
-  };
-  read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
-  read(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  read(clusters, cudaDevAttrClusterLaunch);
+  int clusters = 0;
+  cudaError_t error = cudaGetDevice(&device.id);
+  const int id = device.id;
+  if (error == cudaSuccess) error = device_attribute<cudaDevAttrMultiProcessorCount>(id, device.multiprocessors);
+  if (error == cudaSuccess) {
+    error = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(id, device.shared_bytes);
+  }
+  if (error == cudaSuccess) error = device_attribute<cudaDevAttrClusterLaunch>(id, clusters);
+  static Remembered<int> versions;
+  int version = 0;
+  if (error == cudaSuccess) {
+    error = versions.get(id, version, [](int& answer) {
+      cudaFuncAttributes kernel = {};
+      const cudaError_t error = cudaFuncGetAttributes(&kernel, norm_kernel<Float32, false>);
+      answer = kernel.ptxVersion;
+      return error;
+    });
+  }
   // The driver may have compiled the kernels from the instructions of an older device, which has no clusters.
-  cudaFuncAttributes kernel = {};
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&kernel, norm_kernel<Float32, false>);
-  // A small partition of a device may not have processors for a whole cluster.
-  const bool enough = device.multiprocessors >= 2 * kMaxCluster;
-  device.cluster = clusters != 0 && kernel.ptxVersion >= 90 && enough ? kMaxCluster : 1;
+  device.clusters = clusters != 0 && version >= 90;
   return error;
 }
 
@@ -66,11 +73,95 @@ void set_span(Layout& layout, const GroupNormSilu& args, int span) {
                         4 * small_floats(channels, layout.slab_groups, layout.threads / kWarp);
 }
 
-Layout plan(const GroupNormSilu& args, const Device& device) {
-  Layout layout = {};
+int64_t slabs(const GroupNormSilu& args, const Layout& layout) {
+  return args.batch * layout.own_slabs + args.batch / args.repeats * layout.shared_slabs;
+}
+
+int64_t blocks(const GroupNormSilu& args, const Layout& layout) { return slabs(args, layout) * layout.parts; }
+
+// ---- Launches of one kernel ----
+
+// A launch, of clusters where the blocks of a slab are one.
+struct Launch {
+  cudaLaunchAttribute cluster = {};
+  cudaLaunchConfig_t config = {};
+
+  Launch(const GroupNormSilu& args, const Layout& layout, bool in_clusters, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = layout.parts;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks(args, layout)));
+    config.blockDim = dim3(layout.threads);
+    config.dynamicSmemBytes = layout.shared_bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = in_clusters ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;  // the configuration points into it
+};
+
+using Kernel = void (*)(Problem);
+
+template <typename Element>
+Kernel kernel_for_layout(bool channels_last) {
+  return channels_last ? norm_kernel<Element, true> : norm_kernel<Element, false>;
+}
+
+Kernel kernel_of(const GroupNormSilu& args) {
+  switch (args.dtype) {
+    case ElementType::kFloat16: return kernel_for_layout<Float16>(args.channels_last);
+    case ElementType::kBFloat16: return kernel_for_layout<BFloat16>(args.channels_last);
+    default: return kernel_for_layout<Float32>(args.channels_last);
+  }
+}
+
+cudaError_t launch(const Problem& problem, int device, cudaStream_t stream) {
+  const Kernel kernel = kernel_of(problem.args);
+  const cudaError_t error = allow_all_shared_memory(kernel, device);
+  if (error != cudaSuccess) return error;
+  const bool in_clusters = problem.stage == Stage::kWhole && problem.layout.parts > 1;
+  const Launch launch(problem.args, problem.layout, in_clusters, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, problem);
+}
+
+// How many clusters of this layout the device runs together: how its processors are grouped decides, and what else
+// keeps them from us (a partition, a limit of MPS).
+cudaError_t count_clusters(const GroupNormSilu& args, const Layout& layout, int device, int& clusters) {
+  const Kernel kernel = kernel_of(args);
+  // All that the answer depends on.
+  using Configuration = std::tuple<Kernel, int, int, int, int>;
+  static Remembered<Configuration> answers;
+  const Configuration configuration(kernel, device, layout.parts, layout.threads, layout.shared_bytes);
+  return answers.get(configuration, clusters, [&](int& answer) {
+    const cudaError_t error = allow_all_shared_memory(kernel, device);
+    if (error != cudaSuccess) return error;
+    const Launch launch(args, layout, true, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&answer, kernel, &launch.config) != cudaSuccess) {
+      // It cannot say, for example of a cluster that is too large: then there is none. Taken from the runtime, too.
+      cudaGetLastError();
+      answer = 0;
+    }
+    return cudaSuccess;
+  });
+}
+
+// ---- Plan ----
+
+// Whether clusters of this layout pay. Two launches read twice and write once, so that clusters which leave more than a
+// third of their places empty, in a last wave, take longer.
+cudaError_t clusters_pay(const GroupNormSilu& args, const Layout& layout, int device, bool& pay) {
+  int clusters = 0;
+  const cudaError_t error = count_clusters(args, layout, device, clusters);
+  const int64_t all = slabs(args, layout);
+  pay = clusters > 0 && (all <= clusters || 3 * all >= int64_t{2} * divide_up(all, clusters) * clusters);
+  return error;
+}
+
+// Groups of a slab, and with that the slabs.
+void set_slabs(Layout& layout, const GroupNormSilu& args, const Device& device) {
   const int size = static_cast<int>(args.channels / args.groups), kept_groups = static_cast<int>(args.kept) / size;
   const int rest = static_cast<int>(args.groups) - kept_groups;
-  const auto slabs = [&](int groups) {
+  const auto count = [&](int groups) {
     return args.batch * divide_up(kept_groups, groups) + args.batch / args.repeats * divide_up(rest, groups);
   };
   layout.slab_groups = 1;
@@ -82,25 +173,33 @@ Layout plan(const GroupNormSilu& args, const Device& device) {
     };
     while (layout.slab_groups * row % kVectorBytes != 0 && wider()) layout.slab_groups *= 2;
     while (layout.slab_groups * row < kLineBytes && wider() &&
-           slabs(2 * layout.slab_groups) * kMaxCluster >= device.multiprocessors) {
+           count(2 * layout.slab_groups) * kMaxCluster >= device.multiprocessors) {
       layout.slab_groups *= 2;
     }
   }
   layout.own_slabs = divide_up(kept_groups, layout.slab_groups);
   layout.shared_slabs = divide_up(rest, layout.slab_groups);
-  const int64_t all = slabs(layout.slab_groups);
+}
+
+cudaError_t plan(const GroupNormSilu& args, const Device& device, Layout& layout) {
+  layout = {};
+  set_slabs(layout, args, device);
+  const int64_t all = slabs(args, layout);
 
   // One pass: more blocks for a slab until two fit into a processor and all processors have one.
-  for (layout.parts = 1; layout.parts <= device.cluster; layout.parts *= 2) {
+  const int most = device.clusters ? kMaxCluster : 1;
+  for (layout.parts = 1; layout.parts <= most; layout.parts *= 2) {
     const int span = divide_up(args.pixels, layout.parts);
     set_span(layout, args, span);
-    const bool last = 2 * layout.parts > device.cluster;
+    const bool last = 2 * layout.parts > most;
     const bool spread = all * layout.parts >= device.multiprocessors || layout.tile_bytes < 2 * kWorthwhileTile;
     layout.one_pass = layout.shared_bytes <= (last ? device.shared_bytes : device.shared_bytes / 2) && (spread || last);
-    if (device.cluster == 1 && 2 * all < device.multiprocessors && layout.tile_bytes > kSmallTile) {
-      layout.one_pass = false;
+    if (most == 1 && 2 * all < device.multiprocessors && layout.tile_bytes > kSmallTile) layout.one_pass = false;
+    if (layout.one_pass && layout.parts > 1) {
+      const cudaError_t error = clusters_pay(args, layout, device.id, layout.one_pass);
+      if (error != cudaSuccess) return error;
     }
-    if (layout.one_pass) return layout;
+    if (layout.one_pass) return cudaSuccess;
   }
 
   // Two passes: several blocks in a processor, and blocks for all of them.
@@ -113,54 +212,13 @@ Layout plan(const GroupNormSilu& args, const Device& device) {
     const bool fits = layout.tile_bytes <= kSplitTile && layout.shared_bytes <= device.shared_bytes;
     if (fits && all * layout.parts >= 2 * device.multiprocessors) break;
   }
-  return layout;
+  return cudaSuccess;
 }
 
-int64_t blocks(const GroupNormSilu& args, const Layout& layout) {
-  return (args.batch * layout.own_slabs + args.batch / args.repeats * layout.shared_slabs) * layout.parts;
-}
-
-template <typename Element, bool CHANNELS_LAST>
-cudaError_t launch_kernel(const Problem& problem, cudaStream_t stream) {
-  const auto kernel = norm_kernel<Element, CHANNELS_LAST>;
-  const Layout& layout = problem.layout;
-  if (layout.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = layout.parts;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks(problem.args, layout)));
-  config.blockDim = dim3(layout.threads);
-  config.dynamicSmemBytes = layout.shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = problem.stage == Stage::kWhole && layout.parts > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, problem);
-}
-
-template <typename Element>
-cudaError_t launch_for_layout(const Problem& problem, cudaStream_t stream) {
-  return problem.args.channels_last ? launch_kernel<Element, true>(problem, stream)
-                                    : launch_kernel<Element, false>(problem, stream);
-}
-
-cudaError_t launch(const Problem& problem, cudaStream_t stream) {
-  switch (problem.args.dtype) {
-    case ElementType::kFloat16: return launch_for_layout<Float16>(problem, stream);
-    case ElementType::kBFloat16: return launch_for_layout<BFloat16>(problem, stream);
-    default: return launch_for_layout<Float32>(problem, stream);
-  }
-}
-
-const char* text_of(cudaError_t error) {
-  // Taken from the runtime too, so that the next call does not report it again.
-  cudaGetLastError();
-  return cudaGetErrorString(error);
+// The current device, and the layout for it.
+cudaError_t plan_here(const GroupNormSilu& args, Device& device, Layout& layout) {
+  const cudaError_t error = current_device(device);
+  return error == cudaSuccess ? plan(args, device, layout) : error;
 }
 
 }  // namespace
@@ -229,10 +287,11 @@ const char* group_norm_silu_obstacle(const GroupNormSilu& args) {
 const char* group_norm_silu_workspace(const GroupNormSilu& args, int64_t* floats) {
   *floats = 0;
   if (const char* text = group_norm_silu_obstacle(args)) return text;
+  if (args.batch == 0) return nullptr;
   Device device = {};
-  const cudaError_t error = current_device(device);
+  Layout layout = {};
+  const cudaError_t error = plan_here(args, device, layout);
   if (error != cudaSuccess) return text_of(error);
-  const Layout layout = plan(args, device);
   if (!layout.one_pass) *floats = blocks(args, layout) * layout.slab_groups * 2;
   return nullptr;
 }
@@ -240,17 +299,18 @@ const char* group_norm_silu_workspace(const GroupNormSilu& args, int64_t* floats
 const char* group_norm_silu_forward(const GroupNormSilu& args, float* workspace, void* stream) {
   if (const char* text = group_norm_silu_obstacle(args)) return text;
   if (args.batch == 0) return nullptr;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
   Device device = {};
-  cudaError_t error = current_device(device);
+  Problem problem = {args, {}, workspace, Stage::kWhole};
+  cudaError_t error = plan_here(args, device, problem.layout);
   if (error != cudaSuccess) return text_of(error);
-  Problem problem = {args, plan(args, device), workspace, Stage::kWhole};
   if (!problem.layout.one_pass) {
     if (workspace == nullptr) return message("workspace must be a device pointer, got null");
     problem.stage = Stage::kMoments;
-    error = launch(problem, static_cast<cudaStream_t>(stream));
+    error = launch(problem, device.id, on);
     problem.stage = Stage::kApply;
   }
-  if (error == cudaSuccess) error = launch(problem, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) error = launch(problem, device.id, on);
   return error == cudaSuccess ? nullptr : text_of(error);
 }
 

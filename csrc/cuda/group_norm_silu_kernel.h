@@ -392,9 +392,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) norm_kernel(const Problem prob
     const uint32_t place = shared.moments + group * 8 + which * 4;
     return cluster ? load_cluster_float(place, part) : load_shared_float(place);
   });
-  // No block may end while another one still reads its moments.
-  if (cluster) cluster_arrive();
   __syncthreads();
+  // No block may end while another one still reads its moments.
+  if (cluster) cluster_arrive_relaxed();
   make_coefficients<Element>(args, shared, slab, size);
   wait_copies<0>();
   __syncthreads();

@@ -139,6 +139,12 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// The same without making anything seen, and so without a fence of the whole device: says that this block's threads
+// have read what they wanted, if a barrier of the block lies between.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 // Waits until all threads of the cluster have arrived as often as this one.
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -154,6 +160,7 @@ __device__ __forceinline__ float load_cluster_float(uint32_t from, uint32_t rank
 #else
 
 __device__ __forceinline__ void cluster_arrive() { __trap(); }
+__device__ __forceinline__ void cluster_arrive_relaxed() { __trap(); }
 __device__ __forceinline__ void cluster_wait() { __trap(); }
 __device__ __forceinline__ float load_cluster_float(uint32_t, uint32_t) {
   __trap();

@@ -47,6 +47,8 @@ class LayerKind(ABC):
 
     #: What reports call layers of this kind.
     name: str
+    #: Types of devices on which layers are put in; None: on all.
+    device_types: tuple[str, ...] | None = None
     #: What a layer's ``forward`` calls its input, which callers may pass by name.
     input_name = "hidden_states"
 
@@ -121,6 +123,8 @@ class LayerKind(ABC):
     def put_in(self, unet: nn.Module) -> None:
         """Put :meth:`wrap` in front of every layer that has no class of its own yet."""
         _kinds[self.name] = self
+        if self.device_types is not None and next(unet.parameters()).device.type not in self.device_types:
+            return
         for name, layer in self.find(unet).items():
             if not is_swapped(layer):
                 swap_in(layer, {"__call__": self.wrap(name, plain_class(layer).__call__)})

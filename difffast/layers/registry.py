@@ -7,13 +7,22 @@ nothing but this list.
 from __future__ import annotations
 
 from .cross_attention import CrossAttention
+from .gpu import Geglu, TransformerNorm, TransformerOutput
 from .kind import LayerKind
 from .linear import Linear
 from .resnet import Resnet
 from .self_attention import SelfAttention
 
-#: From the outermost to the innermost: attention layers contain linear layers.
-LAYERS: list[LayerKind] = [CrossAttention(), SelfAttention(), Resnet(), Linear()]
+#: From the outermost to the innermost: attention layers and GEGLU contain linear layers.
+LAYERS: list[LayerKind] = [
+    CrossAttention(),
+    SelfAttention(),
+    Resnet(),
+    TransformerNorm(),
+    TransformerOutput(),
+    Geglu(),
+    Linear(),
+]
 
 
 def register(kind: LayerKind) -> LayerKind:

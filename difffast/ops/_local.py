@@ -196,6 +196,17 @@ def describe_choices(device: torch.device, dtype: torch.dtype) -> str:
     return ", ".join(f"{name} for {count} shapes" for name, count in sorted(found.items()))
 
 
+def has_kernel(device: torch.device, operator: str, dtype: torch.dtype, layout: str) -> bool:
+    """Return whether a proof has chosen a kernel of ours for operands that lie so in memory."""
+    if not load(device):
+        return False
+    start = f"{operator} {str(dtype).removeprefix('torch.')} "
+    return any(
+        key.startswith(start) and layout in key and entry.get("choice") in ("triton", "cuda", "cpp")
+        for key, entry in table_of(device).proofs.items()
+    )
+
+
 def strike(operator: str, backend: str, reason: str) -> None:
     """Let a backend that has failed run no more in this process unless it is forced."""
     _struck[operator, backend] = reason

@@ -17,6 +17,8 @@ from ..layers.registry import LAYERS
 from ..models.configs import unet as make_unet
 from ..ops import _local
 from ..ops._keys import Key
+from ..surgery.memory_format import lies_channels_last, suits_channels_last
+from ..surgery.subclass import plain_class
 from ..unet.features import Features
 from ..unet.shared_skips import read_weights
 from ..unet.split import decode, encode, run_encoder
@@ -30,25 +32,24 @@ _TOKENS = 77
 _collecting = threading.Lock()
 
 
-def make_dry(source: Any, dtype: torch.dtype) -> nn.Module:
-    """Return a UNet without memory.
+def make_dry(source: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return a UNet without memory, in the memory format in which it would run patched.
 
     Args:
         source: a name of :data:`difffast.models.configs.UNET_CONFIGS`, or a UNet of which it is a copy.
         dtype: of its weights.
+        device: where it would run.
 
     Raises:
         ValueError: there is no UNet of this name.
     """
     if isinstance(source, str):
-        return nn.Module.to(make_unet(source), dtype=dtype).requires_grad_(False)
-    from ..surgery.subclass import plain_class
-
-    with torch.device("meta"):
-        dry = plain_class(source).from_config(source.config)
-    first = next((x for x in source.parameters() if x.ndim == 4), None)
-    last = first is not None and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
-    layout = torch.channels_last if last else torch.preserve_format
+        dry, channels_last = make_unet(source), False
+    else:
+        with torch.device("meta"):
+            dry = plain_class(source).from_config(source.config)
+        channels_last = lies_channels_last(source)
+    layout = torch.channels_last if channels_last or suits_channels_last(device, dtype) else torch.preserve_format
     return nn.Module.to(dry, dtype=dtype, memory_format=layout).eval().requires_grad_(False)
 
 
@@ -70,12 +71,13 @@ def make_call(unet: nn.Module, batch: int) -> dict[str, Any]:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
+    layout = torch.channels_last if lies_channels_last(unet) else torch.contiguous_format
     size = config.sample_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     width_of_text = config.encoder_hid_dim or config.cross_attention_dim
     width_of_text = width_of_text if isinstance(width_of_text, int) else width_of_text[0]
     call: dict[str, Any] = {
-        "sample": empty(batch, config.in_channels, height, width),
+        "sample": empty(batch, config.in_channels, height, width).to(memory_format=layout),
         "timestep": torch.zeros((), dtype=torch.int64, device=like.device),
         "encoder_hidden_states": empty(batch, _TOKENS, width_of_text),
     }

@@ -15,6 +15,7 @@ from .. import ops
 from ..ops._attention_checks import MAX_KEYS, repeat_rows
 from ..ops._keys import Key, find_strides
 from ..ops.cross_attention import reference as define_cross
+from ..ops.geglu import reference as define_geglu
 from ..ops.group_norm_silu import reference as define_norm
 from ..ops.joint_attention import reference as define_joint
 from ..ops.skip_norm_silu import reference as define_skip_norm
@@ -178,9 +179,22 @@ def _call_self(key: Key, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return (ops.self_attention(q, k, v),)
 
 
+def _lay_geglu(key: Key) -> list[tuple[tuple[int, ...], str]]:
+    return [(key.shapes[0], "contiguous")]
+
+
+def _call_geglu(key: Key, x: Tensor) -> tuple[Tensor, ...]:
+    return (ops.geglu(x),)
+
+
+def _define_geglu(key: Key, x: Tensor) -> tuple[Tensor, ...]:
+    return (define_geglu(x),)
+
+
 #: Operators whose kernels are proved for each shape.
 KINDS: dict[str, Kind] = {
     "cross_attention": Kind(_lay_attention, _call_cross, _by_row(_define_cross), _by_row(_compose_cross)),
+    "geglu": Kind(_lay_geglu, _call_geglu, _define_geglu, None),
     "group_norm_silu": Kind(_lay_norm, _call_norm, _define_norm, None),
     "joint_attention": Kind(_lay_attention, _call_joint, _by_row(_define_joint), _by_row(_compose_joint)),
     "self_attention": Kind(_lay_attention, _call_self, _by_row(_define_cross), _by_row(_compose_cross)),
@@ -223,7 +237,9 @@ def vary(key: Key, step: int) -> Key | None:
         The key; None where nothing would be left.
     """
     shapes, named = [list(shape) for shape in key.shapes], dict(key.options)
-    if "norm" in key.operator:
+    if key.operator == "geglu":
+        shapes[0][0], shapes[0][-1] = 1, shapes[0][-1] + 2 * step
+    elif "norm" in key.operator:
         for shape in shapes:
             shape[-1] += step
         shapes[0][0] = shapes[0][0] // shapes[-1][0]  # alone, or as many steps as share a skip
@@ -251,5 +267,5 @@ def find_exact_dtype(problem: Problem) -> torch.dtype:
 
 def is_slow(key: Key, device: torch.device) -> bool:
     """Whether a device takes many seconds to prove a key."""
-    products = 0 if "norm" in key.operator else math.prod(key.shapes[0][:3]) * key.shapes[-1][2]
+    products = 0 if len(key.shapes) < 3 else math.prod(key.shapes[0][:3]) * key.shapes[-1][2]
     return device.type == "cpu" and products > _LARGE

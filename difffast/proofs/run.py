@@ -61,7 +61,8 @@ def prove(
         raise ValueError(f"batch must be an int of at least 1, got {batch!r}")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
-    from .collect import collect, make_dry  # not before it is needed: everybody imports this file
+    from .candidates import find_candidates  # not before they are needed: everybody imports this file
+    from .collect import collect, make_dry
 
     unet = model if pipe is None else find_unet(pipe)
     device = complete_device(device or find_device(unet))
@@ -70,7 +71,8 @@ def prove(
         dtype = half if isinstance(unet, str) else unet.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    keys = collect(make_dry(unet, dtype), 2 * batch, device)
+    keys = collect(make_dry(unet, dtype, device), 2 * batch, device)
+    keys = [key for key in keys if len(find_candidates(key, device)) > 1]  # else there is nothing to choose
     return prove_keys(keys, device, seconds, refresh=refresh, progress=progress)
 
 

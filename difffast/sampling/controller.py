@@ -9,11 +9,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..engines.graphs import Graphs
 from ..engines.programs import Programs, ProgramStats
 from ..layers.context import use_context
 from ..layers.cross_attention import process_text
@@ -39,7 +41,7 @@ class Controller:
     def __init__(self, unet: nn.Module) -> None:
         #: The kinds of layers that have been put into the UNet.
         self.kinds: list[LayerKind] = []
-        self._programs = Programs()
+        self._engines: dict[str, Programs | Graphs] = {"inductor": Programs(), "cudagraphs": Graphs()}
         self._unet = weakref.ref(unet)
         self._settings: list[Settings] = []
         self._runs: list[SamplingRun] = []
@@ -58,9 +60,11 @@ class Controller:
             return not self._settings
 
     def count_programs(self) -> ProgramStats:
-        """Return what the UNet's compiled programs take."""
+        """Return what the UNet's compiled programs and recorded graphs take."""
         unet = self._unet()
-        return self._programs.count(torch.device("cpu") if unet is None else unet.device)
+        device = torch.device("cpu") if unet is None else unet.device
+        found = [engine.count(device) for engine in self._engines.values()]
+        return replace(found[0], kept=sum(each.kept for each in found))
 
     def invalidate(self, settings: Settings) -> None:
         """Make the next call of every run of a pipeline a key step."""
@@ -107,7 +111,7 @@ class Controller:
                     return run
             asking = [s for s in self._settings if is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
             if asking:
-                run = SamplingRun(asking, self._unet(), device, self._programs)
+                run = SamplingRun(asking, self._unet(), device, self._engines)
                 self._runs.append(run)
                 return run
         return None

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engines.engine import choose_engine
+from ..engines.graphs import Graphs
 from ..engines.inputs import InputReader, apply_lora_scale
 from ..engines.programs import Programs
 from ..layers.context import CallContext, Text, use_context
@@ -38,10 +40,16 @@ class SamplingRun:
         settings: of the patched pipelines whose scheduler it is; if several, they want the same.
         unet: their UNet.
         device: where it runs.
-        programs: the UNet's compiled programs.
+        engines: what executes functions of the UNet, by name.
     """
 
-    def __init__(self, settings: Sequence[Settings], unet: nn.Module, device: torch.device, programs: Programs) -> None:
+    def __init__(
+        self,
+        settings: Sequence[Settings],
+        unet: nn.Module,
+        device: torch.device,
+        engines: Mapping[str, Programs | Graphs],
+    ) -> None:
         first = settings[0]
         scheduler = first.scheduler()
         timesteps = scheduler.timesteps
@@ -50,7 +58,7 @@ class SamplingRun:
         self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
-        self._programs = programs if first.compiled else None
+        self._engine = self._choose_engine(first.engine, device, engines)
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
@@ -67,6 +75,7 @@ class SamplingRun:
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
         self._kv: TextKV | None = None  # of the call that is being answered
         self._inputs: InputReader | None = None
+        self._changes = 0  # of the UNet, as graphs count them, that the inputs' layers were looked for after
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._is_guided, self._wants_both)
@@ -79,6 +88,30 @@ class SamplingRun:
         if coupled is not None and self.state.plan.max_batch != 1:
             self.state.plan = self.state.asked = replace(self.state.plan, max_batch=1)
             self.state.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
+
+    def _choose_engine(
+        self, asked: str | None, device: torch.device, engines: Mapping[str, Programs | Graphs]
+    ) -> Programs | Graphs | None:
+        """Return what executes functions of the UNet; None: Python does."""
+        #: Who is told that it cannot: whoever has asked for it is warned.
+        self._tell = self.state.record if asked is None else self.state.note
+        return engines.get(choose_engine(asked, device))
+
+    def _find_engine(self, unet: nn.Module) -> Programs | Graphs | None:
+        """Return what executes the functions of a call, or None where Python does.
+
+        It does where attention maps are wanted, which programs and graphs do not give.
+        """
+        if self._engine is None:
+            return None
+        if self._map_sinks():
+            self._tell("programs and graphs are not used while attention maps are collected")
+            return None
+        reason = self._engine.refuse(unet) if isinstance(self._engine, Graphs) else None
+        if reason is not None:
+            self._tell(f"no CUDA graphs: {reason}")
+            return None
+        return self._engine
 
     def _choose_strategy(self) -> Strategy:
         if self.state.plan.reuse is not None:
@@ -135,16 +168,24 @@ class SamplingRun:
         """Return why the residuals of a call cannot belong to the features of another step, or None."""
         return self._control.refuse(call, step)
 
-    def make_context(self, call: Mapping[str, Any], *, stock: bool) -> CallContext | None:
-        """Return what a call allows its layers; in a stock call, attention maps alone."""
+    def make_context(
+        self, call: Mapping[str, Any], *, stock: bool, engine: Programs | Graphs | None = None
+    ) -> CallContext | None:
+        """Return what a call allows its layers; in a stock call, attention maps alone.
+
+        Args:
+            call: the arguments of the UNet call by name.
+            stock: whether the UNet's own forward runs.
+            engine: what executes the call.
+        """
         fused = self.fused and not stock
         sinks = self._map_sinks()
         if not (fused or sinks):
             return None
         sample = call["sample"]
         text = self._read_text(call.get("encoder_hidden_states"), sample, stock=stock)
-        if self._programs is not None and not sinks:
-            text = None  # programs get text keys and values as inputs
+        if engine is not None:
+            text = None  # programs and graphs get text keys and values as inputs
         return CallContext(fused, self.state.note, self.state.record, text, sinks, tuple(sample.shape[-2:]))
 
     def _read_text(self, text: Any, sample: Tensor, *, stock: bool) -> Text | None:
@@ -184,8 +225,9 @@ class SamplingRun:
         if half:
             call = self._cfg.prepare(call)
             stock = functools.partial(run_whole, unet, call)
-        with use_context(self.make_context(call, stock=False)):
-            execute, prepared = self._choose_execute(unet, call)
+        engine = self._find_engine(unet)
+        with use_context(self.make_context(call, stock=False, engine=engine)):
+            execute, prepared = self._prepare(unet, call, engine)
             output = self._strategy.predict(Step(index, unet, prepared, execute, stock, half))
         return self._finish(index, half, output)
 
@@ -219,20 +261,18 @@ class SamplingRun:
             state.plan = replace(state.plan, key_steps=tuple(range(state.plan.total)), full_steps=(), halves=())
             state.note("every step is a key step: the UNet is called several times a step")
 
-    def _choose_execute(self, unet: nn.Module, call: Mapping[str, Any]) -> tuple[Execute, Mapping[str, Any]]:
-        """Return what executes the functions of this call, and the call as they take it.
-
-        Python runs them where nothing is compiled, and where attention maps are wanted, which programs do not give.
-        """
-        if self._programs is None:
+    def _prepare(
+        self, unet: nn.Module, call: Mapping[str, Any], engine: Programs | Graphs | None
+    ) -> tuple[Execute, Mapping[str, Any]]:
+        """Return what executes the functions of this call, and the call as they take it."""
+        if engine is None:
             return execute_eagerly, call
-        if self._map_sinks():
-            self.state.note("programs are not used while attention maps are collected")
-            return execute_eagerly, call
-        self._inputs = self._inputs or InputReader(unet)
+        changes = engine.changes if isinstance(engine, Graphs) else 0
+        if self._inputs is None or self._changes != changes:
+            self._inputs, self._changes = InputReader(unet), changes
         with apply_lora_scale(unet, call) as call:
             inputs = self._inputs.read(ProgramCall(unet, call, self.fused, self._kv))
-        return functools.partial(self._programs.run, inputs, self.state.note), call
+        return functools.partial(engine.run, inputs, self._tell), call
 
     def _finish(self, index: int, half: bool, output: Tensor) -> Tensor:
         """Return what the pipeline gets; at the last step, drop everything."""

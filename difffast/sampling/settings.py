@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engines.engine import choose_engine
+from ..engines.programs import BATCHES
 from ..layers.context import MapSink
 from ..plan import MIN_STEPS, CfgReuse, FeatureReuse, Plan, Sharing
 from ..support import Support
@@ -28,7 +30,7 @@ class Settings:
         propagation: how steps share features.
         cfg: at which steps both halves of guidance's batch run; None: at all.
         fused: whether layers are fused.
-        batches: sizes that decoder batches may have; None: any.
+        engine: what executes the parts of the UNet; None: what suits its device.
         force: whether schedules with fewer than ``MIN_STEPS`` steps may share.
         extensions: methods that take part.
     """
@@ -41,13 +43,13 @@ class Settings:
         *,
         cfg: CfgReuse | None = None,
         fused: bool = True,
-        batches: tuple[int, ...] | None = None,
+        engine: str | None = None,
         force: bool = False,
         extensions: Sequence[Extension] = (),
     ) -> None:
         self.pipe = weakref.ref(pipe)
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
-        self.batches, self.force = batches, force
+        self.engine, self.force = engine, force
         self.extensions = tuple(extensions)
         self.last_run: RunStats | None = None
         self._schedulers: list[Any] = []
@@ -55,12 +57,12 @@ class Settings:
     @property
     def compiled(self) -> bool:
         """Whether the UNet runs as compiled programs."""
-        return self.batches is not None
+        return self.engine == "inductor"
 
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        return {"propagation": self.propagation, "cfg": self.cfg, "fused": self.fused, "compile": self.compiled}
+        return {"propagation": self.propagation, "cfg": self.cfg, "fused": self.fused, "engine": self.engine}
 
     @property
     def alone(self) -> bool:
@@ -109,13 +111,14 @@ class Settings:
             swap_out(self._schedulers[-1])
             self._schedulers.pop()
 
-    def plan(self, total: int, device: str) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls on a type of device."""
+    def plan(self, total: int, device: torch.device) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls on a device."""
         if isinstance(self.propagation, FeatureReuse):
             plan = self.propagation.plan(total)
         else:
             kind = self.support.key_steps
-            plan = self.propagation.plan(total, kind=kind, device=device, batches=self.batches)
+            batches = None if choose_engine(self.engine, device) == "eager" else BATCHES  # one program for each
+            plan = self.propagation.plan(total, kind=kind, device=device.type, batches=batches)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)
         full = [step for extension in self.extensions for step in extension.full_steps(total)]
@@ -128,7 +131,7 @@ class Settings:
         Raises:
             ValueError: too few steps and not forced, or key steps outside the schedule.
         """
-        plan = self.plan(total, device.type)
+        plan = self.plan(total, device)
         if steps < MIN_STEPS and not self.force and (len(plan.key_steps) < plan.total or plan.halves):
             raise ValueError(
                 f"sharing features between steps needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "

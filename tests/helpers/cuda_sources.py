@@ -21,8 +21,9 @@ def emulated(folder: Path, launcher: str) -> ctypes.CDLL:
     source, library = folder / "launcher.cpp", folder / "launcher.so"
     source.write_text(launcher)
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    # Fibers change stacks by jumps, which the fortified longjmp takes for a mistake.
-    flags += ["-U_FORTIFY_SOURCE", f"-I{FOLDER}", f"-I{TESTS / 'ops'}"]
+    # Fibers change stacks by jumps, which the fortified longjmp takes for a mistake.  And every library has its own
+    # emulator, with what its test has told it.
+    flags += ["-U_FORTIFY_SOURCE", "-fno-gnu-unique", f"-I{FOLDER}", f"-I{TESTS / 'ops'}"]
     result = subprocess.run([*compiler.split(), *flags, source, "-o", library], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(library))

@@ -1,7 +1,9 @@
 """Compile Triton kernels ahead of time, without a GPU, and read from the cubins what they need.
 
-``python tests/triton_aot.py [--quick] [--capability 80 90] [--module cross_attention] [--only TEXT] [--fresh]`` prints
-one line a kernel and fails if one spills registers or needs more shared memory than the GPU has.
+``python tests/helpers/triton_aot.py [--quick] [--capability 80 90] [--module cross_attention] [--only TEXT] [--fresh]``
+prints one line a kernel and fails if one spills registers or needs more shared memory than the GPU has. With ``--amd``
+instead of capabilities the kernels are compiled for an AMD GPU: each must compile, with options that are AMD's, and fit
+into its shared memory; whether registers spill is printed.
 
 A kernel module takes part by a function ``aot_cases(capability, quick)`` that yields
 ``(name, kernel, signature, compile-time arguments, compiler options)``; see :data:`MODULES`.  It must run in a process
@@ -22,15 +24,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("attention_entropy", "cross_attention", "group_norm_silu", "joint_attention")
+MODULES = ("attention_entropy", "cross_attention", "geglu", "group_norm_silu", "joint_attention")
 
 #: Shared memory of one block in bytes (CUDA C++ programming guide, table of technical specifications).
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 CAPABILITIES = (80, 89, 90, 100)
+#: Of one workgroup on CDNA 3, gfx942 (instruction set architecture manual, local data share).
+AMD_SHARED = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,19 @@ class Compiled:
         )
 
 
-def compile_case(case: tuple, capability: int) -> Compiled:
-    """Compile one case; a signature's ``:16`` promises a multiple of 16."""
-    name, kernel, signature, constants, options = case
+def _without_marks(signature: dict[str, str], constants: dict) -> tuple[dict, dict, dict]:
+    """Signature, compile-time arguments and attributes as the compiler takes them."""
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if str(kind).endswith(":16")
     }
-    signature = {argument: kind.removesuffix(":16") for argument, kind in signature.items()}
+    return {argument: kind.removesuffix(":16") for argument, kind in signature.items()}, constants, attributes
+
+
+def compile_case(case: tuple, capability: int) -> Compiled:
+    """Compile one case; a signature's ``:16`` promises a multiple of 16."""
+    name, kernel, signature, constants, options = case
     started = time.perf_counter()
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, *_without_marks(signature, constants))
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     seconds = time.perf_counter() - started
     usage = resource_usage(binary.asm["cubin"])
@@ -77,6 +86,23 @@ def compile_case(case: tuple, capability: int) -> Compiled:
     return Compiled(
         name, capability, registers, stack + local, binary.metadata.shared, binary.metadata.num_warps, seconds
     )
+
+
+def compile_for_amd(case: tuple, architecture: str) -> tuple[str, str | None]:
+    """Compile one case for an AMD GPU.  -> (a line about it, why it must not be shipped or None)"""
+    from triton.backends.amd.compiler import HIPOptions
+
+    name, kernel, signature, constants, options = case
+    foreign = set(options) - set(HIPOptions.__dataclass_fields__)
+    # A launch refuses them; triton.compile would not.
+    if foreign:
+        return name, f"{', '.join(sorted(foreign))} are no options of AMD's compiler"
+    source = ASTSource(kernel, *_without_marks(signature, constants))
+    binary = triton.compile(source, target=GPUTarget("hip", architecture, 64), options=options)
+    spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", binary.asm["amdgcn"])[1]
+    shared = binary.metadata.shared
+    line = f"{architecture} {name:<40}{binary.metadata.num_warps:>3} warps{spilled:>5} spilled{shared:>8} shared"
+    return line, f"more than {AMD_SHARED} bytes of shared memory" if shared > AMD_SHARED else None
 
 
 def resource_usage(cubin: bytes) -> str:
@@ -89,25 +115,20 @@ def resource_usage(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def compiled(
-    modules: Sequence[str] = MODULES,
-    capabilities: Sequence[int] = CAPABILITIES,
-    quick: bool = False,
-    only: str = "",
-) -> Iterator[Compiled]:
-    """Compile all cases of the modules whose names contain ``only``."""
+def cases(modules: Sequence[str], capability: int, quick: bool, only: str) -> Iterator[tuple]:
+    """All cases of the modules whose names contain ``only``."""
     for stem in modules:
         module = importlib.import_module(f"difffast.triton_kernels.{stem}")
-        for capability in capabilities:
-            for name, *rest in module.aot_cases(capability, quick):
-                if only in name:
-                    yield compile_case((f"{stem}: {name}", *rest), capability)
+        for name, *rest in module.aot_cases(capability, quick):
+            if only in name:
+                yield (f"{stem}: {name}", *rest)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few shapes and dtypes")
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES)
+    parser.add_argument("--amd", metavar="ARCHITECTURE", help="such as gfx942, in place of capabilities")
     parser.add_argument("--module", nargs="+", default=MODULES, choices=MODULES)
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--fresh", action="store_true", help="leave Triton's cache alone, to time the compiler")
@@ -120,10 +141,20 @@ def main() -> int:
             os.environ["TRITON_CACHE_DIR"] = cache
         failed = total = 0
         started = time.perf_counter()
-        for result in compiled(options.module, options.capability, options.quick, options.only):
-            print(result, flush=True)
-            total += 1
-            failed += result.complaint is not None
+        if options.amd:
+            # As in a build of PyTorch for AMD, by which launches choose their options.
+            torch.version.hip = "compiled ahead of time"
+        for capability in (0,) if options.amd else options.capability:
+            for case in cases(options.module, capability, options.quick, options.only):
+                if options.amd:
+                    line, complaint = compile_for_amd(case, options.amd)
+                    print(f"{line}  {complaint or ''}", flush=True)
+                else:
+                    result = compile_case(case, capability)
+                    complaint = result.complaint
+                    print(result, flush=True)
+                total += 1
+                failed += complaint is not None
     print(f"{total} kernels, {failed} failed, {time.perf_counter() - started:.1f} s")
     return 1 if failed or not total else 0
 

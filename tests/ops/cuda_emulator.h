@@ -26,6 +26,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <type_traits>
 #include <unordered_map>
@@ -114,6 +115,8 @@ struct Thread {
   // Barriers passed.
   uint64_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
   uint64_t cluster_arrivals = 0;
+  bool relaxed = false;                   // the latest arrival made nothing seen
+  bool reads_remotely = false;            // since the latest barrier of the block
   std::vector<std::vector<Copy>> groups = {{}};  // copies under way; the last group is still open
   ucontext_t start;
   jmp_buf resume;
@@ -379,16 +382,32 @@ inline void __syncthreads() {
   }
   ++emulator::self->block_epoch;
   ++emulator::self->warp_epoch;
+  emulator::self->reads_remotely = false;
 }
 
-inline void cluster_arrive() {
-  emulator::Meeting& all = emulator::cluster->all;
-  if (emulator::self->cluster_arrivals++ != emulator::self->cluster_epoch) {
-    emulator::fail("cluster_arrive without cluster_wait before it");
+namespace emulator {
+
+inline void arrive_at_cluster() {
+  Meeting& all = cluster->all;
+  if (self->cluster_arrivals++ != self->cluster_epoch) {
+    fail("cluster_arrive without cluster_wait before it");
   }
-  if (++all.arrived < emulator::cluster->blocks.size() * emulator::block->threads.size()) return;
+  if (++all.arrived < cluster->blocks.size() * block->threads.size()) return;
   all.arrived = 0;
   ++all.generation;
+}
+
+}  // namespace emulator
+
+inline void cluster_arrive() {
+  emulator::self->relaxed = false;
+  emulator::arrive_at_cluster();
+}
+
+inline void cluster_arrive_relaxed() {
+  if (emulator::self->reads_remotely) emulator::fail("cluster_arrive_relaxed may overtake a read of another block");
+  emulator::self->relaxed = true;
+  emulator::arrive_at_cluster();
 }
 
 // What threads of a block write between the two is not ordered by them: they do not count as a barrier of the block.
@@ -440,6 +459,8 @@ inline float load_cluster_float(uint32_t from, uint32_t rank) {
     fail("%s from block %u of a cluster of %zu", what, rank, cluster->blocks.size());
     return 0.0f;
   }
+  if (self->relaxed) fail("%s after a relaxed arrival, which makes no write seen", what);
+  self->reads_remotely = true;
   Block* const running = block;
   block = &cluster->blocks[rank];
   Word* const word = word_at(from, 4, what);
@@ -625,21 +646,47 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace emulator {
-inline int multiprocessors = 108;
-inline size_t max_shared_bytes = 99 << 10;
-inline bool clusters = false;
-inline int ptx_version = 80;
-inline std::unordered_map<const void*, size_t> allowed_shared_bytes;
+
+// A model of a device. Every model that a test uses is a device of its own.
+struct Device {
+  int multiprocessors = 108;
+  size_t max_shared_bytes = 99 << 10;
+  bool clusters = false;
+  int ptx_version = 80;
+  int for_clusters = 0;  // multiprocessors that clusters fill, without those left over in a group; -1: it cannot say
+
+  bool operator==(const Device& other) const {
+    return multiprocessors == other.multiprocessors && max_shared_bytes == other.max_shared_bytes &&
+           clusters == other.clusters && ptx_version == other.ptx_version && for_clusters == other.for_clusters;
+  }
+};
+
+inline std::vector<Device> devices = {Device{}};
+inline size_t current = 0;
+inline std::map<std::pair<const void*, size_t>, size_t> allowed_shared_bytes;  // of a kernel on a device
+// Questions to the runtime, and settings of functions, since the beginning: what should not happen at every call.
+inline int questions = 0;
+
+inline const Device& device() { return devices[current]; }
+
+inline void use_device(const Device& model) {
+  for (current = 0; current < devices.size(); ++current) {
+    if (devices[current] == model) return;
+  }
+  devices.push_back(model);
+}
+
 }  // namespace emulator
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = static_cast<int>(emulator::current);
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const int values[] = {
-      emulator::multiprocessors, static_cast<int>(emulator::max_shared_bytes), static_cast<int>(emulator::clusters)};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  ++emulator::questions;
+  const emulator::Device& of = emulator::devices[device];
+  const int values[] = {of.multiprocessors, static_cast<int>(of.max_shared_bytes), static_cast<int>(of.clusters)};
   *value = values[attribute];
   return cudaSuccess;
 }
@@ -652,8 +699,9 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > emulator::max_shared_bytes) return cudaErrorInvalidValue;
-  emulator::allowed_shared_bytes[reinterpret_cast<const void*>(kernel)] = bytes;
+  ++emulator::questions;
+  if (bytes < 0 || static_cast<size_t>(bytes) > emulator::device().max_shared_bytes) return cudaErrorInvalidValue;
+  emulator::allowed_shared_bytes[{reinterpret_cast<const void*>(kernel), emulator::current}] = bytes;
   return cudaSuccess;
 }
 
@@ -663,7 +711,8 @@ struct cudaFuncAttributes {
 
 template <typename... Parameters>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
-  attributes->ptxVersion = emulator::ptx_version;
+  ++emulator::questions;
+  attributes->ptxVersion = emulator::device().ptx_version;
   return cudaSuccess;
 }
 
@@ -684,6 +733,37 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+namespace emulator {
+
+// Whether a launch asks for more shared memory than the kernel has been allowed on this device.
+inline bool wants_too_much(const void* kernel, size_t bytes) {
+  const auto allowed = allowed_shared_bytes.find({kernel, current});
+  const size_t limit = allowed == allowed_shared_bytes.end() ? 0 : allowed->second;
+  return bytes > (limit < kDefaultSharedBytes ? kDefaultSharedBytes : limit);
+}
+
+// Blocks in clusters that the device runs at a time; of compute capability 9.0's limits those that count.
+inline unsigned blocks_together(size_t shared_bytes, unsigned threads) {
+  const size_t by_memory = (device().max_shared_bytes + 1024) / (shared_bytes + 1024), by_threads = 2048 / threads;
+  return device().for_clusters * static_cast<unsigned>(by_memory < by_threads ? by_memory : by_threads);
+}
+
+}  // namespace emulator
+
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(
+    int* clusters, void (*kernel)(Parameters...), const cudaLaunchConfig_t* config) {
+  ++emulator::questions;
+  const bool known = emulator::device().for_clusters >= 0;
+  if (!known || !emulator::device().clusters || config->numAttrs != 1) return cudaErrorInvalidValue;
+  if (emulator::wants_too_much(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes)) {
+    return cudaErrorInvalidValue;
+  }
+  const unsigned cluster = config->attrs[0].val.clusterDim.x;
+  *clusters = emulator::blocks_together(config->dynamicSmemBytes, config->blockDim.x) / cluster;
+  return cudaSuccess;
+}
+
 template <typename Parameter>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameter), const std::remove_const_t<Parameter>& parameter) {
@@ -691,11 +771,11 @@ cudaError_t cudaLaunchKernelEx(
   const dim3 grid = config->gridDim, threads = config->blockDim;
   const size_t shared_bytes = config->dynamicSmemBytes;
   const unsigned together = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
-  const auto allowed = allowed_shared_bytes.find(reinterpret_cast<const void*>(kernel));
-  const size_t limit = allowed == allowed_shared_bytes.end() ? kDefaultSharedBytes : allowed->second;
   if (grid.x == 0 || threads.x == 0 || threads.x > 1024 || threads.x % kWarp != 0) return cudaErrorInvalidValue;
-  if (shared_bytes > (limit < kDefaultSharedBytes ? kDefaultSharedBytes : limit)) return cudaErrorInvalidValue;
-  if (together == 0 || together > (clusters ? kMaxCluster : 1) || grid.x % together != 0) return cudaErrorInvalidValue;
+  if (wants_too_much(reinterpret_cast<const void*>(kernel), shared_bytes)) return cudaErrorInvalidValue;
+  const unsigned most = device().clusters ? kMaxCluster : 1;
+  if (together == 0 || together > most || grid.x % together != 0) return cudaErrorInvalidValue;
+  if (together > 1 && blocks_together(shared_bytes, threads.x) < together) return cudaErrorInvalidValue;
   const std::function<void()> body = [&] { kernel(parameter); };
   failure[0] = 0;
   written.clear();

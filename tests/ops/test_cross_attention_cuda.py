@@ -30,10 +30,21 @@ using namespace difffast::cuda;
 
 extern "C" const char* obstacle(const CrossAttentionArgs* args) { return cross_attention_obstacle(*args); }
 
-extern "C" const char* forward(const CrossAttentionArgs* args, int multiprocessors) {
-  emulator::multiprocessors = multiprocessors;
-  return cross_attention_forward(*args, nullptr);
+extern "C" const char* workspace(const CrossAttentionArgs* args, int multiprocessors, int64_t* floats) {
+  emulator::Device device;
+  device.multiprocessors = multiprocessors;
+  emulator::use_device(device);
+  return cross_attention_workspace(*args, floats);
 }
+
+extern "C" const char* forward(const CrossAttentionArgs* args, int multiprocessors, float* workspace) {
+  emulator::Device device;
+  device.multiprocessors = multiprocessors;
+  emulator::use_device(device);
+  return cross_attention_forward(*args, workspace, nullptr);
+}
+
+extern "C" int questions() { return emulator::questions; }
 
 extern "C" void describe(const CrossAttentionArgs* args, int multiprocessors, Layout* layout) {
   *layout = plan(*args, multiprocessors);
@@ -106,7 +117,8 @@ class Layout(ctypes.Structure):
         *[
             (name, ctypes.c_int)
             for name in (
-                "groups", "warps", "tiles", "tiles_a_block", "splits", "padded_dim", "pitch", "shared_bytes"
+                "groups", "warps", "tiles", "tiles_a_block", "splits", "heads_a_block", "head_groups", "padded_dim",
+                "pitch", "shared_bytes",
             )
         ],
         ("one_buffer", ctypes.c_bool),
@@ -123,9 +135,10 @@ class Exercise(ctypes.Structure):
 def emulated(tmp_path_factory):
     """The kernel compiled for the host."""
     loaded = cuda_sources.emulated(tmp_path_factory.mktemp("emulated"), LAUNCHER)
-    for function in (loaded.obstacle, loaded.forward, loaded.run_exercise):
+    for function in (loaded.obstacle, loaded.workspace, loaded.forward, loaded.run_exercise):
         function.restype = ctypes.c_char_p
     loaded.describe.restype = None
+    loaded.forward.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return loaded
 
 
@@ -143,6 +156,7 @@ class Case:
     tokens: tuple[int, ...] = ()
     multiprocessors: int = 108
     spread: float = 1.0  # standard deviation of the logits
+    mean: float = 0.0  # of q and k: logits are about head_dim * mean ** 2 * scale from zero
 
     def __str__(self):
         changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
@@ -185,6 +199,16 @@ CASES = [
     Case(spread=20.0, tokens=every(77)),
     Case(spread=20.0, sink=5, tokens=(3,)),
     Case(keys=1, spread=300.0, sink=5, tokens=(0,)),
+    # Blocks with maps that have some of the heads: one each, two, and groups of which the last has fewer; all of them.
+    Case(head_dim=64, queries=70, heads=5, batch=1, tokens=every(77)),
+    Case(head_dim=64, queries=130, heads=5, batch=1, tokens=(0, 3, 63, 64), multiprocessors=4, sink=2),
+    Case(keys=33, head_dim=80, queries=97, heads=7, batch=2, kv_repeats=2, tokens=(32,), multiprocessors=8),
+    Case(keys=128, head_dim=256, queries=49, heads=3, batch=1, tokens=(0, 127), multiprocessors=2, sink=1),
+    Case(keys=81, head_dim=160, queries=33, heads=5, batch=3, tokens=every(81), multiprocessors=7),
+    Case(head_dim=40, queries=130, heads=3, tokens=(2, 5), multiprocessors=1),
+    # Keys and queries far from zero: all logits are, by the same amount or nearly so.
+    Case(head_dim=64, queries=65, heads=4, batch=1, tokens=every(77), multiprocessors=4, mean=6.0),
+    Case(keys=19, head_dim=40, queries=33, heads=4, batch=2, tokens=(0, 18), sink=3, mean=4.0, multiprocessors=6),
 ]
 
 
@@ -204,8 +228,8 @@ class Call:
             return view
 
         # Heads side by side in a row, K beside V, as one projection leaves them.
-        q = inside_nan(c.batch, c.queries, c.heads * c.head_dim)
-        kv = inside_nan(c.batch // c.kv_repeats, c.keys, 2 * c.heads * c.head_dim)
+        q = inside_nan(c.batch, c.queries, c.heads * c.head_dim).add_(c.mean)
+        kv = inside_nan(c.batch // c.kv_repeats, c.keys, 2 * c.heads * c.head_dim).add_(c.mean)
         self.q = q.unflatten(-1, (c.heads, c.head_dim)).transpose(1, 2)
         self.k, self.v = kv.unflatten(-1, (2, c.heads, c.head_dim)).permute(2, 0, 3, 1, 4)
         self.scale = c.spread * c.head_dim**-0.5
@@ -240,6 +264,15 @@ class Call:
         args.dtype = {torch.float16: 0, torch.bfloat16: 1}[self.dtype]
         return args
 
+    def run(self, emulated):
+        """-> error text or None"""
+        args, floats = self.args(), ctypes.c_int64()
+        error = emulated.workspace(ctypes.byref(args), self.case.multiprocessors, ctypes.byref(floats))
+        if error is not None:
+            return error
+        address = self.output((floats.value,), torch.float32).data_ptr() if floats.value else None
+        return emulated.forward(ctypes.byref(args), self.case.multiprocessors, address)
+
 
 def composition(call, dtype):
     """Out and maps by plain matrix products in ``dtype``; the definition where that is float64."""
@@ -268,7 +301,7 @@ def assert_no_worse(actual, eager, exact):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_emulated_kernel_is_the_definition(emulated, case, dtype):
     call = Call(case, dtype)
-    error = emulated.forward(ctypes.byref(call.args()), case.multiprocessors)
+    error = call.run(emulated)
     assert error is None, error.decode()
     assert call.guards_are_whole()
 
@@ -286,7 +319,7 @@ def test_maps_leave_the_output_alone(emulated):
         plain = Call(case, torch.float16)
         full = Call(dataclasses.replace(case, tokens=every(keys)), torch.float16)
         for call in (plain, full):
-            assert emulated.forward(ctypes.byref(call.args()), 108) is None
+            assert call.run(emulated) is None
         assert torch.equal(plain.out, full.out)
 
 
@@ -300,11 +333,17 @@ def test_cases_take_every_path(emulated):
         taken.add(("warps", layout.warps))
         taken.add(("walks", layout.tiles_a_block > 1, layout.one_buffer))
         taken.add(("short walk", layout.tiles % layout.tiles_a_block != 0))
+        if case.tokens:
+            last = case.heads - (layout.head_groups - 1) * layout.heads_a_block
+            taken.add(("heads", min(2, layout.head_groups), min(3, layout.heads_a_block), layout.one_buffer))
+            taken.add(("last group has fewer", last < layout.heads_a_block))
         taken.add(("half step", layout.padded_dim % 32 != 0, layout.padded_dim != case.head_dim))
     assert taken >= {("groups", n, maps) for n in (1, 2, 4, 5, 8) for maps in (False, True)}
     assert taken >= {("one_buffer", a, b) for a in (False, True) for b in (False, True)}
     assert taken >= {("walks", a, b) for a in (False, True) for b in (False, True)}
     assert taken >= {("half step", a, b) for a, b in [(False, False), (False, True), (True, False), (True, True)]}
+    assert taken >= {("heads", 2, 1, False), ("heads", 2, 2, False), ("heads", 1, 3, False), ("heads", 2, 3, False)}
+    assert taken >= {("heads", 2, 1, True), ("heads", 2, 2, True), ("last group has fewer", True)}
     assert taken >= {("warps", 1), ("warps", 2), ("warps", 4), ("short walk", True)}
 
 
@@ -319,17 +358,58 @@ def test_layouts_of_all_sizes(emulated):
         assert 16 * layout.groups >= args.keys
         assert args.head_dim <= layout.padded_dim < args.head_dim + 16
         assert layout.pitch % 32 == 16
-        tile = layout.warps * (32 if layout.groups <= 5 else 16)
+        tile = layout.warps * (32 if layout.groups <= 5 and not args.map_count else 16)
         assert tile * layout.tiles >= args.queries > tile * (layout.tiles - 1)
         covered = layout.splits * layout.tiles_a_block
         assert covered >= layout.tiles > covered - layout.tiles_a_block
+        heads = layout.head_groups * layout.heads_a_block
+        assert heads >= args.heads > heads - layout.heads_a_block
+
+
+#: What the networks have with maps: (batch, heads, queries, head_dim).
+WITH_MAPS = [(2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 10, 4096, 64), (2, 20, 1024, 64)]
+
+
+def test_maps_leave_no_processor_idle(emulated):
+    """Blocks for 97 of 100 processors of an H100 at least, where one walked over all heads: 8 to 64 of them."""
+    layout = Layout()
+    for batch, heads, queries, head_dim in WITH_MAPS:
+        args = Args(batch=batch, heads=heads, queries=queries, keys=77, head_dim=head_dim, kv_repeats=1, map_count=12)
+        args.maps = 16
+        emulated.describe(ctypes.byref(args), 132, ctypes.byref(layout))
+        assert layout.splits * batch * layout.head_groups >= 0.96 * 132
+        # What the head groups write and read again, beside q and out.
+        if queries >= 4096:
+            assert 2 * layout.head_groups * 12 * 4 <= 2 * heads * head_dim * 2 * 0.15
+
+
+def test_head_groups_need_a_workspace(emulated):
+    args = Call(Case(tokens=(3,), batch=1), torch.float16).args()
+    assert emulated.forward(ctypes.byref(args), 108, None) == b"workspace must be a device pointer, got null"
+
+
+def test_same_arguments_same_bits(emulated):
+    calls = [Call(Case(heads=5, batch=1, tokens=every(77), multiprocessors=4), torch.bfloat16) for _ in range(2)]
+    assert all(call.run(emulated) is None for call in calls)
+    assert torch.equal(calls[0].maps, calls[1].maps)
+
+
+def test_the_runtime_is_asked_once_for_a_device(emulated):
+    """A smaller call of the same kernel must not lower the shared memory that a larger one has asked for."""
+    asked = []
+    for head_dim in (160, 64, 160):
+        before = emulated.questions()
+        assert Call(Case(head_dim=head_dim, batch=1, multiprocessors=77), torch.float16).run(emulated) is None
+        asked.append(emulated.questions() - before)
+    # Two attributes, and the setting of the function.
+    assert asked == [3, 0, 0]
 
 
 def test_empty_inputs_launch_nothing(emulated):
     for name in ("batch", "heads", "queries"):
         args = Args(batch=1, heads=1, queries=1, keys=77, head_dim=40, kv_repeats=1, scale=1)
         setattr(args, name, 0)
-        assert emulated.forward(ctypes.byref(args), 108) is None
+        assert emulated.forward(ctypes.byref(args), 108, None) is None
 
 
 OBSTACLES = {
@@ -371,7 +451,7 @@ def test_obstacles(emulated, message):
     for name, value in OBSTACLES[message].items():
         setattr(args, name, value)
     assert emulated.obstacle(ctypes.byref(args)).decode() == message
-    assert emulated.forward(ctypes.byref(args), 108).decode() == message
+    assert emulated.forward(ctypes.byref(args), 108, None).decode() == message
 
 
 def test_strides_of_single_rows_are_never_used(emulated):
@@ -413,8 +493,8 @@ def test_the_emulator_notices(emulated, mistake):
     "architecture", ["80", "90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("86", "89", "90"))]
 )
 def test_nvcc_spills_no_registers(architecture, tmp_path):
-    # Two element types, five numbers of keys, with and without maps.
-    assert cuda_sources.memory_of_kernels("cross_attention", architecture, tmp_path) == [("0", "0", "0")] * 20
+    # Two element types, five numbers of keys, with and without maps; and the sum over head groups.
+    assert cuda_sources.memory_of_kernels("cross_attention", architecture, tmp_path) == [("0", "0", "0")] * 21
 
 
 def test_the_bindings_compile_with_cuda():

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from triton_interpreter import as_hardware
+from triton_launches import Recorder
 
 pytest.importorskip("triton")
 
@@ -218,8 +219,21 @@ def test_groups_and_splits_depend_on_the_problem_alone():
     assert kernels._split_rows(2 * 8 * 3, 4096) == 384
     assert kernels._split_rows(10**6, 4096) == 4096
     assert kernels.head_groups(1, 8, 64) == 1
-    assert kernels.head_groups(2, 8, 4096) == 2
+    assert kernels.head_groups(2, 8, 4096) == 4
     assert kernels.head_groups(64, 10, 4096) == 10
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "d"),
+    [(2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 10, 4096, 64), (2, 20, 1024, 64)],
+)
+def test_maps_leave_no_processor_of_a_large_gpu_idle(monkeypatch, batch, heads, queries, d):
+    """What SD1.x and SDXL start with maps, on the 132 multiprocessors of an H100."""
+    grids = []
+    monkeypatch.setattr(kernels, "forward_kernel", Recorder(grids))
+    q, k = (torch.empty(batch, heads, n, d, device="meta", dtype=torch.bfloat16) for n in (queries, 77))
+    kernels.forward(q, k, k, 1.0, 0, tuple(range(12)))
+    assert math.prod(grids[0]) >= 132
 
 
 @pytest.mark.parametrize(("value", "sink"), [(-60.0, 0), (-60.0, 3), (60.0, 3), (500.0, 1), (-500.0, 0), (-500.0, 2)])

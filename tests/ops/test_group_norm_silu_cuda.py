@@ -26,12 +26,13 @@ LAUNCHER = """
 
 using namespace difffast::cuda;
 
-extern "C" void use_device(int multiprocessors, int shared_bytes, bool clusters, int ptx_version) {
-  emulator::multiprocessors = multiprocessors;
-  emulator::max_shared_bytes = shared_bytes;
-  emulator::clusters = clusters;
-  emulator::ptx_version = ptx_version;
+extern "C" void use_device(
+    int multiprocessors, int shared_bytes, bool clusters, int ptx_version, int for_clusters) {
+  emulator::use_device(
+      {multiprocessors, static_cast<size_t>(shared_bytes), clusters, ptx_version, for_clusters});
 }
+
+extern "C" int questions() { return emulator::questions; }
 
 extern "C" void let_read(const void* from, int64_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
@@ -51,8 +52,7 @@ extern "C" const char* forward(const GroupNormSilu* args, float* workspace) {
 
 extern "C" void describe(const GroupNormSilu* args, Layout* layout) {
   Device device = {};
-  current_device(device);
-  *layout = plan(*args, device);
+  plan_here(*args, device, *layout);
 }
 
 // One kernel, right or with one mistake, for the emulator's own test: two blocks read each other's numbers.
@@ -61,14 +61,21 @@ struct Exercise {
   int mistake;
 };
 
-enum { kNone, kNoBarrier, kUnwritten, kEarlyWrite, kNoWaitAtEnd, kEarlyEnd, kOutside, kTwoArrivals, kForeign };
+enum {
+  kNone, kNoBarrier, kUnwritten, kEarlyWrite, kNoWaitAtEnd, kEarlyEnd, kOutside, kTwoArrivals, kForeign, kRelaxed,
+  kOvertaking
+};
 
 void exercise(Exercise e) {
   const int thread = threadIdx.x, rank = blockIdx.x % 2;
   if (e.mistake != kUnwritten || thread != 5) store_shared_float(thread * 4, thread + 100.0f * rank);
   if (e.mistake == kTwoArrivals) cluster_arrive();
   if (e.mistake != kNoBarrier) {
-    cluster_arrive();
+    if (e.mistake == kRelaxed) {
+      cluster_arrive_relaxed();
+    } else {
+      cluster_arrive();
+    }
     cluster_wait();
   }
   const float value = load_cluster_float(thread * 4, e.mistake == kOutside ? 2 : 1 - rank);
@@ -76,7 +83,8 @@ void exercise(Exercise e) {
   store_global(e.out + blockIdx.x * blockDim.x + thread, value);
   if (e.mistake == kForeign) load_global(e.out + 256 + thread);
   if (e.mistake == kEarlyEnd) return;
-  cluster_arrive();
+  if (e.mistake != kOvertaking) __syncthreads();
+  cluster_arrive_relaxed();
   if (e.mistake != kNoWaitAtEnd) cluster_wait();
 }
 
@@ -90,11 +98,12 @@ extern "C" const char* run_exercise(const Exercise* e) {
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-#: name -> (multiprocessors, shared memory of a block, clusters, version of the instructions that were compiled)
+#: name -> (multiprocessors, shared memory of a block, clusters, version of the instructions that were compiled,
+#: multiprocessors that clusters of 8 fill: an H100 has them in groups of 16 and 18)
 DEVICES = {
-    "sm_80": (108, 163 << 10, False, 80),
-    "sm_89": (128, 99 << 10, False, 80),
-    "sm_90": (132, 227 << 10, True, 90),
+    "sm_80": (108, 163 << 10, False, 80, 0),
+    "sm_89": (128, 99 << 10, False, 80, 0),
+    "sm_90": (132, 227 << 10, True, 90, 128),
 }
 
 
@@ -453,7 +462,7 @@ def test_layouts_of_all_sizes(emulated):
     for size, pixels, batch, device, layout, dtype in sizes:
         for addend in (False, True):
             plan = layout_of(emulated, device, batch, 32 * size, pixels, dtype, layout, addend=addend)
-            _, shared_bytes, clusters, _ = DEVICES[device]
+            _, shared_bytes, clusters, *_ = DEVICES[device]
             assert plan.shared_bytes <= shared_bytes
             assert plan.threads % 32 == 0
             assert 64 <= plan.threads <= 512
@@ -468,12 +477,40 @@ def test_layouts_of_all_sizes(emulated):
 
 
 def test_no_clusters_where_they_cannot_run(emulated, monkeypatch):
-    """In a small partition of a device, and in kernels that were compiled for an older one."""
-    devices = {(132, 227 << 10, True, 90): True, (15, 227 << 10, True, 90): False, (132, 227 << 10, True, 86): False}
+    """Where none fits, as in a small partition of a device, or none is known to, and in kernels for older devices."""
+    devices = {(132, 227 << 10, True, 90, processors): processors > 0 for processors in (128, 0, -1)}
+    devices[132, 227 << 10, True, 86, 128] = False
     for device, cluster in devices.items():
         monkeypatch.setitem(DEVICES, "this", device)
         plan = layout_of(emulated, "this", 2, 320, 4096, torch.float16, "NCHW")
         assert (plan.one_pass and plan.parts > 1) == cluster
+        check(emulated, dataclasses.replace(LARGE[1], device="this"), torch.float16, "NCHW")
+
+
+@pytest.mark.parametrize(
+    ("together", "clusters"), [(16, True), (15, False), (13, False), (12, True), (8, True), (5, True)]
+)
+def test_no_clusters_that_leave_a_third_of_the_last_wave_empty(emulated, monkeypatch, together, clusters):
+    """2 x 960 x 64 x 64 in NHWC are 16 slabs of 8 blocks: in waves of 15, 14 places of 30 would stay empty."""
+    monkeypatch.setitem(DEVICES, "this", (132, 227 << 10, True, 90, 8 * together))
+    plan = layout_of(emulated, "this", 2, 960, 4096, torch.float16, "NHWC")
+    assert plan.one_pass == clusters
+    if clusters:
+        assert (plan.own_slabs, plan.parts) == (8, 8)
+
+
+def test_the_runtime_is_asked_once_for_a_device(emulated, monkeypatch):
+    """And not for what another device has: nothing about one is taken for the other."""
+    monkeypatch.setitem(DEVICES, "one", (130, 227 << 10, True, 90, 128))
+    monkeypatch.setitem(DEVICES, "two", (130, 163 << 10, False, 80, 0))
+    asked = {}
+    for device in ("one", "two", "one", "two"):
+        before = emulated.questions()
+        check(emulated, dataclasses.replace(LARGE[0], device=device), torch.float16, "NCHW")
+        asked.setdefault(device, []).append(emulated.questions() - before)
+    # Three attributes, the version of the instructions, the setting of shared memory, clusters of two sizes.
+    assert asked["one"][0] > asked["two"][0] == 5
+    assert asked["one"][1] == asked["two"][1] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -527,6 +564,8 @@ MISTAKES = [
     "load_cluster_float from block 2 of a cluster of 2",
     "cluster_arrive without cluster_wait before it",
     "load_global reads outside of the operands",
+    "load_cluster_float after a relaxed arrival, which makes no write seen",
+    "cluster_arrive_relaxed may overtake a read of another block",
 ]
 
 

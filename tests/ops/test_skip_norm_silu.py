@@ -64,7 +64,8 @@ def run(function, *arguments, **options):
     leaves = [t.detach().requires_grad_() if torch.is_tensor(t) else t for t in arguments]
     outputs = function(*leaves, **options)
     loss = sum(
-        (t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype, device=t.device).sin().view(t.shape)).sum()
+        # In float64: float16 cannot count the elements.
+        (t * torch.linspace(-1, 2, t.numel(), dtype=torch.float64, device=t.device).sin().view(t.shape).to(t)).sum()
         for t in outputs
     )
     gradients = torch.autograd.grad(loss, [t for t in leaves if torch.is_tensor(t)])

@@ -31,6 +31,17 @@ def test_all_kernels_compile_without_spills(capability):
     _compile("--capability", capability)
 
 
+def test_usual_kernels_compile_for_amd():
+    """One of each module, with the options that launches choose where PyTorch was built for AMD."""
+    _compile("--quick", "--amd", "gfx942", "--only", "forward")
+    _compile("--quick", "--amd", "gfx942", "--only", "NHWC added")
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_for_amd():
+    _compile("--amd", "gfx942")
+
+
 def test_the_interpreter_is_refused():
     result = subprocess.run(
         [sys.executable, str(SCRIPT)], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True

@@ -1,0 +1,126 @@
+"""Layers that are fused on GPUs alone: transformers' norms and GEGLU.
+
+On a CPU these are a few percent of a UNet call, and asking at every call costs as much as it would save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.group_norm_silu import choose as choose_norm
+from ..surgery.pristine import is_plain, is_wrapped
+from ..surgery.subclass import is_swapped, plain_class, swap_in
+from .kind import LayerKind
+
+
+class TransformerNorm(LayerKind):
+    """The GroupNorm at the entrance of a transformer, and that of the UNet's output.
+
+    PyTorch has no GroupNorm for channels_last on GPUs: it copies the operand there and back.
+    """
+
+    name = "transformers' norms"
+    device_types = ("cuda", "meta")
+
+    def find(self, unet: nn.Module) -> dict[str, nn.Module]:
+        return {
+            name: module
+            for name, module in unet.named_modules()
+            if plain_class(module) is nn.GroupNorm and (name.endswith(".norm") or name == "conv_norm_out")
+        }
+
+    def pays(self, layer: Any, hidden: Tensor) -> bool:
+        return hidden.ndim == 4 and choose_norm("group_norm_silu", hidden, _size(layer)) != "reference"
+
+    def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        if not hidden.is_meta and not is_plain(layer, nn.GroupNorm):
+            return "one has hooks, or a forward of its own"
+        return None if layer.weight.dtype == hidden.dtype else "its weights have another dtype than its input"
+
+    def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return ops.group_norm_silu(hidden, layer.num_groups, layer.weight, layer.bias, layer.eps, silu=False)
+
+    def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
+        if layers and weight.is_cuda and not compiled:
+            yield f"{self.name} ({len(layers)})", "group_norm_silu, where a proof has chosen a kernel"
+
+
+class Geglu(LayerKind):
+    """Diffusers' GEGLU: a linear layer, and the gate in one pass."""
+
+    name = "GEGLU layers"
+    device_types = ("cuda", "meta")
+
+    def find(self, unet: nn.Module) -> dict[str, nn.Module]:
+        from diffusers.models.activations import GEGLU
+
+        return {name: module for name, module in unet.named_modules() if plain_class(module) is GEGLU}
+
+    def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        if args or kwargs:
+            return "it was called with other arguments than its input"
+        return "one has hooks, or a forward of its own" if is_wrapped(layer) else None
+
+    def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return ops.geglu(layer.proj(hidden))
+
+    def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
+        if layers and weight.is_cuda and not compiled:
+            yield f"{self.name} ({len(layers)})", "geglu, where a proof has chosen a kernel"
+
+
+class TransformerOutput(LayerKind):
+    """The end of a Transformer2DModel: its result goes back to pixels without a copy where its input is channels_last.
+
+    Stock makes it contiguous, so that what follows meets two memory formats, and each convolution makes a copy.
+    """
+
+    name = "transformers' outputs"
+    device_types = ("cuda", "meta")
+
+    def find(self, unet: nn.Module) -> dict[str, nn.Module]:
+        from diffusers import Transformer2DModel
+
+        return {name: module for name, module in unet.named_modules() if plain_class(module) is Transformer2DModel}
+
+    def put_in(self, unet: nn.Module) -> None:
+        if next(unet.parameters()).device.type in self.device_types:
+            for layer in self.find(unet).values():
+                if not is_swapped(layer) and hasattr(layer, _OUTPUT):
+                    swap_in(layer, {_OUTPUT: _to_pixels})
+
+    def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        return None  # its own forward runs, all but the end
+
+    def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return plain_class(layer).forward(layer, hidden, *args, **kwargs)
+
+    def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
+        yield from ()  # the same values, elsewhere in memory
+
+
+#: The method of a Transformer2DModel that makes pixels of its tokens.
+_OUTPUT = "_get_output_for_continuous_inputs"
+
+
+def _to_pixels(
+    layer: Any, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+) -> Tensor:
+    """Do what the method of :data:`_OUTPUT` does, in the memory format of ``residual``."""
+    if torch.compiler.is_compiling() or residual.is_contiguous():
+        plain = getattr(plain_class(layer), _OUTPUT)
+        return plain(layer, hidden_states, residual, batch_size, height, width, inner_dim)
+    if layer.use_linear_projection:
+        hidden_states = layer.proj_out(hidden_states)
+    pixels = hidden_states.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
+    return (pixels if layer.use_linear_projection else layer.proj_out(pixels)) + residual
+
+
+def _size(norm: nn.GroupNorm) -> int:
+    """Return the channels of a group."""
+    return norm.num_channels // norm.num_groups

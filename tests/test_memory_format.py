@@ -1,0 +1,67 @@
+"""channels_last weights: put in and exactly out again."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from difffast.surgery.memory_format import ChannelsLast, find_weights, lies_channels_last, suits_channels_last
+
+
+def test_weights_are_laid_out_and_exactly_back(pipe):
+    unet = pipe.unet
+    before = copy.deepcopy(unet)
+    parameters = {name: parameter for name, parameter in unet.named_parameters()}
+    layout = ChannelsLast()
+    layout.put_in(unet)
+    assert lies_channels_last(unet)
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in find_weights(unet))
+    for (name, ours), (_, theirs) in zip(unet.named_parameters(), before.named_parameters(), strict=True):
+        assert ours is parameters[name], "references to parameters stay"
+        assert torch.equal(ours, theirs)
+    layout.take_out()
+    layout.take_out()  # twice does no harm
+    assert not lies_channels_last(unet)
+    for ours, theirs in zip(unet.parameters(), before.parameters(), strict=True):
+        assert ours.stride() == theirs.stride()
+        assert torch.equal(ours, theirs)
+
+
+def test_what_the_user_has_laid_out_or_replaced_is_left():
+    user, replaced = (nn.Conv2d(4, 4, 3).to(memory_format=format) for format in (torch.channels_last, None))
+    model = nn.Sequential(user, replaced)
+    layout = ChannelsLast()
+    layout.put_in(model)
+    replaced.weight = nn.Parameter(torch.randn(4, 4, 3, 3).to(memory_format=torch.channels_last))
+    layout.take_out()
+    assert all(not weight.is_contiguous() for weight in find_weights(model))
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_an_interruption_leaves_nothing(calls, monkeypatch):
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(3)))
+    layout, left = ChannelsLast(), [calls]
+    plain = torch.Tensor.contiguous
+
+    def contiguous(tensor, **options):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return plain(tensor, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "contiguous", contiguous)
+        with contextlib.suppress(KeyboardInterrupt):
+            layout.put_in(model)
+    layout.take_out()
+    assert all(weight.is_contiguous() for weight in find_weights(model))
+
+
+def test_only_half_precision_on_cuda_is_faster_so():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert suits_channels_last(cuda, torch.float16)
+    assert suits_channels_last(cuda, torch.bfloat16)
+    assert not suits_channels_last(cuda, torch.float32)
+    assert not suits_channels_last(cpu, torch.bfloat16)
