@@ -15,7 +15,7 @@ from . import ops
 from .engines.engine import choose_engine
 from .engines.programs import BATCHES, ProgramStats
 from .layers.registry import LAYERS
-from .ops._local import list_struck, table_of
+from .ops._local import describe_choices, list_struck, table_of
 from .options import Options
 from .plan import CfgReuse, FeatureReuse, Plan, Sharing
 from .sampling.controller import Controller, find_controller
@@ -126,7 +126,10 @@ def note_exceptions(target: Target, settings: Settings, options: Options) -> Ite
     obstacle = target.refuse_cfg_reuse()
     if obstacle and options.wanted_cfg is not None:
         yield f"guidance's halves run together: {obstacle}"
-    device = next(target.unet.parameters()).device
+    weight = next(target.unet.parameters())
+    device, choices = weight.device, describe_choices(weight.device, weight.dtype)
+    if choices and settings.fused:
+        yield f"chosen by proofs on this device: {choices}"
     if device.type == "cuda" and not table_of(device).proofs and os.environ.get("DIFFFAST_PROVE") != "0":
         yield (
             "no kernel has been proved on this GPU, so that PyTorch's operators run: difffast.prove(pipe), or "

@@ -46,6 +46,8 @@ def test_info_says_which_kernels_are_proved(capsys, monkeypatch):
             plain = ["no hardware yet: opt-in only"]
             if backend in ("reference", "sdpa", "onednn"):
                 plain = ["plain PyTorch"]
+            if backend in ("flash", "cudnn", "efficient"):
+                plain = ["PyTorch's: where a proof finds it faster"]
             assert state in (proved or plain)
     assert ("cross_attention", "cuda", "no hardware yet: opt-in only") in rows
     assert "never a default" in "\n".join(lines)

@@ -197,6 +197,27 @@ def test_compiled_code_keeps_the_choice_and_follows_a_new_table():
     assert not ran()
 
 
+@needs_cpp
+def test_sizes_that_are_symbols_are_not_looked_up():
+    key = Key.parse(NORM.format(17))
+    store.merge(CPU, {key.text("graph"): entry("cpp")})
+    compiled = torch.compile(
+        lambda x, w: ops.group_norm_silu(x, 4, w, w), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    seen = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for size in (17, 19, 23):
+        x, w = torch.randn(1, 32, size, size), torch.ones(32)
+        torch.testing.assert_close(compiled(x, w), ops.group_norm_silu(x, 4, w, w))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen + 1, "one graph for all sizes"
+
+
+@needs_cpp
+def test_reports_name_what_proofs_have_chosen(pipe):
+    store.merge(CPU, {EAGER: entry("cpp"), KEY.text("graph"): entry("sdpa")})
+    note = "chosen by proofs on this device: cross_attention (cpp) for 1 shapes"
+    assert note in difffast.patch(pipe, "exact").notes
+
+
 @pytest.mark.parametrize("choice", ["nonsense", "cuda", None, 3, ["cpp"]])
 def test_a_choice_that_nobody_knows_is_ignored(choice):
     store.merge(CPU, {EAGER: entry(choice)})
@@ -459,7 +480,7 @@ def test_keys_are_text_and_back():
 
 @pytest.fixture(scope="module")
 def sd15():
-    return collect.collect(collect.make_dry("sd15", torch.float16), 2, torch.device("cuda"))
+    return collect.collect(collect.make_dry("sd15", torch.float16, CPU), 2, torch.device("cuda"))
 
 
 @pytest.mark.slow
@@ -478,7 +499,7 @@ def test_keys_of_a_published_unet(sd15):
 
 def test_keys_of_a_pipeline_are_those_that_its_run_asks_for(pipe):
     """Collected without memory, against what operators are asked for by the patched UNet itself."""
-    keys = collect.collect(collect.make_dry(pipe.unet, torch.float32), 2, CPU, decoders=())
+    keys = collect.collect(collect.make_dry(pipe.unet, torch.float32, CPU), 2, CPU, decoders=())
     asked = []
     original = _dispatch.choose
 
@@ -495,7 +516,7 @@ def test_keys_of_a_pipeline_are_those_that_its_run_asks_for(pipe):
     tokens = {key.shapes[1][2] for key in asked if key.operator == "cross_attention"}
     assert tokens == {77}
     assert set(asked) <= set(keys)
-    assert {key.operator for key in keys} == {"cross_attention", "group_norm_silu", "self_attention"}
+    assert {key.operator for key in keys} == {"cross_attention", "geglu", "group_norm_silu", "self_attention"}
 
 
 @pytest.mark.parametrize(

@@ -178,9 +178,10 @@ def choose(
         if reason is not None:
             raise make_error(operator, backend, reason)
         return backend
-    if case is not None and _local.load(device):
+    traced = torch.compiler.is_compiling()
+    if case is not None and _local.load(device) and not (traced and not _local.are_static(*case)):
         version, mode = _local.state
-        mode = "graph" if torch.compiler.is_compiling() else mode
+        mode = "graph" if traced else mode
         backend = _local.find(version, device, operator, dtype, case.shapes, case.strides, case.options, mode)
         runs = backend in OPERATORS[operator] and _installed.find_obstacle(backend, device) is None
         if runs and find_obstacle(backend) is None:

@@ -19,6 +19,7 @@ import re
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ def table_of(device: torch.device) -> Table:
     if table is None:
         path = find_path(device)
         table = Table(path)
-        if path is not None and path.exists():
+        if path.exists():
             content, table.note = read_file(path)
             mark = hash_facts(find_facts(device)) if content else ""
             table.proofs = content.get(mark, {}).get("proofs", {})
@@ -158,13 +159,41 @@ def find(
 
     A compiled graph keeps the answer, and is made anew for another version.
     """
+    if any(type(size) is not int for shape in shapes for size in shape):
+        return None  # symbols
     try:
         key = Key.of(operator, dtype, shapes, strides, options)
         entry = _tables[device.type, device.index].proofs.get(key.text(mode))
         choice = None if entry is None else entry.get("choice")
     except (KeyError, TypeError, AttributeError):
-        return None  # no table, sizes that are symbols, or an entry that nobody here has written
+        return None  # no table, or an entry that nobody here has written
     return choice if isinstance(choice, str) and (operator, choice) not in _struck else None
+
+
+def are_static(shapes: tuple[Any, ...], strides: tuple[Any, ...] | None, options: tuple[tuple[str, int], ...]) -> bool:
+    """Whether all numbers of a case are known while a call is traced; a table can only be asked for those."""
+    # It brings in SymPy, which has come in with the tracer.
+    from torch.fx.experimental import symbolic_shapes
+
+    if not hasattr(symbolic_shapes, "has_static_value"):  # before torch 2.9
+        return False
+    for numbers in (*shapes, *(strides or ())):
+        for number in numbers:
+            if not symbolic_shapes.has_static_value(number):
+                return False
+    return all([symbolic_shapes.has_static_value(number) for _, number in options])
+
+
+def describe_choices(device: torch.device, dtype: torch.dtype) -> str:
+    """Return, as text, for how many shapes the proofs of a device and dtype have chosen which backends; may be ""."""
+    if not load(device):
+        return ""
+    found: Counter[str] = Counter()
+    for text, entry in table_of(device).proofs.items():
+        parts = text.split(" ")
+        if parts[-1] == state.mode and parts[1:2] == [str(dtype).removeprefix("torch.")]:
+            found[f"{parts[0]} ({entry.get('choice')})"] += 1
+    return ", ".join(f"{name} for {count} shapes" for name, count in sorted(found.items()))
 
 
 def has_kernel(device: torch.device, operator: str, dtype: torch.dtype, layout: str) -> bool:
@@ -249,7 +278,6 @@ def find_facts(device: torch.device) -> dict[str, Any]:
             "driver": _read_driver(),
             "cuda": torch.version.cuda or torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),
-            "cudnn benchmark": torch.backends.cudnn.benchmark,
             "triton": _version("triton"),
         }
     else:

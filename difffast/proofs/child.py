@@ -52,8 +52,12 @@ class Prover:
         self._out.write(json.dumps(event) + "\n")
         self._out.flush()
 
-    def compile(self, keys: Sequence[Key]) -> None:
-        """Run every Triton kernel of these keys once, in parallel threads: nearly all of that is compiling."""
+    def compile(self, keys: Sequence[Key], seconds: float) -> None:
+        """Run every Triton kernel of these keys once, in parallel threads: nearly all of that is compiling.
+
+        Args:
+            seconds: after which no more are begun.
+        """
 
         def run(key: Key) -> None:
             torch.cuda.set_device(self.device)
@@ -64,10 +68,16 @@ class Prover:
                         problem = make_problem(each, "normal", self.device)
                         candidate.call(each, *problem.tensors)
 
+        start = time.monotonic()
         with ops.use_backend("triton"), concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            failed = [future.exception() for future in [pool.submit(run, key) for key in keys]]
+            waiting = [pool.submit(run, key) for key in keys]
+            concurrent.futures.wait(waiting, timeout=seconds)
+            pool.shutdown(cancel_futures=True)
         torch.cuda.synchronize()
-        self.say(compiled=len(keys), failed=[str(each)[:200] for each in failed if each is not None])
+        ended = [each for each in waiting if not each.cancelled()]
+        errors = [each.exception() for each in ended]
+        failed = [describe(each) for each in errors if each is not None and not isinstance(each, CannotRunError)]
+        self.say(compiled=len(ended), failed=failed, seconds=round(time.monotonic() - start, 2))
 
     def prove(self, key: Key, refused: dict[str, str], modes: Sequence[str]) -> None:
         """Prove a key, and say its entries by mode.
@@ -180,15 +190,24 @@ class Prover:
 
     def _refuse_broken(self, candidate: Candidate, error: Exception) -> None:
         """End the process if a candidate has broken its device context; the parent starts another one."""
-        if self.device.type != "cuda":
-            return
-        try:
-            torch.cuda.synchronize()
-            torch.ones(8, device=self.device).sum().item()
-        except Exception:
+        if self.is_broken():
             self.say(at=candidate.name, what="", broken=describe(error))
-            self._out.flush()
             os._exit(BROKEN)
+
+    def end_if_broken(self) -> None:
+        """End the process if its device context is broken."""
+        if self.is_broken():
+            os._exit(BROKEN)
+
+    def is_broken(self) -> bool:
+        """Return whether the device computes no more, as after an illegal address."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.ones(8, device=self.device).sum().item()
+        except Exception:
+            return True
+        return False
 
 
 def check_graph(candidate: Candidate, problem: Problem) -> None:
@@ -236,10 +255,11 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "compile" in request:
-            prover.compile([Key.parse(text) for text in request["compile"]])
+            prover.compile([Key.parse(text) for text in request["compile"]], request["seconds"])
         else:
             try:
                 prover.prove(Key.parse(request["key"]), request["refused"], request["modes"])
             except Exception as error:  # of the definition or of PyTorch's own way: nothing can be said of this key
                 prover.say(done=request["key"], entries={}, error=describe(error))
+                prover.end_if_broken()
     out.close()

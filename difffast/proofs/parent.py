@@ -24,8 +24,10 @@ import torch
 from ..ops._keys import Key
 from .candidates import find_default
 
-#: Most seconds of one step of a candidate; of starting a child, which imports PyTorch; of compiling everything.
-STEP, START, COMPILE = 10.0, 120.0, 60.0
+#: Most seconds of one step of a candidate; of starting a child, which imports PyTorch; of the last kernels' compiling.
+STEP, START, COMPILE = 10.0, 120.0, 30.0
+#: The part of the time in which all kernels are compiled at once.
+COMPILING = 0.4
 #: Most seconds of a step of PyTorch's own way.
 PLAIN = 60.0
 #: Seconds by which the last key may exceed the time.
@@ -169,17 +171,18 @@ class Proving:
     def run(self, keys: Sequence[Key]) -> Outcome:
         """Prove keys in this order until the time is over."""
         modes = ("eager", "graph") if self._device.type == "cuda" else ("eager",)
+        waiting = list(keys)
         try:
             if self._device.type == "cuda":
                 self._compile(keys)
-            for key in keys:
-                if time.monotonic() > self._end or not self._prove(key, modes):
-                    self.outcome.left.append(key)
+            while waiting and time.monotonic() < self._end:
+                if not self._prove(waiting[0], modes):
+                    self.outcome.left.append(waiting[0])
+                del waiting[0]
         except NoChildError as error:
             self.outcome.notes.append(str(error))
-            done = keys.index(key) if "key" in locals() else 0
-            self.outcome.left += keys[done:]
         finally:
+            self.outcome.left += waiting
             if self._child is not None:
                 self._child.close()
         return self.outcome
@@ -200,9 +203,10 @@ class Proving:
     def _compile(self, keys: Sequence[Key]) -> None:
         """Compile all Triton kernels beforehand; whatever happens, they are compiled one by one later."""
         child = self._find_child()
-        child.ask({"compile": [key.text() for key in keys]})
+        seconds = max(1.0, COMPILING * (self._end - time.monotonic()))
+        child.ask({"compile": [key.text() for key in keys], "seconds": seconds})
         try:
-            event = child.hear(min(COMPILE, max(5.0, 0.6 * (self._end - time.monotonic()))))
+            event = child.hear(seconds + COMPILE)
         except TimeoutError:
             self._lose_child(kill=True)
             self.outcome.notes.append("compiling all Triton kernels at once took too long")
@@ -215,6 +219,7 @@ class Proving:
     def _prove(self, key: Key, modes: Sequence[str]) -> bool:
         """Prove a key; return whether there are entries of it."""
         refused: dict[str, str] = {}
+        idle = 0
         while True:
             child = self._find_child()
             child.ask({"key": key.text(), "modes": list(modes), "refused": refused})
@@ -245,6 +250,9 @@ class Proving:
                     self._lose_child(kill=True)
                     reason = f"it left the device unusable: {event['broken']}"
                     break
+            if not at and not idle:  # the child had died before it heard of this key
+                idle += 1
+                continue
             if not at or at in refused or what == "the definition":
                 self.outcome.notes.append(f"{key.text()}: {at or 'starting'}: {reason}")
                 return False

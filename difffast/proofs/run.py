@@ -11,8 +11,6 @@ import torch
 from ..ops import _local
 from ..ops._keys import Key
 from . import store
-from .collect import collect, make_dry
-from .parent import STEP, Proving
 from .report import ProofReport
 
 if TYPE_CHECKING:
@@ -63,18 +61,18 @@ def prove(
         raise ValueError(f"batch must be an int of at least 1, got {batch!r}")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
+    from .candidates import find_candidates  # not before they are needed: everybody imports this file
+    from .collect import collect, make_dry
+
     unet = model if pipe is None else find_unet(pipe)
-    device = torch.device(device or find_device(unet))
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"proofs are made on cpu and cuda, got {device}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = complete_device(device or find_device(unet))
     if dtype is None:
         half = torch.float16 if device.type == "cuda" else torch.float32
         dtype = half if isinstance(unet, str) else unet.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     keys = collect(make_dry(unet, dtype, device), 2 * batch, device)
+    keys = [key for key in keys if len(find_candidates(key, device)) > 1]  # else there is nothing to choose
     return prove_keys(keys, device, seconds, refresh=refresh, progress=progress)
 
 
@@ -97,6 +95,20 @@ def find_device(unet: Any) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def complete_device(device: str | torch.device) -> torch.device:
+    """Return a device with its index, if it has one.
+
+    Raises:
+        ValueError: there are no proofs for this kind.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"proofs are made on cpu and cuda, got {device}")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def prove_keys(
     keys: Sequence[Key],
     device: torch.device,
@@ -105,14 +117,16 @@ def prove_keys(
     refresh: bool = False,
     progress: Progress | None = None,
     extras: Sequence[str] = (),
-    step: float = STEP,
+    step: float | None = None,
 ) -> ProofReport:
     """Do what :func:`prove` does, for keys in the order in which they shall be proved.
 
     Args:
         extras: "module:name" of dictionaries {operator: {name: way}} with more candidates.
-        step: most seconds that a candidate may take for one step.
+        step: most seconds that a candidate may take for one step; None means :data:`.parent.STEP`.
     """
+    from . import parent
+
     start = time.monotonic()
     table = _local.table_of(device)
     modes = _local.MODES if device.type == "cuda" else _local.MODES[:1]
@@ -132,7 +146,7 @@ def prove_keys(
 
     left: list[Key] = []
     if new:
-        outcome = Proving(device, seconds, extras, keep, step).run(new)
+        outcome = parent.Proving(device, seconds, extras, keep, step or parent.STEP).run(new)
         notes += outcome.notes
         left = outcome.left
     table = _local.table_of(device)

@@ -104,13 +104,16 @@ def _info_pipelines() -> int:
 def _proof_table() -> Table:
     """For every operator and backend, the runs that proved it."""
     from .. import ops
-    from ..ops._installed import FROM_PYTORCH
+    from ..ops._installed import FROM_PYTORCH, SDPA_KERNELS
 
     table = Table(Column("operator", no_wrap=True), "backend", "proved on", "dtypes", "by", title="kernels")
     for operator, backends in ops.OPERATORS.items():
         for backend in backends:
             if backend in FROM_PYTORCH:
                 table.add_row(operator, backend, "plain PyTorch", "", "")
+                continue
+            if backend in SDPA_KERNELS:
+                table.add_row(operator, backend, "PyTorch's: where a proof finds it faster", "", "")
                 continue
             rows = [proof for proof in ops.PROVED if (proof.operator, proof.backend) == (operator, backend)]
             for proof in rows:

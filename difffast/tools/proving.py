@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from ..models.configs import UNET_CONFIGS
 from . import terminal
 from .arguments import choose_device, positive, positive_seconds
 from .terminal import say
@@ -22,7 +23,7 @@ def add_parser(commands: Any) -> None:
     prove = commands.add_parser("prove", help="find out which kernels are right and the fastest on this device")
     what = prove.add_mutually_exclusive_group()
     what.add_argument("--pipeline", type=Path, metavar="DIR", help="the UNet of a pipeline on disk")
-    what.add_argument("--model", help="a published UNet: sd15, sd21, sdxl, if-i-xl, if-ii-l (default: sd15)")
+    what.add_argument("--model", choices=sorted(UNET_CONFIGS), help="a published UNet (default: sd15)")
     prove.add_argument("--device", help="default: cuda where there is one, else cpu")
     prove.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
     prove.add_argument("--batch", type=positive, default=1, help="images at once; guidance doubles it")
@@ -39,12 +40,10 @@ def add_parser(commands: Any) -> None:
 def _prove(arguments: argparse.Namespace) -> int:
     import torch
 
-    from ..proofs import prove
+    from ..proofs.run import complete_device, prove
     from ..proofs.store import clear
 
-    device = torch.device(choose_device(arguments.device))
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = complete_device(choose_device(arguments.device))
     if arguments.clear:
         say("cleared." if clear(device) else "there was nothing to clear.")
         return 0

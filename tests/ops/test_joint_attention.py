@@ -245,8 +245,8 @@ def test_gradcheck(backend, wanted):
 def test_pytorchs_attention_is_differentiated_where_it_is_the_faster_one(monkeypatch):
     """The C++ kernel is a default on CPUs, but its backward pass is plain PyTorch."""
     made, calls = operands((2, 1, 2, 3, 7, 5, 4), torch.float32), []
-    original = joint_module._sdpa
-    monkeypatch.setattr(joint_module, "_sdpa", lambda *a: calls.append(1) or original(*a))
+    original = joint_module._attend
+    monkeypatch.setattr(joint_module, "_attend", lambda *a: calls.append(1) or original(*a))
     ops.joint_attention(*made)
     assert bool(calls) == (ops.missing("cpp") is not None)
     calls.clear()
