@@ -92,20 +92,20 @@ class Programs:
             function: of :mod:`difffast.unet`.
         """
         key = (function, _describe_shapes((inputs, arguments)))
-        device = unet.device
         try:
-            return self._program(key, function, device)(unet, inputs, arguments)
+            return self._program(key, function, unet)(unet, inputs, arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             # The layers have changed too often for one program's cache; a fresh one starts with an empty cache.
-            return self._keep(key, _compile(function, device))(unet, inputs, arguments)
+            return self._keep(key, _compile(function, unet.device))(unet, inputs, arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             note(f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}")
             return self._keep(key, _run_plainly(function))(unet, inputs, arguments)
 
-    def _program(self, key: Any, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def _program(self, key: Any, function: Callable[..., Any], unet: nn.Module) -> Callable[..., Any]:
         with self._lock:
             program = self._compiled.get(key)
-        return self._keep(key, program or _compile(function, device))
+        # Diffusers walks over all modules to tell the device: at every call that costs more than the program itself.
+        return self._keep(key, program or _compile(function, unet.device))
 
     def _keep(self, key: Any, program: Callable[..., Any]) -> Callable[..., Any]:
         with self._lock:

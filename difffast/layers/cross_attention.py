@@ -18,7 +18,7 @@ from .. import ops
 from ..ops._attention_checks import MAX_HEAD_DIM, MAX_KEYS, repeat_rows
 from ..surgery.unchanged import read_projection
 from .context import CURRENT, AllCollected, CallContext, MapSink, Text, find_context, set_projected_text
-from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked
+from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked, name_layer
 
 #: Arguments of a UNet call that reach the layers and that compiled programs do not serve.
 _FOR_LAYERS = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
@@ -40,7 +40,7 @@ class CrossAttention(LayerKind):
         text = args[0] if args else kwargs.get("encoder_hidden_states")
         return _attend(layer, hidden, text, find_context())
 
-    def wrap(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         """As for any kind, but maps may be wanted of a layer that is not fused, and rows of zeros need the operator."""
 
         def call(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -48,6 +48,7 @@ class CrossAttention(LayerKind):
             text = args[0] if args else kwargs.get("encoder_hidden_states")
             if context is None or not _is_seen(text, context.projected or context.text):
                 return plain(layer, hidden_states, *args, **kwargs)
+            name = name_layer(layer) if context.sinks else ""
             wanted = [sink for sink in context.sinks if name in sink.layers]
             sink = (context.projected or context.text).sink
             if not (context.fused or wanted or sink):
@@ -58,7 +59,7 @@ class CrossAttention(LayerKind):
                 return _attend(layer, hidden_states, text, context, name, wanted)
             if wanted or sink:
                 what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
-                raise RuntimeError(f"{what.format(name)}: {reason}")
+                raise RuntimeError(f"{what.format(name_layer(layer))}: {reason}")
             context.note(f"{name_kind(layer)} layers run stock: {reason}")
             return plain(layer, hidden_states, *args, **kwargs)
 

@@ -49,6 +49,10 @@ class Resnet(LayerKind):
             and module.time_embedding_norm in ("default", "scale_shift")
         }
 
+    def may_pay(self, weight: Tensor) -> bool:
+        on_cpu = weight.device.type == "cpu"
+        return on_cpu or ops.default_backend("group_norm_silu", weight.device, weight.dtype) != "reference"
+
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         return choose("group_norm_silu", hidden, 1) != "reference"  # groups of one channel rule no backend out
 
