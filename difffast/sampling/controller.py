@@ -5,10 +5,12 @@ The stock loop keeps guidance, scheduler, callbacks and progress bar.
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ from ..unet.parts import refuse_split
 from .position import is_element
 from .run import SamplingRun
 from .settings import Settings
+
+#: The UNet whose unpatched call runs in this thread.
+_UNPATCHED: ContextVar[nn.Module | None] = ContextVar("difffast_unpatched", default=None)
 
 
 class Controller:
@@ -57,6 +62,11 @@ class Controller:
             self._runs = [run for run in self._runs if settings not in run.settings]
             return not self._settings
 
+    def is_held(self, compiled: Any, but: Settings) -> bool:
+        """Return whether any pipeline but one holds what ``torch.compile`` has made of the UNet."""
+        pipes = [settings.pipe() for settings in self._settings if settings is not but]
+        return any(pipe is not None and pipe.unet is compiled for pipe in pipes)
+
     def count_programs(self) -> ProgramStats:
         """Return what the UNet's compiled programs take."""
         unet = self._unet()
@@ -79,6 +89,7 @@ class Controller:
             return stock(*args, **kwargs)
         step = run.step_of(given["timestep"])
         call = run.edit_call(given, step, stock)
+        stock = run.show_layers(stock)
         if call is not given:
             args, kwargs = (), dict(call)
         reason = _require_stock(unet, run) or run.refuse_residuals(call, step)
@@ -87,7 +98,7 @@ class Controller:
             with use_context(run.make_context(call, stock=True)):
                 return stock(*args, **kwargs)
         try:
-            sample = run.answer(unet, call, step, lambda: stock(*args, **kwargs)[0])
+            sample = run.answer(unet, call, step, stock)
         except BaseException:
             run.forget()
             raise
@@ -127,7 +138,10 @@ def override_unet(unet: nn.Module) -> dict[str, Any]:
     plain, controller = plain_class(unet), Controller(unet)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)
+        # What the user compiles is the plain UNet; runs have its parts compiled alike.
+        if torch.compiler.is_compiling() or _UNPATCHED.get() is self:
+            return plain.__call__(self, *args, **kwargs)
+        return controller(self, functools.partial(_run_unpatched, self, plain.__call__, self), args, kwargs)
 
     methods = {"__call__": call, "_difffast_controller": controller}
     if hasattr(plain, "process_encoder_hidden_states"):
@@ -138,6 +152,26 @@ def override_unet(unet: nn.Module) -> dict[str, Any]:
 
         methods["process_encoder_hidden_states"] = process
     return methods
+
+
+def override_compiled(compiled: Any) -> dict[str, Any]:
+    """Return the methods of what ``torch.compile`` has made of a patched UNet; see :func:`find_controller`."""
+    plain, unet = plain_class(compiled), compiled._orig_mod
+    controller = find_controller(unet)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return controller(unet, functools.partial(_run_unpatched, unet, plain.__call__, self), args, kwargs)
+
+    return {"__call__": call}
+
+
+def _run_unpatched(unet: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``call(*args, **kwargs)``, with calls of ``unet`` inside as if it were not patched."""
+    token = _UNPATCHED.set(unet)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _UNPATCHED.reset(token)
 
 
 def find_controller(unet: nn.Module) -> Controller | None:

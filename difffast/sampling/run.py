@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..engines.inputs import InputReader, apply_lora_scale
 from ..engines.programs import Programs
+from ..engines.user_compiled import has_compiled_parts
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
 from ..support import denoiser_of
 from ..unet.fingerprint import Fingerprint, Switches
-from ..unet.parts import Execute, execute_eagerly, run_whole
+from ..unet.parts import Execute, execute_eagerly
 from .cfg_reuse import CfgHalves
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
@@ -50,7 +51,9 @@ class SamplingRun:
         self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
-        self._programs = programs if first.compiled else None
+        self._following = first.find_user_compile()
+        self._programs = programs if first.compiled or self._following is not None else None
+        self._has_compiled_parts = self._following is not None or has_compiled_parts(unet)
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
@@ -113,8 +116,23 @@ class SamplingRun:
     def edit_call(self, call: Mapping[str, Any], step: int, stock: Callable[..., Any]) -> Mapping[str, Any]:
         """Return the call as the extensions have it."""
         for extension in self._extensions:
-            call = extension.edit_call(call, step, self.scheduler(), stock)
+            call = extension.edit_call(call, step, self.scheduler(), self._uncompile(stock))
         return call
+
+    def show_layers(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``stock``, eager where attention maps are wanted."""
+        return self._uncompile(stock) if self._map_sinks() else stock
+
+    def _uncompile(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``stock`` without what the user has compiled of the UNet: layers in there hand nothing out."""
+        if not self._has_compiled_parts:
+            return stock
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.compiler.set_stance("force_eager"):
+                return stock(*args, **kwargs)
+
+        return run
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
         """Return ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
@@ -173,8 +191,12 @@ class SamplingRun:
     def _wants_both(self) -> str | None:
         return "attention maps of both are collected" if self._map_sinks() else None
 
-    def answer(self, unet: nn.Module, call: Mapping[str, Any], index: int, stock: Callable[[], Tensor]) -> Tensor:
-        """Return the UNet's output at a step, from what earlier steps have left where the plan says so."""
+    def answer(self, unet: nn.Module, call: Mapping[str, Any], index: int, stock: Callable[..., Any]) -> Tensor:
+        """Return the UNet's output at a step, from what earlier steps have left where the plan says so.
+
+        Args:
+            stock: the unpatched UNet, called with arguments by name.
+        """
         self._follow(index)
         self._compare(call, index)
         ahead = self._strategy.recall(index)
@@ -183,10 +205,15 @@ class SamplingRun:
         half = self._cfg.runs_half(index)
         if half:
             call = self._cfg.prepare(call)
-            stock = functools.partial(run_whole, unet, call)
+
+        def run_stock() -> Tensor:
+            return stock(**{**call, "return_dict": False})[0]
+
         with use_context(self.make_context(call, stock=False)):
             execute, prepared = self._choose_execute(unet, call)
-            output = self._strategy.predict(Step(index, unet, prepared, execute, stock, half))
+            follows = self._following is not None and not self.settings[0].compiled
+            predict = self.show_layers(self._strategy.predict)
+            output = predict(Step(index, unet, prepared, execute, run_stock, half, follows))
         return self._finish(index, half, output)
 
     def _compare(self, call: Mapping[str, Any], index: int) -> None:
@@ -224,15 +251,15 @@ class SamplingRun:
 
         Python runs them where nothing is compiled, and where attention maps are wanted, which programs do not give.
         """
-        if self._programs is None:
-            return execute_eagerly, call
-        if self._map_sinks():
+        if self._map_sinks() and (self._programs is not None or self._has_compiled_parts):
             self.state.note("programs are not used while attention maps are collected")
+            return execute_eagerly, call
+        if self._programs is None:
             return execute_eagerly, call
         self._inputs = self._inputs or InputReader(unet)
         with apply_lora_scale(unet, call) as call:
             inputs = self._inputs.read(ProgramCall(unet, call, self.fused, self._kv))
-        return functools.partial(self._programs.run, inputs, self.state.note), call
+        return functools.partial(self._programs.run, inputs, self.state.note, following=self._following), call
 
     def _finish(self, index: int, half: bool, output: Tensor) -> Tensor:
         """Return what the pipeline gets; at the last step, drop everything."""

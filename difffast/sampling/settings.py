@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engines.programs import BATCHES
+from ..engines.user_compiled import UserCompile, find_user_compile
 from ..layers.context import MapSink
 from ..plan import MIN_STEPS, CfgReuse, FeatureReuse, Plan, Sharing
 from ..support import Support
@@ -56,6 +58,10 @@ class Settings:
     def compiled(self) -> bool:
         """Whether the UNet runs as compiled programs."""
         return self.batches is not None
+
+    def find_user_compile(self) -> UserCompile | None:
+        """Return how the user has compiled the pipeline's UNet as of now, or None."""
+        return find_user_compile(getattr(self.pipe(), "unet", None))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -115,7 +121,8 @@ class Settings:
             plan = self.propagation.plan(total)
         else:
             kind = self.support.key_steps
-            plan = self.propagation.plan(total, kind=kind, device=device, batches=self.batches)
+            batches = BATCHES if self.batches is None and self.find_user_compile() is not None else self.batches
+            plan = self.propagation.plan(total, kind=kind, device=device, batches=batches)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)
         full = [step for extension in self.extensions for step in extension.full_steps(total)]
