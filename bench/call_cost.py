@@ -65,7 +65,9 @@ def compute_nothing(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..
     (returned,) = next(node for node in graph.graph.nodes if node.op == "output").args
     values = [node.meta["example_value"] if isinstance(node, torch.fx.Node) else node for node in returned]
     made = [
-        torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Tensor) else v  # those of the trace are fake
+        torch.empty(v.shape, dtype=v.dtype, device="meta")
+        if isinstance(v, Tensor)
+        else v  # those of the trace are fake
         for v in values
     ]
     return lambda *_: made

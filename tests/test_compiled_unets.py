@@ -9,7 +9,6 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
 from sampling import largest, picture
 from sampling import latents as sampled
 from tolerances import EXACT_FLOAT32
-from torch._dynamo.utils import counters
 
 from difffast import EncoderPropagation, FeatureReuse, collect_maps, patch, patched, unpatch
 from difffast.surgery.subclass import is_swapped, plain_class
@@ -185,9 +184,8 @@ def test_pipelines_are_made_from_a_patched_one(pipe, other):
     made = other.from_pipe(pipe)
     assert type(made) is other
     assert made.unet is pipe.unet
-    assert type(pipe.unet) == UNet2DConditionModel
-    assert hash(type(pipe.unet)) == hash(UNet2DConditionModel)
-    assert type(pipe.unet) != plain_class(pipe.vae)
+    assert type(pipe.unet) in {UNet2DConditionModel}
+    assert type(pipe.unet) not in {type(pipe.vae), object}
     assert type(type(pipe).from_pipe(pipe)) is plain_class(pipe)
     patch(made, "exact")
     unpatch(pipe)

@@ -355,7 +355,7 @@ def project_text(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _watch(layers: Iterable[Any]) -> ProjectionWatch | None:
-    """Return what tells whether any of the layers' keys and values have changed; None: they must be asked one by one."""
+    """Return what tells whether any layer's keys and values have changed; None: they must be asked one by one."""
     watch = ProjectionWatch()
     for layer in layers:
         names = _PROJECTIONS.get(type(layer.processor).__name__, (None, ()))[1]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
+from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .context import CURRENT
 from .text_kv import TextKV
 

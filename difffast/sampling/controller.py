@@ -22,11 +22,13 @@ from ..layers.cross_attention import process_text
 from ..layers.kind import LayerKind
 from ..support import output_of
 from ..surgery.calls import bind_arguments
-from ..surgery.subclass import plain_class
 from ..unet.parts import refuse_split
 from .position import is_element
 from .run import SamplingRun
 from .settings import Settings
+
+#: The controllers of patched UNets; no class holds one, so that torch.compile finds all patches of a UNet equal.
+_controllers: weakref.WeakKeyDictionary[nn.Module, Controller] = weakref.WeakKeyDictionary()
 
 #: The UNet whose unpatched call runs in this thread.
 _UNPATCHED: ContextVar[nn.Module | None] = ContextVar("difffast_unpatched", default=None)
@@ -133,17 +135,20 @@ class Controller:
             )
 
 
-def override_unet(unet: nn.Module) -> dict[str, Any]:
-    """Return the methods of a patched UNet, its controller among them; see :func:`find_controller`."""
-    plain, controller = plain_class(unet), Controller(unet)
+@functools.cache
+def override_unet(plain: type) -> dict[str, Any]:
+    """Return the methods of patched UNets of a class; their calls go to their controllers."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # What the user compiles is the plain UNet; runs have its parts compiled alike.
         if torch.compiler.is_compiling() or _UNPATCHED.get() is self:
             return plain.__call__(self, *args, **kwargs)
+        controller = find_controller(self)
+        if controller is None:  # torch.compile keeps this very method of a UNet that is not patched any more
+            return plain.__call__(self, *args, **kwargs)
         return controller(self, functools.partial(_run_unpatched, self, plain.__call__, self), args, kwargs)
 
-    methods = {"__call__": call, "_difffast_controller": controller}
+    methods = {"__call__": call}
     if hasattr(plain, "process_encoder_hidden_states"):
 
         def process(self: nn.Module, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,13 +159,15 @@ def override_unet(unet: nn.Module) -> dict[str, Any]:
     return methods
 
 
-def override_compiled(compiled: Any) -> dict[str, Any]:
-    """Return the methods of what ``torch.compile`` has made of a patched UNet; see :func:`find_controller`."""
-    plain, unet = plain_class(compiled), compiled._orig_mod
-    controller = find_controller(unet)
+@functools.cache
+def override_compiled(plain: type) -> dict[str, Any]:
+    """Return the methods of what ``torch.compile`` has made of patched UNets."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return controller(unet, functools.partial(_run_unpatched, unet, plain.__call__, self), args, kwargs)
+        unet = self._orig_mod
+        stock = functools.partial(_run_unpatched, unet, plain.__call__, self)
+        controller = find_controller(unet)
+        return stock(*args, **kwargs) if controller is None else controller(unet, stock, args, kwargs)
 
     return {"__call__": call}
 
@@ -176,7 +183,17 @@ def _run_unpatched(unet: nn.Module, call: Callable[..., Any], *args: Any, **kwar
 
 def find_controller(unet: nn.Module) -> Controller | None:
     """Return the controller of a patched UNet, or None."""
-    return getattr(type(unet), "_difffast_controller", None)
+    return _controllers.get(unet)
+
+
+def give_controller(unet: nn.Module) -> None:
+    """Give a UNet a controller of its own."""
+    _controllers[unet] = Controller(unet)
+
+
+def drop_controller(unet: nn.Module) -> None:
+    """Undo :func:`give_controller`."""
+    _controllers.pop(unet, None)
 
 
 def _require_stock(unet: nn.Module, run: SamplingRun) -> str | None:

@@ -19,7 +19,7 @@ from ..layers.registry import LAYERS
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from . import controlnet
-from .controller import find_controller, override_compiled, override_unet
+from .controller import drop_controller, find_controller, give_controller, override_compiled, override_unet
 from .settings import Settings
 
 #: (pipeline, its plain UNet, what was asked for, where the way out is registered)
@@ -30,7 +30,8 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
     """Let the UNet's calls go to its controller, and its layers to the operators; pipelines may share both."""
     undo.add(take_out_unet, unet, settings)
     if not is_swapped(unet):
-        swap_in(unet, override_unet(unet), equal=True)
+        give_controller(unet)
+        swap_in(unet, override_unet(type(unet)), equal=True)
     controller = find_controller(unet)
     for kind in LAYERS:
         if kind not in controller.kinds:
@@ -47,6 +48,7 @@ def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
     for kind in reversed(controller.kinds if controller is not None else LAYERS):
         kind.take_out(unet)
     swap_out(unet)
+    drop_controller(unet)
 
 
 def put_in_compiled_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
@@ -55,7 +57,7 @@ def put_in_compiled_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: U
     if is_compiled_wrapper(compiled):
         undo.add(_take_out_compiled, compiled, unet, settings)
         if not is_swapped(compiled):
-            swap_in(compiled, override_compiled(compiled))
+            swap_in(compiled, override_compiled(type(compiled)))
 
 
 def _take_out_compiled(compiled: Any, unet: nn.Module, settings: Settings) -> None:

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 #: Where a subclass keeps the plain class.
 MARK = "_difffast_plain_class"
 
-#: (plain class, whether it equals that, names and ids of the methods) -> subclass, which keeps the methods alive.
-_subclasses: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
+#: Where the first of the methods keeps the subclasses that it is in: they live as long as it does.
+_KEPT = "_difffast_subclasses"
 
 
 def swap_in(obj: Any, methods: dict[str, Callable[..., Any]], *, equal: bool = False) -> None:
     """Give ``obj`` the subclass with ``methods``.
 
     Args:
-        methods: what is overridden.
+        methods: functions, by the names of what they override.
         equal: whether the subclass compares equal to the plain class, as Diffusers' ``from_pipe`` asks of the classes
             of the models that a new pipeline takes over.
 
@@ -36,13 +35,13 @@ def swap_in(obj: Any, methods: dict[str, Callable[..., Any]], *, equal: bool = F
         raise ValueError(f"{type(obj).__name__} is already patched")
     plain = type(obj)
     key = (plain, equal, *((name, id(method)) for name, method in methods.items()))
-    subclass = _subclasses.get(key)
-    if subclass is None:
-        subclass = _subclasses[key] = _make_subclass(plain, methods, _equal_metaclass(type(plain)) if equal else None)
-    _set_class(obj, subclass)
+    kept = vars(next(iter(methods.values()))).setdefault(_KEPT, {})
+    if key not in kept:
+        kept[key] = _make_subclass(plain, methods, _equal_metaclass(type(plain)) if equal else type(plain))
+    _set_class(obj, kept[key])
 
 
-def _make_subclass(plain: type, methods: dict[str, Callable[..., Any]], metaclass: type | None) -> type:
+def _make_subclass(plain: type, methods: dict[str, Callable[..., Any]], metaclass: type) -> type:
     def reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
         function, arguments, *state = super(subclass, self).__reduce_ex__(max(protocol, 2))
         if function is copyreg.__newobj__:
@@ -63,7 +62,7 @@ def _make_subclass(plain: type, methods: dict[str, Callable[..., Any]], metaclas
         MARK: plain,
         **methods,
     }
-    subclass = (metaclass or type(plain))(plain.__name__, (plain,), attributes)
+    subclass = metaclass(plain.__name__, (plain,), attributes)
     return subclass
 
 
