@@ -14,6 +14,7 @@ from torch import nn
 from . import ops
 from .engines.engine import choose_engine
 from .engines.programs import BATCHES, ProgramStats
+from .engines.user_compiled import has_compiled_parts
 from .layers.registry import LAYERS
 from .ops._local import describe_choices, list_struck, table_of
 from .options import Options
@@ -114,13 +115,13 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
 
 def note_exceptions(target: Target, settings: Settings, options: Options) -> Iterator[str]:
     """Yield what a patch leaves alone or changes on the way, and why; of a target that is not patched yet."""
-    if target.is_compiled:
+    if settings.find_user_compile() is not None:
         yield (
-            "pipe.unet was torch.compile'd: the plain UNet runs instead (patch with compile=True for compiled "
-            "halves); unpatch puts the compiled one back"
+            "the UNet stays compiled: whole calls run your own program of it, and its parts are compiled with the "
+            "settings that you gave to torch.compile"
         )
-    if getattr(target.unet, "_compiled_call_impl", None) is not None:
-        yield "unet.compile() is in effect for unsplit calls only; encoder and decoder halves run eagerly"
+    elif has_compiled_parts(target.unet):
+        yield "the UNet's compiled blocks stay compiled, and run stock inside; what is around them is fused"
     if not settings.support.parallel:
         yield f"steps are decoded one at a time: {settings.support.note}"
     obstacle = target.refuse_cfg_reuse()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .engines.user_compiled import unwrap
 from .options import Options
 from .sampling.parts import PARTS, take_out_unet
 from .sampling.settings import Settings
@@ -69,8 +70,7 @@ def take_out(pipe: Any) -> bool:
     with lock:
         site = find_site(pipe)
         if site is None:
-            unet = getattr(pipe, "unet", None)
-            unet = getattr(unet, "_orig_mod", unet)
+            unet = unwrap(getattr(pipe, "unet", None))
             if unet is not None and is_swapped(unet):
                 take_out_unet(unet)  # of pipelines that are gone; those that are alive keep it
             return False

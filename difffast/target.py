@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .engines.user_compiled import unwrap
 from .support import PIPELINES, UNETS, Denoiser, Support, denoiser_of, support_of
 from .surgery.subclass import plain_class
 
@@ -47,7 +48,7 @@ class Target:
         support = support_of(type(pipe))
         if support is None:
             raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(PIPELINES)}")
-        plain = getattr(unet, "_orig_mod", unet)
+        plain = unwrap(unet)
         denoiser = denoiser_of(type(plain))
         if denoiser is None:
             raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: {', '.join(UNETS)}")
@@ -57,11 +58,6 @@ class Target:
     def name(self) -> str:
         """The pipeline's class."""
         return type(self.pipe).__name__
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the pipeline holds a compiled wrapper around its UNet."""
-        return self.pipe.unet is not self.unet
 
     def refuse_cfg_reuse(self) -> str:
         """Return why guidance cannot be reused: its batch is not [unconditional, conditional], or not known to be."""

@@ -18,6 +18,7 @@ from tolerances import EXACT_FLOAT32, EXACT_FLOAT64
 import difffast
 from difffast import EncoderPropagation, ops, patch, patched, unpatch
 from difffast.layers import cross_attention
+from difffast.sampling.controller import find_controller
 
 ALL_KEY = EncoderPropagation(key_steps=1)
 
@@ -258,7 +259,7 @@ def test_unknown_projections_are_not_remembered(pipe):
 def test_nothing_is_kept_after_the_run(pipe):
     with patched(pipe, "exact"):
         latents(pipe)
-        controller = type(pipe.unet)._difffast_controller
+        controller = find_controller(pipe.unet)
         assert not any(run._texts for run in controller._runs)
 
 

@@ -205,41 +205,6 @@ def test_unknown_unets_are_refused(pipe):
         patch(pipe, "faster-diffusion")
 
 
-def test_a_compiled_unet_is_unwrapped_and_put_back(pipe):
-    stock = latents(pipe)
-    plain = pipe.unet
-    compiled = pipe.unet = torch.compile(plain, backend="eager")
-    report = patch(pipe, propagation=EncoderPropagation(key_steps=1), fused=False)
-    assert any("torch.compile" in note for note in report.notes)
-    assert pipe.unet is plain
-    assert torch.equal(latents(pipe), stock)
-    patch(pipe, "faster-diffusion")
-    unpatch(pipe)
-    assert pipe.unet is compiled
-    assert not is_swapped(plain)
-
-
-def test_a_compiled_unet_patched_twice(pipe):
-    with patched(pipe, "faster-diffusion"):
-        expected = latents(pipe)
-    compiled = pipe.unet = torch.compile(pipe.unet, backend="eager")
-    patch(pipe, "faster-diffusion")
-    report = patch(pipe, "faster-diffusion")
-    assert torch.equal(latents(pipe), expected)
-    assert report.last_run.propagated == 13
-    unpatch(pipe)
-    assert pipe.unet is compiled
-
-
-def test_a_unet_compiled_in_place_is_noted(pipe):
-    pipe.unet.compile(backend="eager")
-    report = patch(pipe, "faster-diffusion")
-    assert any("unet.compile()" in note for note in report.notes)
-    with patched(pipe, propagation=EncoderPropagation(parallel=False)):
-        expected = latents(pipe)
-    assert largest(latents(pipe), expected) < 1e-4
-
-
 # Stock features under the patch.
 
 

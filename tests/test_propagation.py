@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import difffast
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
+from difffast.sampling.controller import find_controller
 from difffast.sampling.decode_ahead import DecodeAhead
 from difffast.surgery.subclass import is_swapped
 
@@ -50,7 +51,7 @@ def in_threads(work, count):
 
 
 def controller_of(pipe):
-    return type(pipe.unet)._difffast_controller
+    return find_controller(pipe.unet)
 
 
 def assert_nothing_kept(pipe):

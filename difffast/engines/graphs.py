@@ -24,7 +24,7 @@ from torch.utils.weak import TensorWeakRef
 
 from ..ops import _dispatch, _local
 from ..surgery.unchanged import read_version
-from .inputs import ProgramInputs, put_inputs
+from .inputs import LayerInputs, ProgramInputs, put_inputs
 from .programs import MAX_PROGRAMS, ProgramStats, count_graph_bytes
 from .watch import Watch, refuse_recording
 
@@ -128,7 +128,7 @@ class _Call:
 
     function: Callable[..., Any]
     unet: nn.Module
-    inputs: ProgramInputs
+    inputs: LayerInputs
     arguments: tuple[Any, ...]
 
     def run(self) -> Any:
@@ -137,10 +137,10 @@ class _Call:
 
     def on(self, memories: list[Tensor]) -> _Call:
         """Return the same call with other tensors, in the order of :func:`_describe`."""
-        tensors: list[tuple[Any, Tensor]] = []
+        tensors: Tensors = {}
         both = (self.inputs, self.arguments)
         _describe(both, tensors)
-        put = {id(tensor): memory for (_, tensor), memory in zip(tensors, memories, strict=True)}
+        put = dict(zip(tensors, memories, strict=True))
         inputs, arguments = _map(lambda tensor: put[id(tensor)], both)
         return _Call(self.function, self.unet, inputs, arguments)
 
@@ -157,6 +157,8 @@ class Graphs:
         self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
         #: Buffers of layers' state, such as text keys and values, that all graphs of one place read.
         self._shared: WeakValueDictionary[Any, _Buffer] = WeakValueDictionary()
+        #: The latest inputs of layers, what they are chosen by, and their tensors.
+        self._described: tuple[ProgramInputs, Hashable, Tensors] | None = None
         self._watch: Watch | None = None
         self._refusal: str | None = None
         #: How often the UNet has been found changed.
@@ -196,11 +198,15 @@ class Graphs:
             note: told if it cannot be recorded; it runs eagerly then.
             function: of :mod:`difffast.unet`.
         """
-        call = _Call(function, unet, inputs, arguments)
-        tensors: list[tuple[Any, Tensor]] = []
+        call = _Call(function, unet, inputs.values, arguments)
         with self._lock:
+            if self._described is None or self._described[0] is not inputs:
+                found: Tensors = {}
+                self._described = (inputs, _describe(inputs.values, found, (0,)), found)
+            _, shapes, found = self._described
+            tensors = dict(found)
             try:
-                shape = _describe((inputs, arguments), tensors)
+                shape = (shapes, _describe(arguments, tensors, (1,)))
             except _Unrecordable as reason:
                 note(f"no CUDA graphs: {reason}")
                 return call.run()
@@ -215,7 +221,7 @@ class Graphs:
                 self._record(recording, call, tensors, note)
             if recording.refused:
                 return call.run()
-            for buffer, (_, value) in zip(recording.buffers, tensors, strict=True):
+            for buffer, (_, _, value) in zip(recording.buffers, tensors.values(), strict=True):
                 buffer.fill(value)
             recording.replay()
             return copy_once(recording.outputs)
@@ -224,19 +230,17 @@ class Graphs:
         """Drop all graphs and their memory."""
         with self._lock:
             self._recordings.clear()
-            self._watch = None
+            self._described = self._watch = None
 
     def _keep(self, key: Any, recording: _Recording) -> None:
         self._recordings[key] = recording
         while len(self._recordings) > MAX_PROGRAMS:
             self._recordings.popitem(last=False)
 
-    def _record(
-        self, recording: _Recording, call: _Call, tensors: list[tuple[Any, Tensor]], note: Callable[[str], Any]
-    ) -> None:
+    def _record(self, recording: _Recording, call: _Call, tensors: Tensors, note: Callable[[str], Any]) -> None:
         """Record a call on buffers in place of its tensors."""
-        buffers = [self._make_buffer(path, value, call.unet.device) for path, value in tensors]
-        for buffer, (_, value) in zip(buffers, tensors, strict=True):
+        buffers = [self._make_buffer(path, value, call.unet.device) for _, path, value in tensors.values()]
+        for buffer, (_, _, value) in zip(buffers, tensors.values(), strict=True):
             buffer.fill(value)
         static = call.on([buffer.memory for buffer in buffers])
         try:
@@ -280,16 +284,18 @@ class _Unrecordable(Exception):  # noqa: N818 - no error: the call runs eagerly
     """An argument cannot be compared."""
 
 
-def _describe(value: Any, tensors: list[tuple[Any, Tensor]], path: tuple[Any, ...] = ()) -> Hashable:
+#: Distinct tensors by their id: (position, path to the first place where it occurs, tensor).
+Tensors = dict[int, tuple[int, tuple[Any, ...], Tensor]]
+
+
+def _describe(value: Any, tensors: Tensors, path: tuple[Any, ...] = ()) -> Hashable:
     """Return what a recording is chosen by, and append every distinct tensor with the path to it.
 
     Raises:
         _Unrecordable: something else than tensors, plain values and nests of them.
     """
     if isinstance(value, Tensor):
-        place = next((i for i, (_, tensor) in enumerate(tensors) if tensor is value), len(tensors))
-        if place == len(tensors):
-            tensors.append((path, value))
+        place = tensors.setdefault(id(value), (len(tensors), path, value))[0]
         return (place, value.shape, value.dtype, value.stride(), value.device.type)
     if isinstance(value, Mapping):
         return tuple([(key, _describe(item, tensors, (*path, key))) for key, item in value.items()])

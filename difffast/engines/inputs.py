@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,33 @@ from ..surgery.facade import get_descendant, replace_descendants
 
 #: Per kind of layers (:data:`difffast.layers.registry.LAYERS`, by name) and name of a layer, what it takes; under
 #: ``LORA_SCALES`` the scales of LoRA layers' adapters.
-ProgramInputs = dict[str, dict[str, Any]]
+LayerInputs = dict[str, dict[str, Any]]
 
 LORA_SCALES = "LoRA scales"
+
+
+@dataclass(frozen=True)
+class ProgramInputs:
+    """What a program takes from layers.
+
+    Attributes:
+        values: the inputs.
+        shapes: what a program is chosen by (:func:`describe_shapes`).
+    """
+
+    values: LayerInputs
+    shapes: Any
+
+
+def describe_shapes(value: Any) -> Any:
+    """Return what a program is chosen by: shapes, dtypes and devices of tensors, and the structure around them."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype, value.device)
+    if isinstance(value, Mapping):
+        return tuple((name, describe_shapes(item)) for name, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(describe_shapes(item) for item in value)
+    return type(value)
 
 
 class InputReader:
@@ -32,6 +57,7 @@ class InputReader:
         self._adapted = {
             name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
         }
+        self._latest = ProgramInputs({}, ())
         #: Of each LoRA layer and adapter: the scale, and the tensor that holds it.
         self._scales: dict[tuple[str, str], tuple[float, Tensor]] = {}
 
@@ -46,7 +72,10 @@ class InputReader:
             }
             for name, layer in self._adapted.items()
         }
-        return found
+        latest = self._latest.values
+        if found.keys() != latest.keys() or any(value is not latest[kind] for kind, value in found.items() if value):
+            self._latest = ProgramInputs(found, describe_shapes(found))
+        return self._latest
 
     def _hold_scale(self, name: str, adapter: str, scale: float | Tensor, unet: nn.Module) -> Tensor:
         """Return the scale as a tensor, written only when it has changed; hot-swapped adapters have one already."""
@@ -59,7 +88,7 @@ class InputReader:
         return held[1]
 
 
-def put_inputs(unet: nn.Module, inputs: ProgramInputs) -> Any:
+def put_inputs(unet: nn.Module, inputs: LayerInputs) -> Any:
     """Return a facade of ``unet`` whose layers take their state from a program's inputs."""
     unet = replace_descendants(unet, inputs[LORA_SCALES])
     for kind in reversed(LAYERS):  # linear layers are parts of attention layers

@@ -10,15 +10,16 @@ from __future__ import annotations
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..surgery.trees import map_tensors
-from .inputs import ProgramInputs, put_inputs
+from .inputs import LayerInputs, ProgramInputs, describe_shapes, put_inputs
+from .user_compiled import UserCompile
 
 #: Most programs that one UNet keeps; beyond, the one that has not run for longest is dropped.
 MAX_PROGRAMS = 16
@@ -83,6 +84,7 @@ class Programs:
         function: Callable[..., Any],
         unet: nn.Module,
         *arguments: Any,
+        following: UserCompile | None = None,
     ) -> Any:
         """Return ``function(unet, *arguments)``, by its program.
 
@@ -90,22 +92,26 @@ class Programs:
             inputs: what layers take from the program's inputs.
             note: told if it cannot be compiled; it runs as it is then.
             function: of :mod:`difffast.unet`.
+            following: how the user has compiled the UNet, and programs are to be; None: as is best.
         """
-        key = (function, _describe_shapes((inputs, arguments)))
-        device = unet.device
+        key = (function, following, inputs.shapes, describe_shapes(arguments))
         try:
-            return self._program(key, function, device)(unet, inputs, arguments)
+            return self._program(key, function, unet, following)(unet, inputs.values, arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             # The layers have changed too often for one program's cache; a fresh one starts with an empty cache.
-            return self._keep(key, _compile(function, device))(unet, inputs, arguments)
+            program = self._keep(key, _compile(function, unet.device, following))
+            return program(unet, inputs.values, arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             note(f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}")
-            return self._keep(key, _run_plainly(function))(unet, inputs, arguments)
+            return self._keep(key, _run_plainly(function))(unet, inputs.values, arguments)
 
-    def _program(self, key: Any, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def _program(
+        self, key: Any, function: Callable[..., Any], unet: nn.Module, following: UserCompile | None
+    ) -> Callable[..., Any]:
         with self._lock:
             program = self._compiled.get(key)
-        return self._keep(key, program or _compile(function, device))
+        # Diffusers walks over all modules to tell the device: at every call that costs more than the program itself.
+        return self._keep(key, program or _compile(function, unet.device, following))
 
     def _keep(self, key: Any, program: Callable[..., Any]) -> Callable[..., Any]:
         with self._lock:
@@ -117,39 +123,35 @@ class Programs:
 
 
 def _run_plainly(function: Callable[..., Any]) -> Callable[..., Any]:
-    def program(unet: nn.Module, inputs: ProgramInputs, arguments: tuple[Any, ...]) -> Any:
+    def program(unet: nn.Module, inputs: LayerInputs, arguments: tuple[Any, ...]) -> Any:
         return function(put_inputs(unet, inputs), *arguments)
 
     return program
 
 
-def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def _compile(
+    function: Callable[..., Any], device: torch.device, following: UserCompile | None = None
+) -> Callable[..., Any]:
     program = _run_plainly(function)
     # torch.compile keeps its programs by code object: a copy has a cache, and a limit, of its own.
     own = types.FunctionType(
         program.__code__.replace(co_name=function.__name__), program.__globals__, closure=program.__closure__
     )
-    if device.type != "cuda":
+    if following is not None:
+        captured = following.context(own)
+        if device.type != "cuda" or not following.captures:
+            return captured
+    elif device.type != "cuda":
         return torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
-    # Inductor's CUDA graphs, behind torch.compile's guards: a graph of our own would not see that a layer has changed.
-    captured = torch.compile(own, fullgraph=True, dynamic=False, mode="max-autotune")
+    else:
+        # Inductor's CUDA graphs, behind torch.compile's guards: one of our own would not see that a layer has changed.
+        captured = torch.compile(own, fullgraph=True, dynamic=False, mode="max-autotune")
 
     def replay(*arguments: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
         return map_tensors(torch.clone, captured(*arguments))  # the next replay writes into the same memory
 
     return replay
-
-
-def _describe_shapes(value: Any) -> Any:
-    """Return what a program is chosen by: shapes, dtypes and devices of tensors, and the structure around them."""
-    if isinstance(value, Tensor):
-        return (value.shape, value.dtype, value.device)
-    if isinstance(value, Mapping):
-        return tuple((name, _describe_shapes(item)) for name, item in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_describe_shapes(item) for item in value)
-    return type(value)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._attention_checks import MAX_HEAD_DIM, MAX_KEYS, repeat_rows
-from ..surgery.unchanged import read_projection
+from ..surgery.unchanged import ProjectionWatch, read_projection
 from .context import CURRENT, AllCollected, CallContext, MapSink, Text, find_context, set_projected_text
-from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked
+from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked, name_layer
 
+#: Operators that cross-attention layers are fused by.
+_OPERATORS = ("cross_attention", "joint_attention")
 #: Arguments of a UNet call that reach the layers and that compiled programs do not serve.
 _FOR_LAYERS = ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs")
 
@@ -40,7 +42,7 @@ class CrossAttention(LayerKind):
         text = args[0] if args else kwargs.get("encoder_hidden_states")
         return _attend(layer, hidden, text, find_context())
 
-    def wrap(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         """As for any kind, but maps may be wanted of a layer that is not fused, and rows of zeros need the operator."""
 
         def call(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -48,6 +50,7 @@ class CrossAttention(LayerKind):
             text = args[0] if args else kwargs.get("encoder_hidden_states")
             if context is None or not _is_seen(text, context.projected or context.text):
                 return plain(layer, hidden_states, *args, **kwargs)
+            name = name_layer(layer) if context.sinks else ""
             wanted = [sink for sink in context.sinks if name in sink.layers]
             sink = (context.projected or context.text).sink
             if not (context.fused or wanted or sink):
@@ -58,7 +61,7 @@ class CrossAttention(LayerKind):
                 return _attend(layer, hidden_states, text, context, name, wanted)
             if wanted or sink:
                 what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
-                raise RuntimeError(f"{what.format(name)}: {reason}")
+                raise RuntimeError(f"{what.format(name_layer(layer))}: {reason}")
             context.note(f"{name_kind(layer)} layers run stock: {reason}")
             return plain(layer, hidden_states, *args, **kwargs)
 
@@ -72,12 +75,15 @@ class CrossAttention(LayerKind):
         kv = call.kv if projection is None else call.kv.project(projection)
         if kv.rows > 1:  # programs repeat nothing
             return {}
-        operators = {name_operator(layer) for layer in layers.values()}
-        slow = {op for op in operators if ops.default_backend(op, kv.text.device, kv.text.dtype) == "reference"}
-        found: dict[str, Any] = {}
+        slow = tuple(op for op in _OPERATORS if ops.default_backend(op, kv.text.device, kv.text.dtype) == "reference")
+        found = kv.recall_all(layers, slow)
+        if found is not None:
+            return found
+        found = {}
         for name, layer in layers.items():
             if name_operator(layer) not in slow and refuse_call(layer, kv.text, (), {}) is None:
                 found[name] = kv.get(layer, read_projections(layer), project_text)
+        kv.remember_all(layers, slow, found, _watch(layers.values()))
         return found
 
     def stand_in(self, layer: Any, value: Any) -> Callable[..., Any]:
@@ -346,6 +352,16 @@ def project_text(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
     """Return a layer's keys and values [B, H, T, d] of a text [B, T, D]."""
     keys, values = _PROJECTIONS[type(layer.processor).__name__][0](layer, text)
     return _by_head(layer, keys), _by_head(layer, values)
+
+
+def _watch(layers: Iterable[Any]) -> ProjectionWatch | None:
+    """Return what tells whether any layer's keys and values have changed; None: they must be asked one by one."""
+    watch = ProjectionWatch()
+    for layer in layers:
+        names = _PROJECTIONS.get(type(layer.processor).__name__, (None, ()))[1]
+        if not names or not watch.add(layer, names):
+            return None
+    return watch
 
 
 def read_projections(layer: Any) -> list[Any] | None:

@@ -18,6 +18,10 @@ from ..surgery.subclass import is_swapped, plain_class, swap_in
 from .kind import LayerKind
 
 
+#: Types of devices on which the layers of this file are put in; on the meta device to see what they would ask for.
+_DEVICES = ("cuda", "meta")
+
+
 class TransformerNorm(LayerKind):
     """The GroupNorm at the entrance of a transformer, and that of the UNet's output.
 
@@ -25,7 +29,6 @@ class TransformerNorm(LayerKind):
     """
 
     name = "transformers' norms"
-    device_types = ("cuda", "meta")
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
         return {
@@ -33,6 +36,9 @@ class TransformerNorm(LayerKind):
             for name, module in unet.named_modules()
             if plain_class(module) is nn.GroupNorm and (name.endswith(".norm") or name == "conv_norm_out")
         }
+
+    def may_pay(self, weight: Tensor) -> bool:
+        return weight.device.type in _DEVICES
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         return hidden.ndim == 4 and choose_norm("group_norm_silu", hidden, _size(layer)) != "reference"
@@ -54,12 +60,14 @@ class Geglu(LayerKind):
     """Diffusers' GEGLU: a linear layer, and the gate in one pass."""
 
     name = "GEGLU layers"
-    device_types = ("cuda", "meta")
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
         from diffusers.models.activations import GEGLU
 
         return {name: module for name, module in unet.named_modules() if plain_class(module) is GEGLU}
+
+    def may_pay(self, weight: Tensor) -> bool:
+        return weight.device.type in _DEVICES
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if args or kwargs:
@@ -81,7 +89,6 @@ class TransformerOutput(LayerKind):
     """
 
     name = "transformers' outputs"
-    device_types = ("cuda", "meta")
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
         from diffusers import Transformer2DModel
@@ -89,7 +96,7 @@ class TransformerOutput(LayerKind):
         return {name: module for name, module in unet.named_modules() if plain_class(module) is Transformer2DModel}
 
     def put_in(self, unet: nn.Module) -> None:
-        if next(unet.parameters()).device.type in self.device_types:
+        if next(unet.parameters()).device.type in _DEVICES:
             for layer in self.find(unet).values():
                 if not is_swapped(layer) and hasattr(layer, _OUTPUT):
                     swap_in(layer, {_OUTPUT: _to_pixels})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
+from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .context import CURRENT
 from .text_kv import TextKV
 
@@ -37,6 +38,10 @@ FOREIGN_PARTS = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 
 #: The kinds that have been put in, by name.
 _kinds: dict[str, LayerKind] = {}
+#: The names of patched layers; what overrides their methods is shared by all layers of a kind and knows no name.
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+#: What each kind overrides of a plain class.
+_methods: weakref.WeakKeyDictionary[LayerKind, dict[type, dict[str, Callable[..., Any]]]] = weakref.WeakKeyDictionary()
 
 
 class LayerKind(ABC):
@@ -47,8 +52,6 @@ class LayerKind(ABC):
 
     #: What reports call layers of this kind.
     name: str
-    #: Types of devices on which layers are put in; None: on all.
-    device_types: tuple[str, ...] | None = None
     #: What a layer's ``forward`` calls its input, which callers may pass by name.
     input_name = "hidden_states"
 
@@ -58,6 +61,13 @@ class LayerKind(ABC):
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         """Return whether the operator is faster than stock for an input like this one; asked at every call."""
+        return True
+
+    def may_pay(self, weight: Tensor) -> bool:
+        """Return whether the operator can be the faster one for any input, of layers with weights like this one.
+
+        Layers are left alone where it cannot.  One that goes elsewhere later runs stock, which is right.
+        """
         return True
 
     @abstractmethod
@@ -91,12 +101,11 @@ class LayerKind(ABC):
             compiled: whether the UNet runs as compiled programs.
         """
 
-    def wrap(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the ``__call__`` of a patched layer.
+    def wrap(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the ``__call__`` of patched layers, which all layers of one class share.
 
         Args:
-            name: of the layer.
-            plain: the layer's own ``__call__``.
+            plain: the class's own ``__call__``.
         """
 
         # torch.compile can trace a function that holds strings, but none that holds an object.
@@ -123,16 +132,27 @@ class LayerKind(ABC):
     def put_in(self, unet: nn.Module) -> None:
         """Put :meth:`wrap` in front of every layer that has no class of its own yet."""
         _kinds[self.name] = self
-        if self.device_types is not None and next(unet.parameters()).device.type not in self.device_types:
+        if not self.may_pay(next(unet.parameters())):
             return
+        methods = _methods.setdefault(self, {})
         for name, layer in self.find(unet).items():
             if not is_swapped(layer):
-                swap_in(layer, {"__call__": self.wrap(name, plain_class(layer).__call__)})
+                _names[layer] = name
+                plain = type(layer)
+                if plain not in methods:
+                    methods[plain] = {"__call__": self.wrap(plain.__call__)}
+                swap_in(layer, methods[plain])
 
     def take_out(self, unet: nn.Module) -> None:
         """Undo :meth:`put_in`."""
         for layer in self.find(unet).values():
             swap_out(layer)
+            _names.pop(layer, None)
+
+
+def name_layer(layer: nn.Module) -> str:
+    """Return the name of a patched layer in its UNet."""
+    return _names[layer]
 
 
 def is_masked(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:

@@ -32,9 +32,12 @@ class Linear(LayerKind):
             if plain_class(module) is nn.Linear and not any(part in name for part in _ONE_ROW)
         }
 
-    def wrap(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def may_pay(self, weight: Tensor) -> bool:
+        return weight.device.type == "cpu"
+
+    def wrap(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         """As for any kind, but it is asked first of all whether it pays: of so many layers most are too small."""
-        fused = super().wrap(name, plain)
+        fused = super().wrap(plain)
 
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             context = None if torch.compiler.is_compiling() else CURRENT.get()

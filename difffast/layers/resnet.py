@@ -49,6 +49,10 @@ class Resnet(LayerKind):
             and module.time_embedding_norm in ("default", "scale_shift")
         }
 
+    def may_pay(self, weight: Tensor) -> bool:
+        on_cpu = weight.device.type == "cpu"
+        return on_cpu or ops.default_backend("group_norm_silu", weight.device, weight.dtype) != "reference"
+
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         norm = layer.norm1.norm if isinstance(layer.norm1, NormStandIn) else layer.norm1
         size = max(1, hidden.shape[1] // getattr(norm, "num_groups", 1))

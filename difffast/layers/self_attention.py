@@ -47,6 +47,9 @@ class SelfAttention(LayerKind):
             and module.rescale_output_factor == 1
         }
 
+    def may_pay(self, weight: Tensor) -> bool:
+        return weight.device.type == "cpu"
+
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         if hidden.ndim != 3:
             return False

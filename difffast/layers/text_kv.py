@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery.unchanged import are_same, read_projection, read_version
+from ..surgery.unchanged import ProjectionWatch, are_same, read_projection, read_version
 
 
 class TextKV:
@@ -34,6 +34,7 @@ class TextKV:
         self._distinct, self.rows = (first, 1) if equal else (text, frames)
         self._entries: dict[nn.Module, tuple[Any, Tensor, Tensor]] = {}
         self._projected: tuple[list[Any], TextKV] | None = None
+        self._all: tuple[Any, ...] | None = None
         self._counts = counts
 
     def belongs_to(self, text: Any) -> bool:
@@ -48,6 +49,24 @@ class TextKV:
         projected = TextKV(projection(self.text), self._counts)
         self._projected = None if state is None else (state, projected)
         return projected
+
+    def recall_all(self, layers: Any, how: Any) -> Any:
+        """Return what :meth:`remember_all` was given for these layers, if all of it still holds, or None."""
+        if self._all is None or self._all[0] is not layers or self._all[1] != how or not self._all[3].is_unchanged():
+            return None
+        self._counts["reused"] += len(self._all[2])
+        return self._all[2]
+
+    def remember_all(self, layers: Any, how: Any, found: Any, watch: ProjectionWatch | None) -> None:
+        """Remember keys and values of all layers at once.
+
+        Args:
+            layers: by name.
+            how: what else decides which of them have any.
+            found: the pairs (keys, values) by name.
+            watch: tells whether they still hold; None: nothing is remembered.
+        """
+        self._all = None if watch is None else (layers, how, found, watch)
 
     def get(
         self,

@@ -5,10 +5,12 @@ The stock loop keeps guidance, scheduler, callbacks and progress bar.
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +24,16 @@ from ..layers.cross_attention import process_text
 from ..layers.kind import LayerKind
 from ..support import output_of
 from ..surgery.calls import bind_arguments
-from ..surgery.subclass import plain_class
 from ..unet.parts import refuse_split
 from .position import is_element
 from .run import SamplingRun
 from .settings import Settings
+
+#: The controllers of patched UNets; no class holds one, so that torch.compile finds all patches of a UNet equal.
+_controllers: weakref.WeakKeyDictionary[nn.Module, Controller] = weakref.WeakKeyDictionary()
+
+#: The UNet whose unpatched call runs in this thread.
+_UNPATCHED: ContextVar[nn.Module | None] = ContextVar("difffast_unpatched", default=None)
 
 
 class Controller:
@@ -59,6 +66,11 @@ class Controller:
             self._runs = [run for run in self._runs if settings not in run.settings]
             return not self._settings
 
+    def is_held(self, compiled: Any, but: Settings) -> bool:
+        """Return whether any pipeline but one holds what ``torch.compile`` has made of the UNet."""
+        pipes = [settings.pipe() for settings in self._settings if settings is not but]
+        return any(pipe is not None and pipe.unet is compiled for pipe in pipes)
+
     def count_programs(self) -> ProgramStats:
         """Return what the UNet's compiled programs and recorded graphs take."""
         unet = self._unet()
@@ -83,6 +95,7 @@ class Controller:
             return stock(*args, **kwargs)
         step = run.step_of(given["timestep"])
         call = run.edit_call(given, step, stock)
+        stock = run.show_layers(stock)
         if call is not given:
             args, kwargs = (), dict(call)
         reason = _require_stock(unet, run) or run.refuse_residuals(call, step)
@@ -91,7 +104,7 @@ class Controller:
             with use_context(run.make_context(call, stock=True)):
                 return stock(*args, **kwargs)
         try:
-            sample = run.answer(unet, call, step, lambda: stock(*args, **kwargs)[0])
+            sample = run.answer(unet, call, step, stock)
         except BaseException:
             run.forget()
             raise
@@ -126,14 +139,20 @@ class Controller:
             )
 
 
-def override_unet(unet: nn.Module) -> dict[str, Any]:
-    """Return the methods of a patched UNet, its controller among them; see :func:`find_controller`."""
-    plain, controller = plain_class(unet), Controller(unet)
+@functools.cache
+def override_unet(plain: type) -> dict[str, Any]:
+    """Return the methods of patched UNets of a class; their calls go to their controllers."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return controller(self, lambda *a, **k: plain.__call__(self, *a, **k), args, kwargs)
+        # What the user compiles is the plain UNet; runs have its parts compiled alike.
+        if torch.compiler.is_compiling() or _UNPATCHED.get() is self:
+            return plain.__call__(self, *args, **kwargs)
+        controller = find_controller(self)
+        if controller is None:  # torch.compile keeps this very method of a UNet that is not patched any more
+            return plain.__call__(self, *args, **kwargs)
+        return controller(self, functools.partial(_run_unpatched, self, plain.__call__, self), args, kwargs)
 
-    methods = {"__call__": call, "_difffast_controller": controller}
+    methods = {"__call__": call}
     if hasattr(plain, "process_encoder_hidden_states"):
 
         def process(self: nn.Module, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,9 +163,41 @@ def override_unet(unet: nn.Module) -> dict[str, Any]:
     return methods
 
 
+@functools.cache
+def override_compiled(plain: type) -> dict[str, Any]:
+    """Return the methods of what ``torch.compile`` has made of patched UNets."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unet = self._orig_mod
+        stock = functools.partial(_run_unpatched, unet, plain.__call__, self)
+        controller = find_controller(unet)
+        return stock(*args, **kwargs) if controller is None else controller(unet, stock, args, kwargs)
+
+    return {"__call__": call}
+
+
+def _run_unpatched(unet: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``call(*args, **kwargs)``, with calls of ``unet`` inside as if it were not patched."""
+    token = _UNPATCHED.set(unet)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _UNPATCHED.reset(token)
+
+
 def find_controller(unet: nn.Module) -> Controller | None:
     """Return the controller of a patched UNet, or None."""
-    return getattr(type(unet), "_difffast_controller", None)
+    return _controllers.get(unet)
+
+
+def give_controller(unet: nn.Module) -> None:
+    """Give a UNet a controller of its own."""
+    _controllers[unet] = Controller(unet)
+
+
+def drop_controller(unet: nn.Module) -> None:
+    """Undo :func:`give_controller`."""
+    _controllers.pop(unet, None)
 
 
 def _require_stock(unet: nn.Module, run: SamplingRun) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..engines.user_compiled import is_compiled_wrapper, unwrap
 from ..surgery.calls import bind_arguments
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..unet.fingerprint import Fingerprint
@@ -92,7 +93,7 @@ class ControlOutputs:
 def put_in(controlnet: nn.Module, user: Settings, finder: RunFinder) -> None:
     """Let the runs of ``finder`` decide, for one pipeline of perhaps several, whether ``controlnet`` runs."""
     if not is_swapped(controlnet):
-        swap_in(controlnet, _override_controlnet(controlnet))
+        swap_in(controlnet, _override_controlnet(controlnet), equal=not is_compiled_wrapper(controlnet))
     type(controlnet)._difffast_users.append((user, finder))
 
 
@@ -109,7 +110,9 @@ def _override_controlnet(controlnet: nn.Module) -> dict[str, Any]:
     plain, users = plain_class(controlnet), []
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = bind_arguments(self, args, kwargs)
+        if torch.compiler.is_compiling():
+            return plain.__call__(self, *args, **kwargs)
+        arguments = bind_arguments(unwrap(self), args, kwargs)
         stock = functools.partial(plain.__call__, self, *args, **kwargs)
         for _, finder in users:
             run = finder.find_run(arguments["timestep"], arguments["sample"].device)

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import nn
 
+from ..engines.user_compiled import is_compiled_wrapper, unwrap
 from ..layers.registry import LAYERS
 from ..ops._local import has_kernel
 from ..surgery.memory_format import ChannelsLast, suits_channels_last
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from . import controlnet
-from .controller import find_controller, override_unet
+from .controller import drop_controller, find_controller, give_controller, override_compiled, override_unet
 from .settings import Settings
 
 #: (pipeline, its plain UNet, what was asked for, where the way out is registered)
@@ -31,7 +32,8 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
     """Let the UNet's calls go to its controller, and its layers to the operators; pipelines may share both."""
     undo.add(take_out_unet, unet, settings)
     if not is_swapped(unet):
-        swap_in(unet, override_unet(unet))
+        give_controller(unet)
+        swap_in(unet, override_unet(type(unet)), equal=True)
     controller = find_controller(unet)
     for kind in LAYERS:
         if kind not in controller.kinds:
@@ -48,19 +50,22 @@ def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
     for kind in reversed(controller.kinds if controller is not None else LAYERS):
         kind.take_out(unet)
     swap_out(unet)
+    drop_controller(unet)
 
 
-def put_in_plain_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
-    """Let the pipeline run the plain UNet where it holds a compiled one; the compiled one is put back."""
+def put_in_compiled_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
+    """Let the calls of what ``torch.compile`` has made of the UNet, if the pipeline holds it, go to the controller."""
     compiled = pipe.unet
-    if compiled is not unet:
-        undo.add(_put_back_compiled, weakref.ref(pipe), unet, compiled)
-        pipe.unet = unet
+    if is_compiled_wrapper(compiled):
+        undo.add(_take_out_compiled, compiled, unet, settings)
+        if not is_swapped(compiled):
+            swap_in(compiled, override_compiled(type(compiled)))
 
 
-def _put_back_compiled(pipe: weakref.ref[Any], unet: nn.Module, compiled: Any) -> None:
-    if pipe() is not None and pipe().unet is unet:
-        pipe().unet = compiled
+def _take_out_compiled(compiled: Any, unet: nn.Module, settings: Settings) -> None:
+    controller = find_controller(unet)
+    if controller is None or not controller.is_held(compiled, but=settings):
+        swap_out(compiled)
 
 
 def put_in_channels_last(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
@@ -92,7 +97,7 @@ def put_in_scheduler(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoS
 
 def put_in_pipeline(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
     """Override the pipeline's own methods: those that extensions name, and its call, which watches the UNet."""
-    methods: dict[str, Callable[..., Any]] = {"__call__": _watch_unet(pipe, unet)}
+    methods: dict[str, Callable[..., Any]] = {"__call__": _watch_unet(pipe, unet, settings, undo)}
     for extension in settings.extensions:
         for name, method in extension.pipeline_methods().items():
             if name in methods:
@@ -107,13 +112,15 @@ def _take_out_pipeline(pipe: weakref.ref[Any]) -> None:
         swap_out(pipe())
 
 
-def _watch_unet(pipe: Any, unet: nn.Module) -> Callable[..., Any]:
-    """Return a ``__call__`` that warns where the pipeline has another UNet than the one that was patched."""
+def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> Callable[..., Any]:
+    """Return a ``__call__`` that follows a UNet that was compiled after patching, and warns where it is another one."""
     plain, patched = plain_class(pipe).__call__, weakref.ref(unet)
 
     @functools.wraps(plain)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        unet = getattr(self.unet, "_orig_mod", self.unet)  # compiled after patching, it is the patched one still
+        unet = unwrap(self.unet)
+        if unet is patched() and not is_swapped(self.unet):
+            put_in_compiled_unet(self, unet, settings, undo)
         # What wraps the UNet without being a module (a profiler) still calls it.
         if unet is not patched() and isinstance(unet, nn.Module) and not is_swapped(unet):
             warnings.warn(
@@ -131,7 +138,7 @@ def _watch_unet(pipe: Any, unet: nn.Module) -> Callable[..., Any]:
 #: In the order in which they are put in; they are taken out in the opposite one.
 PARTS: Sequence[Part] = (
     put_in_unet,
-    put_in_plain_unet,
+    put_in_compiled_unet,
     put_in_channels_last,
     put_in_controlnet,
     put_in_scheduler,

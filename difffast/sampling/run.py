@@ -15,12 +15,13 @@ from ..engines.engine import choose_engine
 from ..engines.graphs import Graphs
 from ..engines.inputs import InputReader, apply_lora_scale
 from ..engines.programs import Programs
+from ..engines.user_compiled import has_compiled_parts
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
 from ..support import denoiser_of
 from ..unet.fingerprint import Fingerprint, Switches
-from ..unet.parts import Execute, execute_eagerly, run_whole
+from ..unet.parts import Execute, execute_eagerly
 from .cfg_reuse import CfgHalves
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
@@ -58,6 +59,8 @@ class SamplingRun:
         self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
+        self._following = first.find_user_compile()
+        self._has_compiled_parts = self._following is not None or has_compiled_parts(unet)
         self._engine = self._choose_engine(first.engine, device, engines)
         for each in settings:
             each.last_run = self.state.stats
@@ -94,7 +97,9 @@ class SamplingRun:
     ) -> Programs | Graphs | None:
         """Return what executes functions of the UNet; None: Python does."""
         #: Who is told that it cannot: whoever has asked for it is warned.
-        self._tell = self.state.record if asked is None else self.state.note
+        self._tell = self.state.record if asked is None and self._following is None else self.state.note
+        if asked is None and self._has_compiled_parts:
+            return engines["inductor"] if self._following is not None else None
         return engines.get(choose_engine(asked, device))
 
     def _find_engine(self, unet: nn.Module) -> Programs | Graphs | None:
@@ -102,10 +107,10 @@ class SamplingRun:
 
         It does where attention maps are wanted, which programs and graphs do not give.
         """
-        if self._engine is None:
-            return None
-        if self._map_sinks():
+        if self._map_sinks() and (self._engine is not None or self._has_compiled_parts):
             self._tell("programs and graphs are not used while attention maps are collected")
+            return None
+        if self._engine is None:
             return None
         reason = self._engine.refuse(unet) if isinstance(self._engine, Graphs) else None
         if reason is not None:
@@ -146,8 +151,23 @@ class SamplingRun:
     def edit_call(self, call: Mapping[str, Any], step: int, stock: Callable[..., Any]) -> Mapping[str, Any]:
         """Return the call as the extensions have it."""
         for extension in self._extensions:
-            call = extension.edit_call(call, step, self.scheduler(), stock)
+            call = extension.edit_call(call, step, self.scheduler(), self._uncompile(stock))
         return call
+
+    def show_layers(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``stock``, eager where attention maps are wanted."""
+        return self._uncompile(stock) if self._map_sinks() else stock
+
+    def _uncompile(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``stock`` without what the user has compiled of the UNet: layers in there hand nothing out."""
+        if not self._has_compiled_parts:
+            return stock
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.compiler.set_stance("force_eager"):
+                return stock(*args, **kwargs)
+
+        return run
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
         """Return ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
@@ -214,8 +234,12 @@ class SamplingRun:
     def _wants_both(self) -> str | None:
         return "attention maps of both are collected" if self._map_sinks() else None
 
-    def answer(self, unet: nn.Module, call: Mapping[str, Any], index: int, stock: Callable[[], Tensor]) -> Tensor:
-        """Return the UNet's output at a step, from what earlier steps have left where the plan says so."""
+    def answer(self, unet: nn.Module, call: Mapping[str, Any], index: int, stock: Callable[..., Any]) -> Tensor:
+        """Return the UNet's output at a step, from what earlier steps have left where the plan says so.
+
+        Args:
+            stock: the unpatched UNet, called with arguments by name.
+        """
         self._follow(index)
         self._compare(call, index)
         ahead = self._strategy.recall(index)
@@ -224,11 +248,16 @@ class SamplingRun:
         half = self._cfg.runs_half(index)
         if half:
             call = self._cfg.prepare(call)
-            stock = functools.partial(run_whole, unet, call)
+
+        def run_stock() -> Tensor:
+            return stock(**{**call, "return_dict": False})[0]
+
         engine = self._find_engine(unet)
         with use_context(self.make_context(call, stock=False, engine=engine)):
             execute, prepared = self._prepare(unet, call, engine)
-            output = self._strategy.predict(Step(index, unet, prepared, execute, stock, half))
+            follows = self._following is not None and self.settings[0].engine is None
+            predict = self.show_layers(self._strategy.predict)
+            output = predict(Step(index, unet, prepared, execute, run_stock, half, follows))
         return self._finish(index, half, output)
 
     def _compare(self, call: Mapping[str, Any], index: int) -> None:
@@ -272,7 +301,8 @@ class SamplingRun:
             self._inputs, self._changes = InputReader(unet), changes
         with apply_lora_scale(unet, call) as call:
             inputs = self._inputs.read(ProgramCall(unet, call, self.fused, self._kv))
-        return functools.partial(engine.run, inputs, self._tell), call
+        options = {} if isinstance(engine, Graphs) else {"following": self._following}
+        return functools.partial(engine.run, inputs, self._tell, **options), call
 
     def _finish(self, index: int, half: bool, output: Tensor) -> Tensor:
         """Return what the pipeline gets; at the last step, drop everything."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
+from ..engines.user_compiled import UserCompile, find_user_compile
 from ..layers.context import MapSink
 from ..plan import MIN_STEPS, CfgReuse, FeatureReuse, Plan, Sharing
 from ..support import Support
@@ -58,6 +59,10 @@ class Settings:
     def compiled(self) -> bool:
         """Whether the UNet runs as compiled programs."""
         return self.engine == "inductor"
+
+    def find_user_compile(self) -> UserCompile | None:
+        """Return how the user has compiled the pipeline's UNet as of now, or None."""
+        return find_user_compile(getattr(self.pipe(), "unet", None))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -117,7 +122,8 @@ class Settings:
             plan = self.propagation.plan(total)
         else:
             kind = self.support.key_steps
-            batches = None if choose_engine(self.engine, device) == "eager" else BATCHES  # one program for each
+            static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
+            batches = BATCHES if static else None  # one program for each
             plan = self.propagation.plan(total, kind=kind, device=device.type, batches=batches)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)

@@ -24,8 +24,9 @@ class Step:
         unet: the UNet.
         call: its arguments by name, as ``execute`` takes them.
         execute: runs functions of :mod:`difffast.unet`.
-        stock: runs the unpatched call as it came.
+        stock: runs the unpatched call.
         half: whether the call is the conditional half of the batch alone.
+        stock_compiled: whether ``stock`` runs the user's own compiled UNet.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Step:
     execute: Execute
     stock: Callable[[], Tensor]
     half: bool
+    stock_compiled: bool = False
 
     @property
     def rows(self) -> int:
@@ -42,7 +44,9 @@ class Step:
 
     def run_whole(self) -> Tensor:
         """Run the whole UNet."""
-        return self.stock() if self.execute is execute_eagerly else self.execute(run_whole, self.unet, self.call)
+        if self.stock_compiled or self.execute is execute_eagerly:
+            return self.stock()
+        return self.execute(run_whole, self.unet, self.call)
 
 
 class RunState:

@@ -7,19 +7,25 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
 def make_facade(module: nn.Module, children: Mapping[str, Any]) -> Any:
     """Make an object that is ``module`` in all but the given children.
 
+    Inside torch.compile's trace it is no ``nn.Module``, but does what one does.
+
     Attributes found in the instance dict win over registered children, so that the shared ``_modules`` need not
     be touched.  accelerate's offload hooks replace ``forward`` on the instance by functions bound to the module:
     these are bound to the facade instead.
     """
+    if torch.compiler.is_compiling():
+        return _View(module, children)
     result = object.__new__(type(module))
     attributes = vars(result)
     attributes.update(vars(module))
+    attributes.pop("_compiled_call_impl", None)  # a program of the module, not of the facade
     for name in ("forward", "_old_forward"):
         if name in attributes:
             attributes[name] = _rebind(attributes[name], module, result)
@@ -54,7 +60,30 @@ def get_descendant(module: Any, name: str) -> Any:
 
 def _rebind(function: Any, old: nn.Module, new: nn.Module) -> Any:
     if isinstance(function, types.MethodType) and function.__self__ is old:
-        return types.MethodType(function.__func__, new)
+        return functools.partial(function.__func__, new)  # torch.compile makes no methods
     if isinstance(function, functools.partial):
         return functools.partial(function.func, *(new if a is old else a for a in function.args), **function.keywords)
     return function
+
+
+class _View:
+    """The facade of a module inside torch.compile's trace, where no module can be made.
+
+    Its attributes are the module's own, looked up when they are asked for: a program guards those alone.
+    """
+
+    def __init__(self, module: Any, children: Mapping[str, Any]) -> None:
+        if isinstance(module, _View):
+            module, children = module._module, {**module._children, **children}
+        self._module, self._children = module, children
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def __getattr__(self, name: str) -> Any:
+        return _rebind(getattr(self._module, name), self._module, self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _rebind(self._module.forward, self._module, self)(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module._call_impl(self, *args, **kwargs)

@@ -7,6 +7,7 @@ under ``torch.inference_mode`` have no such counter: their in-place edits cannot
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,10 @@ def _is_same_view(a: Tensor, b: Tensor) -> bool:
     )
 
 
+#: Layers whose output depends on nothing but their input and their parameters.
+_PLAIN_LAYERS = (nn.Linear, nn.GroupNorm, nn.LayerNorm)
+
+
 def read_projection(projection: nn.Module) -> list[Any] | None:
     """Return all that a projection's output depends on besides its input, for :func:`are_same`.
 
@@ -78,7 +83,7 @@ def read_projection(projection: nn.Module) -> list[Any] | None:
     """
     # This runs for every layer at every step: for plain layers nothing is called and no tree is walked.
     cls = type(projection)
-    if vars(cls).get(MARK, cls) in (nn.Linear, nn.GroupNorm, nn.LayerNorm):
+    if vars(cls).get(MARK, cls) in _PLAIN_LAYERS:
         own = vars(projection)
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return None  # offloaded layer by layer, or observed
@@ -102,3 +107,53 @@ def read_projection(projection: nn.Module) -> list[Any] | None:
         tuple(sorted(projection.scaling.items())),
         projection.training,
     ]
+
+
+class ProjectionWatch:
+    """Tells whether the projections of many layers are unchanged, in a few Python calls for all of them together.
+
+    It is for programs, which ask at every call and whose layers torch.compile guards besides.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[Any] = []
+        self._processors: list[Any] = []
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._held: list[Any] = []
+        self._weights: list[Tensor] = []
+        self._versions: list[int] = []
+        self._addresses: list[int] = []
+
+    def add(self, layer: nn.Module, names: Sequence[str]) -> bool:
+        """Watch some projections of an attention layer as they are now; returns whether that can be done."""
+        self._layers.append(layer)
+        self._processors.append(layer.processor)
+        for name in names:
+            module = layer._modules.get(name)
+            if module is None:
+                continue
+            if plain_class(module) not in _PLAIN_LAYERS or read_projection(module) is None:
+                return False
+            self._hold(layer._modules, name)
+            for key, weight in module._parameters.items():
+                self._hold(module._parameters, key)
+                if weight is not None:
+                    if weight.is_inference():
+                        return False
+                    self._weights.append(weight)
+        self._versions = [weight._version for weight in self._weights]
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+        return True
+
+    def _hold(self, entries: dict[str, Any], name: str) -> None:
+        self._slots.append((entries, name))
+        self._held.append(entries[name])
+
+    def is_unchanged(self) -> bool:
+        """Return whether everything watched is what it was."""
+        return (
+            all(map(operator.is_, [layer.processor for layer in self._layers], self._processors))
+            and all(map(operator.is_, [entries.get(name) for entries, name in self._slots], self._held))
+            and [weight._version for weight in self._weights] == self._versions
+            and [weight.data_ptr() for weight in self._weights] == self._addresses
+        )

@@ -64,7 +64,8 @@ def run_encoder(
     half = make_facade(unet, {**make_stand_ins(unet, ENCODER, record), **make_stand_ins(unet, DECODER, hand_on)})
     # Adapters' lists are popped by forward; the caller's list must survive.
     arguments = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
-    half.forward(**{**arguments, **dict.fromkeys(arguments.keys() & _ADDED_LATER), "return_dict": False})
+    without = {name: None for name in _ADDED_LATER if name in arguments}  # torch 2.11 traces no `keys() &`
+    half.forward(**{**arguments, **without, "return_dict": False})
     outputs = _add_residuals(outputs, call)
     return outputs, shared_skips.share(unet, find_skips(outputs), find_bottleneck(outputs), names)
 
