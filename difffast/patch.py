@@ -45,23 +45,18 @@ def patch(
 ) -> PatchReport | tuple[PatchReport, ...]:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
 
-    Patching again replaces the first patch.  Whatever goes wrong, nothing is changed.
-
-    A UNet that was compiled, by ``torch.compile(pipe.unet)``, ``pipe.unet.compile()`` or
-    ``pipe.unet.compile_repeated_blocks()``, before this or after it, stays compiled.  A pipeline that is made by
-    ``from_pipe`` of a patched one shares its UNet and its scheduler, and runs as that one was patched while it does;
-    patch it as well for options of its own, or give it a scheduler of its own to run it stock.
+    Patching again replaces the first patch.  Whatever goes wrong, nothing is changed.  A UNet that the user compiles,
+    before this or after it, stays compiled.  A pipeline made by ``from_pipe`` of a patched one shares its UNet and its
+    scheduler, and runs as that one was patched.
 
     Args:
         pipe: a pipeline with a UNet (``difffast.support.PIPELINES``), or several, such as the stages of a cascade.
         preset: a name from ``difffast.presets.PRESETS``.
-        propagation: how steps share features, in place of what the preset says.  The preset's ``cfg`` is then not
-            used either.
+        propagation: how steps share features, in place of what the preset says, whose ``cfg`` then counts no more.
         cfg: at which key steps both halves of classifier-free guidance's batch run, in place of what the preset says.
         fused: whether layers are computed by difffast's operators, in place of what the preset says.
-        engine: what executes the parts of the UNet.  ``"eager"``: Python.  ``"inductor"``, or ``compile=True``:
-            programs made by torch.compile, one for each shape, for which the first image waits.  ``"cudagraphs"``: CUDA
-            graphs of what runs eagerly.  None: graphs on a CUDA device, else eager.
+        engine: what executes the parts of the UNet: ``"eager"``; ``"inductor"``, or ``compile=True``: programs made by
+            torch.compile, for which the first image waits; ``"cudagraphs"``.  None: graphs on CUDA devices, else eager.
         binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
         force: share features even in schedules with fewer than 8 steps.
         renamed: ``compile``, and options under their old names, each of which gives a warning.

@@ -138,7 +138,10 @@ def test_maps_are_collected_without_the_users_programs(pipe, backend):
         latents(pipe)
     compiled = pipe.unet = torch.compile(pipe.unet, backend=backend)
     compiled._orig_mod.compile_repeated_blocks(backend=backend)
-    with collect_maps(pipe) as maps, pytest.warns(UserWarning, match="programs are not used while attention maps"):
+    with (
+        collect_maps(pipe) as maps,
+        pytest.warns(UserWarning, match="programs and graphs are not used while attention maps"),
+    ):
         latents(pipe)
     assert backend.since() == (0, 0)
     layer = expected.layers[0]

@@ -58,6 +58,36 @@ def test_captured_programs_are_what_runs_uncompiled(pipe, propagation):
         assert report.programs.count_graph_bytes > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "exact"},
+        {"propagation": EncoderPropagation(key_steps=(0, 1, 5, 9))},
+        {"propagation": EncoderPropagation(key_steps=(0, 1, 5, 9), parallel=False)},
+        {"propagation": FeatureReuse(3, extrapolate=1)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_recorded_graphs_are_what_runs_eagerly(pipe, dtype, options):
+    """Two images with other prompts, so that graphs are replayed, and a weight that changes and one that moves."""
+    pipe = pipe.to("cuda", dtype)
+    with patched(pipe, **options, engine="cudagraphs") as report:
+        for change in (1.0, 1.5):
+            with torch.no_grad():
+                pipe.unet.conv_in.weight.mul_(change)
+                pipe.unet.conv_out.weight.data = pipe.unet.conv_out.weight.data * change
+            for prompt in ("a red circle", "a blue square"):
+                ours = latents(pipe, prompt)
+                assert not report.last_run.reasons
+                with patched(pipe, **options, engine="eager"):
+                    expected = latents(pipe, prompt)
+                assert largest(ours.float(), expected.float()) <= (EXACT_FLOAT32 if dtype == torch.float32 else 0.05)
+        latents(pipe)
+        assert report.programs.kept > 0
+        assert report.programs.graph_bytes > 0
+
+
 class _SyncsForbidden:
     """In place of ``pipe.unet``: a call that synchronises raises."""
 
@@ -65,8 +95,8 @@ class _SyncsForbidden:
         self._unet = unet
 
     def __call__(self, *args, **kwargs):
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             return self._unet(*args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -75,6 +105,7 @@ class _SyncsForbidden:
         return getattr(self._unet, name)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize(
     "options", [{"preset": "faster-diffusion"}, {"propagation": FeatureReuse(3, extrapolate=2)}], ids=str
 )

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._local import has_kernel
+from ..ops.geglu import choose as choose_geglu
 from ..ops.group_norm_silu import choose as choose_norm
 from ..surgery.pristine import is_plain, is_wrapped
 from ..surgery.subclass import is_swapped, plain_class, swap_in
 from .kind import LayerKind
-
 
 #: Types of devices on which the layers of this file are put in; on the meta device to see what they would ask for.
 _DEVICES = ("cuda", "meta")
@@ -52,8 +53,8 @@ class TransformerNorm(LayerKind):
         return ops.group_norm_silu(hidden, layer.num_groups, layer.weight, layer.bias, layer.eps, silu=False)
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
-        if layers and weight.is_cuda and not compiled:
-            yield f"{self.name} ({len(layers)})", "group_norm_silu, where a proof has chosen a kernel"
+        if layers and not compiled and has_kernel(weight.device, "group_norm_silu", weight.dtype):
+            yield f"{self.name} ({len(layers)})", "group_norm_silu (by proof)"
 
 
 class Geglu(LayerKind):
@@ -69,6 +70,10 @@ class Geglu(LayerKind):
     def may_pay(self, weight: Tensor) -> bool:
         return weight.device.type in _DEVICES
 
+    def pays(self, layer: Any, hidden: Tensor) -> bool:
+        wide = (*hidden.shape[:-1], layer.proj.out_features) if hasattr(layer.proj, "out_features") else None
+        return wide is not None and choose_geglu(hidden, wide) != "reference"
+
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if args or kwargs:
             return "it was called with other arguments than its input"
@@ -78,8 +83,8 @@ class Geglu(LayerKind):
         return ops.geglu(layer.proj(hidden))
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
-        if layers and weight.is_cuda and not compiled:
-            yield f"{self.name} ({len(layers)})", "geglu, where a proof has chosen a kernel"
+        if layers and not compiled and has_kernel(weight.device, "geglu", weight.dtype):
+            yield f"{self.name} ({len(layers)})", "geglu (by proof)"
 
 
 class TransformerOutput(LayerKind):

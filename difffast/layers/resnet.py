@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._local import has_kernel
 from ..ops.group_norm_silu import choose
 from ..surgery.pristine import is_plain, is_wrapped
 from ..surgery.subclass import plain_class
@@ -48,10 +49,6 @@ class Resnet(LayerKind):
             and module.downsample is None
             and module.time_embedding_norm in ("default", "scale_shift")
         }
-
-    def may_pay(self, weight: Tensor) -> bool:
-        on_cpu = weight.device.type == "cpu"
-        return on_cpu or ops.default_backend("group_norm_silu", weight.device, weight.dtype) != "reference"
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         norm = layer.norm1.norm if isinstance(layer.norm1, NormStandIn) else layer.norm1
@@ -103,5 +100,7 @@ class Resnet(LayerKind):
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
         backend = ops.default_backend("group_norm_silu", weight.device, weight.dtype)
+        if has_kernel(weight.device, "group_norm_silu", weight.dtype):
+            backend = "by proof"
         if layers and backend != "reference" and not compiled:
             yield f"resnets ({len(layers)} layers)", f"group_norm_silu ({backend})"

@@ -48,7 +48,7 @@ class SelfAttention(LayerKind):
         }
 
     def may_pay(self, weight: Tensor) -> bool:
-        return weight.device.type == "cpu"
+        return weight.device.type in ("cpu", "meta") or load(weight.device)  # on a GPU by proof alone
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         if hidden.ndim != 3:

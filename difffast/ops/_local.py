@@ -196,8 +196,8 @@ def describe_choices(device: torch.device, dtype: torch.dtype) -> str:
     return ", ".join(f"{name} for {count} shapes" for name, count in sorted(found.items()))
 
 
-def has_kernel(device: torch.device, operator: str, dtype: torch.dtype, layout: str) -> bool:
-    """Return whether a proof has chosen a kernel of ours for operands that lie so in memory."""
+def has_kernel(device: torch.device, operator: str, dtype: torch.dtype, layout: str = "") -> bool:
+    """Return whether a proof has chosen a kernel of ours, for operands that lie so in memory if a layout is named."""
     if not load(device):
         return False
     start = f"{operator} {str(dtype).removeprefix('torch.')} "

@@ -34,7 +34,7 @@ def geglu(x: Tensor) -> Tensor:
         ValueError: wrong shape or dtype.
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
-    backend = choose(x)
+    backend = choose(x, x.shape)
     if backend == "reference":
         return reference(x)
     try:
@@ -50,10 +50,14 @@ def reference(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
-def choose(x: Tensor) -> str:
-    """Return the backend for an operand."""
-    gradient = torch.is_grad_enabled() and x.requires_grad
-    return _decide((x.shape, x.dtype, x.device), gradient)
+def choose(like: Tensor, shape: tuple[int, ...]) -> str:
+    """Return the backend for an operand of a shape.
+
+    Args:
+        like: what has its dtype and device, and wants a gradient if it does.
+    """
+    gradient = torch.is_grad_enabled() and like.requires_grad
+    return _decide((torch.Size(shape), like.dtype, like.device), gradient)
 
 
 @_dispatch.remember

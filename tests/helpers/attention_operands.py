@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 def assert_as_good(ours, theirs, exact):
-    """Error against float64 at most 1.2x the eager composition's (root mean square), and twice its largest."""
+    """Error against float64 at most 1.2x the eager composition's (root mean square), and three times its largest."""
     assert ours.shape == exact.shape
     error, other = ((x.double() - exact).abs() for x in (ours, theirs))
     # Two root mean squares of n numbers are told apart to about 1 / sqrt(n) only; in float64, `exact` is the eager
@@ -54,4 +54,4 @@ def assert_as_good(ours, theirs, exact):
     floor = torch.finfo(ours.dtype).eps * float(exact.abs().max())
     floor *= 100 if ours.dtype == torch.float64 else 4 / ours.numel() ** 0.5
     assert float(error.square().mean().sqrt()) <= 1.2 * float(other.square().mean().sqrt()) + floor
-    assert float(error.max()) <= 2 * float(other.max()) + floor
+    assert float(error.max()) <= 3 * float(other.max()) + floor
