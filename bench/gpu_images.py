@@ -31,7 +31,7 @@ MODELS = {"sd15": "SD1.5", "sdxl": "SDXL", "if-i-xl": "IF-I"}
 #: Steps of the runs that warm a provider up: every graph is met twice.
 _WARM_UP = 12
 #: Largest and smallest number of timed images.
-_MOST, _LEAST = 5, 2
+_MOST, _LEAST = 3, 1
 
 Provider = Callable[[Any], AbstractContextManager[Any]]
 
@@ -85,7 +85,7 @@ def list_providers(compiled: bool) -> dict[str, Provider]:
         providers["stock compiled"] = _stock_compiled
     return providers | {
         "difffast exact": _patched("exact"),
-        "difffast exact, eager": _patched("exact", engine="eager"),
+        "difffast eager, exact": _patched("exact", engine="eager"),
         "difffast balanced": _patched("balanced"),
         "difffast turbo": _patched("turbo"),
         "difffast, reuse 3": _patched("exact", propagation=difffast.FeatureReuse(3)),
@@ -143,6 +143,7 @@ class Measuring:
         if hasattr(self._pipe, "vae"):
             self._pipe.vae.to("cpu")
         self._truth: dict[int, Tensor] = {}
+        self._report: Any = None
 
     def run(self, name: str, provider: Provider, steps: Sequence[int]) -> None:
         """Measure a provider at every number of steps."""
@@ -150,7 +151,7 @@ class Measuring:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            with provider(self._pipe):
+            with provider(self._pipe) as self._report:
                 start = time.monotonic()
                 self._make(_WARM_UP)
                 self._make(_WARM_UP)
@@ -162,8 +163,9 @@ class Measuring:
             self._add(name, steps[0], [], reason=f"{type(error).__name__}: {str(error)[:200]}")
 
     def _measure(self, name: str, steps: int, ready: float) -> None:
-        result = self._make(steps)  # graphs of this schedule's own shapes
-        seconds = []
+        if name != "stock":
+            self._make(steps)  # graphs of this schedule's own shapes
+        seconds: list[float] = []
         while len(seconds) < _MOST and (len(seconds) < _LEAST or time.monotonic() + seconds[-1] < self._deadline):
             start = time.perf_counter()
             result = self._make(steps)
@@ -175,7 +177,10 @@ class Measuring:
         stock = next((r for r in self._record.content["rows"] if self._is_stock(r, steps)), None)
         note = f"{stock['seconds'][0] / statistics.median(seconds):5.2f}x stock" if stock else ""
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        self._add(name, steps, [statistics.median(seconds), *seconds], error=error, ready=ready, peak=peak, note=note)
+        more = {"error": error, "ready": ready, "peak": peak, "note": note}
+        if isinstance(self._report, difffast.PatchReport):
+            more |= {"reasons": self._report.last_run.reasons, "programs": str(self._report.programs)}
+        self._add(name, steps, [statistics.median(seconds), *seconds], **more)
 
     def _is_stock(self, row: dict[str, Any], steps: int) -> bool:
         return row["model"] == self._model and row["provider"] == "stock" and row["steps"] == steps and row["seconds"]

@@ -5,9 +5,12 @@ import copy
 
 import pytest
 import torch
+from sampling import largest
 from torch import nn
 
+from difffast.layers import gpu
 from difffast.surgery.memory_format import ChannelsLast, find_weights, lies_channels_last, suits_channels_last
+from difffast.surgery.subclass import is_swapped
 
 
 def test_weights_are_laid_out_and_exactly_back(pipe):
@@ -65,3 +68,30 @@ def test_only_half_precision_on_cuda_is_faster_so():
     assert suits_channels_last(cuda, torch.bfloat16)
     assert not suits_channels_last(cuda, torch.float32)
     assert not suits_channels_last(cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["convolutions", "linear projections"])
+def test_transformers_hand_on_the_format_and_the_values(pipe, linear, monkeypatch):
+    """The layers of GPUs, put in on a CPU: nothing but where values lie in memory changes."""
+    unet = type(pipe.unet).from_config({**pipe.unet.config, "use_linear_projection": linear}).eval()
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        expected = unet(sample, 3, text).sample
+    layout, kind = ChannelsLast(), gpu.TransformerOutput()
+    layout.put_in(unet)
+    monkeypatch.setattr(gpu, "_DEVICES", ("cpu",))
+    kind.put_in(unet)
+    formats = []
+    for layer in kind.find(unet).values():
+        layer.register_forward_hook(
+            lambda module, args, output: formats.append(output[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    with torch.no_grad():
+        found = unet(sample.to(memory_format=torch.channels_last), 3, text).sample
+    assert formats
+    assert all(formats)
+    assert largest(found, expected) < 1e-5
+    kind.take_out(unet)
+    layout.take_out()
+    assert type(next(iter(kind.find(unet).values()))).__name__ == "Transformer2DModel"
+    assert not any(is_swapped(module) for module in unet.modules())
