@@ -43,14 +43,9 @@ def patch(
     force: bool = False,
     **renamed: Any,
 ) -> PatchReport | tuple[PatchReport, ...]:
-    """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
+    """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is, its compiled UNet compiled.
 
     Patching again replaces the first patch.  Whatever goes wrong, nothing is changed.
-
-    A UNet that was compiled, by ``torch.compile(pipe.unet)``, ``pipe.unet.compile()`` or
-    ``pipe.unet.compile_repeated_blocks()``, before this or after it, stays compiled.  A pipeline that is made by
-    ``from_pipe`` of a patched one shares its UNet and its scheduler, and runs as that one was patched while it does;
-    patch it as well for options of its own, or give it a scheduler of its own to run it stock.
 
     Args:
         pipe: a pipeline with a UNet (``difffast.support.PIPELINES``), or several, such as the stages of a cascade.
