@@ -55,8 +55,16 @@ def compile_unet(pipe, how, **options):
         pipe.unet.compile(**options)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["torch.compile", "unet.compile"])
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        ("torch.compile", "before"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("torch.compile", "after"), ("unet.compile", "before"), ("unet.compile", "after"))
+        ),
+    ],
+)
 def test_a_compiled_unet_stays_compiled(pipe, backend, how, when):
     with patched(pipe, propagation=TABLE):
         expected = latents(pipe)
@@ -96,6 +104,7 @@ def test_whole_calls_run_the_users_own_program(pipe, backend):
     assert type(copy) is UNet2DConditionModel
 
 
+@pytest.mark.slow
 def test_two_pipelines_share_a_compiled_unet(pipe, backend):
     twin = type(pipe)(**pipe.components, requires_safety_checker=False)
     twin.set_progress_bar_config(disable=True)
@@ -108,6 +117,7 @@ def test_two_pipelines_share_a_compiled_unet(pipe, backend):
     assert not is_swapped(pipe.unet)
 
 
+@pytest.mark.slow
 def test_shared_features_of_outer_layers_and_halves_follow_as_well(pipe, backend):
     with patched(pipe, propagation=FeatureReuse(3)):
         expected = latents(pipe)
@@ -118,7 +128,7 @@ def test_shared_features_of_outer_layers_and_halves_follow_as_well(pipe, backend
     assert report.last_run.reused == 8
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_repeated_blocks_keep_one_graph(pipe, backend, fullgraph):
     blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in pipe.unet.modules())
     shapes = 2  # widths of the blocks
@@ -148,6 +158,7 @@ def test_maps_are_collected_without_the_users_programs(pipe, backend):
     assert largest(maps.mean(layer), expected.mean(layer)) <= EXACT_FLOAT32
 
 
+@pytest.mark.slow
 def test_a_patched_unet_compiles_and_so_does_it_unpatched(pipe, backend):
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, pipe.unet.config.cross_attention_dim)
     with torch.no_grad():
@@ -163,6 +174,7 @@ def test_a_patched_unet_compiles_and_so_does_it_unpatched(pipe, backend):
     assert backend.since()[1] == 3
 
 
+@pytest.mark.slow
 def test_a_compiled_controlnet_runs_at_key_steps(backend):
     pipe = zoo.ROWS["StableDiffusionControlNetPipeline"].build()
     pipe.set_progress_bar_config(disable=True)

@@ -29,7 +29,12 @@ Part = Callable[[Any, nn.Module, Settings, UndoStack], None]
 
 
 def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
-    """Let the UNet's calls go to its controller, and its layers to the operators; pipelines may share both."""
+    """Let the UNet's calls go to its controller, and its layers to the operators; pipelines may share both.
+
+    A pipeline that ``from_pipe`` makes of a patched one shares its UNet and its scheduler, and runs as that one was
+    patched for as long as it does.  Patched as well, it has options of its own; with a scheduler of its own, it runs
+    stock.
+    """
     undo.add(take_out_unet, unet, settings)
     if not is_swapped(unet):
         give_controller(unet)
