@@ -11,6 +11,7 @@ prompt has changed.  Outputs are copied out.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -82,9 +83,15 @@ class CudaRecorder:
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
         pool = self._pools.setdefault(self.place(), torch.cuda.graph_pool_handle())
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on to allocate meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=self._side_stream(), capture_error_mode="thread_local"):
-            outputs = function()
+        collects = gc.isenabled()
+        gc.disable()  # a graph that is collected while another is recorded would spoil the recording
+        try:
+            # Other threads may go on to allocate meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=self._side_stream(), capture_error_mode="thread_local"):
+                outputs = function()
+        finally:
+            if collects:
+                gc.enable()
         return outputs, graph.replay
 
 
@@ -161,6 +168,7 @@ class Graphs:
         self._described: tuple[ProgramInputs, Hashable, Tensors] | None = None
         self._watch: Watch | None = None
         self._refusal: str | None = None
+        self._device = torch.device("cpu")
         #: How often the UNet has been found changed.
         self.changes = 0
         self._lock = threading.RLock()
@@ -173,7 +181,9 @@ class Graphs:
         with self._lock:
             if self._watch is None or not self._watch.still_holds():
                 self.forget()
-                self._refusal = self._recorder.refuse(unet.device) or refuse_recording(unet)
+                # Diffusers walks over all modules to tell the device: too slow for every call.
+                self._device = unet.device
+                self._refusal = self._recorder.refuse(self._device) or refuse_recording(unet)
                 self._watch = Watch(unet)
                 self.changes += 1
             return self._refusal
@@ -210,7 +220,7 @@ class Graphs:
             except _Unrecordable as reason:
                 note(f"no CUDA graphs: {reason}")
                 return call.run()
-            key = (function, shape, self._recorder.place(), _read_surroundings(unet.device))
+            key = (function, shape, self._recorder.place(), _read_surroundings(self._device.type))
             recording = self._recordings.get(key)
             if recording is None:
                 self._keep(key, _Recording())
@@ -239,7 +249,7 @@ class Graphs:
 
     def _record(self, recording: _Recording, call: _Call, tensors: Tensors, note: Callable[[str], Any]) -> None:
         """Record a call on buffers in place of its tensors."""
-        buffers = [self._make_buffer(path, value, call.unet.device) for _, path, value in tensors.values()]
+        buffers = [self._make_buffer(path, value) for _, path, value in tensors.values()]
         for buffer, (_, _, value) in zip(buffers, tensors.values(), strict=True):
             buffer.fill(value)
         static = call.on([buffer.memory for buffer in buffers])
@@ -254,17 +264,16 @@ class Graphs:
             reason = str(error).strip().partition("\n")[0]
             note(f"{call.function.__name__} runs without CUDA graphs: {type(error).__name__}: {reason}")
 
-    def _make_buffer(self, path: tuple[Any, ...], value: Tensor, device: torch.device) -> _Buffer:
+    def _make_buffer(self, path: tuple[Any, ...], value: Tensor) -> _Buffer:
         """Return a buffer for a tensor; what layers take is the same for all graphs of a place, and shared."""
-        buffer = _Buffer(torch.empty_like(value, device=device))
+        buffer = _Buffer(torch.empty_like(value, device=self._device))
         if path[0]:  # an argument
             return buffer
         return self._shared.setdefault((path, value.shape, value.dtype, self._recorder.place()), buffer)
 
 
-def _read_surroundings(device: torch.device) -> Hashable:
-    """Return what the eager run depends on besides the UNet and its arguments."""
-    kind = device.type
+def _read_surroundings(kind: str) -> Hashable:
+    """Return what the eager run depends on, on a type of device, besides the UNet and its arguments."""
     return (
         _dispatch.forced_backends,
         _local.state.version,
