@@ -631,8 +631,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
-def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why these inputs (shapes and dtypes as in :func:`forward`) cannot run, or None."""
+def obstacle(q: Tensor, k: Tensor, v: Tensor, maps: bool = True) -> str | None:
+    """Why these inputs (shapes and dtypes as in :func:`forward`) cannot run, with maps or without, or None."""
     dtypes = (*DTYPES, torch.float64) if INTERPRETED else DTYPES
     if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -647,6 +647,19 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the kernels are for GPUs of NVIDIA and AMD, got tensors on {q.device.type!r}"
     if torch.version.hip is None and _capability(q.device) < 80:
         return f"the kernels need compute capability 8.0, this GPU has {_capability(q.device) / 10}"
+    if not maps and torch.version.hip is None and _capability(q.device) >= 90:
+        return refuse_on_hopper(q.shape[3], k.shape[2], q.dtype)
+    return None
+
+
+def refuse_on_hopper(d: int, n_keys: int, dtype: torch.dtype) -> str | None:
+    """Why no kernel without maps may run on wgmma for these sizes, or None.
+
+    With d = 160 it made an illegal access on an H100 and an H200 (Triton 3.6), whose cause is not found; with maps, and
+    with one chunk of columns, all that were run were right.
+    """
+    if dtype.itemsize == 2 and tile_sizes(d, n_keys, dtype)["CHUNKS"] > 1:
+        return f"heads of d >= 128 without maps have failed on this kind of GPU, got d = {d}"
     return None
 
 

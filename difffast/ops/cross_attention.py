@@ -194,7 +194,7 @@ def find_obstacle(
     if backend == "triton":
         from difffast.triton_kernels import cross_attention as kernels
 
-        return kernels.obstacle(q, k, v)
+        return kernels.obstacle(q, k, v, maps)
     if backend == "cuda":
         if q.dtype not in (torch.float16, torch.bfloat16):
             return f"it takes float16 and bfloat16, got {q.dtype}"

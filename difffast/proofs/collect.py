@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers.context import CallContext, Text, use_context
 from ..layers.cross_attention import process_text
@@ -117,7 +118,7 @@ def collect(unet: nn.Module, batch: int, device: torch.device, decoders: Sequenc
         if where.type == "meta" and key.operator in KINDS:
             found[-1][_move(key, device)] += 1
 
-    with _collecting, torch.no_grad():
+    with _collecting, torch.no_grad(), _CudnnFormats():
         _local.watch = watch
         try:
             found.append(Counter())
@@ -137,6 +138,20 @@ def collect(unet: nn.Module, batch: int, device: torch.device, decoders: Sequenc
         key for each in found for key in sorted(each, key=lambda key: (is_slow(key, device), -each[key] * key.size))
     ]
     return list(dict.fromkeys(ordered))
+
+
+class _CudnnFormats(TorchDispatchMode):
+    """Convolutions on the meta device hand on channels_last, as cuDNN's do; PyTorch's own there forget it."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.convolution.default and any(map(_is_channels_last, args[:2])):
+            return result.contiguous(memory_format=torch.channels_last)
+        return result
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _share(unet: nn.Module, call: dict[str, Any]) -> Features:

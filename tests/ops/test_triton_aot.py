@@ -48,3 +48,21 @@ def test_the_interpreter_is_refused():
     )
     assert result.returncode == 2
     assert "TRITON_INTERPRET is set" in result.stderr
+
+
+def test_registers_that_nothing_has_written_are_found():
+    """As CUDA 12.8's assembler had them in the machine code of a kernel that was wrong on an H100."""
+    import triton_aot
+
+    right = """
+        /*2100*/                   USHF.R.U32.HI UR6, URZ, 0x4, UR9 ;
+        /*2260*/                   UIADD3 UR12, UP0, UR6, 0x40, URZ ;
+        /*22b0*/                   HGMMA.64x32x16.F32 R24, R44, gdesc[UR16].tnspB, R24 ;
+    """
+    first = "        /*0010*/                   S2UR UR9, SR_CgaCtaId ;\n"
+    wrong = "        /*2530*/              @P0  UIADD3 UR4, UP0, UR8, 0x20, URZ ;\n"
+    assert triton_aot.find_unwritten(first + right) is None
+    assert triton_aot.find_unwritten(right) == "2100 USHF.R.U32.HI UR6, URZ, 0x4, UR9"
+    assert triton_aot.find_unwritten(first + right + wrong) == "2530 UIADD3 UR4, UP0, UR8, 0x20, URZ"
+    wide = "        /*0020*/                   ULDC.64 UR8, c[0x0][0x210] ;\n"
+    assert triton_aot.find_unwritten(wide + right + wrong) is None

@@ -71,3 +71,12 @@ def test_attention_of_the_largest_batch(grids, batch, heads):
     cross_attention.backward(out, maps, q, q, q, 1.0, 0, (0, 1))
     joint_attention.forward(q, q, q, q, q, 1.0, (0, 1))
     assert_fit(grids, 5)
+
+
+@pytest.mark.parametrize(
+    ("d", "refused"), [(40, False), (64, False), (80, False), (96, False), (128, True), (160, True)]
+)
+def test_what_has_failed_on_hopper_is_refused(d, refused):
+    found = cross_attention.refuse_on_hopper(d, 77, torch.float16)
+    assert (found is not None) == refused
+    assert cross_attention.refuse_on_hopper(d, 77, torch.float32) is None, "on FMA units"
