@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from gpu_tables import gpu_images_table, gpu_kernels_table, gpu_remedies_table
 from interleaved import ratio
 from picture_tables import (
     binding_table,
@@ -206,6 +207,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "flops": flops_table,
     "guidance": guidance_table,
     "binding": binding_table,
+    "gpu_images": gpu_images_table,
+    "gpu_kernels": gpu_kernels_table,
+    "gpu_remedies": gpu_remedies_table,
 }
 
 
