@@ -4,7 +4,9 @@
 # Parts: build tests sanitizer prove images; all of them in this order unless some are named.  Every part writes into OUT
 # as it goes (tests-*.txt, sanitizer-*.txt, prove-*.json, images.json, times.txt), so that a run that is cut off leaves
 # what it had.  Wheels in .wheels/ are installed if diffusers is missing.  A part that fails does not stop the others.
-# GPU_PARALLEL test processes run at once; GPU_MODELS and GPU_IMAGES are arguments for the last two parts.
+# GPU_MODELS, GPU_DEVICE, GPU_SECONDS (of a proof) and GPU_IMAGES are arguments for the last two parts; with
+#   GPU_DEVICE=cpu GPU_MODELS=sd15 GPU_SECONDS=5 GPU_IMAGES="--rehearse --steps 20" bench/gpu.sh out/rehearsal 200
+# it is rehearsed without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT [SECONDS [PART ...]]}" && cd "$1" && pwd)
@@ -14,6 +16,9 @@ shift $(( $# < 2 ? $# : 2 ))
 parts=${*:-build tests sanitizer prove images}
 python=${PYTHON:-python3}
 models=${GPU_MODELS:-sd15 sdxl}
+device=${GPU_DEVICE:-cuda}
+dtype=float16
+[ "$device" = cuda ] || dtype=float32
 status=0
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 DIFFFAST_CACHE="${DIFFFAST_CACHE:-$out/cache}"
 
@@ -81,7 +86,8 @@ sanitizer() {
 prove() {
   local model bad=0
   for model in $models; do
-    within 90 "$python" -m difffast.tools.cli prove --model "$model" --device cuda --dtype float16 --seconds 30 \
+    within 90 "$python" -m difffast.tools.cli prove --model "$model" --device "$device" --dtype $dtype \
+      --seconds "${GPU_SECONDS:-30}" \
       --report "$out/prove-$model.json" > "$out/prove-$model.txt" 2>&1 || bad=1
     tail -n 3 "$out/prove-$model.txt"
   done

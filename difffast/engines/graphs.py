@@ -220,7 +220,7 @@ class Graphs:
             except _Unrecordable as reason:
                 note(f"no CUDA graphs: {reason}")
                 return call.run()
-            key = (function, shape, self._recorder.place(), _read_surroundings(self._device.type))
+            key = (function, shape, self._recorder.place(), _read_surroundings())
             recording = self._recordings.get(key)
             if recording is None:
                 self._keep(key, _Recording())
@@ -272,12 +272,12 @@ class Graphs:
         return self._shared.setdefault((path, value.shape, value.dtype, self._recorder.place()), buffer)
 
 
-def _read_surroundings(kind: str) -> Hashable:
-    """Return what the eager run depends on, on a type of device, besides the UNet and its arguments."""
+def _read_surroundings() -> Hashable:
+    """Return what the eager run depends on besides the UNet and its arguments."""
     return (
         _dispatch.forced_backends,
         _local.state.version,
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
