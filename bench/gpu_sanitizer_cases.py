@@ -233,7 +233,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose names contain this")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)
     chosen, failed, start = cases(options.backend, options.only), 0, time.perf_counter()
     for case in chosen:
         fault = find_fault(case, options.backend, device)
@@ -244,4 +243,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(main())

@@ -37,8 +37,11 @@ def _built_inpaint():
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """What a test draws without a generator of its own is the same in every run."""
+    """What a test draws without a generator of its own is the same in every run, and so are the threads it has."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads, "the tests after this one would have other threads"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -95,7 +95,8 @@ def test_lora_around_the_layers(pipe, counted):
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False))
     stock = latents(pipe)
     with patched(pipe, "exact") as report:
-        assert largest(latents(pipe), stock) <= EXACT_FLOAT32
+        # Adapters of weights around 1 make latents of 25 where 4 is usual: rounding grows with them.
+        assert largest(latents(pipe), stock) <= EXACT_FLOAT32 * float(stock.abs().max()) / 4
     assert counted
     assert not report.last_run.reasons
     assert torch.equal(latents(pipe), stock)

@@ -66,6 +66,15 @@ def test_strides_do_not_matter(layout):
         torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
 
 
+@pytest.fixture
+def _two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_two_threads")  # with one, PyTorch's convolution of one sample does not take oneDNN
 def test_no_operand_is_copied():
     x, weight, bias = operands(*LARGE)
     with ops.use_backend("onednn", "linear"), torch.profiler.profile() as profile:
