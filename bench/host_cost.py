@@ -9,6 +9,7 @@ stock's time, or makes more launches.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import statistics
 import sys
@@ -56,6 +57,9 @@ class NoRecorder:
 
     def refuse(self, device: torch.device) -> None:
         return None
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def place(self) -> str:
         return "nowhere"

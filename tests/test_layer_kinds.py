@@ -72,6 +72,7 @@ def test_a_registered_kind_is_fused_reported_and_taken_out(pipe64, norms):
     assert torch.equal(latents(pipe64), stock)
 
 
+@pytest.mark.slow
 def test_programs_take_it_as_well(pipe, norms, monkeypatch):
     monkeypatch.setattr(programs, "BACKEND", "eager")
     with patched(pipe, "exact"):

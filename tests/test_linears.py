@@ -130,7 +130,7 @@ def test_hooks_and_other_weights_run_stock(pipe, counted):
     assert len(counted) == (len(names) - text - 2) * steps + text
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_they_are_in_the_programs(pipe, fused, monkeypatch):
     with patched(pipe, "exact", fused=fused):
         expected = latents(pipe)

@@ -48,7 +48,13 @@ def compilations():
 
 
 @pytest.mark.parametrize(
-    "options", [{"preset": "exact"}, {"propagation": TABLE}, {"propagation": TABLE, "fused": False}], ids=str
+    "options",
+    [
+        {"preset": "exact"},
+        {"propagation": TABLE},
+        pytest.param({"propagation": TABLE, "fused": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_it_is_what_runs_uncompiled(pipe64, options):
     with patched(pipe64, **options):
@@ -79,7 +85,7 @@ def test_video_unets_are_compiled(name, compilations):
 
 
 @pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_self_attention_is_in_the_programs(pipe, fused):
     report = patch(pipe, "exact", fused=fused, compile=True)
     latents(pipe)
@@ -123,6 +129,7 @@ def test_lora_scale_is_an_input(pipe, compilations):
         assert compilations() == 1
 
 
+@pytest.mark.slow
 def test_controlnet_strength_and_picture_are_inputs(compilations):
     pipe = zoo.ROWS["StableDiffusionControlNetPipeline"].build()
     pipe.set_progress_bar_config(disable=True)
@@ -227,6 +234,7 @@ def test_maps_are_collected_without_programs(pipe):
     assert maps.steps
 
 
+@pytest.mark.slow
 def test_binding_steps_from_the_same_latents(pipe):
     binding, prompt = difffast.SemanticBinding("object"), "a [red circle] and a [blue square]"
     with patched(pipe, "exact", binding=binding):

@@ -96,6 +96,7 @@ def test_all_key_steps_are_stock_bit_for_bit(pipe):
     assert torch.equal(latents(pipe), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"branch": 2, "extrapolate": 1}, {"extrapolate": 2}], ids=str)
 def test_fused_and_compiled_layers_give_the_same(pipe, options, monkeypatch):
     monkeypatch.setattr(difffast.engines.programs, "BACKEND", "eager")

@@ -15,6 +15,7 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -35,6 +36,10 @@ class Recorder(Protocol):
 
     def refuse(self, device: torch.device) -> str | None:
         """Return why nothing can be recorded on a device, or None."""
+        ...
+
+    def on(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a block in which calls run on a device."""
         ...
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
@@ -59,6 +64,9 @@ class CudaRecorder:
 
     def refuse(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else f"the UNet is on {device.type!r}"
+
+    def on(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.cuda.device(device)  # the current one need not be the UNet's
 
     def place(self) -> Hashable:
         stream = torch.cuda.current_stream()
@@ -209,7 +217,7 @@ class Graphs:
             function: of :mod:`difffast.unet`.
         """
         call = _Call(function, unet, inputs.values, arguments)
-        with self._lock:
+        with self._lock, self._recorder.on(self._device):
             if self._described is None or self._described[0] is not inputs:
                 found: Tensors = {}
                 self._described = (inputs, _describe(inputs.values, found, (0,)), found)

@@ -584,9 +584,9 @@ def test_the_emulator_notices(emulated, mistake):
         assert re.match(MISTAKES[mistake], error.decode())
 
 
-# The oldest and the newest always.
+# The newest always.
 @pytest.mark.parametrize(
-    "architecture", ["80", "90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("86", "89", "90"))]
+    "architecture", ["90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "86", "89", "90"))]
 )
 def test_nvcc_spills_no_registers(architecture, tmp_path):
     # Three element types in two layouts.
