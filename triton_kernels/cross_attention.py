@@ -719,10 +719,12 @@ def backward_q_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: 
     # With maps registers are scarce, and a rest costs more of them than more turns of a loop.
     sizes = tile_sizes(d, n_keys, dtype, 16 if maps and 64 < d <= 80 else 64)
     block = 32 if maps or dtype.itemsize == 4 or n_keys < 64 else 64
-    options = {"num_warps": 8, "num_stages": 1 if maps or dtype.itemsize == 4 else 2}
-    if dtype.itemsize == 4:
+    # A second stage keeps clear of the assembler's bug (see the top); AMD's lacks it, and the shared memory for it.
+    pipelined = not maps and dtype.itemsize == 2 and torch.version.hip is None
+    options = {"num_warps": 8, "num_stages": 2 if pipelined else 1}
+    if pipelined or dtype.itemsize == 4:
         # Left alone, ptxas stops at 128 registers and spills two.
-        options |= registers(168)
+        options |= registers(224 if pipelined and (n_keys > 96 or d > 128) else 168)
     return {**sizes, "OUT": out, "MAPS": maps, "BLOCK": block}, options
 
 
