@@ -647,19 +647,19 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, maps: bool = True) -> str | None:
         return f"the kernels are for GPUs of NVIDIA and AMD, got tensors on {q.device.type!r}"
     if torch.version.hip is None and _capability(q.device) < 80:
         return f"the kernels need compute capability 8.0, this GPU has {_capability(q.device) / 10}"
-    if not maps and torch.version.hip is None and _capability(q.device) >= 90:
+    if not maps and torch.version.hip is None and _capability(q.device) // 10 == 9:
         return refuse_on_hopper(q.shape[3], k.shape[2], q.dtype)
     return None
 
 
 def refuse_on_hopper(d: int, n_keys: int, dtype: torch.dtype) -> str | None:
-    """Why no kernel without maps may run on wgmma for these sizes, or None.
+    """Why the forward kernel without maps may not run on a Hopper GPU for these sizes, or None.
 
     With d = 160 it made an illegal access on an H100 and an H200 (Triton 3.6), whose cause is not found; with maps, and
     with one chunk of columns, all that were run were right.
     """
     if dtype.itemsize == 2 and tile_sizes(d, n_keys, dtype)["CHUNKS"] > 1:
-        return f"heads of d >= 128 without maps have failed on this kind of GPU, got d = {d}"
+        return f"heads of d >= 128 without maps have failed on Hopper GPUs, got d = {d}"
     return None
 
 

@@ -218,12 +218,12 @@ class Graphs:
         """
         call = _Call(function, unet, inputs.values, arguments)
         with self._lock, self._recorder.on(self._device):
-            if self._described is None or self._described[0] is not inputs:
-                found: Tensors = {}
-                self._described = (inputs, _describe(inputs.values, found, (0,)), found)
-            _, shapes, found = self._described
-            tensors = dict(found)
             try:
+                if self._described is None or self._described[0] is not inputs:
+                    found: Tensors = {}
+                    self._described = (inputs, _describe(inputs.values, found, (0,)), found)
+                _, shapes, found = self._described
+                tensors = dict(found)
                 shape = (shapes, _describe(arguments, tensors, (1,)))
             except _Unrecordable as reason:
                 note(f"no CUDA graphs: {reason}")
