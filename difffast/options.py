@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 from .engines.engine import ENGINES
-from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
+from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
 from .sampling.extension import Extension, Method
@@ -55,7 +55,7 @@ class Options:
                 f"unknown preset {self.preset!r}{suggest(self.preset, PRESETS)}; available: {', '.join(PRESETS)}"
             )
         for name, kinds, wanted in (
-            ("propagation", (EncoderPropagation, FeatureReuse), "a difffast.EncoderPropagation or FeatureReuse"),
+            ("propagation", Sharing, "a difffast.EncoderPropagation, FeatureReuse, OutputForecast or Plan"),
             ("cfg", CfgReuse, "a difffast.CfgReuse"),
             ("binding", Method, "a difffast.SemanticBinding"),
         ):
@@ -151,12 +151,13 @@ def _check_switch(name: str, value: Any) -> None:
 def _check_sharing(sharing: Sharing, target: Target) -> None:
     """Refuse what the pipeline's kind rules out, with the reason."""
     support = target.support
-    if isinstance(sharing, FeatureReuse):
+    reuse = sharing.reuse if isinstance(sharing, Plan) else sharing if isinstance(sharing, FeatureReuse) else None
+    if reuse is not None:
         if not support.reuse:
             why = f": {support.note}" if support.note else ""
             raise ValueError(f"feature reuse does not work with {target.name}{why}")
-        find_reentry(target.unet, sharing.branch)
-    elif sharing.prior_noise and not support.prior_noise:
+        find_reentry(target.unet, reuse.branch)
+    elif isinstance(sharing, EncoderPropagation) and sharing.prior_noise and not support.prior_noise:
         raise ValueError(
             f"prior noise is not meant for {target.name} ({support.family}), got prior_noise={sharing.prior_noise}: "
             "use prior_noise=None"

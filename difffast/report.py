@@ -18,7 +18,7 @@ from .engines.user_compiled import has_compiled_parts
 from .layers.registry import LAYERS
 from .ops._local import describe_choices, list_struck, table_of
 from .options import Options
-from .plan import CfgReuse, FeatureReuse, Plan, Sharing
+from .plan import CfgReuse, FeatureReuse, OutputForecast, Plan, Sharing
 from .sampling.controller import Controller, find_controller
 from .sampling.settings import Settings
 from .sampling.stats import RunStats
@@ -95,6 +95,10 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
         yield "guidance", "the conditional half alone between some key steps"
     if isinstance(config, FeatureReuse):
         yield "unet calls", f"whole UNet at key steps, outer layers (branch {config.branch}) in between"
+    elif isinstance(config, Plan):
+        yield "unet calls", f"a plan for schedules of {config.total} UNet calls: print it"
+    elif isinstance(config, OutputForecast):
+        yield "unet calls", "whole UNet at key steps, none in between: its output is forecast"
     elif config.key_steps == 1:
         yield "unet calls", "whole UNet at every step"
     else:

@@ -2,6 +2,7 @@
 
 from .configs import DEFAULT_MAX_PARALLEL, MIN_STEPS, CfgReuse, EncoderPropagation, FeatureReuse, Sharing
 from .key_steps import PUBLISHED_KEY_STEPS, scale_published_key_steps
+from .output_forecast import OutputForecast
 from .rows import OuterReuse, PlanStep
 from .steps import Plan
 
@@ -13,6 +14,7 @@ __all__ = [
     "EncoderPropagation",
     "FeatureReuse",
     "OuterReuse",
+    "OutputForecast",
     "Plan",
     "PlanStep",
     "Sharing",

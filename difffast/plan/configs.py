@@ -8,6 +8,7 @@ from dataclasses import InitVar, dataclass, replace
 
 from ..renamed import warn_renamed
 from .key_steps import check_int, check_key_steps, resolve_key_steps, scale_published_key_steps, space_key_steps
+from .output_forecast import OutputForecast
 from .rows import OuterReuse
 from .steps import Plan
 
@@ -198,14 +199,15 @@ class CfgReuse:
                 last = key
             if early:
                 both.update(range(key, min(plan.segment_end(key), math.ceil(self.start * total))))
+        both.update(plan.forecasts)
         return replace(plan, halves=tuple(step for step in range(total) if step not in both))
 
 
-#: How steps share features.
-Sharing = EncoderPropagation | FeatureReuse
+#: How steps share work: rules for schedules of any length, or a plan for those of its own.
+Sharing = EncoderPropagation | FeatureReuse | OutputForecast | Plan
 
 
-def _check_degree(config: Sharing, order: int | None) -> None:
+def _check_degree(config: EncoderPropagation | FeatureReuse, order: int | None) -> None:
     """Take ``order``, the old name of ``extrapolate``, and check the degree."""
     if order is not None:
         warn_renamed(f"{type(config).__name__}(order=)", f"{type(config).__name__}(extrapolate=)", stacklevel=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,12 @@ class Plan:
         full_steps: the steps at which embeddings or latents are changed on purpose; all of them are key steps.
         halves: the steps that run only the conditional half of the batch.  Where a key step does, the steps up to the
             next key step have to do so too: the other half has left them nothing to reuse.
+        forecasts: the steps at which nothing of the UNet runs: their output is forecast from what the steps before have
+            returned.  None of them is a key step, runs one half, or is part of a decoder's batch.
+        extrapolate: the degree of a forecast that stands alone between two other steps: 0 repeats the last output, 1
+            extends the line through the last two.  In longer rows forecasts repeat it, because lines leave the truth.
+        guard: the relative error of a forecast, measured at the next step that runs, above which half of the forecasts
+            that are left become key steps; None never measures.
     """
 
     total: int
@@ -42,6 +49,9 @@ class Plan:
     reuse: OuterReuse | None = None
     full_steps: tuple[int, ...] = ()
     halves: tuple[int, ...] = ()
+    forecasts: tuple[int, ...] = ()
+    extrapolate: int = 0
+    guard: float | None = None
 
     def __post_init__(self) -> None:
         if self.reuse is not None and self.max_batch != 1:
@@ -59,19 +69,52 @@ class Plan:
         if not halves <= set(range(1, self.total)) or halves & set(self.full_steps):
             raise ValueError(f"halves must lie in 1 .. {self.total - 1} and not be full steps, got {self.halves}")
         for key in keys:
-            rest = set(range(key, self.segment_end(key))) - halves
+            rest = set(range(key, self.segment_end(key))) - halves - set(self.forecasts)
             if key in halves and rest:
                 raise ValueError(f"step {min(rest)} needs both halves of key step {key}, which runs one")
+        self._check_forecasts()
+
+    def _check_forecasts(self) -> None:
+        forecasts, runs = self.forecasts, set(self.key_steps) | set(self.halves)
+        if list(forecasts) != sorted(set(forecasts) & set(range(1, self.total))):
+            raise ValueError(f"forecasts must increase strictly within 1 .. {self.total - 1}, got {forecasts}")
+        if runs & set(forecasts):
+            raise ValueError(f"step {min(runs & set(forecasts))} is a forecast, and so no key step and no half step")
+        if self.extrapolate not in (0, 1):
+            raise ValueError(f"extrapolate must be 0 or 1, got {self.extrapolate!r}")
+        if forecasts and forecasts[0] <= self.extrapolate:
+            raise ValueError(
+                f"a forecast of degree {self.extrapolate} needs {self.extrapolate + 1} steps before it, "
+                f"got forecasts {forecasts}"
+            )
+        if self.guard is not None and not 0 < self.guard < math.inf:
+            raise ValueError(f"guard must be positive and finite, or None, got {self.guard!r}")
 
     def add_full_steps(self, steps: Iterable[int]) -> Plan:
         """Return this plan with more steps that run in full, because embeddings or latents are changed at them."""
         steps = tuple(sorted({*self.full_steps, *steps}))
         halves = tuple(step for step in self.halves if step not in steps)
-        return replace(self, key_steps=tuple(sorted({*self.key_steps, *steps})), full_steps=steps, halves=halves)
+        return replace(self.add_key_steps(steps), full_steps=steps, halves=halves)
+
+    def add_key_steps(self, steps: Iterable[int]) -> Plan:
+        """Return this plan with more key steps, whatever it has for them now."""
+        steps = set(steps)
+        forecasts = tuple(step for step in self.forecasts if step not in steps)
+        return replace(self, key_steps=tuple(sorted({*self.key_steps, *steps})), forecasts=forecasts)
+
+    def check_total(self, total: int) -> Plan:
+        """Return this plan.
+
+        Raises:
+            ValueError: it is not for schedules with ``total`` UNet calls.
+        """
+        if total != self.total:
+            raise ValueError(f"this plan is for schedules with {self.total} UNet calls, got one with {total}")
+        return self
 
     def cut(self, total: int) -> Plan:
         """Return the first ``total`` steps of this plan."""
-        names = ("key_steps", "full_steps", "halves")
+        names = ("key_steps", "full_steps", "halves", "forecasts")
         return replace(self, total=total, **{n: tuple(s for s in getattr(self, n) if s < total) for n in names})
 
     def is_key(self, step: int) -> bool:
@@ -80,8 +123,20 @@ class Plan:
 
     def is_half(self, step: int) -> bool:
         """Return whether the plan runs only the conditional half of the batch at this step."""
-        at = bisect_left(self.halves, step)
-        return at < len(self.halves) and self.halves[at] == step
+        return _contains(self.halves, step)
+
+    def is_forecast(self, step: int) -> bool:
+        """Return whether the plan forecasts the output of this step."""
+        return _contains(self.forecasts, step)
+
+    def forecast_degree(self, step: int) -> int:
+        """Return the degree of this step's forecast."""
+        alone = not self.is_forecast(step - 1) and not self.is_forecast(step + 1)
+        return self.extrapolate if alone else 0
+
+    def builds_on(self, step: int) -> bool:
+        """Return whether a step after ``step``, before the next key step, runs a part of the UNet."""
+        return any(not self.is_forecast(each) for each in range(step + 1, self.segment_end(step)))
 
     def segment_end(self, step: int) -> int:
         """Return the next key step after ``step``, or ``total``."""
@@ -94,6 +149,8 @@ class Plan:
         Steps that run one half never share a batch with those that run both.
         """
         end = self.segment_end(step)
+        if self.forecasts:
+            end = next((each for each in range(step + 1, end) if self.is_forecast(each)), end)
         if self.halves:
             half = self.is_half(step)
             end = next((each for each in range(step, end) if self.is_half(each) != half), end)
@@ -102,8 +159,10 @@ class Plan:
     def step(self, step: int) -> PlanStep:
         """Return the row of a step whose batch begins with it."""
         key = self.is_key(step)
-        reuse = self.reuse is not None and not key
-        return PlanStep(step, key, tuple(self.batch(step)), reuse, self.is_half(step), step in self.full_steps)
+        forecast = self.is_forecast(step)
+        reuse = self.reuse is not None and not key and not forecast
+        together = (step,) if forecast else tuple(self.batch(step))
+        return PlanStep(step, key, together, reuse, self.is_half(step), step in self.full_steps, forecast)
 
     def steps(self, start: int = 0) -> tuple[PlanStep, ...]:
         """Return the rows from ``start`` on; a run that begins there, as img2img does, begins with a key step.
@@ -115,10 +174,11 @@ class Plan:
             raise ValueError(f"start must lie in 0 .. {self.total - 1}, got {start}")
         rows: list[PlanStep] = []
         while len(rows) < self.total - start:
-            together = tuple(self.batch(start + len(rows)))
+            together = self.step(start + len(rows)).decoded_with
             for step in together:
                 row = replace(self.step(step), decoded_with=together)
-                rows.append(replace(row, key=True, reuse=False, half=False) if step == start else row)
+                first = step == start
+                rows.append(replace(row, key=True, reuse=False, half=False, forecast=False) if first else row)
         return tuple(rows)
 
     def plot(self, path: str | Path) -> None:
@@ -165,11 +225,21 @@ class Plan:
             together = "alone" if first == last else f"{first}..{last} (batch of {last - first + 1})"
             if row.reuse:
                 together = f"outer layers alone (branch {self.reuse.branch})"
+            if row.forecast:
+                together = f"forecast, degree {self.forecast_degree(row.step)}"
             more = ", optimised" if row.full else ", conditional half" if row.half else ""
             lines.append(f"{row.step:4d}  {'key' if row.key else '   '}  {together}{more}")
         what = "encoder" if self.reuse is None else "whole UNet"
         lines.append(f"{len(self.key_steps)} of {self.total} steps run the {what}")
+        if self.forecasts:
+            lines.append(f"{len(self.forecasts)} run nothing: their output is forecast")
         return "\n".join(lines)
+
+
+def _contains(steps: tuple[int, ...], step: int) -> bool:
+    """Return whether a step is one of some in order."""
+    at = bisect_left(steps, step)
+    return at < len(steps) and steps[at] == step
 
 
 def _freeze(value: Any) -> Any:

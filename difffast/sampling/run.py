@@ -19,6 +19,7 @@ from ..engines.user_compiled import has_compiled_parts
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
+from ..plan import EncoderPropagation
 from ..support import denoiser_of
 from ..unet.fingerprint import Fingerprint, Switches
 from ..unet.parts import Execute, execute_eagerly
@@ -26,6 +27,7 @@ from .cfg_reuse import CfgHalves
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
 from .extension import RunInfo
+from .forecasts import Forecasts
 from .outer_layers import OuterLayers
 from .position import find_step
 from .settings import Settings
@@ -82,6 +84,7 @@ class SamplingRun:
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._is_guided, self._wants_both)
+        self._forecasts = Forecasts(self.state)
         self._decode_alone(unet)
         self._strategy = self._choose_strategy()
 
@@ -121,9 +124,10 @@ class SamplingRun:
     def _choose_strategy(self) -> Strategy:
         if self.state.plan.reuse is not None:
             return OuterLayers(self.state)
-        if len(self.state.plan.key_steps) == self.state.plan.total:
+        if len(self.state.plan.key_steps) + len(self.state.plan.forecasts) == self.state.plan.total:
             return WholeUNet(self.state)
-        return DecodeAhead(self.state, self.settings[0].propagation)
+        asked = self.settings[0].propagation
+        return DecodeAhead(self.state, asked if isinstance(asked, EncoderPropagation) else EncoderPropagation())
 
     def step_of(self, timestep: Tensor) -> int:
         """Return the position of an element of the schedule."""
@@ -141,6 +145,7 @@ class SamplingRun:
         """Drop the features; ControlNet's outputs stay, which were made for the step that is being answered."""
         self._fingerprint, self._last = None, None
         self._strategy.forget()
+        self._forecasts.forget()
 
     def note_stock(self, reason: str) -> None:
         """Count a call that runs the unpatched forward, and forget what it may invalidate."""
@@ -245,6 +250,9 @@ class SamplingRun:
         ahead = self._strategy.recall(index)
         if ahead is not None:
             return self._finish(index, *ahead)
+        forecast = self._forecasts.answer(index)
+        if forecast is not None:
+            return self._end(index, forecast)
         half = self._cfg.runs_half(index)
         if half:
             call = self._cfg.prepare(call)
@@ -287,7 +295,8 @@ class SamplingRun:
             state.plan = state.asked
         if index == self._last and (len(state.plan.key_steps) < state.plan.total or state.plan.halves):
             # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
-            state.plan = replace(state.plan, key_steps=tuple(range(state.plan.total)), full_steps=(), halves=())
+            every = state.plan.add_key_steps(range(state.plan.total))
+            state.plan = replace(every, full_steps=(), halves=())
             state.note("every step is a key step: the UNet is called several times a step")
 
     def _prepare(
@@ -305,8 +314,13 @@ class SamplingRun:
         return functools.partial(engine.run, inputs, self._tell, **options), call
 
     def _finish(self, index: int, half: bool, output: Tensor) -> Tensor:
-        """Return what the pipeline gets; at the last step, drop everything."""
+        """Return what the pipeline gets of what the UNet has returned."""
         output = self._cfg.complete(half, output)
+        self._forecasts.learn(index, output)
+        return self._end(index, output)
+
+    def _end(self, index: int, output: Tensor) -> Tensor:
+        """Return the output; at the last step, drop everything."""
         if index == self.state.plan.total - 1:
             self.forget()
             self._control.forget()

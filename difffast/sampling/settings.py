@@ -14,7 +14,7 @@ from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
 from ..engines.user_compiled import UserCompile, find_user_compile
 from ..layers.context import MapSink
-from ..plan import MIN_STEPS, CfgReuse, FeatureReuse, Plan, Sharing
+from ..plan import MIN_STEPS, CfgReuse, EncoderPropagation, Plan, Sharing
 from ..support import Support
 from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .extension import Extension
@@ -118,13 +118,15 @@ class Settings:
 
     def plan(self, total: int, device: torch.device) -> Plan:
         """Return the plan of a schedule with ``total`` UNet calls on a device."""
-        if isinstance(self.propagation, FeatureReuse):
-            plan = self.propagation.plan(total)
-        else:
+        static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
+        batches = BATCHES if static else None  # one program for each
+        if isinstance(self.propagation, EncoderPropagation):
             kind = self.support.key_steps
-            static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
-            batches = BATCHES if static else None  # one program for each
             plan = self.propagation.plan(total, kind=kind, device=device.type, batches=batches)
+        elif isinstance(self.propagation, Plan):
+            plan = replace(self.propagation.check_total(total), batches=batches)
+        else:
+            plan = self.propagation.plan(total)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)
         full = [step for extension in self.extensions for step in extension.full_steps(total)]
