@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.context import MapSink
 from .scheduler_step import Edit
@@ -47,6 +47,13 @@ class ExtensionRun:
             stock: the unpatched UNet, called with arguments by name.
         """
         return call
+
+    def replace_output(self, step: int) -> Tensor | None:
+        """Return what the pipeline is to get at a step in place of the UNet's output; None: the UNet runs."""
+        return None
+
+    def see_output(self, step: int, output: Tensor) -> None:
+        """Look at what the pipeline gets at a step; it is not to be written to."""
 
 
 class Extension:
