@@ -88,8 +88,14 @@ def list_providers(compiled: bool) -> dict[str, Provider]:
         "difffast eager, exact": _patched("exact", engine="eager"),
         "difffast balanced": _patched("balanced"),
         "difffast turbo": _patched("turbo"),
-        "difffast, reuse 3": _patched("exact", propagation=difffast.FeatureReuse(3)),
-        "DeepCache 3, branch 0": lambda pipe: peers.deepcache(pipe, 3),
+        **{
+            f"difffast, reuse 3, branch {branch}": _patched("exact", propagation=difffast.FeatureReuse(3, branch))
+            for branch in (0, 1)
+        },
+        **{
+            f"DeepCache 3, branch {branch}": lambda pipe, branch=branch: peers.deepcache(pipe, 3, branch)
+            for branch in (0, 1)
+        },
     }
 
 

@@ -41,13 +41,12 @@ def patch(
     engine: str | None = None,
     binding: Method | None = None,
     force: bool = False,
-    **renamed: Any,
+    **more: Any,
 ) -> PatchReport | tuple[PatchReport, ...]:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
 
-    Patching again replaces the first patch.  Whatever goes wrong, nothing is changed.  A UNet that the user compiles,
-    before this or after it, stays compiled.  A pipeline made by ``from_pipe`` of a patched one shares its UNet and its
-    scheduler, and runs as that one was patched.
+    Patching again replaces the first patch.  Whatever goes wrong, nothing is changed.  What the user compiles, before
+    or after, stays compiled.  What ``from_pipe`` makes of a patched pipeline shares UNet and scheduler, and runs alike.
 
     Args:
         pipe: a pipeline with a UNet (``difffast.support.PIPELINES``), or several, such as the stages of a cascade.
@@ -58,11 +57,12 @@ def patch(
         engine: what executes the parts of the UNet: ``"eager"``; ``"inductor"``, or ``compile=True``: programs made by
             torch.compile, for which the first image waits; ``"cudagraphs"``.  None: graphs on CUDA devices, else eager.
         binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
-        force: share features even in schedules with fewer than 8 steps.
-        renamed: ``compile``, and options under their old names, each of which gives a warning.
+        force: share features even in schedules with fewer than 8 steps, where otherwise every step runs in full.
+        more: ``compile``; ``controlnet``, whether ControlNet runs at "every step", the default where steps reuse outer
+            layers, or at "key steps" alone; and options under their old names, each of which gives a warning.
 
     Returns:
-        A report of what was replaced; for several pipelines a tuple with the report of each.
+        A report of what was replaced; for several pipelines a tuple of reports.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, an option has the wrong type, or there is no such option.
@@ -70,7 +70,7 @@ def patch(
             feature reuse, prior noise or binding; the UNet has no such branch; or no layers have maps for binding.
     """
     options = Options.of(
-        preset, propagation=propagation, cfg=cfg, fused=fused, engine=engine, binding=binding, force=force, **renamed
+        preset, propagation=propagation, cfg=cfg, fused=fused, engine=engine, binding=binding, force=force, **more
     )
     if not isinstance(pipe, (list, tuple)):
         return _patch_one(pipe, options)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difffast import EncoderPropagation, FeatureReuse, Plan
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan
 from difffast.plan import PUBLISHED_KEY_STEPS, scale_published_key_steps
 from difffast.presets import PRESETS
 
@@ -24,11 +24,46 @@ def test_scaled_lists_keep_the_published_shares(total):
     assert keys[0] == 0
     assert all(a < b < total for a, b in itertools.pairwise(keys))
     shares = [(length - orders[-1]) / length for length, orders in PUBLISHED_KEY_STEPS["sd"].items()]
-    assert (total - keys[-1]) / total <= max(shares)
+    once_more = total - 1 in PUBLISHED_KEY_STEPS["sd"]
+    assert (total - once_more - keys[-1]) / total <= max(shares)
 
 
-def test_pndm_calls_the_unet_once_more_and_keeps_the_early_keys():
-    assert scale_published_key_steps("sd", 51)[:5] == (0, 1, 2, 3, 5)
+def test_pndm_calls_the_unet_once_more_and_keeps_the_list():
+    """As in the release, which counts its list in calls of the UNet."""
+    assert scale_published_key_steps("sd", 51) == (0, 1, 2, 3, 5, 10, 15, 25, 35)
+    assert scale_published_key_steps("sd", 21) == (0, 1, 2, 3, 5, 10, 15)
+    assert scale_published_key_steps("personalised", 51)[-2:] == (35, 40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "total", "count", "some"),
+    [
+        ("if-1", 25, 13, (9, 10, 15, 20)),
+        ("if-1", 50, 18, (35, 40, 45)),
+        ("if-1", 100, 40, (85, 86, 87, 99)),
+        ("if-2", 25, 23, (19, 20, 22, 24)),
+        ("if-2", 50, 40, (20, 22, 38, 40, 41, 49)),
+        ("upscaler", 50, 9, (0, 2, 5, 9, 14, 20, 27, 35, 44)),
+        ("upscaler", 75, 11, (54, 65)),
+    ],
+)
+def test_published_rules_hold_for_the_steps_as_they_are(kind, total, count, some):
+    """The release runs DeepFloyd IF with 25 steps and the upscaler with 50 by the rules that it has for 100 and 75."""
+    keys = scale_published_key_steps(kind, total)
+    assert len(keys) == count
+    assert set(some) <= set(keys)
+
+
+def test_key_steps_are_counted_from_the_first_executed_step():
+    assert FeatureReuse(5).plan(50, start=18).key_steps == (18, 23, 28, 33, 38, 43, 48)
+    assert EncoderPropagation().plan(50, start=20).key_steps == (20, 21, 22, 23, 25, 30, 35, 45)
+    assert PRESETS["balanced"].propagation.plan(50, start=40).key_steps == (40, 43, 46, 49)
+    later = CfgReuse(6).apply(FeatureReuse(3).plan(20, start=10))
+    assert later.halves == (11, 12, 13, 14, 15, 17, 18, 19)
+    assert Plan.from_json(later.to_json()) == later
+    assert str(later).splitlines()[1].split()[:2] == ["10", "key"]
+    assert str(later).endswith("4 of 10 steps run the whole UNet")
+    assert [row.step for row in later.steps() if row.key] == [10, 13, 16, 19]
 
 
 @given(st.data())
@@ -37,15 +72,14 @@ def test_batches_cover_every_step_once_and_never_cross_a_key(data):
     keys = data.draw(st.sets(st.integers(0, total - 1))) | {0}
     cap = data.draw(st.integers(1, 20))
     start = data.draw(st.integers(0, total - 1))
-    plan = EncoderPropagation(key_steps=keys, max_parallel=cap).plan(total)
-    rows = plan.steps(start)
+    rows = EncoderPropagation(key_steps=keys, max_parallel=cap).plan(total, start=start).steps()
     assert [row.step for row in rows] == list(range(start, total))
     assert rows[0].key
     for row in rows:
         assert row.step in row.decoded_with
         assert len(row.decoded_with) <= cap
-        assert not any(order in keys for order in row.decoded_with[1:])
-        assert row.key == (row.step in keys or row.step == start)
+        assert not any(order - start in keys for order in row.decoded_with[1:])
+        assert row.key == (row.step - start in keys)
 
 
 def test_a_long_segment_is_cut_evenly():
@@ -121,7 +155,9 @@ def test_bad_schedules():
     with pytest.raises(ValueError, match="key_steps must increase strictly"):
         Plan(total=5, key_steps=(0, 2, 2), max_batch=1)
     with pytest.raises(ValueError, match=r"start must lie in 0 .. 4, got 5"):
-        Plan(total=5, key_steps=(0,), max_batch=1).steps(5)
+        FeatureReuse(2).plan(5, start=5)
+    with pytest.raises(ValueError, match=r"invalid plan: 5 steps from 2 on, key_steps \(0, 3\)"):
+        Plan(total=5, key_steps=(0, 3), max_batch=1, start=2)
 
 
 def test_plans_need_no_torch():

@@ -33,6 +33,7 @@ class Plan:
         full_steps: the steps at which embeddings or latents are changed on purpose; all of them are key steps.
         halves: the steps that run only the conditional half of the batch.  Where a key step does, the steps up to the
             next key step have to do so too: the other half has left them nothing to reuse.
+        start: the first step that is executed, which is the first key step; later than 0 in img2img, for instance.
     """
 
     total: int
@@ -42,6 +43,7 @@ class Plan:
     reuse: OuterReuse | None = None
     full_steps: tuple[int, ...] = ()
     halves: tuple[int, ...] = ()
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.reuse is not None and self.max_batch != 1:
@@ -49,15 +51,20 @@ class Plan:
         if self.batches is not None and (self.batches[:1] != (1,) or list(self.batches) != sorted(self.batches)):
             raise ValueError(f"batches must ascend from 1, got {self.batches}")
         keys = self.key_steps
-        if not keys or keys[0] != 0 or keys[-1] >= self.total or self.max_batch < 1:
-            raise ValueError(f"invalid plan: {self.total} steps, key_steps {keys}, max_batch {self.max_batch}")
+        if not 0 <= self.start < self.total:
+            raise ValueError(f"start must lie in 0 .. {self.total - 1}, got {self.start}")
+        if not keys or keys[0] != self.start or keys[-1] >= self.total or self.max_batch < 1:
+            raise ValueError(
+                f"invalid plan: {self.total} steps from {self.start} on, key_steps {keys}, max_batch {self.max_batch}"
+            )
         if any(a >= b for a, b in pairwise(keys)):
             raise ValueError(f"key_steps must increase strictly, got {keys}")
         if not set(self.full_steps) <= set(keys):
             raise ValueError(f"full_steps must be key steps, got {self.full_steps} and key_steps {keys}")
         halves = set(self.halves)
-        if not halves <= set(range(1, self.total)) or halves & set(self.full_steps):
-            raise ValueError(f"halves must lie in 1 .. {self.total - 1} and not be full steps, got {self.halves}")
+        first = self.start + 1
+        if not halves <= set(range(first, self.total)) or halves & set(self.full_steps):
+            raise ValueError(f"halves must lie in {first} .. {self.total - 1} and not be full steps, got {self.halves}")
         for key in keys:
             rest = set(range(key, self.segment_end(key))) - halves
             if key in halves and rest:
@@ -73,6 +80,15 @@ class Plan:
         """Return the first ``total`` steps of this plan."""
         names = ("key_steps", "full_steps", "halves")
         return replace(self, total=total, **{n: tuple(s for s in getattr(self, n) if s < total) for n in names})
+
+    @property
+    def shares(self) -> bool:
+        """Whether any step takes from another what it does not compute itself."""
+        return len(self.key_steps) < self.total - self.start or bool(self.halves)
+
+    def run_in_full(self) -> Plan:
+        """Return this plan with every step a key step that runs both halves."""
+        return replace(self, key_steps=tuple(range(self.start, self.total)), halves=())
 
     def is_key(self, step: int) -> bool:
         """Return whether the plan runs the encoder at this step."""
@@ -105,20 +121,12 @@ class Plan:
         reuse = self.reuse is not None and not key
         return PlanStep(step, key, tuple(self.batch(step)), reuse, self.is_half(step), step in self.full_steps)
 
-    def steps(self, start: int = 0) -> tuple[PlanStep, ...]:
-        """Return the rows from ``start`` on; a run that begins there, as img2img does, begins with a key step.
-
-        Raises:
-            ValueError: ``start`` is outside the schedule.
-        """
-        if not 0 <= start < self.total:
-            raise ValueError(f"start must lie in 0 .. {self.total - 1}, got {start}")
+    def steps(self) -> tuple[PlanStep, ...]:
+        """Return the rows of the steps that are executed."""
         rows: list[PlanStep] = []
-        while len(rows) < self.total - start:
-            together = tuple(self.batch(start + len(rows)))
-            for step in together:
-                row = replace(self.step(step), decoded_with=together)
-                rows.append(replace(row, key=True, reuse=False, half=False) if step == start else row)
+        while len(rows) < self.total - self.start:
+            together = tuple(self.batch(self.start + len(rows)))
+            rows += [replace(self.step(step), decoded_with=together) for step in together]
         return tuple(rows)
 
     def plot(self, path: str | Path) -> None:
@@ -168,7 +176,7 @@ class Plan:
             more = ", optimised" if row.full else ", conditional half" if row.half else ""
             lines.append(f"{row.step:4d}  {'key' if row.key else '   '}  {together}{more}")
         what = "encoder" if self.reuse is None else "whole UNet"
-        lines.append(f"{len(self.key_steps)} of {self.total} steps run the {what}")
+        lines.append(f"{len(self.key_steps)} of {self.total - self.start} steps run the {what}")
         return "\n".join(lines)
 
 

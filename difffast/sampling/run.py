@@ -19,6 +19,7 @@ from ..engines.user_compiled import has_compiled_parts
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
+from ..plan import MIN_STEPS
 from ..support import denoiser_of
 from ..unet.fingerprint import Fingerprint, Switches
 from ..unet.parts import Execute, execute_eagerly
@@ -54,9 +55,8 @@ class SamplingRun:
         first = settings[0]
         scheduler = first.scheduler()
         timesteps = scheduler.timesteps
-        self.settings = settings
-        plan = first.resolve(len(timesteps), _count_denoising_steps(scheduler, timesteps), device)
-        self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
+        self.settings, self._device = settings, device
+        self.state = RunState(first.plan(len(timesteps), device), RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
         self._following = first.find_user_compile()
@@ -70,8 +70,8 @@ class SamplingRun:
         self._extensions = [each for each in began if each is not None]
         if device.type == "cpu":
             _keep_freed_memory()
-        self._begin: int | None = None
-        self._last: int | None = None
+        self._last: int | None = None  # step that was answered
+        self._seen: int | None = None  # step, answered or run stock
         self._fingerprint: Fingerprint | None = None
         self._switches = Switches(unet)
         self._text = denoiser_of(type(unet)).text
@@ -83,13 +83,14 @@ class SamplingRun:
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._is_guided, self._wants_both)
         self._decode_alone(unet)
+        self._plan_from(0)
         self._strategy = self._choose_strategy()
 
     def _decode_alone(self, unet: nn.Module) -> None:
         """Decode one step at a time where attention mixes the samples of a batch: it would mix time steps as well."""
         coupled = _find_coupled_processor(unet)
         if coupled is not None and self.state.plan.max_batch != 1:
-            self.state.plan = self.state.asked = replace(self.state.plan, max_batch=1)
+            self.state.plan = replace(self.state.plan, max_batch=1)
             self.state.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
 
     def _choose_engine(
@@ -121,7 +122,7 @@ class SamplingRun:
     def _choose_strategy(self) -> Strategy:
         if self.state.plan.reuse is not None:
             return OuterLayers(self.state)
-        if len(self.state.plan.key_steps) == self.state.plan.total:
+        if not self.state.plan.shares:
             return WholeUNet(self.state)
         return DecodeAhead(self.state, self.settings[0].propagation)
 
@@ -142,8 +143,9 @@ class SamplingRun:
         self._fingerprint, self._last = None, None
         self._strategy.forget()
 
-    def note_stock(self, reason: str) -> None:
-        """Count a call that runs the unpatched forward, and forget what it may invalidate."""
+    def note_stock(self, reason: str, index: int) -> None:
+        """Count a call at a step that runs the unpatched forward, and forget what it may invalidate."""
+        self._follow(index)
         self.forget()
         self.state.stats.stock += 1
         self.state.note(f"stock forward: {reason}")
@@ -170,7 +172,7 @@ class SamplingRun:
         return run
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
-        """Return ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
+        """Return ControlNet's outputs for the UNet call that follows: where it builds on earlier ones, perhaps theirs.
 
         Args:
             call: arguments of the ControlNet by name.
@@ -178,7 +180,8 @@ class SamplingRun:
         """
         step = self.step_of(call["timestep"])
         goes_on = not self.state.restart and self._last is not None and step == self._last + 1
-        output, change = self._control.answer(call, step, goes_on and not self.state.plan.is_key(step), stock)
+        builds, reuse = goes_on and not self.state.plan.is_key(step), self.settings[0].controlnet == "key steps"
+        output, change = self._control.answer(call, step, builds=builds, reuse=reuse, stock=stock)
         if change is not None:
             self.state.restart = True
             self.state.record(f"key step at {step}: ControlNet's {change} changed")
@@ -277,18 +280,36 @@ class SamplingRun:
 
     def _follow(self, index: int) -> None:
         """Fit the plan to what the sampling loop is seen to do."""
-        state = self.state
-        if self._begin is None:
-            self._begin = index
+        state, before = self.state, self._seen
+        self._seen = index
+        if before is None or index not in (before + 1, self._last):  # the first step, or another loop over the same
+            if index != state.plan.start:
+                self._plan_from(index)
             executed = getattr(self.settings[0].pipe(), "_num_timesteps", None)
-            if len(self.settings) == 1 and isinstance(executed, int) and 0 < index + executed < state.plan.total:
+            if (
+                before is None
+                and len(self.settings) == 1
+                and isinstance(executed, int)
+                and 0 < index + executed < state.plan.total
+            ):
                 state.plan = state.plan.cut(index + executed)  # e.g. denoising_end: nothing is decoded beyond it
         if index >= state.plan.total:
             state.plan = state.asked
-        if index == self._last and (len(state.plan.key_steps) < state.plan.total or state.plan.halves):
+        if index == self._last and state.plan.shares:
             # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
-            state.plan = replace(state.plan, key_steps=tuple(range(state.plan.total)), full_steps=(), halves=())
+            state.plan = state.plan.run_in_full()
             state.note("every step is a key step: the UNet is called several times a step")
+
+    def _plan_from(self, index: int) -> None:
+        """Take the plan of a run that begins at a step, and say why it shares nothing although it was asked to."""
+        state, first, scheduler = self.state, self.settings[0], self.settings[0].scheduler()
+        steps = _count_denoising_steps(scheduler, state.timesteps())
+        plan, reason = first.resolve(state.stats.total, steps, self._device, index)
+        state.plan = state.asked = replace(plan, max_batch=min(plan.max_batch, state.plan.max_batch))
+        if reason is not None:
+            loud = steps < MIN_STEPS and not first.warned  # longer schedules are run in full by the preset's own choice
+            first.warned |= loud
+            (state.note if loud else state.record)(reason)
 
     def _prepare(
         self, unet: nn.Module, call: Mapping[str, Any], engine: Programs | Graphs | None
