@@ -1,7 +1,7 @@
 """What approximations cost in pictures: the embedded model, stock and with every way to be faster, judged.
 
     python bench/bench_fidelity.py --prompts 200 --out bench/results
-    python bench/bench_fidelity.py --prompts 48 --out out/branches --only "DeepCache 3, branch 0" "DeepCache 3, branch 1"
+    python bench/bench_fidelity.py --prompts 48 --out out/some --only "DeepCache 3, branch 0" "DeepCache 3, branch 1"
 
 Writes fidelity.json, fidelity.png and fidelity.svg.  Fewer stock steps are the honest control: an approximation has to
 be better than simply taking fewer steps.  An interrupted run goes on (--cache).
