@@ -1,7 +1,7 @@
 """What approximations cost in pictures: the embedded model, stock and with every way to be faster, judged.
 
     python bench/bench_fidelity.py --prompts 200 --out bench/results
-    python bench/bench_fidelity.py --prompts 48 --out out/some --only "DeepCache 3, branch 0" "DeepCache 3, branch 1"
+    python bench/bench_fidelity.py --prompts 48 --out out/some --rounds 0 --only "DeepCache 3, branch 1"
 
 Writes fidelity.json, fidelity.png and fidelity.svg.  Fewer stock steps are the honest control: an approximation has to
 be better than simply taking fewer steps.  An interrupted run goes on (--cache).
@@ -118,10 +118,10 @@ def pictures(pipe: Any, way: Way, wanted: Sequence[Scene], cache: Path) -> np.nd
     return np.load(file)
 
 
-def latencies(pipe: Any, everyone: Sequence[Way], prompt: str) -> dict[str, list[float]]:
-    """Seconds of a whole call for one picture, all ways in turn."""
+def latencies(pipe: Any, everyone: Sequence[Way], prompt: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a whole call for one picture, all ways in turn; none without rounds."""
     seconds: dict[str, list[float]] = {way.name: [] for way in everyone}
-    for turn in tqdm(range(ROUNDS + 1), desc="seconds"):
+    for turn in tqdm(range(rounds + 1) if rounds else (), desc="seconds"):
         for way in everyone:
             start = time.perf_counter()
             generate(pipe, way, [prompt], 0)
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER, help="another export of bench/train_shapes.py")
     parser.add_argument("--out", type=Path, default=Path("out/fidelity"))
     parser.add_argument("--cache", type=Path, default=Path("out/fidelity"))
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of timing; 0 where others use the machine")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these beside stock, by name; default: all")
     arguments = parser.parse_args()
 
@@ -201,7 +202,7 @@ def main() -> None:
         if unknown:
             parser.error(f"--only must name ways of ways(), got {', '.join(sorted(unknown))}")
         everyone = [way for way in everyone if way.name in (CONTROL, *arguments.only)]
-    seconds = latencies(pipe, everyone, wanted[0].caption)
+    seconds = latencies(pipe, everyone, wanted[0].caption, arguments.rounds)
     drawn = (draw_scene(np.random.default_rng([SEED, 1, i])) for i in range(1000))
     truth = np.stack([features(render(scene)) for scene in drawn])
 
@@ -230,9 +231,10 @@ def main() -> None:
         "rows": rows,
     }
     (arguments.out / "fidelity.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, arguments.out)
+    if arguments.rounds:
+        draw(record, arguments.out)
     for name, row in rows.items():
-        middle = statistics.median(row["seconds"])
+        middle = statistics.median(row["seconds"] or [float("nan")])
         print(f"{name:32s} {middle:6.2f} s  binding {row['all']['binding']:.3f}  PSNR {row['psnr_db']}")
 
 

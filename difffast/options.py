@@ -142,17 +142,18 @@ class Options:
             extensions.append(self.binding.attach(target.pipe, target.unet))
         if isinstance(sharing, EncoderPropagation) and sharing.prior_noise:
             extensions.append(PriorNoise(sharing.prior_noise))
-        return Settings(
+        settings = Settings(
             target.pipe,
             target.support,
             sharing,
             cfg=None if obstacle else self.wanted_cfg,
             fused=PRESETS[self.preset].fused if self.fused is None else self.fused,
             engine=self.engine,
-            controlnet=self.controlnet or ("every step" if isinstance(sharing, FeatureReuse) else "key steps"),
             force=self.force,
             extensions=extensions,
         )
+        settings.controlnet = self.controlnet or settings.controlnet
+        return settings
 
 
 def _check_switch(name: str, value: Any) -> None:

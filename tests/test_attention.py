@@ -68,7 +68,7 @@ def test_the_operator_runs_unless_switched_off(pipe, monkeypatch):
 
 def test_unpatch_leaves_no_trace(pipe):
     before = {name: (type(layer), dict(vars(layer)), layer.processor) for name, layer in layers(pipe).items()}
-    patch(pipe, "faster-diffusion")
+    patch(pipe, propagation=EncoderPropagation())
     assert all(isinstance(layer, before[name][0]) for name, layer in layers(pipe).items())
     latents(pipe)
     unpatch(pipe)
@@ -80,7 +80,7 @@ def test_unpatch_leaves_no_trace(pipe):
 
 
 def test_copies_of_a_patched_pipeline_are_stock(pipe):
-    patch(pipe, "faster-diffusion")
+    patch(pipe, propagation=EncoderPropagation())
     clone = copy.deepcopy(pipe.unet)
     plain = {type(layer) for layer in cross_attention.find_layers(clone).values()}
     assert plain == {type(layer).__mro__[1] for layer in layers(pipe).values()}
@@ -419,7 +419,7 @@ def test_maps_of_propagated_and_parallel_steps(pipe64):
     one_at_a_time = EncoderPropagation(parallel=False)
     with patched(pipe64, propagation=one_at_a_time), difffast.collect_maps(pipe64) as expected:
         latents(pipe64)
-    with patched(pipe64, "faster-diffusion") as report, difffast.collect_maps(pipe64) as maps:
+    with patched(pipe64, propagation=EncoderPropagation()) as report, difffast.collect_maps(pipe64) as maps:
         latents(pipe64)
     assert max(report.last_run.decode_batches) > 1
     assert maps.steps == expected.steps
@@ -430,7 +430,7 @@ def test_maps_of_propagated_and_parallel_steps(pipe64):
 
 
 def test_maps_do_not_change_the_image(pipe):
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=EncoderPropagation()):
         plain = latents(pipe)
         with difffast.collect_maps(pipe, tokens=[1]):
             assert torch.equal(latents(pipe), plain)

@@ -32,7 +32,6 @@ class Settings:
         cfg: at which steps both halves of guidance's batch run; None: at all.
         fused: whether layers are fused.
         engine: what executes the parts of the UNet; None: what suits its device.
-        controlnet: whether ControlNet runs at "every step" or at "key steps" alone.
         force: whether schedules with fewer than ``MIN_STEPS`` steps may share.
         extensions: methods that take part.
     """
@@ -46,13 +45,14 @@ class Settings:
         cfg: CfgReuse | None = None,
         fused: bool = True,
         engine: str | None = None,
-        controlnet: str = "key steps",
         force: bool = False,
         extensions: Sequence[Extension] = (),
     ) -> None:
         self.pipe = weakref.ref(pipe)
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
-        self.engine, self.controlnet, self.force = engine, controlnet, force
+        self.engine, self.force = engine, force
+        #: Whether ControlNet runs at "every step" or at "key steps" alone.
+        self.controlnet = "every step" if isinstance(propagation, FeatureReuse) else "key steps"
         self.extensions = tuple(extensions)
         self.last_run: RunStats | None = None
         #: Whether the user has been warned that schedules with too few steps run in full.
