@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -19,10 +18,10 @@ from difffast import (
     EncoderPropagation,
     FeatureReuse,
     ops,
-    patch,
     patched,
 )
 from difffast.layers.registry import LAYERS
+from difffast.options import PatchOptions
 from difffast.presets import PRESETS
 from difffast.target import Target
 
@@ -266,7 +265,7 @@ def difffast(
     def prepare(images: Images, stack: ExitStack) -> None:
         if preset not in PRESETS:
             raise Missing(f"there is no preset {preset!r} yet")
-        unknown = sorted(set(options) - set(inspect.signature(patch).parameters))
+        unknown = sorted(set(options) - set(PatchOptions.__annotations__))
         if unknown:
             raise Missing(f"difffast.patch takes no {', '.join(unknown)} yet")
         if options.get("compile"):

@@ -83,6 +83,7 @@ class SamplingRun:
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._is_guided, self._wants_both)
         self._decode_alone(unet)
+        self._steps = _count_denoising_steps(scheduler, timesteps)
         self._plan_from(0)
         self._strategy = self._choose_strategy()
 
@@ -302,12 +303,12 @@ class SamplingRun:
 
     def _plan_from(self, index: int) -> None:
         """Take the plan of a run that begins at a step, and say why it shares nothing although it was asked to."""
-        state, first, scheduler = self.state, self.settings[0], self.settings[0].scheduler()
-        steps = _count_denoising_steps(scheduler, state.timesteps())
-        plan, reason = first.resolve(state.stats.total, steps, self._device, index)
+        state, first = self.state, self.settings[0]
+        plan, reason = first.resolve(state.stats.total, self._steps, self._device, index)
         state.plan = state.asked = replace(plan, max_batch=min(plan.max_batch, state.plan.max_batch))
         if reason is not None:
-            loud = steps < MIN_STEPS and not first.warned  # longer schedules are run in full by the preset's own choice
+            # Longer schedules are run in full by the preset's own choice.
+            loud = self._steps < MIN_STEPS and not first.warned
             first.warned |= loud
             (state.note if loud else state.record)(reason)
 
