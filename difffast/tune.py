@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .patch import patched
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
-from .plots import new_figure
+from .plots import new_figure, save_figure
 from .renamed import warn_renamed
 from .target import Target
 from .tune_cache import Measurements, identify
@@ -157,7 +157,7 @@ class Tuning:
         axis.set(xlabel="seconds for one call", ylabel=self.metric, xlim=(0, None))
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", fontsize=6)
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path)
 
 
 def tune(

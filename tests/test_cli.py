@@ -212,3 +212,45 @@ def test_generate_refuses_before_anything_is_made(pipe, tmp_path, capsys, monkey
     assert out.startswith("error: ")
     assert message in out
     assert not list(tmp_path.glob("**/picture*"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--out", "{file}/deep"],
+        ["demo", "--binding", "attribute", "--out", "{file}/deep"],
+        ["profile", "--out", "{file}/deep"],
+        ["prove", "--report", "{file}/deep/report.json"],
+        ["prove", "--report", "{folder}"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_refuses_what_cannot_be_written_before_it_begins(tmp_path, capsys, monkeypatch, command):
+    (tmp_path / "file").write_text("")
+    for name in ("embedded_pipeline", "load_pipeline"):
+        monkeypatch.setattr(difffast.models, name, lambda *_: pytest.fail("it is loaded"))
+    monkeypatch.setattr("difffast.proofs.run.prove", lambda *_, **__: pytest.fail("it proves"))
+    words = [each.replace("{file}", str(tmp_path / "file")).replace("{folder}", str(tmp_path)) for each in command]
+    assert cli.main(words) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("error: ")
+    assert str(tmp_path) in out
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupted_picture_leaves_the_earlier_one(pipe, tmp_path, capsys, monkeypatch):
+    """With a real signal: test_interrupted_commands.py."""
+
+    def save_half(_image, path):
+        path.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    pipe.save_pretrained(tmp_path / "model")
+    out = tmp_path / "image.png"
+    out.write_text("an earlier picture")
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    options = ["--model", str(tmp_path / "model"), "--prompt", "a", "--steps", "2", "--preset", "stock"]
+    assert cli.main(["generate", *options, "--device", "cpu", "--out", str(out)]) == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "interrupted: no file was left half written."
+    assert out.read_text() == "an earlier picture"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["image.png", "model"]

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import write_whole
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
@@ -52,7 +54,8 @@ def write_checksums(folder: Path) -> None:
     """Record the SHA-256 of every file of an exported model."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
     sums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+    with write_whole(folder / CHECKSUMS) as part:
+        part.write_text(json.dumps(sums, indent=2) + "\n")
 
 
 def _sha256(file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..plots import new_figure
+from ..plots import new_figure, save_figure
 from .rows import PlanStep
 
 _PARTS = ("outer layers", "encoder", "bottleneck", "decoder")
@@ -35,4 +35,4 @@ def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
     axis.set(xlim=(-1, len(rows)), ylim=(3.6, -0.6), xlabel="step", yticks=range(4), yticklabels=_PARTS)
     keys = f"{sum(row.key for row in rows)} key steps of {len(rows)} (blue)"
     axis.set_title(f"{keys}, in between (orange), optimised (red)", size=9)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..files import write_whole
 from ..patch import patched
 from ..steering.binding.method import SemanticBinding
 from ..steering.binding.trace import BindingTrace
@@ -104,8 +105,8 @@ def draw_grid(results: Sequence[Bound], path: Path, *, cell: int = 160) -> None:
             if column >= 2:
                 draw.text((left, top + cell + 3), result.trace.subjects[0][column - 2], fill="black")
         draw.text((gap, top + cell + 18), f"{result.prompt} · seed {result.seed}", fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with write_whole(path) as part:
+        sheet.save(part)
 
 
 def _overlay(image: Image.Image, attended: np.ndarray, cell: int) -> Image.Image:
