@@ -19,6 +19,7 @@ from ..engines.user_compiled import has_compiled_parts
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
+from ..ops._dispatch import describe_unforced
 from ..support import denoiser_of
 from ..unet.fingerprint import Fingerprint, Switches
 from ..unet.parts import Execute, execute_eagerly
@@ -65,6 +66,9 @@ class SamplingRun:
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
+        unforced = describe_unforced()
+        if self.fused and unforced:
+            self.state.record(unforced)
         info = RunInfo(len(timesteps), self.fused, self.state.note)
         began = [extension.begin(info) for each in settings for extension in each.extensions]
         self._extensions = [each for each in began if each is not None]
