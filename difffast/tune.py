@@ -21,7 +21,7 @@ from .tune_runs import check_call, compare, hide_progress, run_once
 from .unet.parts import count_skips
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from .support import Pipeline
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Tuning:
 
 
 def tune(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     steps: int,
     *,
     budget: float = 30.0,

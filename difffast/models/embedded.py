@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..files import write_whole
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+if TYPE_CHECKING:  # from its own module: what type checkers see in diffusers is a stand-in that cannot be called
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 FOLDER = Path(__file__).parent / "embedded"
 CHECKSUMS = "checksums.json"

@@ -133,6 +133,8 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
                 "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
                 stacklevel=2,
             )
+        for extension in settings.extensions:
+            extension.see_call(self, args, kwargs)
         return plain(self, *args, **kwargs)
 
     # Diffusers' own ``__call__`` is wrapped in no_grad; who takes that off to differentiate shall find what is inside.

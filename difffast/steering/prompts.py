@@ -111,7 +111,16 @@ def get_indices(pipe: Any, prompt: str) -> dict[int, str]:
     Raises:
         ValueError: as :func:`parse_prompt`.
     """
-    return dict(enumerate(_tokens(pipe, "".join(piece.text for piece in _pieces(prompt))), 1))
+    return dict(enumerate(_tokens(pipe, strip_marks(prompt)), 1))
+
+
+def strip_marks(prompt: str) -> str:
+    """Return a prompt as it is encoded, without its marks.
+
+    Raises:
+        ValueError: brackets and stars that :func:`parse_prompt` cannot read.
+    """
+    return "".join(piece.text for piece in _pieces(prompt))
 
 
 @dataclass(frozen=True)
