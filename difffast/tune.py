@@ -186,13 +186,15 @@ def tune(
         candidates: the ways to choose from; running every step in full is always one of them.  None: those of
             ``CANDIDATES`` with which the pipeline can be patched.
         repeats: how often each candidate is timed on each prompt; take more on a noisy machine.
-        cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.  None
-            keeps nothing.
+        cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.
+            Several processes may share it.  None keeps nothing.
         call: further arguments of the pipeline's call, such as ``guidance_scale``, ``height`` and ``width``.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, its call has no such argument, or it lacks one that it needs.
-        ValueError: an unknown metric, no prompts, or a pipeline that cannot be patched.
+        ValueError: an unknown metric, no prompts, a pipeline that cannot be patched, or a cache that holds something
+            else.
+        OSError: the cache cannot be written.
     """
     _check(metric, prompts, repeats)
     target = Target.of(pipe)

@@ -222,6 +222,7 @@ def test_generate_refuses_before_anything_is_made(pipe, tmp_path, capsys, monkey
         ["profile", "--out", "{file}/deep"],
         ["prove", "--report", "{file}/deep/report.json"],
         ["prove", "--report", "{folder}"],
+        ["prove"],
     ],
     ids=" ".join,
 )
@@ -230,6 +231,8 @@ def test_every_command_refuses_what_cannot_be_written_before_it_begins(tmp_path,
     for name in ("embedded_pipeline", "load_pipeline"):
         monkeypatch.setattr(difffast.models, name, lambda *_: pytest.fail("it is loaded"))
     monkeypatch.setattr("difffast.proofs.run.prove", lambda *_, **__: pytest.fail("it proves"))
+    if command[1:] == []:  # what it finds out could not be kept
+        monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path / "file" / "deep"))
     words = [each.replace("{file}", str(tmp_path / "file")).replace("{folder}", str(tmp_path)) for each in command]
     assert cli.main(words) == 2
     out = capsys.readouterr().out

@@ -41,6 +41,7 @@ def add_parser(commands: Any) -> None:
 def _prove(arguments: argparse.Namespace) -> int:
     import torch
 
+    from ..ops._local import find_path
     from ..proofs.run import complete_device, prove
     from ..proofs.store import clear
 
@@ -50,7 +51,9 @@ def _prove(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.show:
         return _show(device)
-    if arguments.report is not None:  # refused before the time for it is spent
+    # Refused before the time for them is spent.
+    check_writable(find_path(device))
+    if arguments.report is not None:
         check_writable(arguments.report)
     unet = None if arguments.pipeline is None else _read_unet(arguments.pipeline)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
