@@ -7,6 +7,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small_disk import small_disk
 
 from difffast.tune_cache import Measurements
@@ -102,6 +104,39 @@ def test_a_damaged_file_is_refused_by_name_and_left_alone(tmp_path, content, mes
         Measurements(path, "k")
     assert len(str(raised.value)) < len(str(path)) + 300
     assert path.read_bytes() == content
+
+
+#: What JSON can hold, and what is nearly an entry.
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+REPEATS = st.lists(st.floats(0.1, 9) | JSON_VALUES, max_size=3) | JSON_VALUES
+ENTRIES = st.fixed_dictionaries(
+    {"repeats": REPEATS}, optional={name: st.floats(0, 9) | JSON_VALUES for name in (*ERRORS, "seconds")}
+)
+PROMPTS = st.dictionaries(st.sampled_from(["p", "q"]), ENTRIES | JSON_VALUES, max_size=2) | JSON_VALUES
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(["k", "other"]), st.dictionaries(st.sampled_from(["a", "stock"]), PROMPTS)))
+def test_any_json_is_measurements_or_a_value_error(tmp_path, content):
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps(content))
+    before = path.read_bytes()
+    try:
+        kept = Measurements(path, "k")
+    except ValueError:
+        kept = None
+    assert path.read_bytes() == before
+    if kept is None:
+        return
+    kept.add("a", "p", 1.0, **ERRORS)
+    assert 0 < kept.column("a", ["p"], "seconds")[0] <= 1
+    again = Measurements(path, "k")
+    assert again.count("a", "p") == kept.count("a", "p") >= 1
 
 
 def test_what_tune_itself_writes_is_read(tmp_path):
