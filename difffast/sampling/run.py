@@ -20,9 +20,12 @@ from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
 from ..support import denoiser_of
-from ..unet.fingerprint import Fingerprint, Switches
+from ..unet.contents import contents_of
+from ..unet.fingerprint import Fingerprint
 from ..unet.parts import Execute, execute_eagerly
+from .calls import find_pipeline_call
 from .cfg_reuse import CfgHalves
+from .conditioning import Conditioning
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
 from .extension import RunInfo
@@ -73,7 +76,9 @@ class SamplingRun:
         self._begin: int | None = None
         self._last: int | None = None
         self._fingerprint: Fingerprint | None = None
-        self._switches = Switches(unet)
+        self._contents = contents_of(unet)
+        self._seen = self._contents.look()
+        self._conditioning, self._controlled = Conditioning(), Conditioning()
         self._text = denoiser_of(type(unet)).text
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
         self._kv: TextKV | None = None  # of the call that is being answered
@@ -81,16 +86,31 @@ class SamplingRun:
         self._changes = 0  # of the UNet, as graphs count them, that the inputs' layers were looked for after
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
-        self._cfg = CfgHalves(self.state, self._is_guided, self._wants_both)
-        self._decode_alone(unet)
+        self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
+        self.finished = False
+        self._respect_contents()
         self._strategy = self._choose_strategy()
+        self._pipeline_call = find_pipeline_call()
+        if self._pipeline_call is not None:
+            self._pipeline_call.add(self)
 
-    def _decode_alone(self, unet: nn.Module) -> None:
-        """Decode one step at a time where attention mixes the samples of a batch: it would mix time steps as well."""
-        coupled = _find_coupled_processor(unet)
-        if coupled is not None and self.state.plan.max_batch != 1:
+    def _respect_contents(self) -> None:
+        """Fit the plan to what is in the UNet: others' code runs as it would in the stock loop."""
+        foreign, coupled = self._contents.foreign, self._contents.coupled
+        if foreign is not None:
+            self._run_every_step(foreign)
+        elif coupled is not None and self.state.plan.max_batch != 1:
+            # Attention that mixes the samples of a batch would mix time steps as well.
             self.state.plan = self.state.asked = replace(self.state.plan, max_batch=1)
-            self.state.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
+            self.state.note(f"decoding one step at a time: attention processor {coupled} may mix samples")
+
+    def _run_every_step(self, reason: str) -> None:
+        """Run every step of the plan in full, on whole batches, from now on."""
+        plan = self.state.plan
+        if len(plan.key_steps) < plan.total or plan.halves:
+            every = {"key_steps": tuple(range(plan.total)), "full_steps": (), "halves": ()}
+            self.state.plan, self.state.asked = replace(plan, **every), replace(self.state.asked, **every)
+            self.state.note(f"every step is a key step: {reason}")
 
     def _choose_engine(
         self, asked: str | None, device: torch.device, engines: Mapping[str, Programs | Graphs]
@@ -137,6 +157,15 @@ class SamplingRun:
         """Return whether any dropout is active: training mode alone, as of AnimateDiff's UNets, changes nothing."""
         return any(dropout.training for dropout in self._dropouts)
 
+    def end(self) -> None:
+        """Drop all that the run has kept; a step that still comes is a key step."""
+        self.forget()
+        self._control.forget()
+        self._cfg.forget()
+        self._conditioning.forget()
+        self._controlled.forget()
+        self._texts, self._kv = [], None
+
     def forget(self) -> None:
         """Drop the features; ControlNet's outputs stay, which were made for the step that is being answered."""
         self._fingerprint, self._last = None, None
@@ -178,7 +207,9 @@ class SamplingRun:
         """
         step = self.step_of(call["timestep"])
         goes_on = not self.state.restart and self._last is not None and step == self._last + 1
-        output, change = self._control.answer(call, step, goes_on and not self.state.plan.is_key(step), stock)
+        reuse = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._seen
+        call = self._controlled.settle(call, key=not reuse)
+        output, change = self._control.answer(self._controlled.identify(call), step, reuse, stock)
         if change is not None:
             self.state.restart = True
             self.state.record(f"key step at {step}: ControlNet's {change} changed")
@@ -198,7 +229,7 @@ class SamplingRun:
             stock: whether the UNet's own forward runs.
             engine: what executes the call.
         """
-        fused = self.fused and not stock
+        fused = self.fused and not stock and not self._contents.replaced
         sinks = self._map_sinks()
         if not (fused or sinks):
             return None
@@ -227,9 +258,27 @@ class SamplingRun:
     def _map_sinks(self) -> tuple[Any, ...]:
         return tuple([sink for each in self.settings for sink in each.map_sinks()])
 
-    def _is_guided(self) -> bool:
-        """Return whether the UNet's batch is [unconditional, conditional] at this step."""
-        return getattr(self.settings[0].pipe(), "do_classifier_free_guidance", False)
+    def _find_pipe(self) -> Any:
+        """Return the patched pipeline whose loop makes this run's calls, or None where that is not known."""
+        running = find_pipeline_call()
+        if running is None or running is not self._pipeline_call or not running.speaks_of(self):
+            return None
+        return running.pipe
+
+    def _refuse_halves(self, call: Mapping[str, Any]) -> str | None:
+        """Return why a call's batch is not known to be [unconditional, conditional], or None."""
+        pipe = self._find_pipe()
+        settings = next((each for each in self.settings if each.pipe() is pipe), None)
+        if pipe is None or settings is None:
+            return "the loop that calls the UNet is not a patched pipeline's own"
+        if settings.support.guidance:
+            return settings.support.guidance
+        if not getattr(pipe, "do_classifier_free_guidance", False):
+            return "guidance is off"
+        rows, text = call["sample"].shape[0], call.get("encoder_hidden_states")
+        if rows % 2 or (isinstance(text, Tensor) and text.shape[0] % rows):
+            return f"the batch has {rows} rows" + ("" if text is None else f", and the text {len(text)}")
+        return None
 
     def _wants_both(self) -> str | None:
         return "attention maps of both are collected" if self._map_sinks() else None
@@ -241,11 +290,12 @@ class SamplingRun:
             stock: the unpatched UNet, called with arguments by name.
         """
         self._follow(index)
+        given = call = self._conditioning.settle(call, key=self.state.plan.is_key(index))
         self._compare(call, index)
         ahead = self._strategy.recall(index)
         if ahead is not None:
-            return self._finish(index, *ahead)
-        half = self._cfg.runs_half(index)
+            return self._finish(index, *ahead, given)
+        half = self._cfg.runs_half(index, call)
         if half:
             call = self._cfg.prepare(call)
 
@@ -258,15 +308,20 @@ class SamplingRun:
             follows = self._following is not None and self.settings[0].engine is None
             predict = self.show_layers(self._strategy.predict)
             output = predict(Step(index, unet, prepared, execute, run_stock, half, follows))
-        return self._finish(index, half, output)
+        return self._finish(index, half, output, given)
 
     def _compare(self, call: Mapping[str, Any], index: int) -> None:
         """Forget what belongs to other conditioning, or to a step that is not the one before."""
-        fingerprint = Fingerprint(call, self._switches.read())
-        change = fingerprint.find_change(self._fingerprint) if self._fingerprint is not None else None
+        fingerprint = Fingerprint(self._conditioning.identify(call))
+        change = None if self._fingerprint is None else fingerprint.find_change(self._fingerprint)
+        seen = self._contents.look()
+        if seen != self._seen:
+            change, self._seen = change or self._contents.name_change(self._seen), seen
+            self._respect_contents()
         follows = self._last is not None and index == self._last + 1
         if change is not None and follows and not self.state.plan.is_key(index):
             self.state.record(f"key step at {index}: {change} changed")
+        self._watch_changes(change, index)
         if self.state.restart or not follows or change is not None:
             self.forget()
             self.state.restart = False
@@ -275,20 +330,28 @@ class SamplingRun:
             self._fingerprint = fingerprint
         self._last = index
 
+    def _watch_changes(self, change: str | None, index: int) -> None:
+        """Decode nothing ahead at a step whose conditioning is new: the next one's may be as well."""
+        if self._conditioning.remade is not None:
+            name = self._conditioning.remade
+            self.state.record(f"{name} is made anew at every step with equal values, which are compared")
+        if change is not None and self.state.alone and len(self.state.plan.key_steps) < self.state.plan.total:
+            self.state.note(f"{change} changes at every step, so that steps share nothing; give the same one again")
+        self.state.alone = change is not None
+
     def _follow(self, index: int) -> None:
         """Fit the plan to what the sampling loop is seen to do."""
         state = self.state
         if self._begin is None:
             self._begin = index
-            executed = getattr(self.settings[0].pipe(), "_num_timesteps", None)
-            if len(self.settings) == 1 and isinstance(executed, int) and 0 < index + executed < state.plan.total:
+            executed = getattr(self._find_pipe(), "_num_timesteps", None)
+            if isinstance(executed, int) and 0 < index + executed < state.plan.total:
                 state.plan = state.plan.cut(index + executed)  # e.g. denoising_end: nothing is decoded beyond it
         if index >= state.plan.total:
             state.plan = state.asked
-        if index == self._last and (len(state.plan.key_steps) < state.plan.total or state.plan.halves):
+        if index == self._last:
             # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
-            state.plan = replace(state.plan, key_steps=tuple(range(state.plan.total)), full_steps=(), halves=())
-            state.note("every step is a key step: the UNet is called several times a step")
+            self._run_every_step("the UNet is called several times a step")
 
     def _prepare(
         self, unet: nn.Module, call: Mapping[str, Any], engine: Programs | Graphs | None
@@ -300,18 +363,16 @@ class SamplingRun:
         if self._inputs is None or self._changes != changes:
             self._inputs, self._changes = InputReader(unet), changes
         with apply_lora_scale(unet, call) as call:
-            inputs = self._inputs.read(ProgramCall(unet, call, self.fused, self._kv))
+            inputs = self._inputs.read(ProgramCall(unet, call, self.fused and not self._contents.replaced, self._kv))
         options = {} if isinstance(engine, Graphs) else {"following": self._following}
         return functools.partial(engine.run, inputs, self._tell, **options), call
 
-    def _finish(self, index: int, half: bool, output: Tensor) -> Tensor:
+    def _finish(self, index: int, half: bool, output: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Return what the pipeline gets; at the last step, drop everything."""
-        output = self._cfg.complete(half, output)
-        if index == self.state.plan.total - 1:
-            self.forget()
-            self._control.forget()
-            self._cfg.forget()
-            self._texts, self._kv = [], None
+        output = self._cfg.complete(half, output, call)
+        self.finished = index == self.state.plan.total - 1
+        if self.finished:
+            self.end()
         return output
 
 
@@ -330,11 +391,3 @@ def _keep_freed_memory() -> None:
     none, and time inside the UNet 0.68 of stock becomes 0.61 to 0.64.  Other allocators are not affected.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def _find_coupled_processor(unet: nn.Module) -> str | None:
-    """Return the name of an attention processor that is not Diffusers' own and may therefore mix samples, or None."""
-    for processor in getattr(unet, "attn_processors", {}).values():
-        if type(processor).__module__ != "diffusers.models.attention_processor":
-            return type(processor).__qualname__
-    return None
