@@ -24,7 +24,12 @@ from .parts import FREEU
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 #: What an attribute that is changed in the middle of a run is called in reports; others by their own names.
-_NAMES = {**dict.fromkeys(FREEU, "FreeU"), "enabled": "GLIGEN's layers", "processor": "an attention processor"}
+_NAMES = {
+    **dict.fromkeys(FREEU, "FreeU"),
+    **dict.fromkeys(("_hf_peft_config_loaded", "_disable_adapters", "lora_scale"), "which adapters are used"),
+    "enabled": "GLIGEN's layers",
+    "processor": "an attention processor",
+}
 #: Where Diffusers keeps the processors that treat every sample for itself.
 _SEPARATE = "diffusers.models.attention_processor"
 
