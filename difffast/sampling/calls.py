@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -22,12 +23,11 @@ class PipelineCall:
     """One call of a patched pipeline, from its beginning to its end.
 
     Args:
-        pipe: the pipeline.
-
+        pipe: the pipeline, of which only a weak reference is kept.
     """
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+        self.pipe = weakref.ref(pipe)
         self._runs: list[EndingRun] = []
         self._own: EndingRun | None = None
 
@@ -43,8 +43,9 @@ class PipelineCall:
 
     def end(self) -> None:
         """Free what the runs have kept, wherever the pipeline was left."""
-        for run in self._runs:
-            run.end()
+        self._own = None
+        while self._runs:
+            self._runs.pop().end()
 
 
 _RUNNING: ContextVar[PipelineCall | None] = ContextVar("difffast_pipeline_call", default=None)

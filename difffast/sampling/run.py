@@ -263,7 +263,7 @@ class SamplingRun:
         running = find_pipeline_call()
         if running is None or running is not self._pipeline_call or not running.speaks_of(self):
             return None
-        return running.pipe
+        return running.pipe()
 
     def _refuse_halves(self, call: Mapping[str, Any]) -> str | None:
         """Return why a call's batch is not known to be [unconditional, conditional], or None."""
