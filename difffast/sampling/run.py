@@ -11,23 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.engine import choose_engine
 from ..engines.graphs import Graphs
-from ..engines.inputs import InputReader, apply_lora_scale
 from ..engines.programs import Programs
-from ..engines.user_compiled import has_compiled_parts
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
 from ..support import denoiser_of
 from ..unet.contents import contents_of
 from ..unet.fingerprint import Fingerprint
-from ..unet.parts import Execute, execute_eagerly
 from .calls import find_pipeline_call
 from .cfg_reuse import CfgHalves
 from .conditioning import Conditioning
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
+from .execution import Execution
 from .extension import RunInfo
 from .outer_layers import OuterLayers
 from .position import find_step
@@ -62,9 +59,7 @@ class SamplingRun:
         self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
-        self._following = first.find_user_compile()
-        self._has_compiled_parts = self._following is not None or has_compiled_parts(unet)
-        self._engine = self._choose_engine(first.engine, device, engines)
+        self._execution = Execution(self.state, first.engine, first.find_user_compile(), engines, unet, device)
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
@@ -77,13 +72,11 @@ class SamplingRun:
         self._last: int | None = None
         self._fingerprint: Fingerprint | None = None
         self._contents = contents_of(unet)
-        self._seen = self._contents.look()
+        self._looks = self._contents.look()
         self._conditioning, self._controlled = Conditioning(), Conditioning()
         self._text = denoiser_of(type(unet)).text
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
         self._kv: TextKV | None = None  # of the call that is being answered
-        self._inputs: InputReader | None = None
-        self._changes = 0  # of the UNet, as graphs count them, that the inputs' layers were looked for after
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
@@ -111,32 +104,6 @@ class SamplingRun:
             every = {"key_steps": tuple(range(plan.total)), "full_steps": (), "halves": ()}
             self.state.plan, self.state.asked = replace(plan, **every), replace(self.state.asked, **every)
             self.state.note(f"every step is a key step: {reason}")
-
-    def _choose_engine(
-        self, asked: str | None, device: torch.device, engines: Mapping[str, Programs | Graphs]
-    ) -> Programs | Graphs | None:
-        """Return what executes functions of the UNet; None: Python does."""
-        #: Who is told that it cannot: whoever has asked for it is warned.
-        self._tell = self.state.record if asked is None and self._following is None else self.state.note
-        if asked is None and self._has_compiled_parts:
-            return engines["inductor"] if self._following is not None else None
-        return engines.get(choose_engine(asked, device))
-
-    def _find_engine(self, unet: nn.Module) -> Programs | Graphs | None:
-        """Return what executes the functions of a call, or None where Python does.
-
-        It does where attention maps are wanted, which programs and graphs do not give.
-        """
-        if self._map_sinks() and (self._engine is not None or self._has_compiled_parts):
-            self._tell("programs and graphs are not used while attention maps are collected")
-            return None
-        if self._engine is None:
-            return None
-        reason = self._engine.refuse(unet) if isinstance(self._engine, Graphs) else None
-        if reason is not None:
-            self._tell(f"no CUDA graphs: {reason}")
-            return None
-        return self._engine
 
     def _choose_strategy(self) -> Strategy:
         if self.state.plan.reuse is not None:
@@ -180,23 +147,12 @@ class SamplingRun:
     def edit_call(self, call: Mapping[str, Any], step: int, stock: Callable[..., Any]) -> Mapping[str, Any]:
         """Return the call as the extensions have it."""
         for extension in self._extensions:
-            call = extension.edit_call(call, step, self.scheduler(), self._uncompile(stock))
+            call = extension.edit_call(call, step, self.scheduler(), self._execution.uncompile(stock))
         return call
 
     def show_layers(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``stock``, eager where attention maps are wanted."""
-        return self._uncompile(stock) if self._map_sinks() else stock
-
-    def _uncompile(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``stock`` without what the user has compiled of the UNet: layers in there hand nothing out."""
-        if not self._has_compiled_parts:
-            return stock
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch.compiler.set_stance("force_eager"):
-                return stock(*args, **kwargs)
-
-        return run
+        return self._execution.uncompile(stock) if self._map_sinks() else stock
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
         """Return ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
@@ -207,7 +163,7 @@ class SamplingRun:
         """
         step = self.step_of(call["timestep"])
         goes_on = not self.state.restart and self._last is not None and step == self._last + 1
-        reuse = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._seen
+        reuse = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._looks
         call = self._controlled.settle(call, key=not reuse)
         output, change = self._control.answer(self._controlled.identify(call), step, reuse, stock)
         if change is not None:
@@ -302,10 +258,11 @@ class SamplingRun:
         def run_stock() -> Tensor:
             return stock(**{**call, "return_dict": False})[0]
 
-        engine = self._find_engine(unet)
+        engine = self._execution.find_engine(unet, self._contents.foreign, maps=bool(self._map_sinks()))
+        fused = self.fused and not self._contents.replaced
         with use_context(self.make_context(call, stock=False, engine=engine)):
-            execute, prepared = self._prepare(unet, call, engine)
-            follows = self._following is not None and self.settings[0].engine is None
+            execute, prepared = self._execution.prepare(ProgramCall(unet, call, fused, self._kv), engine)
+            follows = self._execution.follows_user
             predict = self.show_layers(self._strategy.predict)
             output = predict(Step(index, unet, prepared, execute, run_stock, half, follows))
         return self._finish(index, half, output, given)
@@ -315,8 +272,8 @@ class SamplingRun:
         fingerprint = Fingerprint(self._conditioning.identify(call))
         change = None if self._fingerprint is None else fingerprint.find_change(self._fingerprint)
         seen = self._contents.look()
-        if seen != self._seen:
-            change, self._seen = change or self._contents.name_change(self._seen), seen
+        if seen != self._looks:
+            change, self._looks = change or self._contents.name_change(self._looks), seen
             self._respect_contents()
         follows = self._last is not None and index == self._last + 1
         if change is not None and follows and not self.state.plan.is_key(index):
@@ -352,20 +309,6 @@ class SamplingRun:
         if index == self._last:
             # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
             self._run_every_step("the UNet is called several times a step")
-
-    def _prepare(
-        self, unet: nn.Module, call: Mapping[str, Any], engine: Programs | Graphs | None
-    ) -> tuple[Execute, Mapping[str, Any]]:
-        """Return what executes the functions of this call, and the call as they take it."""
-        if engine is None:
-            return execute_eagerly, call
-        changes = engine.changes if isinstance(engine, Graphs) else 0
-        if self._inputs is None or self._changes != changes:
-            self._inputs, self._changes = InputReader(unet), changes
-        with apply_lora_scale(unet, call) as call:
-            inputs = self._inputs.read(ProgramCall(unet, call, self.fused and not self._contents.replaced, self._kv))
-        options = {} if isinstance(engine, Graphs) else {"following": self._following}
-        return functools.partial(engine.run, inputs, self._tell, **options), call
 
     def _finish(self, index: int, half: bool, output: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Return what the pipeline gets; at the last step, drop everything."""
