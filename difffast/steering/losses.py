@@ -31,7 +31,7 @@ class Target:
         columns: where the subjects are.
         size: (height, width) of the maps, N pixels.
         previous: maps [B, N, T] at the end of the step before; None at the first.
-        reference: whether places in the picture are those of ToMe's released code.
+        reference: whether the layout term is that of ToMe's released code.
         detach_min: see :func:`difffast.ops.attention_entropy`.
     """
 
@@ -52,12 +52,12 @@ def entropy(maps: Tensor, target: Target) -> Tensor:
 
 
 def layout(maps: Tensor, target: Target) -> Tensor:
-    """Two subjects beside each other: 0.2 sum_k mean_xy((32 centroid_k - 32 place_k)^2); 0 for any other number.
+    """Two subjects beside each other: 0.2 mean((32 centroid - 32 place)^2), 0 for any other number of subjects.
 
-    centroid_k: of the entropy loss's p, in sides of the picture, where a pixel is at its centre; places (x, y): the
+    centroid: of the entropy loss's p, in sides of the picture, where a pixel is at its centre; places (x, y): the
     middle of the left half, (1/4, 1/2), for the first subject, and of the right half, (3/4, 1/2), for the second.
-    Source: ToMe's released code, whose places are ``target.reference``'s: (10/32, 1/2) and (25/32, 1/2), with the
-    first pixel of a row or column at 0 and the last at 1.
+    Source: ToMe's released code.  With ``target.reference`` it is that: places (10/32, 1/2) and (25/32, 1/2), the first
+    pixel of a row or column at 0 and the last at 1, and the sum over the two subjects instead of the mean.
     """
     if len(target.columns.anchors) != 2:
         return maps.new_zeros(maps.shape[0])
@@ -66,7 +66,8 @@ def layout(maps: Tensor, target: Target) -> Tensor:
     p = _normalise(rise)  # [B, N, 2]
     centroid = p.transpose(1, 2) @ _places(target.size, maps, to_the_edge=target.reference)  # [B, 2, (x, y)]
     goal = maps.new_tensor([[10 / 32, 0.5], [25 / 32, 0.5]] if target.reference else [[0.25, 0.5], [0.75, 0.5]])
-    return 0.2 * (_LAYOUT_UNITS * (centroid - goal)).square().mean(2).sum(1)
+    off = (_LAYOUT_UNITS * (centroid - goal)).square().mean(2)
+    return 0.2 * (off.sum(1) if target.reference else off.mean(1))
 
 
 def attend_and_excite(maps: Tensor, target: Target) -> Tensor:

@@ -23,8 +23,8 @@ Each with its reason, as far as it can be seen, and with what ``mode="paper"`` d
 9. Nothing is put back when losses grow.  Paper: a guard.  (:func:`~difffast.steering.descent.descend`)
 10. Numbers of steps and thresholds are for 50 steps and for maps of 32 x 32, and stay so.  Paper: adapted.
 11. The layout term pulls to (10, 16) and (25, 16) of 32 on a grid from 0 to 1, so that neither the pixels nor the two
-    places are symmetric.  Paper: centres of pixels, and of the picture's halves.
-    (:func:`~difffast.steering.losses.layout`)
+    places are symmetric, and is a sum over the two subjects.  Paper, which gives no numbers: centres of pixels and of
+    the picture's halves, and the mean, half as much.  (:func:`~difffast.steering.losses.layout`)
 12. ``guidance_rescale`` acts on the phrases' latents as well.  Paper has no such latents.
 
 Not imitated: its rounding (embeddings and latents are optimised in at least float32 here, there in float16), and what
