@@ -84,7 +84,7 @@ def test_schedulers_step_from_the_moved_latents(pipe64, name):
     assert largest(ours, expected) <= MOTION * largest(expected, plain)
 
 
-SAME_INPUT = ("DDIM", "Euler", "Euler-A", "Heun", "DPM++ 2M")
+SAME_INPUT = ("DDIM", "Euler", "Euler-A", "Heun", "KDPM2", "DPM++ 2M")
 
 
 def first_losses(pipe, name, config):
@@ -92,7 +92,7 @@ def first_losses(pipe, name, config):
     pipe.scheduler = SCHEDULERS[name][0](beta_schedule="scaled_linear", timestep_spacing="linspace")
     seen = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     latents = seen
-    if name in ("Euler", "Euler-A", "Heun"):
+    if name in ("Euler", "Euler-A", "Heun", "KDPM2"):
         # Their input is latents / sqrt(sigma^2 + 1), sigma^2 + 1 = 1 / (product of 1 - beta) after 1000 steps.
         latents = seen / pipe.scheduler.alphas_cumprod[-1].sqrt()
 

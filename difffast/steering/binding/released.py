@@ -30,7 +30,7 @@ Each with its reason, as far as it can be seen, and with what ``mode="paper"`` d
 Not imitated: its rounding (embeddings and latents are optimised in at least float32 here, there in float16), and what
 schedulers other than SDXL's Euler make of it.  It steps the phrases' latents by the pipeline's own scheduler and takes
 its counter back by one; DDIM's has none, and those that remember earlier predictions would mix them up.  Here these
-latents have a copy of the scheduler.
+latents have a copy of the scheduler.  Where it adds noise, theirs comes from the global generator, as there.
 
 In both modes step sizes are for the UNet's input, as in the code: it differentiates with respect to that.
 """
