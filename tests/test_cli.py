@@ -11,6 +11,8 @@ import difffast
 from difffast.tools import binding_demo, cli, demo, terminal
 from difffast.tools.demo import PROMPTS, psnr
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture
 def small_demo(monkeypatch, pipe):
@@ -87,6 +89,17 @@ def test_demo_of_binding_draws_maps(small_demo, tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "focus" in text
     assert "written" in text
+    assert " ".join(binding_demo.explain("attribute").split()[-5:]) in " ".join(text.split())
+
+
+def test_demo_of_binding_says_what_was_measured():
+    rows = json.loads((ROOT / "bench" / "results" / "binding.json").read_text())["rows"]
+    for preset, shares in binding_demo.MEASURED.items():
+        bound = rows[f"{preset}, the model's numbers"]
+        for kind, pair in zip(("leakage", "full_binding"), shares, strict=True):
+            assert pair == tuple(round(100 * row[kind], 1) for row in (rows["stock"], bound))
+        low, high = bound["full_binding_points_gained"][1:]
+        assert low < 0 < high, "no more than chance"
 
 
 def test_psnr():

@@ -157,8 +157,10 @@ def _binding_demo(arguments: argparse.Namespace) -> int:
             preset=arguments.preset,
             on_step=lambda: progress.advance(task),
         )
-    binding_demo.draw_grid(results, grid)
+    words = binding_demo.explain(arguments.binding)
+    binding_demo.draw_grid(results, grid, words)
     say(results[0].trace)
+    say(words)
     say(f"written: {grid}")
     return 0
 
