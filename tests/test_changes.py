@@ -9,6 +9,7 @@ import torch
 import zoo
 from diffusers.models.attention_processor import AttnProcessor
 from sampling import largest, latents
+from slowly import mostly_slow
 from tolerances import EXACT_FLOAT32, LATENTS_FLOAT64
 
 from difffast import EncoderPropagation, FeatureReuse, patched
@@ -70,7 +71,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", mostly_slow(CHANGES, "fused", "processors"))
 @pytest.mark.filterwarnings("ignore:difffast. attn2 layers run stock")
 def test_a_change_inside_the_unet_makes_a_key_step(pipe64, what):
     change, reason = CHANGES[what]
@@ -163,7 +164,7 @@ def remaking(pipe, factor=lambda step: 1.0):
     return run(pipe, callback_on_step_end=remake, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
-@pytest.mark.parametrize("config", [AHEAD, FeatureReuse(3)], ids=["ahead", "outer layers"])
+@pytest.mark.parametrize("config", mostly_slow([AHEAD, FeatureReuse(3)], AHEAD), ids=str)
 def test_a_text_that_is_made_anew_with_equal_values_costs_nothing(pipe, config):
     with patched(pipe, propagation=config) as report:
         expected = run(pipe)
@@ -211,7 +212,7 @@ def test_controlnet_runs_where_only_the_unet_knows_of_a_key_step():
     assert largest(*results) <= LATENTS_FLOAT64
 
 
-@pytest.mark.parametrize("propagation", [AHEAD, FeatureReuse(3), ALL_KEYS], ids=["ahead", "outer layers", "all"])
+@pytest.mark.parametrize("propagation", mostly_slow([AHEAD, FeatureReuse(3), ALL_KEYS], AHEAD), ids=str)
 def test_a_schedule_on_another_device_than_the_unet(pipe, propagation):
     with patched(pipe, propagation=propagation, fused=False) as report, torch.no_grad():
         pipe.unet.to("meta")

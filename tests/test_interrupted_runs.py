@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from sampling import latents, scheduler
+from slowly import mostly_slow
 from watching import watching
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
@@ -58,7 +59,7 @@ class Interrupt:
         sys.setprofile(None)
 
 
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", mostly_slow(SHARING, "ahead in halves"))
 def test_ctrl_c_anywhere_in_a_run(pipe, sharing):
     stock = run(pipe)
     patch(pipe, **SHARING[sharing])
@@ -75,7 +76,7 @@ def test_ctrl_c_anywhere_in_a_run(pipe, sharing):
     assert torch.equal(run(pipe), stock)
 
 
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", mostly_slow(SHARING, "ahead"))
 def test_an_error_in_a_layer(pipe, sharing):
     """In the encoder, the decoder, and a layer that an operator computes around it."""
     unet = pipe.unet
@@ -100,7 +101,7 @@ def test_an_error_in_a_layer(pipe, sharing):
     assert torch.equal(run(pipe), expected)
 
 
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", mostly_slow(SHARING, "outer layers"))
 @pytest.mark.parametrize("how", ["interrupted", "stopped by a callback"])
 def test_memory_is_free_when_the_call_returns(pipe, sharing, how):
     def stop(pipe, step, timestep, tensors):
@@ -119,7 +120,7 @@ def test_memory_is_free_when_the_call_returns(pipe, sharing, how):
     assert_nothing_kept(pipe)
 
 
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", mostly_slow(SHARING, "outer layers"))
 def test_unpatched_in_a_callback(pipe, sharing):
     stock = run(pipe)
 
@@ -136,7 +137,7 @@ def test_unpatched_in_a_callback(pipe, sharing):
     assert torch.equal(run(pipe, callback_on_step_end=act), first)
 
 
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", mostly_slow(SHARING, "ahead in halves"))
 def test_the_same_pipeline_inside_itself(pipe, sharing):
     """DDIM keeps no state in the scheduler but its schedule, so that stock survives it, and so must we."""
     with patched(pipe, **SHARING[sharing]) as report:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from others import OTHERS, FadingOut, processors
 from sampling import largest, latents
+from slowly import mostly_slow
 from tolerances import EXACT_FLOAT32
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patched
@@ -36,7 +37,7 @@ def both(pipe, others, *args, **options):
 
 
 @pytest.mark.parametrize("others", OTHERS)
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sharing", mostly_slow(SHARING, "ahead"))
 def test_it_runs_as_in_the_stock_loop(pipe, others, sharing):
     plain = run(pipe)
     with OTHERS[others](pipe) as seen:
@@ -55,7 +56,7 @@ def test_it_runs_as_in_the_stock_loop(pipe, others, sharing):
     assert not report.last_run.reasons, "it is gone"
 
 
-@pytest.mark.parametrize("others", OTHERS)
+@pytest.mark.parametrize("others", mostly_slow(OTHERS, "a method of a class", "scaled_dot_product_attention"))
 def test_exact_lets_it_do_what_it_does(pipe, others):
     with OTHERS[others](pipe) as seen:
         stock, calls = run(pipe), seen.copy()

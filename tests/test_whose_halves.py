@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
 from sampling import largest, latents, picture, scheduler
+from slowly import mostly_slow
 
 from difffast import CfgReuse, EncoderPropagation, patch, patched
 
@@ -38,7 +39,7 @@ def loop(pipe, rows, seed=0):
     return x
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", mostly_slow([1, 2, 3, 4], 1, 2))
 def test_a_loop_without_guidance_after_a_guided_run(pipe, rows):
     stock = loop(pipe, rows)
     with patched(pipe, **HALVES) as report:
@@ -49,7 +50,7 @@ def test_a_loop_without_guidance_after_a_guided_run(pipe, rows):
     assert any("the loop that calls the UNet is not a patched pipeline's own" in r for r in report.last_run.reasons)
 
 
-@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("scale", mostly_slow([1.0, 5.0], 1.0))
 def test_another_pipeline_with_the_same_scheduler(pipe, scale):
     """It is not patched, so that nobody knows whether it is guided: it runs both halves."""
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
@@ -62,7 +63,7 @@ def test_another_pipeline_with_the_same_scheduler(pipe, scale):
         assert report.last_run.halves == 0
 
 
-@pytest.mark.parametrize("guided", ["the one", "the other"])
+@pytest.mark.parametrize("guided", mostly_slow(["the one", "the other"], "the one"))
 def test_two_patched_pipelines_with_one_scheduler(pipe, guided):
     """Each run is as the pipeline says that runs it, whichever was patched first."""
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
@@ -116,6 +117,7 @@ def test_a_loop_inside_a_guided_run(pipe):
     assert [(a.halves, b.halves) for a, b in reports] == [(STEPS // 2, 0)]
 
 
+@pytest.mark.slow
 def test_halves_one_after_the_other(pipe):
     """A pipeline whose UNet is called once for each half, where memory is short, runs in full."""
     unet = pipe.unet

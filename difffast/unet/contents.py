@@ -31,7 +31,7 @@ _NAMES = {
     "processor": "an attention processor",
 }
 #: Where Diffusers keeps the processors that treat every sample for itself.
-_SEPARATE = "diffusers.models.attention_processor"
+_SEPARATE = "diffusers.models."
 
 
 class Contents:
@@ -86,10 +86,11 @@ class Contents:
         modules = list(unet.modules())
         self._modules = modules
         own = [vars(module) for module in modules]
-        hooks = [each[kind] for each in own for kind in _HOOKS]
-        self._empty = [each for each in hooks if not each]
-        # Children, and what hooks there are, by identity.  Layers of torch.nn have no switches but their weights.
-        self._held = [held for held in (*hooks, *(each["_modules"] for each in own)) if held]
+        # Children and hooks, by identity.  What must stay empty is asked for that alone.
+        held = [each[kind] for each in own for kind in (*_HOOKS, "_modules")]
+        self._empty = [each for each in held if not each]
+        self._held = [each for each in held if each]
+        # Layers of torch.nn have no switches but their weights.
         self._attributes = [vars(m) for m in modules if not plain_class(m).__module__.startswith("torch.nn.")]
         self._sizes = [vars(m) for m in modules if plain_class(m).__module__.startswith("torch.nn.")]
         self._classes = list(dict.fromkeys(map(plain_class, modules)))
@@ -105,7 +106,9 @@ class Contents:
         self._switches, self._scales, self._versions = self._read_switches(), self._read_scales(), self._read_versions()
         self.replaced = any(map(_is_replaced, self._classes)) or not _is_own_attention()
         self.foreign = next(_list_foreign(unet), None)
-        self.coupled = next((type(p).__qualname__ for p in processors if type(p).__module__ != _SEPARATE), None)
+        self.coupled = next(
+            (type(p).__qualname__ for p in processors if not type(p).__module__.startswith(_SEPARATE)), None
+        )
 
     def _read_structure(self) -> list[Any]:
         """Return what a change of makes it necessary to look for everything anew."""
@@ -138,7 +141,7 @@ class Contents:
     def _find_change(self) -> str:
         """Name the first part of the structure that has changed."""
         if any(self._empty):
-            return "a hook"
+            return "what layers and hooks there are"
         now = self._read_structure()
         if not _are_equal(now[4:], self._structure[4:]):
             return "a method of a layer's class"
@@ -148,7 +151,7 @@ class Contents:
                 at = next((i for i, pair in enumerate(zip(before, after)) if not _are_equal(*pair)), len(before))  # noqa: B905
                 name = names[at] if at < len(names) else "an attribute"
                 return _NAMES.get(name, f"{name} of a layer")
-        return "what layers there are"
+        return "what layers and hooks there are"
 
     def _name_switch(self, now: list[Any]) -> str:
         processors, before = now[: len(self._processors)], self._switches[: len(self._processors)]

@@ -193,7 +193,8 @@ class History:
         }
         inference = draw.random() < 0.2
         if event is not None:
-            event = draw.choice([*EVENTS, *IN_RUNS])
+            # A LoRA that is loaded in inference mode cannot be trained or fused outside of it.
+            event = draw.choice(EVENTS if inference else [*EVENTS, *IN_RUNS])
         at, other = draw.randrange(1, STEPS - 1), draw.choice([*OPTIONS, None])
         self.done.append(f"run {call} {event} at {at} {other} inference={inference}")
         shares = self.options is not None and not OPTIONS[self.options][1] and self.pipe.unet is self.unet
