@@ -25,6 +25,7 @@ import workloads
 from torch import Tensor
 
 import difffast
+from difffast.files import write_whole
 
 #: By the name of the UNet's configuration: that of the workload.
 MODELS = {"sd15": "SD1.5", "sdxl": "SDXL", "if-i-xl": "IF-I"}
@@ -103,14 +104,14 @@ class Record:
     """What has been measured, in a file that is written anew after every figure."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "images.json"
         self.content: dict[str, Any] = {"facts": facts, "rows": []}
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row, and print it."""
         self.content["rows"].append(row)
-        self._path.write_text(json.dumps(self.content, indent=1) + "\n")
+        with write_whole(self._path) as part:
+            part.write_text(json.dumps(self.content, indent=1) + "\n")
         seconds = f"{row['seconds'][0]:8.3f} s" if row["seconds"] else f"  {row['reason']}"
         print(
             f"{row['model']:8}{row['steps']:4} steps  {row['provider']:28}{seconds}  {row.get('note', '')}", flush=True

@@ -15,24 +15,22 @@ from .sites import Site, find_site, lock, put_back, put_in, refuse_neighbours, t
 from .target import Target
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from typing_extensions import Unpack
 
     from .options import PatchOptions
+    from .support import Pipeline
 
 
 @overload
-def patch(pipe: DiffusionPipeline, preset: str = ..., **options: Unpack[PatchOptions]) -> PatchReport: ...
+def patch(pipe: Pipeline, preset: str = ..., **options: Unpack[PatchOptions]) -> PatchReport: ...
 
 
 @overload
-def patch(
-    pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Unpack[PatchOptions]
-) -> tuple[PatchReport, ...]: ...
+def patch(pipe: Sequence[Pipeline], preset: str = ..., **options: Unpack[PatchOptions]) -> tuple[PatchReport, ...]: ...
 
 
 def patch(
-    pipe: DiffusionPipeline | Sequence[DiffusionPipeline],
+    pipe: Pipeline | Sequence[Pipeline],
     preset: str = "balanced",
     *,
     propagation: Sharing | None = None,
@@ -85,7 +83,7 @@ def patch(
     return tuple(reports)
 
 
-def _patch_one(pipe: DiffusionPipeline, options: Options) -> PatchReport:
+def _patch_one(pipe: Pipeline, options: Options) -> PatchReport:
     target = Target.of(pipe)
     settings = options.resolve(target)
     with lock:
@@ -103,7 +101,7 @@ def _patch_one(pipe: DiffusionPipeline, options: Options) -> PatchReport:
             raise
 
 
-def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
+def unpatch(pipe: Pipeline | Sequence[Pipeline]) -> bool:
     """Take difffast out of one pipeline or several: classes, attributes and outputs are as before :func:`patch`.
 
     Returns:
@@ -114,17 +112,17 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
 
 @overload
 def patched(
-    pipe: DiffusionPipeline, preset: str = ..., **options: Unpack[PatchOptions]
+    pipe: Pipeline, preset: str = ..., **options: Unpack[PatchOptions]
 ) -> AbstractContextManager[PatchReport]: ...
 
 
 @overload
 def patched(
-    pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Unpack[PatchOptions]
+    pipe: Sequence[Pipeline], preset: str = ..., **options: Unpack[PatchOptions]
 ) -> AbstractContextManager[tuple[PatchReport, ...]]: ...
 
 
-def patched(pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any) -> Any:
+def patched(pipe: Pipeline | Sequence[Pipeline], preset: str = "balanced", **options: Any) -> Any:
     """Patch for the length of a ``with`` block; afterwards, what was patched before is put back.
 
     It takes the arguments of :func:`patch` and gives its report to ``as``.
@@ -133,9 +131,7 @@ def patched(pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str =
 
 
 @contextlib.contextmanager
-def _hold(
-    pipe: DiffusionPipeline | Sequence[DiffusionPipeline], options: Options
-) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
+def _hold(pipe: Pipeline | Sequence[Pipeline], options: Options) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
     pipes = pipe if isinstance(pipe, (list, tuple)) else (pipe,)
     earlier = [find_site(each) for each in pipes]
     report = patch(pipe, **options.as_arguments())
@@ -145,6 +141,6 @@ def _hold(
         _put_back_all(pipes, earlier)
 
 
-def _put_back_all(pipes: Sequence[DiffusionPipeline], earlier: Sequence[Site | None]) -> None:
+def _put_back_all(pipes: Sequence[Pipeline], earlier: Sequence[Site | None]) -> None:
     for each, site in reversed(list(zip(pipes, earlier, strict=False))):
         put_back(each, site)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+
+class Pipeline(Protocol):
+    """Any pipeline of Diffusers, for type checkers.
+
+    They see Diffusers' classes as its stand-ins for a missing PyTorch, which do not derive from each other.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .patch import patched
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
-from .plots import new_figure
+from .plots import new_figure, save_figure
 from .renamed import warn_renamed
 from .target import Target
 from .tune_cache import Measurements, identify
@@ -21,7 +21,7 @@ from .tune_runs import check_call, compare, hide_progress, run_once
 from .unet.parts import count_skips
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from .support import Pipeline
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,11 @@ class Tuning:
         axis.set(xlabel="seconds for one call", ylabel=self.metric, xlim=(0, None), ylim=(min(shown) - room, top))
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", fontsize=8, ncols=2)
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path)
 
 
 def tune(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     steps: int,
     *,
     budget: float = 30.0,
@@ -210,13 +210,15 @@ def tune(
         candidates: the ways to choose from; running every step in full is always one of them.  None: those of
             ``CANDIDATES`` with which the pipeline can be patched.
         repeats: how often each candidate is timed on each prompt; take more on a noisy machine.
-        cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.  None
-            keeps nothing.
+        cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.
+            Several processes may share it.  None keeps nothing.
         call: further arguments of the pipeline's call, such as ``guidance_scale``, ``height`` and ``width``.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, its call has no such argument, or it lacks one that it needs.
-        ValueError: an unknown metric, no prompts, or a pipeline that cannot be patched.
+        ValueError: an unknown metric, no prompts, a pipeline that cannot be patched, or a cache that holds something
+            else.
+        OSError: the cache cannot be written.
     """
     _check(metric, prompts, repeats)
     target = Target.of(pipe)

@@ -5,6 +5,7 @@ import torch
 from sampling import largest, latents
 from tolerances import EXACT_FLOAT32, LATENTS_FLOAT64
 from unet_oracle import decode, encode
+from watching import watching
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan, collect_maps, patch, patched
 from difffast.engines import programs
@@ -104,8 +105,10 @@ def test_it_is_the_method_written_out(pipe64, config, interval, written):
     expected = by_hand(pipe64, written(pipe64))
     stock = run(pipe64)
     rows = []
-    with patched(pipe64, propagation=config, cfg=CfgReuse(interval)) as report:
-        pipe64.unet.conv_out.register_forward_hook(lambda _module, _arguments, out: rows.append(len(out)))
+    with (
+        patched(pipe64, propagation=config, cfg=CfgReuse(interval)) as report,
+        watching(lambda _module, out: rows.append(len(out)), pipe64.unet.conv_out),
+    ):
         ours = run(pipe64)
     assert largest(ours, expected) <= LATENTS_FLOAT64
     assert largest(ours, stock) > 1e-4
@@ -182,7 +185,7 @@ def test_maps_wanted_from_the_middle_of_a_run_on(pipe):
 def test_maps_need_both_halves(pipe):
     with patched(pipe, "exact", cfg=CfgReuse(2)) as report, collect_maps(pipe) as maps:
         run(pipe)
-    assert maps.mean(maps.layers[0]).shape[0] == 2
+    assert maps.mean(maps.layers[0], rows="all").shape[0] == 2
     assert report.last_run.halves == 0
 
 

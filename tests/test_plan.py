@@ -1,11 +1,13 @@
 import importlib.util
 import itertools
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan
@@ -156,7 +158,7 @@ def test_bad_schedules():
         Plan(total=5, key_steps=(0, 2, 2), max_batch=1)
     with pytest.raises(ValueError, match=r"start must lie in 0 .. 4, got 5"):
         FeatureReuse(2).plan(5, start=5)
-    with pytest.raises(ValueError, match=r"invalid plan: 5 steps from 2 on, key_steps \(0, 3\)"):
+    with pytest.raises(ValueError, match=r"key_steps must begin with 2 and end before step 5, got 0 .. 3"):
         Plan(total=5, key_steps=(0, 3), max_batch=1, start=2)
 
 
@@ -202,6 +204,90 @@ def test_plans_go_through_json(plan):
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"total": 1_000_000_000}, "total must lie in 1 .. 100000, got 1000000000"),
+        ({"total": 0}, "total must lie in 1 .. 100000, got 0"),
+        ({"total": True}, "total must hold integers, got True"),
+        ({"total": "5"}, "total must hold integers, got '5'"),
+        ({"max_batch": 1.5}, "max_batch must hold integers, got 1.5"),
+        ({"max_batch": float("nan")}, "max_batch must hold integers, got nan"),
+        ({"max_batch": True}, "max_batch must hold integers, got True"),
+        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+        ({"key_steps": [0, True]}, "key_steps must hold integers, got True"),
+        ({"key_steps": {"0": 1}}, "key_steps must be a sequence of integers, got {'0': 1}"),
+        ({"key_steps": None}, "key_steps must be a sequence of integers, got None"),
+        ({"key_steps": []}, "key_steps must begin with 0 and end before step 5, got none"),
+        ({"key_steps": [0, 5]}, "key_steps must begin with 0 and end before step 5, got 0 .. 5"),
+        ({"key_steps": [0, 3, 2]}, "key_steps must increase strictly, got 2 after 3"),
+        ({"batches": {"0": 1}}, "batches must be a sequence of integers, got {'0': 1}"),
+        ({"batches": [2]}, "batches must ascend from 1, got (2,)"),
+        ({"full_steps": [1]}, "full_steps must be key steps, got 1, which is none"),
+        ({"halves": "12"}, "halves must be a sequence of integers, got '12'"),
+        ({"halves": [3, 1]}, "halves must increase strictly, got 1 after 3"),
+        ({"halves": [5]}, "halves must lie in 1 .. 4 and not be full steps, got 5"),
+        ({"reuse": 3}, "reuse must be an object with a branch, got 3"),
+        ({"reuse": {"branch": "x"}}, "branch must hold integers, got 'x'"),
+        ({"reuse": {"branch": -1}}, "branch must not be negative, got -1"),
+        ({"reuse": {"branch": 0, "extrapolate": 3}}, "extrapolate must be 0, 1 or 2, got 3"),
+        ({"reuse": {"branch": 0}, "max_batch": 2}, "reuse steps depend on the latents: max_batch must be 1, got 2"),
+        ({"steps": 3}, "a plan has no 'steps'; it has total, key_steps, max_batch, batches, reuse, full_steps, halves"),
+        ({"keys": [0]}, "'keys' must be given once"),
+        ({"key_steps": ["a" * 10_000]}, "key_steps must hold integers, got 'aaa"),
+    ],
+    ids=lambda each: repr(each)[:40] if isinstance(each, dict) else "",
+)
+def test_what_is_no_plan_says_what_is_required(fields, message):
+    text = json.dumps({"total": 5, "key_steps": [0], "max_batch": 1, **fields})
+    with pytest.raises(ValueError, match=f"^this is no plan in JSON: {re.escape(message)}") as raised:
+        Plan.from_json(text)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"total":' * 100_000, "\ud800", "1" * 10_000, "null", '{"max_batch": 1}']
+)
+def test_text_that_is_no_plan(text):
+    with pytest.raises(ValueError, match=r"^this is no plan in JSON: "):
+        Plan.from_json(text)
+
+
+#: What JSON can hold, with the values that plans are made of more often than chance would have them.
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 12) | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+STEPS = st.sets(st.integers(0, 11), max_size=6).map(lambda each: sorted({0} | each)) | JSON_VALUES
+REUSE = st.fixed_dictionaries({"branch": st.integers(0, 3) | JSON_VALUES}, optional={"extrapolate": JSON_VALUES})
+PLANS = st.fixed_dictionaries(
+    {"total": st.integers(1, 12) | JSON_VALUES, "key_steps": STEPS, "max_batch": st.integers(1, 3) | JSON_VALUES},
+    optional={
+        "batches": st.none() | STEPS,
+        "reuse": st.none() | REUSE | JSON_VALUES,
+        "full_steps": STEPS,
+        "halves": STEPS | st.sets(st.integers(1, 11)).map(sorted),
+        "keys": STEPS,
+        "": JSON_VALUES,
+    },
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=5_000, deadline=None)
+@given(PLANS | JSON_VALUES)
+def test_any_json_is_a_plan_that_travels_or_a_value_error(value):
+    try:
+        plan = Plan.from_json(json.dumps(value))
+    except ValueError:
+        return
+    numbers = (plan.total, plan.max_batch, *plan.key_steps, *(plan.batches or ()), *plan.full_steps, *plan.halves)
+    assert all(type(each) is int and each >= 0 for each in numbers)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert [row.step for row in plan.steps()] == list(range(plan.total))
 
 
 @pytest.mark.parametrize("plan", [EncoderPropagation().plan(20), FeatureReuse(4).plan(20)], ids=["decoders", "reuse"])

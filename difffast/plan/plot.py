@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..plots import new_figure
+from ..plots import new_figure, save_figure
 from .rows import PlanStep
 
 _PARTS = ("outer layers", "encoder", "bottleneck", "decoder")
@@ -37,4 +37,4 @@ def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
     )
     keys = f"{sum(row.key for row in rows)} key steps of {len(rows)} (blue)"
     axis.set_title(f"{keys}, in between (orange), optimised (red)", size=9)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -24,6 +24,7 @@ from ..layers.cross_attention import process_text
 from ..layers.kind import LayerKind
 from ..support import output_of
 from ..surgery.calls import bind_arguments
+from ..unet.contents import drop_contents
 from ..unet.parts import refuse_split
 from .position import is_element
 from .run import SamplingRun
@@ -198,6 +199,7 @@ def give_controller(unet: nn.Module) -> None:
 def drop_controller(unet: nn.Module) -> None:
     """Undo :func:`give_controller`."""
     _controllers.pop(unet, None)
+    drop_contents(unet)
 
 
 def _require_stock(unet: nn.Module, run: SamplingRun) -> str | None:

@@ -74,8 +74,9 @@ class DecodeAhead(Strategy):
         known = self._known or [(step.index, self._features)]
         features, *earlier = (each if each.batch == step.rows else each.take_conditional() for _, each in known)
         while outputs is None:
-            together = state.plan.batch(step.index)
-            times = state.timesteps()[together.start : together.stop]
+            together = state.plan.batch(step.index)[: 1 if state.alone else None]
+            # Some loops keep the schedule on another device; a single time is moved by the UNet itself.
+            times = state.timesteps()[together.start : together.stop].to(step.call["sample"].device, non_blocking=True)
             try:
                 weights = None
                 if earlier:
