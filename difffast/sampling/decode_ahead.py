@@ -75,7 +75,7 @@ class DecodeAhead(Strategy):
         features, *earlier = (each if each.batch == step.rows else each.take_conditional() for _, each in known)
         while outputs is None:
             together = state.plan.batch(step.index)
-            times = state.timesteps()[together.start : together.stop]
+            times = state.timesteps()[together.start : together.stop].to(step.call["timestep"].dtype)  # as it was given
             try:
                 weights = None
                 if earlier:

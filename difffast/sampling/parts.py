@@ -89,7 +89,7 @@ def put_in_channels_last(pipe: Any, unet: nn.Module, settings: Settings, undo: U
 def put_in_controlnet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
     """Let the pipeline's ControlNet, if it has one, run at key steps only; several come as one module."""
     net = getattr(pipe, "controlnet", None)
-    if net is not None and hasattr(net, "forward"):
+    if net is not None and hasattr(net, "forward") and not settings.support.exact_only:
         undo.add(controlnet.take_out, net, settings)
         controlnet.put_in(net, settings, find_controller(unet))
 
@@ -133,7 +133,8 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
                 "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
                 stacklevel=2,
             )
-        return plain(self, *args, **kwargs)
+        with settings.running():
+            return plain(self, *args, **kwargs)
 
     # Diffusers' own ``__call__`` is wrapped in no_grad; who takes that off to differentiate shall find what is inside.
     call.__wrapped__ = getattr(plain, "__wrapped__", plain)

@@ -27,7 +27,7 @@ from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
 from .extension import RunInfo
 from .outer_layers import OuterLayers
-from .position import find_step
+from .position import count_steps, find_step, is_element
 from .settings import Settings
 from .state import RunState, Step
 from .stats import RunStats
@@ -126,8 +126,14 @@ class SamplingRun:
         return DecodeAhead(self.state, self.settings[0].propagation)
 
     def step_of(self, timestep: Tensor) -> int:
-        """Return the position of an element of the schedule."""
-        return find_step(timestep, self.state.timesteps())
+        """Return the position of a time in the schedule: 0 where it is not known, which only exact plans take."""
+        if is_element(timestep, self.state.timesteps()):
+            return find_step(timestep, self.state.timesteps())
+        return count_steps(self.scheduler()) if self.settings[0].support.counts else 0
+
+    def schedule(self) -> Tensor | None:
+        """Return the schedule of its pipeline as of now, which may be another one."""
+        return self.settings[0].timesteps()
 
     def scheduler(self) -> Any:
         """Return the scheduler whose schedule it is."""
@@ -186,7 +192,7 @@ class SamplingRun:
 
     def refuse_residuals(self, call: Mapping[str, Any], step: int) -> str | None:
         """Return why the residuals of a call cannot belong to the features of another step, or None."""
-        return self._control.refuse(call, step)
+        return None if self.settings[0].support.exact_only else self._control.refuse(call, step)
 
     def make_context(
         self, call: Mapping[str, Any], *, stock: bool, engine: Programs | Graphs | None = None
@@ -262,7 +268,7 @@ class SamplingRun:
 
     def _compare(self, call: Mapping[str, Any], index: int) -> None:
         """Forget what belongs to other conditioning, or to a step that is not the one before."""
-        fingerprint = Fingerprint(call, self._switches.read())
+        fingerprint = Fingerprint(call, self._switches.read(), self.settings[0].support.remakes)
         change = fingerprint.find_change(self._fingerprint) if self._fingerprint is not None else None
         follows = self._last is not None and index == self._last + 1
         if change is not None and follows and not self.state.plan.is_key(index):
@@ -335,6 +341,6 @@ def _keep_freed_memory() -> None:
 def _find_coupled_processor(unet: nn.Module) -> str | None:
     """Return the name of an attention processor that is not Diffusers' own and may therefore mix samples, or None."""
     for processor in getattr(unet, "attn_processors", {}).values():
-        if type(processor).__module__ != "diffusers.models.attention_processor":
+        if not type(processor).__module__.startswith("diffusers.models."):
             return type(processor).__qualname__
     return None

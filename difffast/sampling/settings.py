@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
@@ -20,6 +22,9 @@ from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .extension import Extension
 from .scheduler_step import override_step
 from .stats import RunStats
+
+#: Whose pipeline's call runs in this thread.
+_RUNNING: ContextVar[Settings | None] = ContextVar("difffast_running", default=None)
 
 
 class Settings:
@@ -96,6 +101,29 @@ class Settings:
     def scheduler(self) -> Any:
         """Return the pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
         return getattr(self.pipe(), "scheduler", None)
+
+    def timesteps(self) -> Tensor | None:
+        """Return the schedule as of now, or None where it is no tensor."""
+        found = getattr(self.scheduler(), "timesteps", None)
+        return found if isinstance(found, Tensor) else None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Let it be known that the pipeline's call runs in this thread."""
+        token = _RUNNING.set(self)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
+    def takes_any_time(self) -> bool:
+        """Return whether a call at a time that is not an element of the schedule may be the pipeline's.
+
+        It may where nothing depends on the step, and where the pipeline is running and its scheduler counts.
+        """
+        if self.timesteps() is None:
+            return False
+        return bool(self.support.exact_only) or (self.support.counts and _RUNNING.get() is self)
 
     def adopt_scheduler(self) -> None:
         """Let the pipeline's scheduler as of now step from latents that extensions have edited."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,14 +24,17 @@ class Fingerprint:
     Args:
         call: the arguments by name.
         switches: values inside the model that are compared as well, by name; see :class:`Switches`.
+        remade: arguments that the pipeline makes anew at every step, of the same values: their shapes are compared.
     """
 
-    def __init__(self, call: Mapping[str, Any], switches: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, call: Mapping[str, Any], switches: Mapping[str, Any] | None = None, remade: Sequence[str] = ()
+    ) -> None:
         sample = call["sample"]
         self._parts: dict[str, list[Any]] = {"the latents' shape": [sample.shape, sample.dtype, sample.device]}
         for name, value in call.items():
             if name not in _FREE:
-                self._parts[name] = _shapes(value) if name in RESIDUALS else flatten_leaves(value)
+                self._parts[name] = _shapes(value) if name in (*RESIDUALS, *remade) else flatten_leaves(value)
         for name, value in (switches or {}).items():
             self._parts[name] = [value]
 
