@@ -270,6 +270,12 @@ def output_of(unet: type) -> type:
     return getattr(sys.modules[module], denoiser_of(unet).output)
 
 
+def table_of_exact() -> list[tuple[str, str]]:
+    """Which pipelines share nothing between steps, a row for each reason: (reason, pipelines)."""
+    reasons = dict.fromkeys(EXACT_ONLY.values())
+    return [(reason, ", ".join(name for name, why in EXACT_ONLY.items() if why == reason)) for reason in reasons]
+
+
 #: Head of :func:`table`.
 COLUMNS = ("family", "pipelines", "decoders", "feature reuse", "notes")
 

@@ -147,6 +147,23 @@ def test_tuning_an_unknown_pipeline_measures_what_is_exact_alone():
     assert tuning.options["propagation"] == EncoderPropagation(key_steps=1)
 
 
+@pytest.mark.skipif(not exists("DreamLiteMobilePipeline"), reason="DreamLite came with Diffusers 0.39.0")
+def test_copies_of_times_are_rounded_ahead_as_they_are_at_their_step():
+    """DreamLite's UNet gets the times in the latents' dtype; of steps that are decoded ahead as well."""
+    row, seen = more_zoo.ROWS["DreamLiteMobilePipeline"], []
+    pipe = row.build().to(dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.time_proj.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
+    run(row, pipe)
+    stock = sorted(seen)
+    seen.clear()
+    with patched(pipe, propagation=EncoderPropagation(key_steps=4, max_parallel=3), fused=False) as report:
+        run(row, pipe)
+    assert max(report.last_run.decode_batches) > 1
+    assert len(set(stock)) == zoo.Inputs.steps
+    assert set(seen) == set(stock)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in more_zoo.ROWS if exists(name.partition(":")[0])])
 def test_tuning_asks_for_latents_where_a_pipeline_returns_them(name, monkeypatch):
