@@ -240,7 +240,7 @@ PIPELINES: dict[str, Support] = {
 EXACT_ONLY: dict[str, str] = {
     "LEditsPPPipelineStableDiffusion": _INVERTS,
     "LEditsPPPipelineStableDiffusionXL": _INVERTS,
-    "StableDiffusionLatentUpscalePipeline": "its UNet's blocks have no skip for each layer, which a split relies on",
+    "StableDiffusionLatentUpscalePipeline": "its UNet gets noise levels, not times of the schedule",
     **dict.fromkeys(_DEPRECATED, "deprecated in Diffusers"),
     **dict.fromkeys(_ONNX, "its UNet is an ONNX graph, not a module of PyTorch"),
 }

@@ -171,7 +171,9 @@ def test_any_run_of_any_pipeline(data):
     name = data.draw(st.sampled_from(sorted(name for name in ROWS if exists(name.partition(":")[0]))))
     row = ROWS[name]
     pipe = copy.deepcopy(built(name)).to(dtype=torch.float64)
-    if type(pipe.scheduler).__name__ == "DDIMScheduler" and data.draw(st.booleans()):
+    # Some step with arguments that not every scheduler takes.
+    free = not name.startswith(("DDIMPipeline", "Marigold"))
+    if type(pipe.scheduler).__name__ == "DDIMScheduler" and free and data.draw(st.booleans()):
         other = data.draw(st.sampled_from(["PNDM", "Euler", "Heun", "DPM++ 2M", "UniPC"]))
         pipe.scheduler = type(scheduler(other)).from_config(pipe.scheduler.config)
     steps = data.draw(st.integers(8, 14))
@@ -189,7 +191,7 @@ def test_any_run_of_any_pipeline(data):
     options = {}
     if hasattr(pipe, "do_classifier_free_guidance") and not support.support_of(type(pipe)).guidance:
         interval = data.draw(st.sampled_from([None, 1, 2, 3]))
-        options["guidance"] = interval and CfgReuse(interval, start=data.draw(st.floats(0, 0.5)))
+        options["cfg"] = interval and CfgReuse(interval, start=data.draw(st.floats(0, 0.5)))
     with patched(pipe, propagation=ahead, **options):
         interrupted(row, pipe, zoo.Inputs("something else", seed=11, steps=steps), data.draw(st.integers(0, 5)))
         fast = run(row, pipe, inputs)

@@ -12,7 +12,7 @@ from unittest import mock
 import diffusers
 import torch
 import zoo
-from adapter_zoo import draw, from_one_picture, kandinsky, of_embedding
+from adapter_zoo import despite, draw, from_one_picture, kandinsky, of_embedding
 from sampling import picture
 from torch import Tensor
 from transformers import (
@@ -499,7 +499,9 @@ ROWS: dict[str, Row] = {
         slow=True,
     ),
     "AudioLDM2Pipeline": Row(
-        audio, of_two_texts, reasons=("attn2 layers run stock: arguments attention_mask (masks are not fused)",)
+        despite("`torch.jit.script` is deprecated", audio),
+        of_two_texts,
+        reasons=("attn2 layers run stock: arguments attention_mask (masks are not fused)",),
     ),
     "DreamLitePipeline": Row(
         dreamlite("DreamLitePipeline"), partial(lightly, rows=2), _OTHER_SINGLE, _FOREIGN, slow=True

@@ -81,7 +81,8 @@ def sample(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
         "output_type": "latent",
     }
     taken = taken_by(type(pipe).__call__)
-    return pipe(**{name: value for name, value in given.items() if name in taken} | options)[0]
+    made = pipe(**{name: value for name, value in given.items() if name in taken} | options)[0]
+    return torch.as_tensor(made)  # Diffusers 0.35.0 gives pixels as an array
 
 
 def on_picture(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
