@@ -50,8 +50,7 @@ def patch(
     scheduler, and runs as that one was patched.
 
     Args:
-        pipe: a pipeline with a UNet, or several, such as the stages of a cascade.  Steps share features in those of
-            ``difffast.support.PIPELINES``; others take ``"exact"``.
+        pipe: a pipeline of ``difffast.support.PIPELINES``, or several; another one with a UNet takes ``"exact"`` alone.
         preset: a name from ``difffast.presets.PRESETS``.
         propagation: how steps share features, in place of what the preset says, whose ``cfg`` then counts no more.
         cfg: at which key steps both halves of classifier-free guidance's batch run, in place of what the preset says.
@@ -67,9 +66,8 @@ def patch(
 
     Raises:
         TypeError: ``pipe`` is no pipeline, an option has the wrong type, or there is no such option.
-        ValueError: there is no UNet; the UNet's class or the preset is unknown; this kind of pipeline rules out
-            sharing, feature reuse, prior noise or binding; the UNet has no such branch; or no layers have maps for
-            binding.
+        ValueError: there is no UNet; its class or the preset is unknown; this kind of pipeline rules out sharing,
+            feature reuse, prior noise or binding; the UNet has no such branch; or no layers have maps for binding.
     """
     options = Options.of(
         preset, propagation=propagation, cfg=cfg, fused=fused, engine=engine, binding=binding, force=force, **renamed
