@@ -148,6 +148,14 @@ def support_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def exact_table() -> str:
+    """Which pipelines of Diffusers share nothing between steps, and why."""
+    from difffast.support import table_of_exact
+
+    rows = [("why steps share nothing", "pipelines"), ("---", "---"), *table_of_exact()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
     "pipelines": pipelines_table,
@@ -157,6 +165,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "ways": ways_table,
     "support": support_table,
+    "exact": exact_table,
     "unet": unet_table,
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,

@@ -132,7 +132,7 @@ class Options:
         sharing = self.sharing
         if self.propagation is None and not target.support.prior_noise and isinstance(sharing, EncoderPropagation):
             sharing = replace(sharing, prior_noise=None)  # what was asked for by name is refused instead
-        _check_sharing(sharing, target)
+        _check_sharing(sharing, target, binding=self.binding is not None)
         _check_controlnet(self.controlnet, sharing, target)
         obstacle = target.refuse_cfg_reuse()
         if self.cfg is not None and obstacle:
@@ -161,10 +161,17 @@ def _check_switch(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _check_sharing(sharing: Sharing, target: Target) -> None:
+def _check_sharing(sharing: Sharing, target: Target, *, binding: bool) -> None:
     """Refuse what the pipeline's kind rules out, with the reason."""
     support = target.support
-    if isinstance(sharing, FeatureReuse):
+    if support.exact_only:
+        whole = isinstance(sharing, EncoderPropagation) and sharing.key_steps == 1 and not sharing.prior_noise
+        if not whole or binding:
+            raise ValueError(
+                f"{target.name} can only have what is exact, difffast.patch(pipe, 'exact'), got "
+                f"{'binding' if whole else sharing}: {support.exact_only}"
+            )
+    elif isinstance(sharing, FeatureReuse):
         if not support.reuse:
             why = f": {support.note}" if support.note else ""
             raise ValueError(f"feature reuse does not work with {target.name}{why}")

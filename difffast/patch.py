@@ -47,7 +47,7 @@ def patch(
     or after, stays compiled.  What ``from_pipe`` makes of a patched pipeline shares UNet and scheduler, and runs alike.
 
     Args:
-        pipe: a pipeline with a UNet (``difffast.support.PIPELINES``), or several, such as the stages of a cascade.
+        pipe: a pipeline of ``difffast.support.PIPELINES``, or several; another one with a UNet takes ``"exact"`` alone.
         preset: a name from ``difffast.presets.PRESETS``.
         propagation: how steps share features, in place of what the preset says, whose ``cfg`` then counts no more.
         cfg: at which key steps both halves of classifier-free guidance's batch run, in place of what the preset says.
@@ -64,7 +64,7 @@ def patch(
 
     Raises:
         TypeError: ``pipe`` is no pipeline, an option has the wrong type, or there is no such option.
-        ValueError: there is no UNet; the pipeline, its UNet or the preset is unknown; this kind of pipeline rules out
+        ValueError: there is no UNet; its class or the preset is unknown; this kind of pipeline rules out sharing,
             feature reuse, prior noise or binding; the UNet has no such branch; or no layers have maps for binding.
     """
     options = Options.of(

@@ -132,6 +132,8 @@ def note_exceptions(target: Target, settings: Settings, options: Options) -> Ite
         yield "the UNet's compiled blocks stay compiled, and run stock inside; what is around them is fused"
     if not settings.support.parallel:
         yield f"steps are decoded one at a time: {settings.support.note}"
+    if settings.support.exact_only:
+        yield f"steps share nothing: {settings.support.exact_only}"
     obstacle = target.refuse_cfg_reuse()
     if obstacle and options.wanted_cfg is not None:
         yield f"guidance's halves run together: {obstacle}"

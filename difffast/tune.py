@@ -271,6 +271,8 @@ def _check(metric: str, prompts: Sequence[str], repeats: int) -> None:
 
 def _fits(target: Target, candidate: Candidate) -> bool:
     """Return whether a target can be patched with a candidate."""
+    if target.support.exact_only:
+        return False
     reuses = isinstance(candidate.propagation, FeatureReuse)
     if reuses and (not target.support.reuse or candidate.propagation.branch >= count_skips(target.unet)):
         return False

@@ -84,7 +84,19 @@ def compare(pipe: Any, found: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 #: Pipelines that have latents but do not return them.
-_PIXELS_ALONE = ("KandinskyV22ControlnetPipeline",)
+_PIXELS_ALONE = (
+    "KandinskyPipeline",
+    "KandinskyImg2ImgPipeline",
+    "KandinskyInpaintPipeline",
+    "KandinskyCombinedPipeline",
+    "KandinskyImg2ImgCombinedPipeline",
+    "KandinskyInpaintCombinedPipeline",
+    "KandinskyV22ControlnetPipeline",
+    "KandinskyV22ControlnetImg2ImgPipeline",
+    "MarigoldDepthPipeline",
+    "MarigoldNormalsPipeline",
+    "MarigoldIntrinsicsPipeline",
+)
 
 
 def _choose_output(pipe: Any) -> str:

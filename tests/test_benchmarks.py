@@ -427,10 +427,10 @@ def test_pipelines_that_difffast_refuses_are_still_measured(monkeypatch):
     sdxl = workloads.stages("SDXL", full=False, batch=1, device="cpu", dtype=torch.float32)
     record = measure(real(Images(sdxl, 3), *registry.presets(), registry.deepcache(3, 1)), 1e9)
     reasons = {name: (absent["status"], absent["reason"]) for name, absent in record["absent"].items()}
-    assert set(reasons) == {"difffast turbo", "difffast balanced", "difffast exact", "balanced, step by step"}
+    assert set(reasons) == {"difffast turbo", "difffast balanced", "balanced, step by step"}
     for status, reason in reasons.values():
         assert status == "refused"
-        assert reason.startswith("StableDiffusionXLPipeline is not supported")
+        assert reason.startswith("StableDiffusionXLPipeline can only have what is exact")
     assert not list(complaints(record))
     assert record["gate"]["DeepCache 3, branch 1"]["error_to_baseline"] > 0
 

@@ -36,6 +36,23 @@ def test_info_about_a_pipeline_on_disk(pipe, tmp_path, capsys):
     assert cli.main(["info", "--pipeline", str(tmp_path / "nowhere")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("index", "answer"),
+    [
+        ({"_class_name": "StableDiffusionSAGPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}, "deprecated in"),
+        ({"_class_name": "OwnPipeline", "unet": ["diffusers", "UNet2DModel"]}, "how it samples is not known"),
+        ({"_class_name": "OwnPipeline", "unet": ["diffusers", "UNet1DModel"]}, None),
+        ({"_class_name": "UnCLIPPipeline", "decoder": ["diffusers", "UNet2DConditionModel"]}, None),
+    ],
+)
+def test_info_about_a_pipeline_that_shares_nothing(index, answer, tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert cli.main(["info", "--pipeline", str(tmp_path)]) == (answer is None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert (answer or f"{index['_class_name']} is not supported") in text
+    assert ("can only have what is exact, difffast.patch(pipe, 'exact')" in text) == (answer is not None)
+
+
 def test_info_says_which_kernels_are_proved(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "console", Console(width=200))
     assert cli.main(["info"]) == 0

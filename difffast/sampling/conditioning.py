@@ -6,7 +6,7 @@ counted.  Where tensors can be compared without waiting for a device, on the CPU
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,15 @@ class _Held:
 class Conditioning:
     """The tensors that a run is conditioned on.
 
+    Args:
+        remakes: arguments that this kind of pipeline makes anew at every step, with equal values.
+
     Attributes:
         remade: the name of the first argument that was given anew with equal values; None: none was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remakes: Sequence[str] = ()) -> None:
+        self._remakes = remakes
         self._held: dict[tuple[str, ...], _Held] = {}
         self.remade: str | None = None
 
@@ -90,7 +94,7 @@ class Conditioning:
                     if not same and self.remade is None:
                         self.remade = path[0]
                     return held.settled
-            elif same and not counted and not key:
+            elif path[0] in self._remakes or (same and not counted and not key):
                 return held.settled
         held = self._held[path] = _Held(given)
         return held.settled

@@ -123,7 +123,12 @@ class Controller:
             for run in self._runs:
                 if run.thread == thread and is_element(timestep, run.state.timesteps()):
                     return run
-            asking = [s for s in self._settings if is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
+            asking = [s for s in self._settings if is_element(timestep, s.timesteps())]
+            if not asking:
+                asking = [s for s in self._settings if s.takes_any_time()][:1]
+                for run in self._runs:
+                    if run.thread == thread and run.settings == asking and run.state.timesteps() is run.schedule():
+                        return run
             if asking:
                 run = SamplingRun(asking, self._unet(), device, self._engines)
                 self._runs.append(run)

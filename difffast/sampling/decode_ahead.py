@@ -75,8 +75,10 @@ class DecodeAhead(Strategy):
         features, *earlier = (each if each.batch == step.rows else each.take_conditional() for _, each in known)
         while outputs is None:
             together = state.plan.batch(step.index)[: 1 if state.alone else None]
-            # Some loops keep the schedule on another device; a single time is moved by the UNet itself.
-            times = state.timesteps()[together.start : together.stop].to(step.call["sample"].device, non_blocking=True)
+            # On the latents' device, as some loops keep the schedule on another, and of the type that the call has.
+            times = state.timesteps()[together.start : together.stop].to(
+                step.call["sample"].device, step.call["timestep"].dtype, non_blocking=True
+            )
             try:
                 weights = None
                 if earlier:

@@ -90,7 +90,7 @@ def put_in_channels_last(pipe: Any, unet: nn.Module, settings: Settings, undo: U
 def put_in_controlnet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
     """Let the pipeline's ControlNet, if it has one, run at the steps that need it; several come as one module."""
     net = getattr(pipe, "controlnet", None)
-    if net is not None and hasattr(net, "forward"):
+    if net is not None and hasattr(net, "forward") and not settings.support.exact_only:
         undo.add(controlnet.take_out, net, settings)
         controlnet.put_in(net, settings, find_controller(unet))
 

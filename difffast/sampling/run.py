@@ -29,7 +29,7 @@ from .decode_ahead import DecodeAhead
 from .execution import Execution
 from .extension import RunInfo
 from .outer_layers import OuterLayers
-from .position import find_step
+from .position import count_steps, find_step, is_element
 from .settings import Settings
 from .state import RunState, Step
 from .stats import RunStats
@@ -77,7 +77,8 @@ class SamplingRun:
         self._fingerprint: Fingerprint | None = None
         self._contents = contents_of(unet)
         self._looks = self._contents.look()
-        self._conditioning, self._controlled = Conditioning(), Conditioning()
+        remakes = first.support.remakes
+        self._conditioning, self._controlled = Conditioning(remakes), Conditioning(remakes)
         self._text = denoiser_of(type(unet)).text
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
         self._kv: TextKV | None = None  # of the call that is being answered
@@ -117,8 +118,14 @@ class SamplingRun:
         return DecodeAhead(self.state, self.settings[0].propagation)
 
     def step_of(self, timestep: Tensor) -> int:
-        """Return the position of an element of the schedule."""
-        return find_step(timestep, self.state.timesteps())
+        """Return the position of a time in the schedule: 0 where it is not known, which only exact plans take."""
+        if is_element(timestep, self.state.timesteps()):
+            return find_step(timestep, self.state.timesteps())
+        return count_steps(self.scheduler()) if self.settings[0].support.counts else 0
+
+    def schedule(self) -> Tensor | None:
+        """Return the schedule of its pipeline as of now, which may be another one."""
+        return self.settings[0].timesteps()
 
     def scheduler(self) -> Any:
         """Return the scheduler whose schedule it is."""
@@ -180,7 +187,7 @@ class SamplingRun:
 
     def refuse_residuals(self, call: Mapping[str, Any], step: int) -> str | None:
         """Return why the residuals of a call cannot belong to the features of another step, or None."""
-        return self._control.refuse(call, step)
+        return None if self.settings[0].support.exact_only else self._control.refuse(call, step)
 
     def make_context(
         self, call: Mapping[str, Any], *, stock: bool, engine: Programs | Graphs | None = None

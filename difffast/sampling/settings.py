@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
@@ -17,6 +17,7 @@ from ..layers.context import MapSink
 from ..plan import MIN_STEPS, CfgReuse, FeatureReuse, Plan, Sharing
 from ..support import Support
 from ..surgery.subclass import is_swapped, swap_in, swap_out
+from .calls import find_pipeline_call
 from .extension import Extension
 from .scheduler_step import override_step
 from .stats import RunStats
@@ -101,6 +102,22 @@ class Settings:
     def scheduler(self) -> Any:
         """Return the pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
         return getattr(self.pipe(), "scheduler", None)
+
+    def timesteps(self) -> Tensor | None:
+        """Return the schedule as of now, or None where it is no tensor."""
+        found = getattr(self.scheduler(), "timesteps", None)
+        return found if isinstance(found, Tensor) else None
+
+    def takes_any_time(self) -> bool:
+        """Return whether a call at a time that is not an element of the schedule may be the pipeline's.
+
+        It may where nothing depends on the step, and where the pipeline is running and its scheduler counts.
+        """
+        if self.timesteps() is None:
+            return False
+        running = find_pipeline_call()
+        mine = running is not None and running.pipe() is self.pipe()
+        return bool(self.support.exact_only) or (self.support.counts and mine)
 
     def adopt_scheduler(self) -> None:
         """Let the pipeline's scheduler as of now step from latents that extensions have edited."""
