@@ -104,11 +104,14 @@ def flops_table(results: Path = RESULTS) -> str:
     """What the presets leave to do at full size, from ``flops.json`` (``bench/bench_flops.py``)."""
     record = json.loads((results / "flops.json").read_text())
     presets = next(iter(record["unets"].values()))["images"]
-    lines = [f"| UNet | one step | a reuse step | {' | '.join(presets)} |", "|" + "---|" * (3 + len(presets))]
+    reuse = [part for part in next(iter(record["unets"].values()))["parts"] if part.startswith("reuse step")]
+    heads = ["UNet", "one step", *(f"a {part}" for part in reuse), *presets]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, each in record["unets"].items():
         whole = each["parts"]["whole"]
-        shares = " | ".join(f"{flops / (record['steps'] * whole):.2f}" for flops in each["images"].values())
-        lines.append(f"| {name} | {whole / 1e12:.2f} TFLOP | {each['parts']['reuse step'] / whole:.2f} | {shares} |")
+        shares = [each["parts"][part] / whole for part in reuse]
+        shares += [flops / (record["steps"] * whole) for flops in each["images"].values()]
+        lines.append(f"| {name} | {whole / 1e12:.2f} TFLOP | {' | '.join(f'{share:.2f}' for share in shares)} |")
     note = f"Share of stock's; {record['steps']} steps, guidance on; counted on the meta device, not timed."
     return "\n".join([*lines, "", note])
 
@@ -158,6 +161,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,
     "fidelity": fidelity_table,
+    "branches": partial(fidelity_table, name="branches"),
     "attention": partial(
         operator_table,
         ["cross_attention"],

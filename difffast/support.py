@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+
+class Pipeline(Protocol):
+    """Any pipeline of Diffusers, for type checkers.
+
+    They see Diffusers' classes as its stand-ins for a missing PyTorch, which do not derive from each other.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ _SD = Support("Stable Diffusion 1, 2")
 _XL = Support("Stable Diffusion XL")
 _THREE = "its batch has three parts"
 _PAG = Support("Perturbed-attention guidance", guidance=_THREE)
-_CONTROLNET = Support("ControlNet", note="ControlNet runs at key steps only")
+_CONTROLNET = Support("ControlNet", note="ControlNet runs at key steps, and under feature reuse at every step")
 _IF_1 = Support("DeepFloyd IF, stage I", key_steps="if-1", prior_noise=False)
 _IF_2 = Support("DeepFloyd IF, stage II", key_steps="if-2", prior_noise=False)
 _KANDINSKY = Support("Kandinsky 2.2 decoder")
@@ -105,7 +115,7 @@ PIPELINES: dict[str, Support] = {
     "StableDiffusionAdapterPipeline": _ADAPTER,
     "StableDiffusionXLAdapterPipeline": _ADAPTER,
     "StableDiffusionXLInstructPix2PixPipeline": replace(_XL, guidance=_THREE),
-    "StableDiffusionUpscalePipeline": Support("Stable Diffusion x4 upscaler", key_steps="upscaler"),
+    "StableDiffusionUpscalePipeline": Support("Stable Diffusion x4 upscaler", key_steps="upscaler", prior_noise=False),
     "StableDiffusionGLIGENPipeline": Support("GLIGEN", note="the step at which grounding ends is a key step"),
     "StableDiffusionImageVariationPipeline": _SD,
     "LatentConsistencyModelPipeline": Support("Latent consistency", note="at least 8 steps, or force=True"),

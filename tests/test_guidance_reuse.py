@@ -185,7 +185,7 @@ def test_maps_wanted_from_the_middle_of_a_run_on(pipe):
 def test_maps_need_both_halves(pipe):
     with patched(pipe, "exact", cfg=CfgReuse(2)) as report, collect_maps(pipe) as maps:
         run(pipe)
-    assert maps.mean(maps.layers[0]).shape[0] == 2
+    assert maps.mean(maps.layers[0], rows="all").shape[0] == 2
     assert report.last_run.halves == 0
 
 
@@ -215,8 +215,6 @@ def test_plans():
     assert "conditional half" in str(plan)
     assert plan.cut(10).halves == (4, 5, 6, 7, 8)
     assert plan.add_full_steps([0, 4]).halves == (5, 6, 7, 8, 10, 11, 12, 13, 14)
-    steps = plan.steps(start=5)
-    assert not steps[0].half
     assert CfgReuse(0.5).apply(EXACT.plan(10)).halves == (1, 2, 3, 4, 6, 7, 8, 9)
     ahead = CfgReuse(2).apply(EVERY_THIRD.plan(7))
     assert [tuple(ahead.batch(order)) for order in (0, 1, 3, 4, 6)] == [(0,), (1, 2), (3,), (4, 5), (6,)]
@@ -232,8 +230,6 @@ def test_bad_plans_and_values_are_refused(pipe):
             CfgReuse(**options)
     with pytest.raises(TypeError, match=r"cfg must be a difffast.CfgReuse, got int"):
         patch(pipe, cfg=2)
-    with patched(pipe, "exact", cfg=CfgReuse(2)), pytest.raises(ValueError, match="at least 8 denoising"):
-        run(pipe, steps=4)
 
 
 def test_a_preset_goes_without_where_it_cannot(pipe, monkeypatch):

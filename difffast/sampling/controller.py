@@ -101,7 +101,7 @@ class Controller:
             args, kwargs = (), dict(call)
         reason = _require_stock(unet, run) or run.refuse_residuals(call, step)
         if reason is not None:
-            run.note_stock(reason)
+            run.note_stock(reason, step)
             with use_context(run.make_context(call, stock=True)):
                 return stock(*args, **kwargs)
         try:

@@ -88,7 +88,7 @@ def put_in_channels_last(pipe: Any, unet: nn.Module, settings: Settings, undo: U
 
 
 def put_in_controlnet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
-    """Let the pipeline's ControlNet, if it has one, run at key steps only; several come as one module."""
+    """Let the pipeline's ControlNet, if it has one, run at the steps that need it; several come as one module."""
     net = getattr(pipe, "controlnet", None)
     if net is not None and hasattr(net, "forward"):
         undo.add(controlnet.take_out, net, settings)
@@ -134,6 +134,8 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
                 "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
                 stacklevel=2,
             )
+        for extension in settings.extensions:
+            extension.see_call(self, args, kwargs)
         with begin_pipeline_call(self):
             return plain(self, *args, **kwargs)
 

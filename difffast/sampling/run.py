@@ -16,6 +16,8 @@ from ..engines.programs import Programs
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
+from ..ops._dispatch import describe_unforced
+from ..plan import MIN_STEPS
 from ..support import denoiser_of
 from ..unet.contents import contents_of
 from ..unet.fingerprint import Fingerprint
@@ -54,22 +56,24 @@ class SamplingRun:
         first = settings[0]
         scheduler = first.scheduler()
         timesteps = scheduler.timesteps
-        self.settings = settings
-        plan = first.resolve(len(timesteps), _count_denoising_steps(scheduler, timesteps), device)
-        self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
+        self.settings, self._device = settings, device
+        self.state = RunState(first.plan(len(timesteps), device), RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
         self._execution = Execution(self.state, first.engine, first.find_user_compile(), engines, unet, device)
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
+        unforced = describe_unforced()
+        if self.fused and unforced:
+            self.state.record(unforced)
         info = RunInfo(len(timesteps), self.fused, self.state.note)
         began = [extension.begin(info) for each in settings for extension in each.extensions]
         self._extensions = [each for each in began if each is not None]
         if device.type == "cpu":
             _keep_freed_memory()
-        self._begin: int | None = None
-        self._last: int | None = None
+        self._last: int | None = None  # step that was answered
+        self._seen: int | None = None  # step, answered or run stock
         self._fingerprint: Fingerprint | None = None
         self._contents = contents_of(unet)
         self._looks = self._contents.look()
@@ -81,7 +85,8 @@ class SamplingRun:
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
         self.finished = False
-        self._respect_contents()
+        self._steps = _count_denoising_steps(scheduler, timesteps)
+        self._plan_from(0)
         self._strategy = self._choose_strategy()
         self._pipeline_call = find_pipeline_call()
         if self._pipeline_call is not None:
@@ -99,16 +104,15 @@ class SamplingRun:
 
     def _run_every_step(self, reason: str) -> None:
         """Run every step of the plan in full, on whole batches, from now on."""
-        plan = self.state.plan
-        if len(plan.key_steps) < plan.total or plan.halves:
-            every = {"key_steps": tuple(range(plan.total)), "full_steps": (), "halves": ()}
-            self.state.plan, self.state.asked = replace(plan, **every), replace(self.state.asked, **every)
-            self.state.note(f"every step is a key step: {reason}")
+        state = self.state
+        if state.plan.shares:
+            state.plan, state.asked = state.plan.run_in_full(), state.asked.run_in_full()
+            state.note(f"every step is a key step: {reason}")
 
     def _choose_strategy(self) -> Strategy:
         if self.state.plan.reuse is not None:
             return OuterLayers(self.state)
-        if len(self.state.plan.key_steps) == self.state.plan.total:
+        if not self.state.plan.shares:
             return WholeUNet(self.state)
         return DecodeAhead(self.state, self.settings[0].propagation)
 
@@ -138,8 +142,9 @@ class SamplingRun:
         self._fingerprint, self._last = None, None
         self._strategy.forget()
 
-    def note_stock(self, reason: str) -> None:
-        """Count a call that runs the unpatched forward, and forget what it may invalidate."""
+    def note_stock(self, reason: str, index: int) -> None:
+        """Count a call at a step that runs the unpatched forward, and forget what it may invalidate."""
+        self._follow(index)
         self.forget()
         self.state.stats.stock += 1
         self.state.note(f"stock forward: {reason}")
@@ -155,7 +160,7 @@ class SamplingRun:
         return self._execution.uncompile(stock) if self._map_sinks() else stock
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
-        """Return ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
+        """Return ControlNet's outputs for the UNet call that follows: where it builds on earlier ones, perhaps theirs.
 
         Args:
             call: arguments of the ControlNet by name.
@@ -163,9 +168,11 @@ class SamplingRun:
         """
         step = self.step_of(call["timestep"])
         goes_on = not self.state.restart and self._last is not None and step == self._last + 1
-        reuse = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._looks
-        call = self._controlled.settle(call, key=not reuse)
-        output, change = self._control.answer(self._controlled.identify(call), step, reuse, stock)
+        builds = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._looks
+        reuse = self.settings[0].controlnet == "key steps"
+        call = self._controlled.settle(call, key=not builds)
+        identity = self._controlled.identify(call)
+        output, change = self._control.answer(identity, step, builds=builds, reuse=reuse, stock=stock)
         if change is not None:
             self.state.restart = True
             self.state.record(f"key step at {step}: ControlNet's {change} changed")
@@ -292,23 +299,37 @@ class SamplingRun:
         if self._conditioning.remade is not None:
             name = self._conditioning.remade
             self.state.record(f"{name} is made anew at every step with equal values, which are compared")
-        if change is not None and self.state.alone and len(self.state.plan.key_steps) < self.state.plan.total:
+        if change is not None and self.state.alone and self.state.plan.shares:
             self.state.note(f"{change} changes at every step, so that steps share nothing; give the same one again")
         self.state.alone = change is not None
 
     def _follow(self, index: int) -> None:
         """Fit the plan to what the sampling loop is seen to do."""
-        state = self.state
-        if self._begin is None:
-            self._begin = index
+        state, before = self.state, self._seen
+        self._seen = index
+        if before is None or index not in (before + 1, self._last):  # the first step, or another loop over the same
+            if index != state.plan.start:
+                self._plan_from(index)
             executed = getattr(self._find_pipe(), "_num_timesteps", None)
-            if isinstance(executed, int) and 0 < index + executed < state.plan.total:
+            if before is None and isinstance(executed, int) and 0 < index + executed < state.plan.total:
                 state.plan = state.plan.cut(index + executed)  # e.g. denoising_end: nothing is decoded beyond it
         if index >= state.plan.total:
             state.plan = state.asked
         if index == self._last:
             # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
             self._run_every_step("the UNet is called several times a step")
+
+    def _plan_from(self, index: int) -> None:
+        """Take the plan of a run that begins at a step, and say why it shares nothing although it was asked to."""
+        state, first = self.state, self.settings[0]
+        plan, reason = first.resolve(state.stats.total, self._steps, self._device, index)
+        state.plan = state.asked = replace(plan, max_batch=min(plan.max_batch, state.plan.max_batch))
+        if reason is not None:
+            # Longer schedules are run in full by the preset's own choice.
+            loud = self._steps < MIN_STEPS and not first.warned
+            first.warned |= loud
+            (state.note if loud else state.record)(reason)
+        self._respect_contents()
 
     def _finish(self, index: int, half: bool, output: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Return what the pipeline gets; at the last step, drop everything."""

@@ -51,8 +51,12 @@ class Settings:
         self.pipe = weakref.ref(pipe)
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
         self.engine, self.force = engine, force
+        #: Whether ControlNet runs at "every step" or at "key steps" alone.
+        self.controlnet = "every step" if isinstance(propagation, FeatureReuse) else "key steps"
         self.extensions = tuple(extensions)
         self.last_run: RunStats | None = None
+        #: Whether the user has been warned that schedules with too few steps run in full.
+        self.warned = False
         self._schedulers: list[Any] = []
 
     @property
@@ -67,7 +71,8 @@ class Settings:
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        return {"propagation": self.propagation, "cfg": self.cfg, "fused": self.fused, "engine": self.engine}
+        names = ("propagation", "cfg", "fused", "engine", "controlnet")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def alone(self) -> bool:
@@ -116,32 +121,51 @@ class Settings:
             swap_out(self._schedulers[-1])
             self._schedulers.pop()
 
-    def plan(self, total: int, device: torch.device) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls on a device."""
+    def plan(self, total: int, device: torch.device, start: int = 0) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls on a device, of which ``start`` is executed first."""
         if isinstance(self.propagation, FeatureReuse):
-            plan = self.propagation.plan(total)
+            plan = self.propagation.plan(total, start=start)
         else:
             kind = self.support.key_steps
             static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
             batches = BATCHES if static else None  # one program for each
-            plan = self.propagation.plan(total, kind=kind, device=device.type, batches=batches)
+            plan = self.propagation.plan(total, start=start, kind=kind, device=device.type, batches=batches)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)
-        full = [step for extension in self.extensions for step in extension.full_steps(total)]
+        full = [step for each in self.extensions for step in each.full_steps(total) if step >= start]
         plan = plan.add_full_steps(full) if full else plan
         return plan if self.cfg is None else self.cfg.apply(plan)
 
-    def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
+    def resolve(self, total: int, steps: int, device: torch.device, start: int = 0) -> tuple[Plan, str | None]:
+        """Return the plan of a run, and why nothing is shared in it although sharing was asked for, or None.
+
+        Args:
+            total: UNet calls in the schedule.
+            steps: denoising steps in the schedule.
+            device: where the UNet is.
+            start: the step that is executed first.
 
         Raises:
-            ValueError: too few steps and not forced, or key steps outside the schedule.
+            ValueError: key steps outside the schedule.
         """
-        plan = self.plan(total, device)
-        if steps < MIN_STEPS and not self.force and (len(plan.key_steps) < plan.total or plan.halves):
-            raise ValueError(
-                f"sharing features between steps needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
-                "neighbouring steps differ too much and images degrade. "
-                "Use difffast.unpatch(pipe), more steps, or difffast.patch(pipe, force=True)"
-            )
-        return plan
+        plan = self.plan(total, device, start)
+        if not self.shares:
+            return plan, None
+        if steps < MIN_STEPS and not self.force:
+            why = f"sharing needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, neighbouring steps "
+            why += "differ too much (difffast.patch(pipe, ..., force=True) shares all the same)"
+            return plan.run_in_full(), f"every step runs in full: {why}"
+        if plan.shares:
+            return plan, None
+        return plan, f"every step runs in full: with {total} steps, all of them are key steps"
+
+    @property
+    def shares(self) -> bool:
+        """Whether steps are to share anything."""
+        return self.cfg is not None or self.apart != 1
+
+    @property
+    def apart(self) -> Any:
+        """How far apart key steps are, or which they are, as it was asked for."""
+        config = self.propagation
+        return config.interval if isinstance(config, FeatureReuse) else config.key_steps

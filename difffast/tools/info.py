@@ -21,6 +21,7 @@ def show_info(arguments: argparse.Namespace) -> int:
     import torch
 
     from .. import ops
+    from ..ops._dispatch import describe_unforced
     from ..ops.linear import advantage
 
     if arguments.pipeline is not None:
@@ -42,6 +43,8 @@ def show_info(arguments: argparse.Namespace) -> int:
     for backend in ops.BACKENDS:
         worth = f", linear layers {advantage():.1f} times as fast as F.linear" if backend == "onednn" else ""
         table.add_row(f"backend {backend}", ops.missing(backend) or f"available{worth}")
+    if describe_unforced():
+        table.add_row("DIFFFAST_BACKEND", describe_unforced())
     if ops.INSTRUCTION_SET is not None:
         table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
     table.add_row("pipelines", "difffast info --pipelines, or --pipeline DIR")
