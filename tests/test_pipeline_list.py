@@ -8,6 +8,7 @@ import more_zoo
 import pytest
 import torch
 import zoo
+from diffusers.models import embeddings
 from diffusers_sources import exists, find_unet_pipelines
 from sampling import largest
 from test_support import StopRunError, run
@@ -148,19 +149,25 @@ def test_tuning_an_unknown_pipeline_measures_what_is_exact_alone():
 
 
 @pytest.mark.skipif(not exists("DreamLiteMobilePipeline"), reason="DreamLite came with Diffusers 0.39.0")
-def test_copies_of_times_are_rounded_ahead_as_they_are_at_their_step():
+def test_copies_of_times_are_rounded_ahead_as_they_are_at_their_step(monkeypatch):
     """DreamLite's UNet gets the times in the latents' dtype; of steps that are decoded ahead as well."""
     row, seen = more_zoo.ROWS["DreamLiteMobilePipeline"], []
     pipe = row.build().to(dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    pipe.unet.time_proj.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
+    embed = embeddings.get_timestep_embedding
+
+    def watch(timesteps, *args, **kwargs):
+        seen.extend(timesteps.tolist())
+        return embed(timesteps, *args, **kwargs)
+
+    monkeypatch.setattr(embeddings, "get_timestep_embedding", watch)  # a hook in the UNet would run at every step
     run(row, pipe)
     stock = sorted(seen)
     seen.clear()
     with patched(pipe, propagation=EncoderPropagation(key_steps=4, max_parallel=3), fused=False) as report:
         run(row, pipe)
     assert max(report.last_run.decode_batches) > 1
-    assert len(set(stock)) == zoo.Inputs.steps
+    assert len(set(stock)) == zoo.Inputs.steps + 1, "the picture's size is embedded in the same way"
     assert set(seen) == set(stock)
 
 
