@@ -101,17 +101,19 @@ DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
   return (Vec<float>)((Int)p + (((Int)shifted - 0x4B400000) << 23));
 }
 
-// 2^x for x <= 0, NaN for NaN; results below 2^-125 become 2^-125, not zero.
+// 2^x for x <= 0, NaN for NaN; results below 2^-125 become zero: subnormal numbers are slow, and any other number would
+// count where a value is huge.
 #if DIFFFAST_VECTOR_BYTES == 64
 DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
-  x = _mm512_max_ps(broadcast(-125.0f), x);  // of a NaN and a number it returns the second operand
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, broadcast(-125.0f), _CMP_NLT_UQ);  // NaN is
   const Vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_fraction(x - n), n);
+  return _mm512_maskz_scalef_ps(kept, exp2_fraction(x - n), n);
 }
 #else
 DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
-  const Vec<float> lowest = broadcast(-125.0f);
-  return x == x ? exp2_within(x < lowest ? lowest : x) : x;
+  const Vec<float> lowest = broadcast(-125.0f), zero{};
+  const Vec<float> result = exp2_within(lowest > x ? lowest : x);
+  return x >= lowest ? result : (zero > x ? zero : x);
 }
 #endif
 

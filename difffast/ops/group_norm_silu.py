@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _dispatch, _installed
 from ._dispatch import Case, Forced, Operand
-from ._library import LIBRARY, refuse_second_derivative
+from ._library import LIBRARY, ignore_autocast, refuse_second_derivative
 from ._norm_checks import (
     Layout,
     check_addend,
@@ -68,6 +68,7 @@ def group_norm_silu(
 
     Returns:
         The result in the shape, dtype and memory format of x.  channels_last stays, unlike in ``F.group_norm`` on GPUs.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -99,6 +100,7 @@ def group_norm_silu(
         return group_norm_silu(x, groups, weight, bias, eps, addend=rows, scale=scale, shift=shift, silu=silu)
 
 
+@ignore_autocast
 def reference(
     x: Tensor,
     groups: int,
@@ -123,6 +125,7 @@ def reference(
     return out.contiguous(memory_format=layout)
 
 
+@ignore_autocast
 def reference_backward(
     grad_out: Tensor,
     x: Tensor,
