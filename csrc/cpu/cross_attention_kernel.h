@@ -40,9 +40,9 @@ DIFFFAST_TARGET void pack_keys(const CrossAttention& p, void* base, int64_t begi
   }
 }
 
-// In place: products q k, of which Factors says what logits they make -> probabilities.
+// In place: logits (in units of ln 2) -> probabilities.
 template <class T>
-DIFFFAST_TARGET void softmax_rows(const CrossAttention& p, T factor, T* s, int64_t rows, int64_t row_size) {
+DIFFFAST_TARGET void softmax_rows(const CrossAttention& p, T* s, int64_t rows, int64_t row_size) {
   T valid[lanes<T>];  // of the last vector
   for (int i = 0; i < lanes<T>; ++i) valid[i] = row_size - lanes<T> + i < p.keys;
   const Vec<T> keep = load(valid), none{}, lowest = broadcast(std::numeric_limits<T>::lowest());
@@ -54,15 +54,15 @@ DIFFFAST_TARGET void softmax_rows(const CrossAttention& p, T factor, T* s, int64
     for (int i = 0; i < lanes<T>; ++i) top = std::max<T>(top, largest[i]);
     Vec<T> sums{};
     for (T* x = s; x < last; x += lanes<T>) {
-      const Vec<T> e = exp2_of((load(x) - top) * factor);
+      const Vec<T> e = exp2_of(load(x) - top);
       store(x, e);
       sums += e;
     }
     // Columns that pad the last vector have logit 0, which may lie far above all others, or NaN: they take no part.
-    const Vec<T> e = keep > none ? exp2_of(keep > none ? (load(last) - top) * factor : none) : none;
+    const Vec<T> e = keep > none ? exp2_of(keep > none ? load(last) - top : none) : none;
     store(last, e);
     sums += e;
-    T sum = p.sink > 0 ? static_cast<T>(p.sink) * std::exp2(-top * factor) : T{0};
+    T sum = p.sink > 0 ? static_cast<T>(p.sink) * std::exp2(-top) : T{0};
     for (int i = 0; i < lanes<T>; ++i) sum += sums[i];
     const Vec<T> inverse = broadcast(T{1} / sum);
     for (T* x = s; x <= last; x += lanes<T>) store(x, load(x) * inverse);
@@ -89,7 +89,7 @@ DIFFFAST_TARGET void forward(const CrossAttention& p, const void* packed, void* 
   T* s = q + kBlock * p.head_dim;
   T* mean = s + kBlock * keys;
   T* o = mean + kBlock * keys;
-  const Factors<T> by(p.scale);
+  const T factor = static_cast<T>(p.scale * kLog2E);
   const int64_t blocks = (p.queries + kBlock - 1) / kBlock, groups = maps ? 1 : p.heads, share = p.heads / groups;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -98,9 +98,9 @@ DIFFFAST_TARGET void forward(const CrossAttention& p, const void* packed, void* 
     if (maps) std::fill(mean, mean + rows * keys, T{0});
     for (int64_t h = group * share; h < (group + 1) * share; ++h) {
       const Packed<T> kv(p, packed, b / p.repeats * p.heads + h);
-      copy_rows<S, T>(p.q, b, h, first, rows, p.head_dim, by.of_q, q, p.head_dim);
+      copy_rows<S, T>(p.q, b, h, first, rows, p.head_dim, factor, q, p.head_dim);
       matmul(rows, keys, p.head_dim, q, p.head_dim, int64_t{1}, kv.kt, keys, s, keys);
-      softmax_rows(p, by.of_product, s, rows, keys);
+      softmax_rows(p, s, rows, keys);
       if (maps) {
         for (int64_t i = 0; i < rows * keys; i += lanes<T>) store(mean + i, load(mean + i) + load(s + i));
       }
@@ -134,8 +134,7 @@ DIFFFAST_TARGET void backward(const CrossAttention& p, const CrossAttentionGradi
   T* ds = s + kBlock * keys;
   T* sum_k = ds + kBlock * keys;
   T* sum_v = sum_k + p.keys * dim;
-  const Factors<T> by(p.scale);
-  const T scale = static_cast<T>(p.scale);
+  const T factor = static_cast<T>(p.scale * kLog2E), scale = static_cast<T>(p.scale);
   const int64_t blocks = (p.queries + kBlock - 1) / kBlock;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -145,9 +144,9 @@ DIFFFAST_TARGET void backward(const CrossAttention& p, const CrossAttentionGradi
     for (int64_t b = item / p.heads * p.repeats; b < (item / p.heads + 1) * p.repeats; ++b) {
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block_begin(p, block), rows = block_begin(p, block + 1) - first;
-        copy_rows<S, T>(p.q, b, h, first, rows, p.head_dim, by.of_q, q, dim);
+        copy_rows<S, T>(p.q, b, h, first, rows, p.head_dim, factor, q, dim);
         matmul(rows, keys, p.head_dim, q, dim, int64_t{1}, kv.kt, keys, s, keys);
-        softmax_rows(p, by.of_product, s, rows, keys);
+        softmax_rows(p, s, rows, keys);
         if (g.out.data) {
           copy_rows<S, T>(g.out, b, h, first, rows, p.head_dim, T{1}, grad, dim);
           matmul(rows, keys, p.head_dim, grad, dim, int64_t{1}, kv.vt, keys, ds, keys);
@@ -181,11 +180,11 @@ DIFFFAST_TARGET void backward(const CrossAttention& p, const CrossAttentionGradi
       }
     }
     if (dk) {
-      // The rows of q carry the sign of the scale.
+      // The rows of q carry scale / ln 2.
       for (int64_t t = 0; t < p.keys; ++t) {
         for (int64_t c = 0; c < p.head_dim; ++c) {
           const int64_t to = (item * p.keys + t) * p.head_dim + c;
-          narrow(sum_k[t * dim + c] * std::abs(scale), dk + to);
+          narrow(sum_k[t * dim + c] * static_cast<T>(kLn2), dk + to);
           narrow(sum_v[t * dim + c], dv + to);
         }
       }

@@ -8,13 +8,13 @@
 template <class S>
 using ComputeOf = typename Compute<S>::type;
 
-// u / (1 + exp(-u)).  The exponential is cut off at 1e-37, where it makes no difference, and is infinite above 1e38,
-// where the result is below 1e-35.
+// u / (1 + exp(-u)).  The exponential is cut off where it is below 1e-37, and infinite from 3e38 on.
 DIFFFAST_INLINE Vec<float> silu_of(Vec<float> u) {
-  const Vec<float> lowest = broadcast(-125.0f), highest = broadcast(126.0f);
-  const Vec<float> x = u * -1.4426950408889634f, above = lowest > x ? lowest : x;
-  const Vec<float> e = exp2_within(highest < above ? highest : above);
-  return u / ((x > highest ? broadcast(std::numeric_limits<float>::infinity()) : e) + 1.0f);
+  const Vec<float> lowest = broadcast(-125.0f), highest = broadcast(128.0f);
+  Vec<float> x = u * -1.4426950408889634f;
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
+  return u / (exp2_within(x) + 1.0f);
 }
 
 DIFFFAST_INLINE Vec<double> silu_of(Vec<double> u) {

@@ -63,8 +63,7 @@ struct Block {
 
 // Adds a tile of keys.
 template <class T>
-DIFFFAST_TARGET void add_tile(const Block<T>& block, const Part<T>& part, int64_t first, int64_t keys, int64_t head_dim,
-                              T factor) {
+DIFFFAST_TARGET void add_tile(const Block<T>& block, const Part<T>& part, int64_t first, int64_t keys, int64_t head_dim) {
   const int64_t width = block.width;
   matmul(keys, width, head_dim, part.k + first * part.k_row, part.k_row, part.k_column, block.q, width, block.s, width);
   for (int64_t i = 0; i < width; i += lanes<T>) {
@@ -74,11 +73,11 @@ DIFFFAST_TARGET void add_tile(const Block<T>& block, const Part<T>& part, int64_
     Vec<T> sum{};
     for (int64_t t = 0; t < keys; ++t) {
       T* at = block.s + t * width + i;
-      const Vec<T> e = exp2_of((load(at) - top) * factor);
+      const Vec<T> e = exp2_of(load(at) - top);
       store(at, e);
       sum += e;
     }
-    const Vec<T> shrink = exp2_of((before - top) * factor);
+    const Vec<T> shrink = exp2_of(before - top);
     store(block.top + i, top);
     store(block.sum + i, load(block.sum + i) * shrink + sum);
     for (int64_t c = 0; c < head_dim; ++c) {
@@ -92,12 +91,12 @@ DIFFFAST_TARGET void add_tile(const Block<T>& block, const Part<T>& part, int64_
 
 // mean[map_count][width] += probabilities of the chosen keys.
 template <class T>
-DIFFFAST_TARGET void add_maps(const JointAttention& p, const Block<T>& block, const Part<T>& text, T factor, T* mean) {
+DIFFFAST_TARGET void add_maps(const JointAttention& p, const Block<T>& block, const Part<T>& text, T* mean) {
   for (int64_t m = 0; m < p.map_count; ++m) {
     matmul(int64_t{1}, block.width, p.head_dim, text.k + p.map_tokens[m] * text.k_row, text.k_row, text.k_column,
            block.q, block.width, block.s, block.width);
     for (int64_t i = 0; i < block.width; i += lanes<T>) {
-      const Vec<T> e = exp2_of((load(block.s + i) - load(block.top + i)) * factor);
+      const Vec<T> e = exp2_of(load(block.s + i) - load(block.top + i));
       T* at = mean + m * block.width + i;
       store(at, load(at) + e / load(block.sum + i));
     }
@@ -119,7 +118,7 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* packed, void* out_da
   block.top = block.s + kRows * kTile;
   block.sum = block.top + kRows;
   T* mean = block.sum + kRows;
-  const Factors<T> by(p.scale);
+  const T factor = static_cast<T>(p.scale * kLog2E);
   const int64_t blocks = (p.queries + kRows - 1) / kRows, groups = maps ? 1 : p.heads, share = p.heads / groups;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -132,7 +131,7 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* packed, void* out_da
       const S* q = static_cast<const S*>(p.q.data) + b * p.q.stride[0] + h * p.q.stride[1] + first * p.q.stride[2];
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t c = 0; c < dim; ++c) {
-          block.q[c * block.width + row] = by.of_q * widen(q[row * p.q.stride[2] + c * p.q.stride[3]]);
+          block.q[c * block.width + row] = factor * widen(q[row * p.q.stride[2] + c * p.q.stride[3]]);
         }
       }
       for (int64_t row = rows; row < block.width; ++row) {
@@ -144,10 +143,10 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* packed, void* out_da
       const Part<T> parts[] = {part_of<S, T>(p, packed, true, b, h), part_of<S, T>(p, packed, false, b, h)};
       for (int part = 0; part < 2; ++part) {
         for (int64_t t = 0; t < parts[part].keys; t += kTile) {
-          add_tile(block, parts[part], t, std::min(kTile, parts[part].keys - t), dim, by.of_product);
+          add_tile(block, parts[part], t, std::min(kTile, parts[part].keys - t), dim);
         }
       }
-      if (maps) add_maps(p, block, parts[0], by.of_product, mean);
+      if (maps) add_maps(p, block, parts[0], mean);
       for (int64_t row = 0; row < rows; ++row) {
         S* to = out + ((b * p.queries + first + row) * p.heads + h) * dim;
         const T inverse = T{1} / block.sum[row];

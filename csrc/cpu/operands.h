@@ -1,16 +1,7 @@
 // What attention's kernels do with their operands, for one instruction set; included by them after simd.h, inside a
 // namespace: no include guard.
 
-// What queries, and their products with keys, are multiplied by: 2^(product * of_product) is e^logit, and the largest
-// product makes the largest logit.  Queries scaled as a whole would round every product once more, and could overflow.
-template <class T>
-struct Factors {
-  T of_q, of_product;
-
-  explicit Factors(double scale)
-      : of_q(static_cast<T>(scale > 0 ? 1 : scale < 0 ? -1 : 0)),
-        of_product(static_cast<T>(scale == 0 ? 1 : std::abs(scale) * 1.4426950408889634)) {}
-};
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class T>
 constexpr int64_t round_up(int64_t n) {

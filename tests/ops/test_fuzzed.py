@@ -38,8 +38,10 @@ def test_many_hostile_operands(operator):
 
 
 def run_sets(instruction_set, draws, operators):
-    code = f"import sys; sys.path.insert(0, {str(Path(fuzzing.__file__).parent)!r}); import torch, fuzzing\n"
-    code += "torch.set_num_threads(1)\n"
+    tests = Path(__file__).parent
+    folders = [str(tests), str(tests.parent / "helpers")]
+    code = f"import sys; sys.path += {folders!r}; import torch, fuzzing, test_extremes\n"
+    code += "torch.set_num_threads(1); test_extremes.check_all('cpp')\n"
     code += "\n".join(f"fuzzing.run({operator!r}, {draws}, ['cpp'])" for operator in operators)
     instruction_sets.run(code, instruction_set)
 
