@@ -6,7 +6,7 @@ import dataclasses
 
 import hostile_operands as hostile
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from operator_cases import OPERATORS, Case, reach
 
@@ -86,6 +86,8 @@ class Expected:
         eager = largest(keep((self.eager[i].to(self.dtype).double() - exact).abs()), dimensions)
         size = max(reach(x) for x in self.case.operands.values())
         floor = 8 * eps * largest(keep(exact.abs()), dimensions) + 1e3 * tiny * size
+        if self.dtype == _F64:  # where nobody is more exact than the other, and eager is the definition itself
+            floor = floor + 1e3 * eps * size * max(self.case.sizes.values(), default=1.0)
         if self.gradient:
             floor = floor + 64 * eps * [*self.case.sizes.values(), *[1.0] * 9][i]
         if (error <= 4 * eager + floor).all():
@@ -122,7 +124,9 @@ def cases(draw, operator):
     gradient = draw(st.integers(0, 4)) == 4
     wild = hostile.wild_kinds if "norm" not in operator else st.sampled_from(["one infinite", "one nan"])
     kinds = hostile.kinds if gradient or draw(st.booleans()) else hostile.kinds | wild
-    return draw(OPERATORS[operator](draw(st.sampled_from(dtypes)), kinds)), gradient
+    case = draw(OPERATORS[operator](draw(st.sampled_from(dtypes)), kinds))
+    assume(case.smooth or not gradient)
+    return case, gradient
 
 
 def run(operator, draws, backends=ON_CPU):

@@ -28,6 +28,7 @@ class Case:
         define: computes the definition, in the dtype of the operands.
         shares: for each result, how many of its last dimensions belong together: one error is allowed for all.
         about: the other arguments, for messages.
+        smooth: whether the gradients are determined at all, to the precision of the operands.
         sizes: for each operand, how large the terms are that cancel in its gradient, some one weight of the results.
     """
 
@@ -38,6 +39,7 @@ class Case:
     shares: tuple[int, ...]
     about: dict
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)
+    smooth: bool = True
 
     def __repr__(self):
         of = {name: (tuple(x.shape), x.stride(), x.storage_offset()) for name, x in self.operands.items()}
@@ -68,6 +70,14 @@ def norm_sizes(operands, z, groups, eps):
     of_scale = reach(operands["weight"]) * n + reach(operands["bias"])
     outer = {"weight": scale * n, "bias": scale, "scale": of_scale, "shift": 1.0}
     return {name: outer.get(name, inner) for name in operands}
+
+
+def is_smooth(z, groups, dtype):
+    """Whether what is normalised differs within no group by its rounding errors alone."""
+    by_group = z.reshape(z.shape[0], groups, math.prod(z.shape[1:]) // groups)
+    spread = (by_group - by_group.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+    rounding = torch.finfo(dtype).eps * by_group.abs().amax(-1)
+    return bool(((spread == 0) | (spread > 1e4 * rounding)).all())
 
 
 def attend(q, keys, values, scale, sink=0, tokens=()):
@@ -214,7 +224,8 @@ def group_norm_silu(draw, dtype, kinds):
         operands["x"] = operands["x"].contiguous(memory_format=torch.channels_last)
     z = add(*(operands[n].double() if n in operands else None for n in ("x", "addend")))
     about = {"groups": groups, "eps": eps, "silu": silu}
-    return Case("group_norm_silu", operands, call, define, (len(pixels),), about, norm_sizes(operands, z, groups, eps))
+    sizes, smooth = norm_sizes(operands, z, groups, eps), is_smooth(z, groups, dtype)
+    return Case("group_norm_silu", operands, call, define, (len(pixels),), about, sizes, smooth)
 
 
 @st.composite
@@ -248,8 +259,9 @@ def skip_norm_silu(draw, dtype, kinds):
     if last and len(pixels) == 2:
         operands["hidden"] = operands["hidden"].contiguous(memory_format=torch.channels_last)
     about = {"groups": groups, "eps": eps, "silu": silu}
-    sizes = norm_sizes(operands, join(operands["hidden"].double(), operands["skip"].double()), groups, eps)
-    return Case("skip_norm_silu", operands, call, define, (len(pixels), len(pixels)), about, sizes)
+    z = join(operands["hidden"].double(), operands["skip"].double())
+    sizes, smooth = norm_sizes(operands, z, groups, eps), is_smooth(z, groups, dtype)
+    return Case("skip_norm_silu", operands, call, define, (len(pixels), len(pixels)), about, sizes, smooth)
 
 
 @st.composite

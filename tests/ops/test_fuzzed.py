@@ -15,8 +15,8 @@ from operator_cases import OPERATORS
 
 from difffast import ops
 
-#: Draws of each operator; the slow ones are what counts.
-FEW, MANY = 60, 2000
+#: Draws of each operator: always, with -m slow, and of each other instruction set.
+FEW, MANY, OTHERS = 40, 2000, 500
 #: Operators with a C++ kernel, which each instruction set has its own of.
 COMPILED = [name for name, backends in ops.OPERATORS.items() if "cpp" in backends]
 needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
@@ -57,7 +57,7 @@ def test_smaller_instruction_sets(instruction_set):
 @pytest.mark.parametrize("operator", COMPILED)
 @pytest.mark.parametrize("instruction_set", instruction_sets.SETS[:-1])
 def test_smaller_instruction_sets_often(instruction_set, operator):
-    run_sets(instruction_set, MANY, [operator])
+    run_sets(instruction_set, OTHERS, [operator])
 
 
 @pytest.mark.slow
