@@ -116,8 +116,9 @@ def reference(
     layout = memory_format(x)
     if addend is not None:
         x = _add(x, addend)
-    # Not in channels_last: PyTorch's kernel for it on CPUs takes E[z^2] - mean^2, and GPUs have none.
-    out = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
+    # Not in channels_last: PyTorch's kernel for it on CPUs takes E[z^2] - mean^2, and GPUs have none.  One pixel may
+    # lie in either format, so that PyTorch is not shown an image.
+    out = torch.group_norm(x.contiguous().flatten(2), groups, weight, bias, eps).reshape(x.shape)
     if scale is not None:
         out = out * (1 + _broadcast(scale, x)) + _broadcast(shift, x)
     if silu:

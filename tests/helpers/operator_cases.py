@@ -94,7 +94,7 @@ def normalise(z, groups, weight, bias, eps, silu, scale=None, shift=None):
     rows = (*z.shape[:2], *(1 for _ in z.shape[2:]))
     one = (1, *rows[1:])
     if z.dtype == torch.float32 and z.numel():  # what PyTorch makes of it
-        u = torch.group_norm(z.contiguous(), groups, weight, bias, eps)
+        u = torch.group_norm(z.contiguous().flatten(2), groups, weight, bias, eps).reshape(z.shape)
     else:
         by_group = z.reshape(z.shape[0], groups, math.prod(z.shape[1:]) // groups)
         apart = by_group - by_group.mean(-1, keepdim=True)

@@ -76,6 +76,20 @@ def check_silu(layout):
     assert out[0, 8:].isfinite().all()
 
 
+def check_two_numbers_a_group():
+    """A group of two numbers is normalised to -1 and 1, wherever they lie, and in every layout of one pixel."""
+    x = torch.tensor([[1e4, 1e4 + 1, -3e3, -3e3 - 2]]).reshape(1, 4, 1, 1)
+    wanted = torch.tensor([-1.0, 1.0, 1.0, -1.0])
+    one, none = torch.ones(4), torch.zeros(4)
+    for each in (x, x.as_strided(x.shape, (4, 1, 4, 4)), x.flatten(2)):
+        out = ops.group_norm_silu(each, 2, one, none, silu=False)
+        torch.testing.assert_close(out.flatten(), wanted, rtol=0, atol=2e-3)
+        for rows in (each[:, :2], each[:, :3]):
+            both = ops.skip_norm_silu(rows, each[:, rows.shape[1] :], 2, one, none, silu=False)
+            both = torch.cat([part.flatten() for part in both])
+            torch.testing.assert_close(both, wanted, rtol=0, atol=2e-3)
+
+
 def check_empty_batches():
     """Nothing in, nothing out."""
     none = torch.zeros(0, 2, 3, 4)
@@ -101,6 +115,7 @@ def check_all(backend):
             check_infinite_queries_and_sinks(keys)
         for layout in (torch.contiguous_format, torch.channels_last):
             check_silu(layout)
+        check_two_numbers_a_group()
         check_empty_batches()
 
 
@@ -127,6 +142,12 @@ def test_infinite_queries_and_sinks(keys, backend):
 def test_silu(layout, backend):
     with ops.use_backend(backend):
         check_silu(layout)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_two_numbers_a_group(backend):
+    with ops.use_backend(backend):
+        check_two_numbers_a_group()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
