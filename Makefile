@@ -54,7 +54,7 @@ SANITIZED := build/sanitized
 SANITIZE  := -fsanitize=address,undefined
 test-sanitized: install
 	mkdir -p $(SANITIZED)
-	CFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZE)" \
+	CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZE)" \
 	DIFFFAST_BUILD_CPP=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib \
 	> $(SANITIZED)/log 2>&1 || { tail -n 40 $(SANITIZED)/log; exit 1; }
 	for set in avx512 avx2 baseline; do \

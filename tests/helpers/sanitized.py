@@ -25,8 +25,9 @@ def find(library):
 def main(package, *arguments):
     """Run them; returns the exit status."""
     package = Path(package).resolve()
-    if not list((package / "difffast").glob("_C*.so")):
-        raise SystemExit(f"{package}/difffast has no _C*.so: `make test-sanitized` builds it")
+    libraries = list((package / "difffast").glob("_C*.so"))
+    if not libraries or b"__asan_report_load" not in libraries[0].read_bytes():
+        raise SystemExit(f"{package}/difffast has no _C*.so with sanitizers inside: `make test-sanitized` builds it")
     environment = {
         **os.environ,
         "LD_PRELOAD": f"{find('libasan.so')} {find('libubsan.so')}",
