@@ -52,9 +52,10 @@ test-slow: install
 # of its own, which the normal one never sees. Python is not built for them: its interpreter's leaks are not looked for.
 SANITIZED := build/sanitized
 SANITIZE  := -fsanitize=address,undefined
+CHECKED   := -O1 -g1 -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 test-sanitized: install
 	mkdir -p $(SANITIZED)
-	CXXFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZE)" \
+	CXXFLAGS="$(CHECKED) $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	DIFFFAST_BUILD_CPP=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib \
 	> $(SANITIZED)/log 2>&1 || { tail -n 40 $(SANITIZED)/log; exit 1; }
 	for set in avx512 avx2 baseline; do \
