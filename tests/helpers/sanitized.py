@@ -36,7 +36,14 @@ def main(package, *arguments):
     }
     code = "import sys, difffast, pytest; assert difffast.__file__.startswith(sys.argv[1]), difffast.__file__; "
     code += "sys.exit(pytest.main(sys.argv[2:]))"
-    options = ["-c", str(TESTS.parent / "pyproject.toml"), f"--rootdir={TESTS.parent}", "-p", "no:cacheprovider"]
+    options = [
+        "-c",
+        str(TESTS.parent / "pyproject.toml"),
+        f"--rootdir={TESTS.parent}",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+    ]
     files = [str(TESTS / "ops" / f"{name}.py") for name in FILES]
     command = [sys.executable, "-c", code, str(package), *options, "-q", "-x", "-k", CHOSEN, *arguments, *files]
     # From there, so that Python finds this build of the package first.
