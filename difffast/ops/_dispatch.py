@@ -240,13 +240,16 @@ def make_error(operator: str, backend: str, reason: str) -> CannotRunError:
 
 
 @contextlib.contextmanager
-def use_backend(backend: str, *operators: str) -> Iterator[None]:
+def use_backend(backend: str, *operators: str) -> Iterator[tuple[str, ...]]:
     """Force a backend inside a ``with`` block.  It is forced in all threads of the process.
 
     Args:
         backend: one of :data:`BACKENDS`.
-        operators: the names of the operators that shall use it.  If none is named, all that have this backend do, and
-            the others keep their own choice.
+        operators: the names of the operators that shall use it.  If none is named, all that have this backend do.  The
+            others keep their own choice, and ``report.last_run`` of a patched pipeline names them.
+
+    Yields:
+        The names of the operators that use it.
 
     Raises:
         ValueError: unknown backend or operator, or an operator without this backend.
@@ -265,6 +268,16 @@ def use_backend(backend: str, *operators: str) -> Iterator[None]:
     inner = {**dict(earlier), **dict.fromkeys(operators, backend)} if operators else {None: backend}
     forced_backends = tuple(inner.items())
     try:
-        yield
+        yield operators or tuple(name for name, has in OPERATORS.items() if backend in has)
     finally:
         forced_backends = earlier
+
+
+def describe_unforced() -> str:
+    """Return, as text, which operators do not have the backend that is forced for all; "" if none is or all have it."""
+    backend = dict(forced_backends).get(None)
+    named = [operator for operator, _ in forced_backends]
+    others = [name for name, has in OPERATORS.items() if backend not in has and name not in named]
+    if backend is None or not others:
+        return ""
+    return f"backend {backend!r} is forced, but {', '.join(others)} do not have it and keep their own choice"

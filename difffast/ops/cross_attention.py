@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,24 @@ from ._library import LIBRARY, ignore_autocast, refuse_second_derivative
 
 #: Products q k below which the C++ kernel loses to PyTorch's attention.
 _SMALL = 1 << 14
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, sink: int = 0, map_tokens: None = None
+) -> Tensor: ...
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, sink: int = 0, map_tokens: Sequence[int]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, sink: int = 0, map_tokens: Sequence[int] | None
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def cross_attention(

@@ -14,7 +14,7 @@ separately reads both where they lie.  PyTorch's attention needs them joined.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,45 @@ from ._dispatch import Case, Forced, Operand
 from ._installed import SDPA_KERNELS
 from ._library import LIBRARY, ignore_autocast
 from .cross_attention import cross_attention
+
+
+@overload
+def joint_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    map_tokens: None = None,
+) -> Tensor: ...
+
+
+@overload
+def joint_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    map_tokens: Sequence[int],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def joint_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    map_tokens: Sequence[int] | None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def joint_attention(

@@ -17,7 +17,7 @@ class RunStats:
         reused: calls that ran the outer layers alone.
         halves: calls, of any of these kinds, that ran the conditional half of the batch alone.
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
-        forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
+        forced: key steps that the plan did not ask for (conditioning or shape changed, features dropped).
         decode_batches: sizes of the decoder batches, in order.
         unshared: up-resnets whose skip parts were computed at every step, with the reason.
         text_kv: how often a cross-attention layer's text keys and values were "computed" and "reused".
