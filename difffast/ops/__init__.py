@@ -7,8 +7,8 @@ What all of them promise, whichever of our kernels runs (numbers of the backends
 the computation, plus eight units in the last place of the largest number of the result, and as much as the exact
 result moves where each operand is changed by eight such units.  The dtype of the computation is float32 for half
 precision.  All rows of a head, all channels of a group and all columns of a product share one bound.  Gradients may
-be wrong besides by 64 units in the last place of the terms that cancel in them; those of a norm whose group differs by
-rounding errors alone are not determined.  Probabilities below 2^-125 may count as zero.  The reference of a norm rounds
+be wrong besides by 64 units in the last place of the terms that cancel in them; a norm whose group differs by rounding
+errors alone is not determined.  Probabilities below 2^-125 may count as zero.  The reference of a norm rounds
 the sum with an addend to half precision, as PyTorch does.
 
 **NaN and infinity.** What is finite in plain PyTorch is finite, and what is NaN or infinite there is never made
