@@ -84,7 +84,9 @@ def extension():
     sources = ["csrc/registration.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     cuda_sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     target = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
-    kind, flags = CppExtension, {"cxx": ["-O3", "-std=c++17", target]}
+    # They come after CXXFLAGS, whose own optimisation shall win.
+    optimised = [] if " -O" in f" {os.environ.get('CXXFLAGS', '')}" else ["-O3"]
+    kind, flags = CppExtension, {"cxx": [*optimised, "-std=c++17", target]}
     reason = cuda_obstacle()
     if reason is None:
         kind, sources = CUDAExtension, sources + cuda_sources

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _installed, _local
-from ._installed import BACKENDS, missing
+from ._installed import BACKENDS, FROM_PYTORCH, SDPA_KERNELS, missing
 from ._keys import Key
 from ._proofs import is_proved
 
@@ -80,7 +81,7 @@ def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
     @functools.wraps(decide)
     def recall(*signature: Any, **named: Any) -> Answer:
         # torch.compile can guard what decides, but not what a cache holds.
-        if torch.compiler.is_compiling() or _local.watch is not None:
+        if torch.compiler.is_compiling() or _local.watch is not None or is_transformed():
             return decide(forced_backends, *signature, **named)
         try:
             return remembered(forced_backends, _local.state, *signature, **named)
@@ -91,6 +92,16 @@ def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
     signature = inspect.signature(decide)
     recall.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
     return recall
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms the call (vmap, grad, jvp, ...), or forward-mode differentiation may.
+
+    Kernels of ours have no rules for either.  They would be called again and again, or lose a tangent without a word.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def forget() -> None:
@@ -177,7 +188,11 @@ def choose(
         reason = find_obstacle(backend)
         if reason is not None:
             raise make_error(operator, backend, reason)
+        if backend not in (*FROM_PYTORCH, *SDPA_KERNELS) and is_transformed():
+            raise make_error(operator, backend, "torch.func and forward-mode differentiation take the reference alone")
         return backend
+    if is_transformed():
+        return "reference"
     traced = torch.compiler.is_compiling()
     if case is not None and _local.load(device) and not (traced and not _local.are_static(*case)):
         version, mode = _local.state
