@@ -11,7 +11,7 @@ BUILT  := $(VENV)/.difffast
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test suite test-oldest test-slow bench fidelity lint readme clean
+.PHONY: install demo test suite test-oldest test-slow test-sanitized bench fidelity lint readme clean
 
 install: $(BUILT)
 
@@ -47,6 +47,20 @@ test-oldest:
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# The operators' C++ kernels, of each instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer: in a build
+# of its own, which the normal one never sees. Python is not built for them: its interpreter's leaks are not looked for.
+SANITIZED := build/sanitized
+SANITIZE  := -fsanitize=address,undefined
+CHECKED   := -O1 -g1 -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+test-sanitized: install
+	mkdir -p $(SANITIZED)
+	CXXFLAGS="$(CHECKED) $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	DIFFFAST_BUILD_CPP=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib \
+	> $(SANITIZED)/log 2>&1 || { tail -n 40 $(SANITIZED)/log; exit 1; }
+	for set in avx512 avx2 baseline; do \
+	    DIFFFAST_INSTRUCTION_SET=$$set $(BIN)/python tests/helpers/sanitized.py $(SANITIZED)/lib || exit 1; \
+	done
 
 bench: install
 	$(BIN)/python bench/run.py --budget-minutes 14

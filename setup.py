@@ -8,6 +8,8 @@ the extension out.
 
 import os
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -67,7 +69,8 @@ def report(part, variable, reason):
     message = f"difffast: building without {part}: {reason}"
     if os.environ.get(variable) == "1":
         raise SystemExit(f"{message} ({variable}=1 makes this an error)")
-    print(message)
+    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip runs these first, and nothing is built by them
+        warnings.warn(message, stacklevel=2)  # pip 26 shows a build's warnings; what it prints, with -v alone
 
 
 def extension():
@@ -81,7 +84,9 @@ def extension():
     sources = ["csrc/registration.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     cuda_sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     target = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
-    kind, flags = CppExtension, {"cxx": ["-O3", "-std=c++17", target]}
+    # They come after CXXFLAGS, whose own optimisation shall win.
+    optimised = [] if " -O" in f" {os.environ.get('CXXFLAGS', '')}" else ["-O3"]
+    kind, flags = CppExtension, {"cxx": [*optimised, "-std=c++17", target]}
     reason = cuda_obstacle()
     if reason is None:
         kind, sources = CUDAExtension, sources + cuda_sources
@@ -128,6 +133,7 @@ arguments = extension()
 setup(
     packages=packages(),
     package_dir={"difffast.triton_kernels": "triton_kernels"},
+    include_package_data=False,  # setuptools would take the model's folders for packages, with a page of warnings
     package_data={"difffast": ["py.typed", "models/embedded/**/*"]},
     cmdclass={"build_py": FreshBuild, **arguments.pop("cmdclass", {})},
     **arguments,

@@ -1,6 +1,7 @@
 """What approximations cost in pictures: the embedded model, stock and with every way to be faster, judged.
 
     python bench/bench_fidelity.py --prompts 200 --out bench/results
+    python bench/bench_fidelity.py --prompts 48 --out out/some --rounds 0 --only "DeepCache 3, branch 1"
 
 Writes fidelity.json, fidelity.png and fidelity.svg.  Fewer stock steps are the honest control: an approximation has to
 be better than simply taking fewer steps.  An interrupted run goes on (--cache).
@@ -59,13 +60,17 @@ def ways() -> list[Way]:
         name = f"difffast, a key step every {interval}"
         return Way(name, "difffast, uniform", context=lambda pipe: patched(pipe, propagation=propagation))
 
-    def reuse(interval: int, extrapolate: int = 0) -> Way:
-        propagation = FeatureReuse(interval, extrapolate=extrapolate)
-        name = f"difffast, reuse, a key step every {interval}" + ", extrapolated" * bool(extrapolate)
+    def reuse(interval: int, branch: int = 0, extrapolate: int = 0) -> Way:
+        propagation = FeatureReuse(interval, branch, extrapolate=extrapolate)
+        name = f"difffast, reuse {interval}, branch {branch}" + ", extrapolated" * bool(extrapolate)
         return Way(name, "difffast, reuse", context=lambda pipe: patched(pipe, propagation=propagation))
 
     def with_guidance(name: str, **options: Any) -> Way:
         return Way(f"difffast, {name}", "difffast, guidance", context=lambda pipe: patched(pipe, **options))
+
+    def deepcache(interval: int, branch: int) -> Way:
+        name = f"DeepCache {interval}, branch {branch}"
+        return Way(name, "DeepCache", context=lambda pipe: peers.deepcache(pipe, interval, branch))
 
     exact = EncoderPropagation(key_steps=1)
     return [
@@ -75,10 +80,10 @@ def ways() -> list[Way]:
             for preset in PRESETS
         ),
         *map(every, (2, 3, 5)),
-        *(reuse(3), reuse(5), reuse(3, extrapolate=1)),
+        *(reuse(3), reuse(5), reuse(3, extrapolate=1), reuse(3, branch=1), reuse(5, branch=1)),
         with_guidance("guidance every 3", propagation=exact, cfg=CfgReuse(3)),
-        with_guidance("reuse and guidance, every 3", propagation=FeatureReuse(3), cfg=CfgReuse(1)),
-        *(Way(f"DeepCache {n}", "DeepCache", context=lambda pipe, n=n: peers.deepcache(pipe, n)) for n in (2, 3, 5)),
+        with_guidance("reuse and guidance, every 3, branch 0", propagation=FeatureReuse(3), cfg=CfgReuse(1)),
+        *(deepcache(interval, branch) for branch in (0, 1) for interval in (2, 3, 5)),
         *(
             Way(f"tomesd {r:.0%}", "tomesd", context=lambda pipe, r=r: peers.token_merging(pipe, r))
             for r in (0.25, 0.5)
@@ -113,10 +118,10 @@ def pictures(pipe: Any, way: Way, wanted: Sequence[Scene], cache: Path) -> np.nd
     return np.load(file)
 
 
-def latencies(pipe: Any, everyone: Sequence[Way], prompt: str) -> dict[str, list[float]]:
-    """Seconds of a whole call for one picture, all ways in turn."""
+def latencies(pipe: Any, everyone: Sequence[Way], prompt: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a whole call for one picture, all ways in turn; none without rounds."""
     seconds: dict[str, list[float]] = {way.name: [] for way in everyone}
-    for turn in tqdm(range(ROUNDS + 1), desc="seconds"):
+    for turn in tqdm(range(rounds + 1) if rounds else (), desc="seconds"):
         for way in everyone:
             start = time.perf_counter()
             generate(pipe, way, [prompt], 0)
@@ -181,6 +186,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER, help="another export of bench/train_shapes.py")
     parser.add_argument("--out", type=Path, default=Path("out/fidelity"))
     parser.add_argument("--cache", type=Path, default=Path("out/fidelity"))
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of timing; 0 where others use the machine")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="these beside stock, by name; default: all")
     arguments = parser.parse_args()
 
     pipe = embedded_pipeline(arguments.model)
@@ -190,7 +197,12 @@ def main() -> None:
     for folder in (cache, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)
     wanted, everyone = scenes(arguments.prompts), ways()
-    seconds = latencies(pipe, everyone, wanted[0].caption)
+    if arguments.only:
+        unknown = set(arguments.only) - {way.name for way in everyone}
+        if unknown:
+            parser.error(f"--only must name ways of ways(), got {', '.join(sorted(unknown))}")
+        everyone = [way for way in everyone if way.name in (CONTROL, *arguments.only)]
+    seconds = latencies(pipe, everyone, wanted[0].caption, arguments.rounds)
     drawn = (draw_scene(np.random.default_rng([SEED, 1, i])) for i in range(1000))
     truth = np.stack([features(render(scene)) for scene in drawn])
 
@@ -219,9 +231,10 @@ def main() -> None:
         "rows": rows,
     }
     (arguments.out / "fidelity.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, arguments.out)
+    if arguments.rounds:
+        draw(record, arguments.out)
     for name, row in rows.items():
-        middle = statistics.median(row["seconds"])
+        middle = statistics.median(row["seconds"] or [float("nan")])
         print(f"{name:32s} {middle:6.2f} s  binding {row['all']['binding']:.3f}  PSNR {row['psnr_db']}")
 
 

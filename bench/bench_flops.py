@@ -30,6 +30,10 @@ from difffast.unet.outer_layers import run_recording, run_reuse
 STEPS = 50
 #: UNet -> (latent height and width, text tokens).
 SIZES = {"sd15": (64, 77), "sd21": (96, 77), "sdxl": (128, 77), "if-i-xl": (64, 77)}
+#: Published key steps, where they are not those of Stable Diffusion.
+KINDS = {"if-i-xl": "if-1"}
+#: DeepCache's: what its package does by itself, and what its published tables are of.
+BRANCHES = (0, 1)
 #: Those whose pipelines do not tell whether a run is guided, so that guidance is not reused.
 UNGUIDED = ("if-i-xl",)
 
@@ -60,9 +64,12 @@ class Costs:
         self._call = bind_arguments(unet, (sample, torch.zeros((), device="meta")), given)
         # On the meta device weights are "away"; here all resnets share their skips, as with weights they would.
         resnets = (name for name, _ in unet.named_modules() if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+", name))
-        self.whole, (_, deep) = counted(lambda: run_recording(unet, self._call, 0))
+        self.reuse: dict[int, int] = {}
+        for branch in BRANCHES:
+            self.whole, (_, deep) = counted(lambda branch=branch: run_recording(unet, self._call, branch))
+            again = unet, self._call, [deep], torch.ones(1), branch
+            self.reuse[branch], _ = counted(lambda again=again: run_reuse(*again))
         self.encode, (self._outputs, self._parts) = counted(lambda: split.run_encoder(unet, self._call, tuple(resnets)))
-        self.reuse, _ = counted(lambda: run_reuse(unet, self._call, [deep], torch.ones(1), 0))
         self._decode: dict[int, int] = {}
 
     def decode(self, steps: int) -> int:
@@ -80,7 +87,7 @@ class Costs:
         for row in plan.steps():
             alone = plan.segment_end(row.step) == row.step + 1
             if row.reuse:
-                cost = self.reuse
+                cost = self.reuse[plan.reuse.branch]
             elif row.key and (plan.reuse is not None or alone):
                 cost = self.whole
             else:
@@ -98,11 +105,13 @@ def record() -> dict[str, Any]:
         images = {}
         for preset, meaning in PRESETS.items():
             way = meaning.propagation
-            options = {"device": "cuda"} if isinstance(way, EncoderPropagation) else {}
+            published = {"device": "cuda", "kind": KINDS.get(name, "sd")}
+            options = published if isinstance(way, EncoderPropagation) else {}
             plan = way.plan(STEPS, **options)
             guidance = None if name in UNGUIDED else meaning.cfg
-            images[preset] = costs.image(plan if guidance is None else guidance.applied(plan))
-        parts = {"whole": costs.whole, "encoder": costs.encode, "decoder": costs.decode(1), "reuse step": costs.reuse}
+            images[preset] = costs.image(plan if guidance is None else guidance.apply(plan))
+        parts = {"whole": costs.whole, "encoder": costs.encode, "decoder": costs.decode(1)}
+        parts |= {f"reuse step, branch {branch}": cost for branch, cost in costs.reuse.items()}
         found["unets"][name] = {"parts": parts, "images": images}
     return found
 

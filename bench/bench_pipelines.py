@@ -97,7 +97,8 @@ def pipeline(
         registry.stock(),
         *registry.presets(),
         *([registry.stock_compiled(), *registry.presets(compiled=True)] if compiled else []),
-        registry.deepcache(3),
+        registry.deepcache(3, 0),
+        registry.deepcache(3, 1),
         registry.published_key_steps(),
     )
     if not scaling:
@@ -105,7 +106,8 @@ def pipeline(
             registry.token_merging(0.5),
             registry.pyramid_attention_broadcast(),
             registry.stock_steps(steps // 2, steps),
-            registry.deepcache(5),
+            registry.deepcache(5, 0),
+            registry.deepcache(5, 1),
             registry.stock_channels_last(),
         )
     if trained:

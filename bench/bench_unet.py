@@ -30,7 +30,10 @@ BARS = (
     Bar("difffast balanced", STOCK, 0.56, source=_ISSUE_5),
     Bar("difffast exact compiled", registry.COMPILED, 1.03, source=_ISSUE_5),
     Bar("difffast turbo", STOCK, 0.28, source=_ISSUE_6),
-    *(Bar(f"difffast, reuse {n}", f"DeepCache {n}", 1 / 1.15, source=_ISSUE_6) for n in (3, 5)),
+    *(
+        Bar(f"difffast, reuse {each}", f"DeepCache {each}", 1 / 1.15, source=_ISSUE_6)
+        for each in ("3, branch 0", "5, branch 0")
+    ),
 )
 
 
@@ -72,7 +75,7 @@ def image(channels: tuple[int, ...], weight: float) -> Case:
         *registry.presets(),
         registry.stock_compiled(),
         *registry.competitors(),
-        *(registry.reuse(interval) for interval in (3, 5)),
+        *(registry.reuse(interval, branch) for branch in (0, 1) for interval in (3, 5)),
         *registry.presets(compiled=True),
         *registry.savings(),
         registry.stock_steps(25, STEPS),

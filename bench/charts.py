@@ -6,10 +6,12 @@ import itertools
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from interleaved import quartiles, ratio
 from matplotlib.figure import Figure
+from records import where
 from registry import COMPILED
 from session import against
 
@@ -28,8 +30,11 @@ def figures(records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
     compiled = [record for record in timed if COMPILED in record["seconds"]]
     if compiled:
         yield "compiled", against_compiled(compiled)
-    if operators:
-        yield "roofline", roofline(operators)
+    alike: dict[str, list[Record]] = {}
+    for record in operators:
+        alike.setdefault(where(record), []).append(record)
+    for number, each in enumerate(alike.values()):
+        yield f"roofline-{number:02d}", roofline(each)
     curves = list(_curves(timed))
     if curves:
         yield "scaling", scaling(curves)
@@ -69,7 +74,7 @@ def latency(record: Record) -> Figure:
         )
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlabel=f"{record['timed']}: median, quartiles", xlim=(0, 1.45 * longest), ylim=(len(names) - 0.4, -0.6))
-    axes.set_title(record["case"], fontsize=10, loc="left")
+    axes.set_title(f"{record['case']}; {where(record)}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -85,7 +90,8 @@ def against_compiled(found: Sequence[Record]) -> Figure:
         spreads = [ratio(record["seconds"], COMPILED, name) for _, name in shown]
         middles = [middle for _, middle, _ in spreads]
         errors = [[m - low for low, m, _ in spreads], [high - m for _, m, high in spreads]]
-        axes.errorbar(middles, [y for y, _ in shown], xerr=errors, fmt="o", markersize=5, label=record["case"])
+        label = f"{record['case']}; {where(record)}"
+        axes.errorbar(middles, [y for y, _ in shown], xerr=errors, fmt="o", markersize=5, label=label)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
@@ -95,10 +101,51 @@ def against_compiled(found: Sequence[Record]) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Roof:
+    """What the machine can do at best.
+
+    A product and a copy measure it; whatever a call then did faster belongs to the roof as well, since the machine can
+    do it.  So nothing is above the roof, and the label says what it is made of.
+
+    Attributes:
+        bandwidth: bytes a second.
+        peak: FLOP a second.
+        label: what they were measured by.
+    """
+
+    bandwidth: float
+    peak: float
+    label: str
+
+    @classmethod
+    def over(cls, found: Sequence[Record]) -> Roof:
+        """Return the roof of records of one device, number of threads and dtype."""
+        moved, did = {}, {}
+        for record in found:
+            moved["a copy"] = max(moved.get("a copy", 0), record["ceilings"]["copy_bytes_per_s"])
+            product = record["ceilings"][f"matmul_flop_per_s {record['dtype']}"]
+            did["a matrix product"] = max(did.get("a matrix product", 0), product)
+            for name, seconds in record["seconds"].items():
+                who = f"{record['group']} by {name}"
+                moved[who] = max(moved.get(who, 0), record["bytes"] / statistics.median(seconds))
+                did[who] = max(did.get(who, 0), record["flops"] / statistics.median(seconds))
+        mover, doer = max(moved, key=moved.__getitem__), max(did, key=did.__getitem__)
+        label = f"roof: {moved[mover] / 1e9:.1f} GB/s ({mover}), {did[doer] / 1e9:.0f} GFLOP/s ({doer})"
+        return cls(moved[mover], did[doer], label)
+
+    def at(self, intensity: float) -> float:
+        """Return the most FLOP a second at so many FLOP a byte."""
+        return min(self.peak, intensity * self.bandwidth)
+
+
 def roofline(found: Sequence[Record]) -> Figure:
-    """Operators under the roof of the machine: what a copy and a matrix product reached in the same run."""
-    ceilings, dtype = found[0]["ceilings"], found[0]["dtype"]
-    bandwidth, peak = ceilings["copy_bytes_per_s"], ceilings[f"matmul_flop_per_s {dtype}"]
+    """Operators of one device, number of threads and dtype, under the roof of the machine.
+
+    Raises:
+        AssertionError: one is above it.
+    """
+    roof = Roof.over(found)
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     groups = list(dict.fromkeys(record["group"] for record in found))
@@ -112,6 +159,7 @@ def roofline(found: Sequence[Record]) -> Figure:
                 continue
             label = f"{record['group']}: {name}"
             rate = record["flops"] / statistics.median(record["seconds"][name])
+            assert rate <= roof.at(intensity) * (1 + 1e-9), f"{record['case']}: {name} is above the roof"
             colour = f"C{providers.index(name)}"
             axes.plot(
                 intensity,
@@ -123,19 +171,14 @@ def roofline(found: Sequence[Record]) -> Figure:
                 label=label if label not in seen else None,
             )
             seen.add(label)
-    edge = peak / bandwidth
+    edge = roof.peak / roof.bandwidth
     reach = [record["flops"] / record["bytes"] for record in found]
     xs = (0.5 * min(*reach, edge), edge, 2 * max(*reach, edge))
-    axes.plot(
-        xs,
-        [min(peak, x * bandwidth) / 1e9 for x in xs],
-        color="black",
-        label=f"copy {bandwidth / 1e9:.1f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s, same run",
-    )
+    axes.plot(xs, [roof.at(x) / 1e9 for x in xs], color="black", label=textwrap.fill(roof.label, 46))
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that has to be moved", ylabel="GFLOP/s")
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.set_title(f"{found[0]['device']}, {found[0]['threads']} threads, {dtype}", fontsize=10, loc="left")
+    axes.set_title(where(found[0]), fontsize=10, loc="left")
     return figure
 
 
@@ -164,9 +207,9 @@ def _curves(records: Sequence[Record]) -> Iterator[tuple[str, str, dict[Any, Rec
             shapes = record.get("shapes", {})
             if axis in shapes:
                 rest = {name: value for name, value in sorted(shapes.items()) if name != axis}
-                families.setdefault(repr((record["group"], rest)), {})[shapes[axis]] = record
+                families.setdefault(repr((record["group"], where(record), rest)), {})[shapes[axis]] = record
         for points in families.values():
             if len(points) > 1:
                 first = points[min(points)]
                 fixed = ", ".join(f"{n} {v}" for n, v in first["shapes"].items() if n != axis)
-                yield axis, f"{first['group']}: {fixed}", {x: points[x] for x in sorted(points)}
+                yield axis, f"{first['group']}: {fixed}\n{where(first)}", {x: points[x] for x in sorted(points)}

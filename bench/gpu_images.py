@@ -25,6 +25,7 @@ import workloads
 from torch import Tensor
 
 import difffast
+from difffast.files import write_whole
 
 #: By the name of the UNet's configuration: that of the workload.
 MODELS = {"sd15": "SD1.5", "sdxl": "SDXL", "if-i-xl": "IF-I"}
@@ -88,8 +89,14 @@ def list_providers(compiled: bool) -> dict[str, Provider]:
         "difffast eager, exact": _patched("exact", engine="eager"),
         "difffast balanced": _patched("balanced"),
         "difffast turbo": _patched("turbo"),
-        "difffast, reuse 3": _patched("exact", propagation=difffast.FeatureReuse(3)),
-        "DeepCache 3, branch 0": lambda pipe: peers.deepcache(pipe, 3),
+        **{
+            f"difffast, reuse 3, branch {branch}": _patched("exact", propagation=difffast.FeatureReuse(3, branch))
+            for branch in (0, 1)
+        },
+        **{
+            f"DeepCache 3, branch {branch}": lambda pipe, branch=branch: peers.deepcache(pipe, 3, branch)
+            for branch in (0, 1)
+        },
     }
 
 
@@ -97,14 +104,14 @@ class Record:
     """What has been measured, in a file that is written anew after every figure."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "images.json"
         self.content: dict[str, Any] = {"facts": facts, "rows": []}
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row, and print it."""
         self.content["rows"].append(row)
-        self._path.write_text(json.dumps(self.content, indent=1) + "\n")
+        with write_whole(self._path) as part:
+            part.write_text(json.dumps(self.content, indent=1) + "\n")
         seconds = f"{row['seconds'][0]:8.3f} s" if row["seconds"] else f"  {row['reason']}"
         print(
             f"{row['model']:8}{row['steps']:4} steps  {row['provider']:28}{seconds}  {row.get('note', '')}", flush=True

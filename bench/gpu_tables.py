@@ -29,6 +29,8 @@ def gpu_images_table(results: Path = RESULTS) -> str:
             seconds, stock = (rows[(*case, name)]["seconds"][0] for name in (provider, "stock"))
             cells += [f"{seconds:.2f} s", f"{stock / seconds:.2f}x"]
         lines.append(f"| {' | '.join(cells)} |")
+    for provider, each in record.get("absent", {}).items():
+        lines.append(f"| {provider} | {each['status']} |{' |' * (2 * len(cases) - 1)}")
     facts = record["facts"]
     kept = [row for row in record["rows"] if row["provider"] == "difffast exact"]
     error = max(row["error"] for row in kept)

@@ -8,12 +8,16 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def deepcache(pipe: Any, interval: int) -> Iterator[None]:
-    """DeepCache (arXiv 2312.00858): all but the outermost layers run at every ``interval``-th step only."""
+def deepcache(pipe: Any, interval: int, branch: int) -> Iterator[None]:
+    """DeepCache (arXiv 2312.00858): all but the outermost layers run at every ``interval``-th step only.
+
+    Branch 0 is the package's default.  Branch 1, with one more level of layers, is of the published tables, which its
+    authors' own pipelines made: their layer l and block b is branch 3 * l + b + 1.
+    """
     from DeepCache import DeepCacheSDHelper
 
     helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
     helper.enable()
     try:
         yield

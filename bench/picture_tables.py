@@ -51,7 +51,8 @@ _WAYS = {
     "balanced": "difffast balanced",
     "turbo": "difffast turbo",
     "faster-diffusion": "difffast faster-diffusion",
-    "DeepCache 3": "DeepCache 3",
+    "DeepCache 3, branch 0": "DeepCache 3, branch 0",
+    "DeepCache 3, branch 1": "DeepCache 3, branch 1",
     "tomesd 50%": "tomesd 50%",
 }
 
@@ -82,6 +83,7 @@ def memory_table(results: Path = RESULTS) -> str:
     stock = info["peak_bytes"][info["baseline"]]
     lines = ["| way | peak of tensors | against stock |", "|---|---|---|"]
     lines += [f"| {name} | {peak / 2**20:.1f} MiB | {peak / stock:.2f} |" for name, peak in info["peak_bytes"].items()]
+    lines += [f"| {name} | {each['status']} | |" for name, each in info.get("absent", {}).items()]
     return "\n".join([*lines, "", f"{info['case']}: the weights, and the most held above them. {measured_on(info)}."])
 
 
@@ -105,18 +107,19 @@ def demo_table(results: Path = RESULTS) -> str:
     )
 
 
-def fidelity_table(results: Path = RESULTS) -> str:
+def fidelity_table(results: Path = RESULTS, name: str = "fidelity") -> str:
     """What every way to be faster costs in pictures, from ``fidelity.json`` (``bench/bench_fidelity.py``)."""
-    record = json.loads((results / "fidelity.json").read_text())
+    record = json.loads((results / f"{name}.json").read_text())
     columns = "| way | seconds a picture | one thing right | two things | three | points lost (95%) | PSNR | Frechet |"
     lines = [columns, "|" + "---|" * 8]
     for name, row in record["rows"].items():
         right = " | ".join(f"{100 * row[f'{count} things']['binding']:.1f}%" for count in (1, 2, 3))
         lost, low, high = row["binding_points_lost"]
         psnr = "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
-        seconds = statistics.median(row["seconds"])
+        seconds = f"{statistics.median(row['seconds']):.2f}" if row["seconds"] else "not timed"
         spread = f"{lost:+.1f} ({low:+.1f} to {high:+.1f})"
-        lines.append(f"| {name} | {seconds:.2f} | {right} | {spread} | {psnr} | {row['frechet']:.3f} |")
+        lines.append(f"| {name} | {seconds} | {right} | {spread} | {psnr} | {row['frechet']:.3f} |")
+    lines += [f"| {name} | {each['status']} |{' |' * 6}" for name, each in record.get("absent", {}).items()]
     return "\n".join(
         [
             *lines,

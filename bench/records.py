@@ -24,6 +24,12 @@ def measured(results: Path, group: str) -> list[dict[str, Any]]:
     return [record for record in load(results / "cpu.json") if record["group"] == group]
 
 
+def where(info: Mapping[str, Any]) -> str:
+    """What something was measured on, as far as figures must not be mixed: device, threads, and dtype if it has one."""
+    threads = f"{info['threads']} thread{'s' if info['threads'] != 1 else ''}"
+    return ", ".join([info["device"], threads, *([info["dtype"]] if info.get("dtype") else [])])
+
+
 def machine(info: Mapping[str, Any]) -> str:
     """What something was measured on."""
     return f"{info['device']}, {info['threads']} threads, {info['dtype']}, torch {info['torch']}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -19,10 +18,10 @@ from difffast import (
     EncoderPropagation,
     FeatureReuse,
     ops,
-    patch,
     patched,
 )
 from difffast.layers.registry import LAYERS
+from difffast.options import PatchOptions
 from difffast.presets import PRESETS
 from difffast.target import Target
 
@@ -30,7 +29,7 @@ from difffast.target import Target
 #: measured 6e-7 for fused layers after 50 steps; the others: not measured on a GPU.
 ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 #: Largest relative error of an approximation.  On a UNet with random weights, 50 steps: encoder propagation 0.04,
-#: DeepCache 5 0.06, tomesd 50% 0.02, never running the UNet again after the first step 0.32.
+#: DeepCache 5, branch 0, 0.06, tomesd 50% 0.02, never running the UNet again after the first step 0.32.
 APPROXIMATION = 0.15
 #: The same for stock with fewer steps, which is no approximation of the schedule at all; 15 of 50 steps: 0.27.
 FEWER_STEPS = 0.5
@@ -225,8 +224,8 @@ def _channels_last(images: Images) -> None:
         stage.pipe.unet.to(memory_format=torch.channels_last)
 
 
-def deepcache(interval: int) -> Provider:
-    return _peer(f"DeepCache {interval}", lambda pipe: peers.deepcache(pipe, interval))
+def deepcache(interval: int, branch: int) -> Provider:
+    return _peer(f"DeepCache {interval}, branch {branch}", lambda pipe: peers.deepcache(pipe, interval, branch))
 
 
 def token_merging(ratio: float) -> Provider:
@@ -266,7 +265,7 @@ def difffast(
     def prepare(images: Images, stack: ExitStack) -> None:
         if preset not in PRESETS:
             raise Missing(f"there is no preset {preset!r} yet")
-        unknown = sorted(set(options) - set(inspect.signature(patch).parameters))
+        unknown = sorted(set(options) - set(PatchOptions.__annotations__))
         if unknown:
             raise Missing(f"difffast.patch takes no {', '.join(unknown)} yet")
         if options.get("compile"):
@@ -313,10 +312,10 @@ def published_key_steps() -> Provider:
     return difffast("difffast faster-diffusion", "faster-diffusion", _APPROXIMATES)
 
 
-def reuse(interval: int) -> Provider:
-    """Feature reuse at one of DeepCache's intervals, and guidance's, as in turbo."""
-    options = {"propagation": FeatureReuse(interval), "cfg": CfgReuse(1)}
-    return difffast(f"difffast, reuse {interval}", "exact", _GATES["turbo"], **options)
+def reuse(interval: int, branch: int) -> Provider:
+    """Feature reuse at one of DeepCache's intervals and branches, and guidance's, as in turbo."""
+    options = {"propagation": FeatureReuse(interval, branch), "cfg": CfgReuse(1)}
+    return difffast(f"difffast, reuse {interval}, branch {branch}", "exact", _GATES["turbo"], **options)
 
 
 def savings() -> tuple[Provider, ...]:
@@ -356,4 +355,5 @@ def exact_savings() -> tuple[Provider, ...]:
 
 def competitors() -> tuple[Provider, ...]:
     """The other libraries."""
-    return (*(deepcache(n) for n in (3, 5, 2)), token_merging(0.5), pyramid_attention_broadcast())
+    deepcaches = (deepcache(interval, branch) for interval in (3, 5, 2) for branch in (0, 1))
+    return (*deepcaches, token_merging(0.5), pyramid_attention_broadcast())

@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from interleaved import ratio
+from records import where
 from rich.console import Console
 from session import complaints
-from tables import RESULTS, Record, load, machine
+from tables import RESULTS, Record, load
+
+from difffast.files import write_whole
 
 #: What names of PyTorch's providers begin with in the operators' benchmarks.
 _OTHERS = ("eager", "SDPA", "compiled")
@@ -92,7 +95,7 @@ def _spread(record: Record, name: str) -> tuple[float, float, float] | None:
 
 
 def markdown(records: Sequence[Record], slower: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> str:
-    """The report as text: missed bars and regressions first."""
+    """The report as text, the summary first."""
     return "\n".join(_lines(records, slower, kept, lambda text: f"**{text}**"))
 
 
@@ -102,14 +105,21 @@ def _lines(
     kept: Sequence[Mapping[str, Any]],
     red: Callable[[str], str],
 ) -> Iterator[str]:
-    first = records[0]
     yield "# difffast: benchmarks"
     yield ""
-    yield f"{machine(first)}, diffusers {first['diffusers']}, commit {first['commit']}."
+    made = dict.fromkeys(f"torch {r['torch']}, diffusers {r['diffusers']}, commit {r['commit']}" for r in records)
+    yield f"{'; '.join(made)}. What each section was measured on is at its top."
     yield ""
-    yield "## Promises"
+    yield "## Summary"
     yield ""
     bars = [(record, bar) for record in records for bar in record.get("bars", ())]
+    yield from _summary(records, bars, red)
+    yield ""
+    yield from _regressions(records, slower, kept, red)
+    if bars:
+        yield ""
+        yield "## Promises"
+        yield ""
     for record, bar in bars:
         verdict = {True: "met", False: red("missed"), None: "not measured"}[bar["met"]]
         value = "" if bar["ratio"] is None else f" {bar['ratio']:.3f},"
@@ -117,24 +127,88 @@ def _lines(
             f"- {record['case']}: {bar['provider']} against {bar['against']} ({bar['of']}):{value} promised at most "
             f"{bar['at_most']:.3f} ({bar['source']}): {verdict}"
         )
-    if not bars:
-        yield "None in this selection."
-    yield ""
-    yield "## Slower than before"
-    yield ""
-    for row in slower:
-        yield f"- {red(_regression(row))}"
-    for row in kept:
-        yield f"- kept from {row['commit']}: {_regression(row)}"
-    if not slower and not kept:
-        yield "Nothing beyond the spread of both runs."
     for group in dict.fromkeys(record["group"] for record in records):
+        mine = [record for record in records if record["group"] == group]
         yield ""
         yield f"## {group}"
-        for record in records:
-            if record["group"] == group:
-                yield ""
-                yield from _case(record, red)
+        yield ""
+        yield f"{' and '.join(dict.fromkeys(map(where, mine)))}."
+        for record in mine:
+            yield ""
+            yield from _case(record, red)
+
+
+def _summary(records: Sequence[Record], bars: Sequence[tuple[Record, Any]], red: Callable[[str], str]) -> Iterator[str]:
+    """How many promises are kept, and how many times as fast as its baseline everybody's fastest is, by group."""
+    counts = {verdict: sum(bar["met"] is verdict for _, bar in bars) for verdict in (True, False, None)}
+    if bars:
+        missed = red(f"{counts[False]} missed") if counts[False] else "none missed"
+        unknown = f", {counts[None]} not measured" if counts[None] else ""
+        yield f"Promises: {counts[True]} of {len(bars)} met, {missed}{unknown}."
+        yield ""
+    yield "| group | cases | difffast's fastest, times as fast as the baseline | the fastest of others |"
+    yield "|---|---|---|---|"
+    for group in dict.fromkeys(record["group"] for record in records):
+        mine = [record for record in records if record["group"] == group and record.get("seconds")]
+        cells = [_fastest(mine, ours=ours) for ours in (True, False)]
+        if any(cells):
+            yield f"| {group} | {len(mine)} | {cells[0]} | {cells[1]} |"
+    yield ""
+    yield "Medians over the cases, in brackets the least and the most."
+
+
+def _fastest(records: Sequence[Record], *, ours: bool) -> str:
+    """Return how many times as fast as the baseline the fastest provider of each case is: median, least and most."""
+    found = []
+    for record in records:
+        shares = {
+            name: spread[1]
+            for name in record["seconds"]
+            if name != baseline(record) and _ours(record, name) == ours and (spread := _spread(record, name))
+        }
+        if shares:
+            best = min(shares, key=shares.__getitem__)
+            found.append((1 / shares[best], best))
+    if not found:
+        return ""
+    values, names = sorted(value for value, _ in found), list(dict.fromkeys(name for _, name in sorted(found)[::-1]))
+    spread = f" ({values[0]:.2f} to {values[-1]:.2f})" if len(values) > 1 else ""
+    some = f" in {len(found)} of {len(records)}" if len(found) < len(records) else ""
+    return f"{statistics.median(values):.2f}{spread}{some}: {'; '.join([*names[:2], *(['...'] if names[2:] else [])])}"
+
+
+def _regressions(
+    records: Sequence[Record],
+    slower: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+    red: Callable[[str], str],
+) -> Iterator[str]:
+    """What became slower: than the last results, and, folded up, what these results were found slower than before.
+
+    A row that was kept is about the results that a commit made; where a later commit measured the case again, it says
+    nothing any more.
+    """
+    commits = {(record["group"], record["case"]): record["commit"] for record in records}
+    still = [
+        row
+        for row in kept
+        if commits.get((row["group"], row["case"])) == row["commit"] != row["earlier_commit"] and row not in slower
+    ]
+    if slower:
+        yield f"Slower than the last results: {red(str(len(slower)))}."
+        yield ""
+        for row in slower:
+            yield f"- {red(_regression(row))}"
+    else:
+        yield "Slower than the last results, beyond the spread of both runs: nothing."
+    if still:
+        yield ""
+        yield f"<details><summary>Slower than the results before these, when they were taken: {len(still)}</summary>"
+        yield ""
+        for row in still:
+            yield f"- {_regression(row)}"
+        yield ""
+        yield "</details>"
 
 
 def _regression(row: Mapping[str, Any]) -> str:
@@ -190,6 +264,10 @@ def _to_html(lines: Iterable[str]) -> str:
     """The few constructs of :func:`_lines` as HTML; text between the marks is red."""
     made, block = [], ""
     for line in lines:
+        if line.startswith(("<details>", "</details>")):  # HTML already; the number in it is our own
+            made.append(f"</{block}>{line}" if block else line)
+            block = ""
+            continue
         text = html.escape(line).replace("\x02", "<b class='red'>").replace("\x03", "</b>")
         kind = "table" if line.startswith("|") else "ul" if line.startswith("- ") else ""
         if block and kind != block:
@@ -228,9 +306,14 @@ def write(source: Path, out: Path, *, last: Path, history: Path) -> list[dict[st
         figure.savefig(charts / f"{name}.png", dpi=110)
         figure.savefig(charts / f"{name}.svg")
         drawn[name] = re.sub(r"^.*?(?=<svg)", "", (charts / f"{name}.svg").read_text(), flags=re.S)
-    (out / "report.md").write_text(markdown(records, slower, kept) + "\n")
-    (out / "report.html").write_text(page(records, slower, kept, drawn))
+    _write(out / "report.md", markdown(records, slower, kept) + "\n")
+    _write(out / "report.html", page(records, slower, kept, drawn))
     return slower
+
+
+def _write(path: Path, text: str) -> None:
+    with write_whole(path) as part:
+        part.write_text(text)
 
 
 def in_place_of(source: Path, last: Path) -> dict[str, Any]:
@@ -258,8 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(complaint, style="bold red", markup=False, highlight=False)
     if arguments.keep:
         kept = json.loads(history.read_text()) if history.is_file() else []
-        history.write_text(json.dumps([*kept, *slower], indent=1) + "\n")
-        last.write_text(json.dumps(in_place_of(arguments.results, last), indent=1) + "\n")
+        _write(history, json.dumps([*kept, *slower], indent=1) + "\n")
+        _write(last, json.dumps(in_place_of(arguments.results, last), indent=1) + "\n")
     console.print(f"written: {arguments.out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

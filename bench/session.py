@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from difffast.files import write_whole
+
 #: Version of what a record means; part of its key.
 FORMAT = 1
 
@@ -318,10 +320,8 @@ class Session:
             record = measure(
                 case, deadline, clock=self.budget.clock, tell=lambda text: status.update(f"{case}: {text}")
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(case)
-        path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".part").replace(path)
+        with write_whole(self.path(case)) as part:
+            part.write_text(json.dumps(record, indent=1) + "\n")
         return record
 
     def report(self, benchmark: Any, case: Case) -> None:

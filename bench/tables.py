@@ -104,11 +104,14 @@ def flops_table(results: Path = RESULTS) -> str:
     """What the presets leave to do at full size, from ``flops.json`` (``bench/bench_flops.py``)."""
     record = json.loads((results / "flops.json").read_text())
     presets = next(iter(record["unets"].values()))["images"]
-    lines = [f"| UNet | one step | a reuse step | {' | '.join(presets)} |", "|" + "---|" * (3 + len(presets))]
+    reuse = [part for part in next(iter(record["unets"].values()))["parts"] if part.startswith("reuse step")]
+    heads = ["UNet", "one step", *(f"a {part}" for part in reuse), *presets]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, each in record["unets"].items():
         whole = each["parts"]["whole"]
-        shares = " | ".join(f"{flops / (record['steps'] * whole):.2f}" for flops in each["images"].values())
-        lines.append(f"| {name} | {whole / 1e12:.2f} TFLOP | {each['parts']['reuse step'] / whole:.2f} | {shares} |")
+        shares = [each["parts"][part] / whole for part in reuse]
+        shares += [flops / (record["steps"] * whole) for flops in each["images"].values()]
+        lines.append(f"| {name} | {whole / 1e12:.2f} TFLOP | {' | '.join(f'{share:.2f}' for share in shares)} |")
     note = f"Share of stock's; {record['steps']} steps, guidance on; counted on the meta device, not timed."
     return "\n".join([*lines, "", note])
 
@@ -145,6 +148,14 @@ def support_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def exact_table() -> str:
+    """Which pipelines of Diffusers share nothing between steps, and why."""
+    from difffast.support import table_of_exact
+
+    rows = [("why steps share nothing", "pipelines"), ("---", "---"), *table_of_exact()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
     "pipelines": pipelines_table,
@@ -154,10 +165,12 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "ways": ways_table,
     "support": support_table,
+    "exact": exact_table,
     "unet": unet_table,
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,
     "fidelity": fidelity_table,
+    "branches": partial(fidelity_table, name="branches"),
     "attention": partial(
         operator_table,
         ["cross_attention"],

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -74,6 +75,12 @@ Tensor empty(std::vector<int64_t> sizes, torch::headeronly::ScalarType dtype, co
                               torch::headeronly::MemoryFormat::Contiguous);
 }
 
+// How many neighbours in a batch of `rows` share one of `given` rows; 0: they cannot.
+int64_t repeats_of(int64_t rows, int64_t given) {
+  if (given == 0) return rows == 0 ? 1 : 0;
+  return rows % given == 0 ? std::max<int64_t>(1, rows / given) : 0;
+}
+
 difffast::Scalar scalar_of(const Tensor& x) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = x.scalar_type();
@@ -90,7 +97,7 @@ difffast::View4 view(const Tensor& x) {
 
 void check_cross_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& map_tokens) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, rows, head_dim]");
-  STD_TORCH_CHECK(k.size(0) > 0 && q.size(0) % k.size(0) == 0 && k.size(1) == q.size(1) && k.size(3) == q.size(3) &&
+  STD_TORCH_CHECK(repeats_of(q.size(0), k.size(0)) > 0 && k.size(1) == q.size(1) && k.size(3) == q.size(3) &&
                       have_equal_sizes(v, k),
                   "k and v must have equal sizes, q's heads and head_dim, and a batch that divides q's");
   STD_TORCH_CHECK(k.size(2) >= 1 && k.size(2) <= 128, "1 to 128 keys are supported, got ", k.size(2));
@@ -105,7 +112,7 @@ void check_cross_attention(const Tensor& q, const Tensor& k, const Tensor& v, co
 difffast::CrossAttention cross_attention_on_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                                 int64_t sink, const std::vector<int64_t>& map_tokens, bool backward) {
   check_cross_attention(q, k, v, map_tokens);
-  return {scalar_of(q), q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), q.size(0) / k.size(0), scale, sink,
+  return {scalar_of(q), q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), repeats_of(q.size(0), k.size(0)), scale, sink,
           map_tokens.data(), static_cast<int64_t>(map_tokens.size()), backward, view(q), view(k), view(v)};
 }
 
@@ -189,11 +196,10 @@ std::tuple<Tensor, Tensor> joint_attention_parts(const Tensor& q, const Tensor* 
   p.k = view(k);
   p.v = view(v);
   if (text_k) {
-    STD_TORCH_CHECK(fits(*text_k, *text_k) && fits(*text_v, *text_k) && text_k->size(0) > 0 &&
-                        q.size(0) % text_k->size(0) == 0,
+    p.repeats = repeats_of(q.size(0), text_k->size(0));
+    STD_TORCH_CHECK(fits(*text_k, *text_k) && fits(*text_v, *text_k) && p.repeats > 0,
                     "text_k and text_v must have equal sizes, q's dtype, heads and head_dim, and a batch that divides q's");
     p.text_keys = text_k->size(2);
-    p.repeats = q.size(0) / text_k->size(0);
     p.text_k = view(*text_k);
     p.text_v = view(*text_v);
   }
@@ -465,8 +471,9 @@ std::tuple<Tensor, Tensor> skip_norm_silu(const Tensor& hidden, const Tensor& sk
   for (int64_t i = 2; i < hidden.dim(); ++i) {
     STD_TORCH_CHECK(hidden.size(i) == skip.size(i), "hidden and skip must have the same pixels");
   }
-  STD_TORCH_CHECK(rows > 0 && hidden.size(0) > 0 && hidden.size(0) % rows == 0, "skip's batch must divide hidden's, got ", rows, " and ",
-                  hidden.size(0));
+  const int64_t repeats = repeats_of(hidden.size(0), rows);
+  STD_TORCH_CHECK(repeats > 0 && (rows == 0) == (hidden.size(0) == 0), "skip's batch must divide hidden's, got ", rows,
+                  " and ", hidden.size(0));
   const auto format = norm_format(hidden);
   const Tensor x = torch::stable::contiguous(hidden, format), more = torch::stable::contiguous(skip, format);
   const Tensor gain = torch::stable::contiguous(weight), offset = torch::stable::contiguous(bias);
@@ -474,7 +481,7 @@ std::tuple<Tensor, Tensor> skip_norm_silu(const Tensor& hidden, const Tensor& sk
   const int64_t size = channels / groups;
   p.kept = (p.own + size - 1) / size * size;
   p.skip = more.const_data_ptr();
-  p.repeats = p.batch / rows;
+  p.repeats = repeats;
   Tensor out = empty_norm(x, p.batch, p.kept, format), shared = empty_norm(x, rows, channels - p.kept, format);
   p.out = out.mutable_data_ptr();
   p.shared = shared.mutable_data_ptr();
@@ -512,7 +519,7 @@ std::tuple<Tensor, Tensor> cross_attention_on_cuda(const Tensor& q, const Tensor
   args.queries = static_cast<int32_t>(q.size(2));
   args.keys = static_cast<int32_t>(k.size(2));
   args.head_dim = static_cast<int32_t>(q.size(3));
-  args.kv_repeats = static_cast<int32_t>(q.size(0) / k.size(0));
+  args.kv_repeats = static_cast<int32_t>(repeats_of(q.size(0), k.size(0)));
   args.sink = static_cast<int32_t>(sink);
   args.map_count = static_cast<int32_t>(map_tokens.size());
   args.scale = static_cast<float>(scale);

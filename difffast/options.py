@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from .engines.engine import ENGINES
@@ -16,6 +16,9 @@ from .sampling.prior_noise import PriorNoise
 from .sampling.settings import Settings
 from .target import Target
 from .unet.parts import find_reentry
+
+#: At which steps ControlNet runs.
+CADENCES = ("every step", "key steps")
 
 #: Old names of options -> new ones.
 _RENAMED = {"guidance": "cfg"}
@@ -30,6 +33,7 @@ class PatchOptions(TypedDict, total=False):
     compile: bool
     engine: str | None
     binding: Method | None
+    controlnet: str | None
     force: bool
 
 
@@ -47,6 +51,7 @@ class Options:
     fused: bool | None = None
     engine: str | None = None
     binding: Method | None = None
+    controlnet: str | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -68,6 +73,9 @@ class Options:
         if self.engine is not None and self.engine not in ENGINES:
             names = ", ".join(map(repr, ENGINES))
             raise ValueError(f"unknown engine {self.engine!r}{suggest(self.engine, ENGINES)}; available: {names}, None")
+        if self.controlnet not in (None, *CADENCES):
+            names = ", ".join(map(repr, CADENCES))
+            raise ValueError(f"controlnet must be one of {names}, None, got {self.controlnet!r}")
 
     @classmethod
     def of(cls, preset: str = "balanced", **replaced: Any) -> Options:
@@ -122,7 +130,10 @@ class Options:
             ValueError: what the pipeline's kind, or its UNet, rules out.
         """
         sharing = self.sharing
-        _check_sharing(sharing, target)
+        if self.propagation is None and not target.support.prior_noise and isinstance(sharing, EncoderPropagation):
+            sharing = replace(sharing, prior_noise=None)  # what was asked for by name is refused instead
+        _check_sharing(sharing, target, binding=self.binding is not None)
+        _check_controlnet(self.controlnet, sharing, target)
         obstacle = target.refuse_cfg_reuse()
         if self.cfg is not None and obstacle:
             raise ValueError(f"guidance cannot be reused with {target.name}: {obstacle}")
@@ -131,7 +142,7 @@ class Options:
             extensions.append(self.binding.attach(target.pipe, target.unet))
         if isinstance(sharing, EncoderPropagation) and sharing.prior_noise:
             extensions.append(PriorNoise(sharing.prior_noise))
-        return Settings(
+        settings = Settings(
             target.pipe,
             target.support,
             sharing,
@@ -141,6 +152,8 @@ class Options:
             force=self.force,
             extensions=extensions,
         )
+        settings.controlnet = self.controlnet or settings.controlnet
+        return settings
 
 
 def _check_switch(name: str, value: Any) -> None:
@@ -148,11 +161,18 @@ def _check_switch(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _check_sharing(sharing: Sharing, target: Target) -> None:
+def _check_sharing(sharing: Sharing, target: Target, *, binding: bool) -> None:
     """Refuse what the pipeline's kind rules out, with the reason."""
     support = target.support
     reuse = sharing.reuse if isinstance(sharing, Plan) else sharing if isinstance(sharing, FeatureReuse) else None
-    if reuse is not None:
+    if support.exact_only:
+        whole = isinstance(sharing, EncoderPropagation) and sharing.key_steps == 1 and not sharing.prior_noise
+        if not whole or binding:
+            raise ValueError(
+                f"{target.name} can only have what is exact, difffast.patch(pipe, 'exact'), got "
+                f"{'binding' if whole else sharing}: {support.exact_only}"
+            )
+    elif reuse is not None:
         if not support.reuse:
             why = f": {support.note}" if support.note else ""
             raise ValueError(f"feature reuse does not work with {target.name}{why}")
@@ -161,6 +181,17 @@ def _check_sharing(sharing: Sharing, target: Target) -> None:
         raise ValueError(
             f"prior noise is not meant for {target.name} ({support.family}), got prior_noise={sharing.prior_noise}: "
             "use prior_noise=None"
+        )
+
+
+def _check_controlnet(cadence: str | None, sharing: Sharing, target: Target) -> None:
+    """Refuse a cadence without a ControlNet, and one that encoder propagation cannot have."""
+    if cadence is not None and getattr(target.pipe, "controlnet", None) is None:
+        raise ValueError(f"controlnet={cadence!r} needs a pipeline with a ControlNet, and {target.name} has none")
+    if cadence == "every step" and isinstance(sharing, EncoderPropagation) and sharing.key_steps != 1:
+        raise ValueError(
+            "controlnet='every step' needs steps that see the current latents: use propagation=FeatureReuse(...), or "
+            f"EncoderPropagation(key_steps=1), got {sharing}"
         )
 
 

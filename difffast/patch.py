@@ -15,24 +15,22 @@ from .sites import Site, find_site, lock, put_back, put_in, refuse_neighbours, t
 from .target import Target
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from typing_extensions import Unpack
 
     from .options import PatchOptions
+    from .support import Pipeline
 
 
 @overload
-def patch(pipe: DiffusionPipeline, preset: str = ..., **options: Unpack[PatchOptions]) -> PatchReport: ...
+def patch(pipe: Pipeline, preset: str = ..., **options: Unpack[PatchOptions]) -> PatchReport: ...
 
 
 @overload
-def patch(
-    pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Unpack[PatchOptions]
-) -> tuple[PatchReport, ...]: ...
+def patch(pipe: Sequence[Pipeline], preset: str = ..., **options: Unpack[PatchOptions]) -> tuple[PatchReport, ...]: ...
 
 
 def patch(
-    pipe: DiffusionPipeline | Sequence[DiffusionPipeline],
+    pipe: Pipeline | Sequence[Pipeline],
     preset: str = "balanced",
     *,
     propagation: Sharing | None = None,
@@ -41,16 +39,15 @@ def patch(
     engine: str | None = None,
     binding: Method | None = None,
     force: bool = False,
-    **renamed: Any,
+    **more: Any,
 ) -> PatchReport | tuple[PatchReport, ...]:
     """Speed up a Diffusers pipeline in place; its stock ``pipe(...)`` call stays as it is.
 
-    Patching again replaces the first patch.  Whatever goes wrong, nothing is changed.  A UNet that the user compiles,
-    before this or after it, stays compiled.  A pipeline made by ``from_pipe`` of a patched one shares its UNet and its
-    scheduler, and runs as that one was patched.
+    Patching again replaces the first patch.  Whatever goes wrong, nothing is changed.  What the user compiles, before
+    or after, stays compiled.  What ``from_pipe`` makes of a patched pipeline shares UNet and scheduler, and runs alike.
 
     Args:
-        pipe: a pipeline with a UNet (``difffast.support.PIPELINES``), or several, such as the stages of a cascade.
+        pipe: a pipeline of ``difffast.support.PIPELINES``, or several; another one with a UNet takes ``"exact"`` alone.
         preset: a name from ``difffast.presets.PRESETS``.
         propagation: how steps share features, in place of what the preset says, whose ``cfg`` then counts no more.
         cfg: at which key steps both halves of classifier-free guidance's batch run, in place of what the preset says.
@@ -58,19 +55,20 @@ def patch(
         engine: what executes the parts of the UNet: ``"eager"``; ``"inductor"``, or ``compile=True``: programs made by
             torch.compile, for which the first image waits; ``"cudagraphs"``.  None: graphs on CUDA devices, else eager.
         binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
-        force: share features even in schedules with fewer than 8 steps.
-        renamed: ``compile``, and options under their old names, each of which gives a warning.
+        force: share features even in schedules with fewer than 8 steps, where otherwise every step runs in full.
+        more: ``compile``; ``controlnet``, whether ControlNet runs at "every step", the default where steps reuse outer
+            layers, or at "key steps" alone; and options under their old names, each of which gives a warning.
 
     Returns:
-        A report of what was replaced; for several pipelines a tuple with the report of each.
+        A report of what was replaced; for several pipelines a tuple of reports.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, an option has the wrong type, or there is no such option.
-        ValueError: there is no UNet; the pipeline, its UNet or the preset is unknown; this kind of pipeline rules out
+        ValueError: there is no UNet; its class or the preset is unknown; this kind of pipeline rules out sharing,
             feature reuse, prior noise or binding; the UNet has no such branch; or no layers have maps for binding.
     """
     options = Options.of(
-        preset, propagation=propagation, cfg=cfg, fused=fused, engine=engine, binding=binding, force=force, **renamed
+        preset, propagation=propagation, cfg=cfg, fused=fused, engine=engine, binding=binding, force=force, **more
     )
     if not isinstance(pipe, (list, tuple)):
         return _patch_one(pipe, options)
@@ -85,7 +83,7 @@ def patch(
     return tuple(reports)
 
 
-def _patch_one(pipe: DiffusionPipeline, options: Options) -> PatchReport:
+def _patch_one(pipe: Pipeline, options: Options) -> PatchReport:
     target = Target.of(pipe)
     settings = options.resolve(target)
     with lock:
@@ -103,7 +101,7 @@ def _patch_one(pipe: DiffusionPipeline, options: Options) -> PatchReport:
             raise
 
 
-def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
+def unpatch(pipe: Pipeline | Sequence[Pipeline]) -> bool:
     """Take difffast out of one pipeline or several: classes, attributes and outputs are as before :func:`patch`.
 
     Returns:
@@ -114,17 +112,17 @@ def unpatch(pipe: DiffusionPipeline | Sequence[DiffusionPipeline]) -> bool:
 
 @overload
 def patched(
-    pipe: DiffusionPipeline, preset: str = ..., **options: Unpack[PatchOptions]
+    pipe: Pipeline, preset: str = ..., **options: Unpack[PatchOptions]
 ) -> AbstractContextManager[PatchReport]: ...
 
 
 @overload
 def patched(
-    pipe: Sequence[DiffusionPipeline], preset: str = ..., **options: Unpack[PatchOptions]
+    pipe: Sequence[Pipeline], preset: str = ..., **options: Unpack[PatchOptions]
 ) -> AbstractContextManager[tuple[PatchReport, ...]]: ...
 
 
-def patched(pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str = "balanced", **options: Any) -> Any:
+def patched(pipe: Pipeline | Sequence[Pipeline], preset: str = "balanced", **options: Any) -> Any:
     """Patch for the length of a ``with`` block; afterwards, what was patched before is put back.
 
     It takes the arguments of :func:`patch` and gives its report to ``as``.
@@ -133,9 +131,7 @@ def patched(pipe: DiffusionPipeline | Sequence[DiffusionPipeline], preset: str =
 
 
 @contextlib.contextmanager
-def _hold(
-    pipe: DiffusionPipeline | Sequence[DiffusionPipeline], options: Options
-) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
+def _hold(pipe: Pipeline | Sequence[Pipeline], options: Options) -> Iterator[PatchReport | tuple[PatchReport, ...]]:
     pipes = pipe if isinstance(pipe, (list, tuple)) else (pipe,)
     earlier = [find_site(each) for each in pipes]
     report = patch(pipe, **options.as_arguments())
@@ -145,6 +141,6 @@ def _hold(
         _put_back_all(pipes, earlier)
 
 
-def _put_back_all(pipes: Sequence[DiffusionPipeline], earlier: Sequence[Site | None]) -> None:
+def _put_back_all(pipes: Sequence[Pipeline], earlier: Sequence[Site | None]) -> None:
     for each, site in reversed(list(zip(pipes, earlier, strict=False))):
         put_back(each, site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,10 +55,15 @@ class PatchReport:
         """What the UNet calls of the latest run did, and why any of them fell back; None before the first run."""
         return self._settings.last_run
 
-    def plan(self, total: int) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now."""
+    def plan(self, total: int, start: int = 0) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls, on the device where the pipeline is now.
+
+        Args:
+            total: UNet calls in the schedule, ``len(scheduler.timesteps)``.
+            start: the first step that is executed; later than 0 in img2img, for instance.
+        """
         pipe = self._settings.pipe()
-        return self._settings.plan(total, pipe.device if pipe is not None else torch.device("cpu"))
+        return self._settings.plan(total, pipe.device if pipe is not None else torch.device("cpu"), start)
 
     @property
     def trace(self) -> Any:
@@ -105,6 +111,8 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
         how = "decoders in parallel" if config.parallel else "decoders one at a time"
         yield "unet calls", f"encoder propagation, {how}"
         yield "repeat_batch", "C++ on the CPU" if ops.missing("cpp") is None else "PyTorch reference"
+    if settings.apart != 1 and getattr(settings.pipe(), "controlnet", None) is not None:
+        yield "controlnet", f"runs at {settings.controlnet}"
     if settings.compiled:
         sizes = ", ".join(map(str, BATCHES))
         yield "programs", f"torch.compile, one per shape, decoder batches of {sizes} steps at most"
@@ -128,9 +136,14 @@ def note_exceptions(target: Target, settings: Settings, options: Options) -> Ite
         yield "the UNet's compiled blocks stay compiled, and run stock inside; what is around them is fused"
     if not settings.support.parallel:
         yield f"steps are decoded one at a time: {settings.support.note}"
+    if settings.support.exact_only:
+        yield f"steps share nothing: {settings.support.exact_only}"
     obstacle = target.refuse_cfg_reuse()
     if obstacle and options.wanted_cfg is not None:
         yield f"guidance's halves run together: {obstacle}"
+    if isinstance(settings.apart, float):
+        fewest = math.ceil((2 - 1e-9) / settings.apart)
+        yield f"steps share work in schedules of at least {fewest} steps; in shorter ones every step runs in full"
     weight = next(target.unet.parameters())
     device, choices = weight.device, describe_choices(weight.device, weight.dtype)
     if choices and settings.fused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,45 @@ from .surgery.subclass import is_swapped
 from .surgery.undo import UndoStack
 from .target import Target
 
+
+class _Lock:
+    """Held while anything is put in or taken out; whatever could not be taken out meanwhile is when it is released."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.RLock(), 0
+        self._left: deque[UndoStack] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        if self._depth == 1:
+            self._clear()
+        self._depth -= 1
+        self._lock.release()
+
+    def _clear(self) -> None:
+        while self._left:
+            self._left.popleft().run()
+
+    def take_out_dropped(self, undo: UndoStack) -> None:
+        """Take out what a pipeline has left that is gone.
+
+        The garbage collector may call this anywhere: in the middle of a patch, which must not change under itself, or
+        in a thread that must not wait for another.
+        """
+        self._left.append(undo)
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._depth:
+                    self._clear()
+            finally:
+                self._lock.release()
+
+
 #: Held while anything is put in or taken out.
-lock = threading.RLock()
+lock = _Lock()
 
 
 @dataclass
@@ -30,12 +68,14 @@ class Site:
         settings: what its runs read.
         unet: its plain UNet.
         undo: how everything is taken out.
+        dropped: takes everything out when the pipeline is gone.
     """
 
     options: Options
     settings: Settings
     unet: nn.Module
     undo: UndoStack = field(default_factory=UndoStack)
+    dropped: weakref.finalize[..., Any] | None = None
 
 
 _sites: weakref.WeakKeyDictionary[Any, Site] = weakref.WeakKeyDictionary()
@@ -61,6 +101,8 @@ def refuse_neighbours(target: Target, settings: Settings) -> None:
 def put_in(target: Target, site: Site) -> None:
     """Put every part into a pipeline that is not patched; after an exception, :func:`take_out` cleans up."""
     _sites[target.pipe] = site
+    site.dropped = weakref.finalize(target.pipe, lock.take_out_dropped, site.undo)
+    site.dropped.atexit = False
     for part in PARTS:
         part(target.pipe, target.unet, site.settings, site.undo)
 
@@ -75,6 +117,8 @@ def take_out(pipe: Any) -> bool:
                 take_out_unet(unet)  # of pipelines that are gone; those that are alive keep it
             return False
         site.undo.run()
+        if site.dropped is not None:
+            site.dropped.detach()
         del _sites[pipe]
         return True
 

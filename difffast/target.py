@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .engines.user_compiled import unwrap
-from .support import PIPELINES, UNETS, Denoiser, Support, denoiser_of, support_of
+from .support import UNETS, UNKNOWN, Denoiser, Support, denoiser_of, support_of
 from .surgery.subclass import plain_class
 
 
@@ -34,7 +34,7 @@ class Target:
 
         Raises:
             TypeError: ``pipe`` is no pipeline.
-            ValueError: it has no UNet, or is not supported.
+            ValueError: it has no UNet, or one of an unknown class.
         """
         from diffusers import DiffusionPipeline
 
@@ -45,14 +45,14 @@ class Target:
         if unet is None:
             found = ", ".join(key for key in pipe.components if "transformer" in key or "prior" in key) or "none"
             raise ValueError(f"{name} has no UNet (other denoisers: {found}); difffast patches UNet pipelines only")
-        support = support_of(type(pipe))
-        if support is None:
-            raise ValueError(f"{name} is not supported; supported pipelines: {', '.join(PIPELINES)}")
         plain = unwrap(unet)
         denoiser = denoiser_of(type(plain))
         if denoiser is None:
-            raise ValueError(f"{name}.unet is a {type(plain).__name__}; supported: {', '.join(UNETS)}")
-        return cls(pipe, plain, support, denoiser)
+            raise ValueError(
+                f"{name}.unet is a {type(plain).__name__}, which difffast does not know; UNets that it knows: "
+                f"{', '.join(UNETS)}"
+            )
+        return cls(pipe, plain, support_of(type(pipe)) or UNKNOWN, denoiser)
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Target:
 
     def refuse_cfg_reuse(self) -> str:
         """Return why guidance cannot be reused: its batch is not [unconditional, conditional], or not known to be."""
-        if self.support.guidance:
-            return self.support.guidance
+        if self.support.exact_only or self.support.guidance:
+            return self.support.exact_only or self.support.guidance
         tells = hasattr(plain_class(self.pipe), "do_classifier_free_guidance")
         return "" if tells else "it does not tell whether a run is guided"

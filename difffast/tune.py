@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .patch import patched
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
-from .plots import new_figure
+from .plots import new_figure, save_figure
 from .renamed import warn_renamed
 from .target import Target
 from .tune_cache import Measurements, identify
@@ -21,7 +21,7 @@ from .tune_runs import check_call, compare, hide_progress, run_once
 from .unet.parts import count_skips
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from .support import Pipeline
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,20 @@ class Candidate:
         """For ``difffast.patch(pipe, **options)``."""
         return {"propagation": self.propagation, "cfg": self.cfg}
 
+    @property
+    def label(self) -> str:
+        """The same as text, without most of what is at its default."""
+        return ", ".join(_name_choices(config) for config in (self.propagation, self.cfg) if config is not None)
+
     def __str__(self) -> str:
         return str(self.propagation) + (f", {self.cfg}" if self.cfg is not None else "")
+
+
+def _name_choices(config: Sharing | CfgReuse) -> str:
+    """Return a configuration as text: its first field, the branch, and what is not at its default."""
+    first, *others = fields(config)
+    chosen = [first, *(each for each in others if each.name == "branch" or getattr(config, each.name) != each.default)]
+    return f"{type(config).__name__}({', '.join(f'{each.name}={getattr(config, each.name)!r}' for each in chosen)})"
 
 
 #: Everything at every step: what is chosen where nothing else is inside the budget.
@@ -46,8 +58,9 @@ EXACT = Candidate(EncoderPropagation(key_steps=1))
 CANDIDATES: tuple[Candidate, ...] = (
     EXACT,
     *(Candidate(FeatureReuse(interval)) for interval in (2, 3, 4, 5, 7)),
-    *(Candidate(FeatureReuse(interval, branch=1)) for interval in (3, 5)),
+    *(Candidate(FeatureReuse(interval, branch=1)) for interval in (2, 3, 5)),
     *(Candidate(FeatureReuse(interval), CfgReuse(both)) for interval, both in ((2, 2), (3, 3), (3, 6), (4, 8))),
+    Candidate(FeatureReuse(3, branch=1), CfgReuse(3)),
     *(Candidate(EncoderPropagation(key_steps=interval)) for interval in (2, 3, 5)),
     Candidate(EncoderPropagation()),
 )
@@ -56,6 +69,9 @@ PROMPTS = ("a red circle and a blue square", "a photo of a cat on a green field"
 
 #: metric -> whether more of it is better.
 METRICS = {"psnr_db": True, "latent_error": False}
+
+#: PSNR from which pictures are the same: the error is below a tenth of one of 255 levels.
+_SAME_DB = 70.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ class Tuning:
             mark = "chosen" if row.candidate == self.candidate else "*" if row in self.front else ""
             lines.append(
                 f"{row.median('seconds'):8.2f} {row.median('seconds') / stock:8.2f} {row.median('psnr_db'):9.1f} "
-                f"{row.median('latent_error'):8.4f}  {mark:6} {row.candidate}"
+                f"{row.median('latent_error'):8.4f}  {mark:6} {row.candidate.label}"
             )
         direction = "at least" if METRICS[self.metric] else "at most"
         lines.append(f"stock: {stock:.2f} s; budget: {self.metric} {direction} {self.budget:g}; {self.steps} steps")
@@ -137,31 +153,39 @@ class Tuning:
     def plot(self, path: str | Path) -> None:
         """Draw seconds against error, the front as a line, as PNG or SVG.
 
+        Candidates whose pictures are the same as stock's stand at the upper edge: their PSNR, 100 dB or more, is that
+        of rounding, and would leave the others no room.
+
         Raises:
             ImportError: matplotlib is missing.
         """
-        figure = new_figure(figsize=(9, 5))
+        figure = new_figure(figsize=(9, 6))
         axis = figure.subplots()
-        finite = [row for row in self.rows if math.isfinite(row.median(self.metric))]
-        front = [row for row in self.front if row in finite]
-        axis.plot(
-            [row.median("seconds") for row in front], [row.median(self.metric) for row in front], color="C0", zorder=1
-        )
-        for number, row in enumerate(finite, 1):
-            style = {"marker": "o", "linestyle": "none", "color": "C1" if row.candidate == self.candidate else "C0"}
-            place = row.median("seconds"), row.median(self.metric)
-            axis.plot(*place, **style, markersize=11, label=f"{number}  {row.candidate}")
-            axis.annotate(str(number), place, ha="center", va="center", fontsize=7, color="white")
-        axis.axhline(self.budget, color="gray", linestyle="dashed", label="budget")
+        errors = [row.median(self.metric) for row in self.rows]
+        shown = [each for each in (*errors, self.budget) if self.metric != "psnr_db" or each < _SAME_DB] or [_SAME_DB]
+        room = 0.08 * (max(shown) - min(shown)) or 1.0
+        top = max(shown) + 2 * room
+        places = [(row.median("seconds"), min(error, top)) for row, error in zip(self.rows, errors, strict=True)]
+        axis.plot(*zip(*(places[self.rows.index(row)] for row in self.front), strict=True), color="C0", zorder=1)
+        for number, (row, error, place) in enumerate(zip(self.rows, errors, places, strict=True), 1):
+            colour = "C1" if row.candidate == self.candidate else "C0"
+            style = {"marker": "^" if error > top else "o", "linestyle": "none", "color": colour, "markersize": 11}
+            axis.plot(*place, **style, clip_on=False, label=f"{number}  {row.candidate.label}")
+            if error > top:
+                said = f"{number}: {error:.0f} dB" if math.isfinite(error) else f"{number}: same"
+                axis.annotate(said, place, xytext=(0, -16), textcoords="offset points", ha="center", fontsize=8)
+            else:
+                axis.annotate(str(number), place, ha="center", va="center", fontsize=7, color="white")
+        axis.axhline(self.budget, color="gray", linestyle="dashed", label=f"budget: {self.budget:g}")
         axis.axvline(statistics.median(self.stock_seconds), color="gray", linestyle="dotted", label="stock")
-        axis.set(xlabel="seconds for one call", ylabel=self.metric, xlim=(0, None))
+        axis.set(xlabel="seconds for one call", ylabel=self.metric, xlim=(0, None), ylim=(min(shown) - room, top))
         axis.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", fontsize=6)
-        figure.savefig(path, dpi=120)
+        figure.legend(loc="outside lower center", fontsize=8, ncols=2)
+        save_figure(figure, path)
 
 
 def tune(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     steps: int,
     *,
     budget: float = 30.0,
@@ -186,13 +210,15 @@ def tune(
         candidates: the ways to choose from; running every step in full is always one of them.  None: those of
             ``CANDIDATES`` with which the pipeline can be patched.
         repeats: how often each candidate is timed on each prompt; take more on a noisy machine.
-        cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.  None
-            keeps nothing.
+        cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.
+            Several processes may share it.  None keeps nothing.
         call: further arguments of the pipeline's call, such as ``guidance_scale``, ``height`` and ``width``.
 
     Raises:
         TypeError: ``pipe`` is no pipeline, its call has no such argument, or it lacks one that it needs.
-        ValueError: an unknown metric, no prompts, or a pipeline that cannot be patched.
+        ValueError: an unknown metric, no prompts, a pipeline that cannot be patched, or a cache that holds something
+            else.
+        OSError: the cache cannot be written.
     """
     _check(metric, prompts, repeats)
     target = Target.of(pipe)
@@ -245,6 +271,8 @@ def _check(metric: str, prompts: Sequence[str], repeats: int) -> None:
 
 def _fits(target: Target, candidate: Candidate) -> bool:
     """Return whether a target can be patched with a candidate."""
+    if target.support.exact_only:
+        return False
     reuses = isinstance(candidate.propagation, FeatureReuse)
     if reuses and (not target.support.reuse or candidate.propagation.branch >= count_skips(target.unet)):
         return False

@@ -71,9 +71,12 @@ def compare(pipe: Any, found: Tensor, expected: Tensor) -> dict[str, float]:
     the pipeline returned.
 
     Returns:
-        "psnr_db", infinite where nothing differs, and "latent_error".
+        "psnr_db", infinite where nothing differs, and "latent_error".  Where a result is not finite, both are the worst
+        that there is.
     """
     error = float((found - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+    if not math.isfinite(error):
+        return {"psnr_db": -math.inf, "latent_error": math.inf}
     pictures = [_decode(pipe, each) for each in (found, expected)]
     mean = float((pictures[0] - pictures[1]).square().mean())
     peak = 1.0 if pictures[1].amax() <= 1 else float(pictures[1].amax() - pictures[1].amin())
@@ -81,7 +84,19 @@ def compare(pipe: Any, found: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 #: Pipelines that have latents but do not return them.
-_PIXELS_ALONE = ("KandinskyV22ControlnetPipeline",)
+_PIXELS_ALONE = (
+    "KandinskyPipeline",
+    "KandinskyImg2ImgPipeline",
+    "KandinskyInpaintPipeline",
+    "KandinskyCombinedPipeline",
+    "KandinskyImg2ImgCombinedPipeline",
+    "KandinskyInpaintCombinedPipeline",
+    "KandinskyV22ControlnetPipeline",
+    "KandinskyV22ControlnetImg2ImgPipeline",
+    "MarigoldDepthPipeline",
+    "MarigoldNormalsPipeline",
+    "MarigoldIntrinsicsPipeline",
+)
 
 
 def _choose_output(pipe: Any) -> str:

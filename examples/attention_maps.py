@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import difffast
 
@@ -18,16 +17,12 @@ parser.add_argument("--out", type=Path, default=Path("maps.png"))
 arguments = parser.parse_args()
 
 pipe = difffast.models.embedded_pipeline()
-words = difffast.steering.get_indices(pipe, arguments.prompt)  # position in the tokenised prompt -> word piece
-with difffast.collect_maps(pipe, layers="up_blocks.2.*", tokens=list(words)) as maps:
+with difffast.collect_maps(pipe, layers="up_blocks.2.*") as maps:
     seed = torch.Generator().manual_seed(0)
-    image = pipe(arguments.prompt, num_inference_steps=arguments.steps, generator=seed).images[0]
+    pipe(arguments.prompt, num_inference_steps=arguments.steps, generator=seed)
 
-found = maps.grid()[-1]  # of the last row of the batch, the prompt's own: [words, height, width]
-found = (found / found.amax((1, 2), keepdim=True) * 255).byte()
-print({word: tuple(each.shape) for word, each in zip(words.values(), found, strict=True)})
-sheet = Image.new("RGB", (128 * (1 + len(words)), 128))
-sheet.paste(image.resize((128, 128)), (0, 0))
-for column, each in enumerate(found, 1):
-    sheet.paste(Image.fromarray(each.numpy()).resize((128, 128)).convert("RGB"), (128 * column, 0))
-sheet.save(arguments.out)
+print(maps)
+for word in ("star", "ring"):
+    if word in arguments.prompt:
+        print(word, tuple(maps.locate(word).shape))
+maps.plot(arguments.out)

@@ -1,5 +1,8 @@
 """Semantic binding: the same prompt and seed, stock and with its marked subjects bound to their attributes.
 
+On many prompts, fewer of this small model's subjects get what was said of another, and no more of them are right in
+everything (docs/steering.md): do not expect every picture to get better.
+
 python examples/semantic_binding.py --preset attribute
 """
 

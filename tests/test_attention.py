@@ -68,7 +68,7 @@ def test_the_operator_runs_unless_switched_off(pipe, monkeypatch):
 
 def test_unpatch_leaves_no_trace(pipe):
     before = {name: (type(layer), dict(vars(layer)), layer.processor) for name, layer in layers(pipe).items()}
-    patch(pipe, "faster-diffusion")
+    patch(pipe, propagation=EncoderPropagation())
     assert all(isinstance(layer, before[name][0]) for name, layer in layers(pipe).items())
     latents(pipe)
     unpatch(pipe)
@@ -80,7 +80,7 @@ def test_unpatch_leaves_no_trace(pipe):
 
 
 def test_copies_of_a_patched_pipeline_are_stock(pipe):
-    patch(pipe, "faster-diffusion")
+    patch(pipe, propagation=EncoderPropagation())
     clone = copy.deepcopy(pipe.unet)
     plain = {type(layer) for layer in cross_attention.find_layers(clone).values()}
     assert plain == {type(layer).__mro__[1] for layer in layers(pipe).values()}
@@ -400,7 +400,10 @@ def test_maps_are_the_stock_maps(pipe64, batch):
     assert set(maps.layers) == set(expected)
     for name, recorded in expected.items():
         assert maps.steps[name] == len(recorded) == 20
-        torch.testing.assert_close(maps.mean(name), torch.stack(recorded).mean(0), rtol=1e-6, atol=1e-9)
+        mean = torch.stack(recorded).mean(0)
+        torch.testing.assert_close(maps.mean(name, rows="all"), mean, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(maps.mean(name, rows="negative"), mean[:batch], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(maps.mean(name), mean[batch:], rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(maps.latest[name], recorded[-1], rtol=1e-6, atol=1e-9)
     assert not difffast.unpatch(pipe64), "the pipeline was not patched before"
 
@@ -412,14 +415,14 @@ def test_chosen_layers_and_tokens(pipe64):
     assert maps.layers
     assert all(name.startswith("up_blocks.") for name in maps.layers)
     mean = torch.stack([torch.stack(expected[name]).mean(0) for name in maps.layers]).mean(0)
-    torch.testing.assert_close(maps.mean(), mean[..., [3, 1]], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(maps.mean(rows="all"), mean[..., [3, 1]], rtol=1e-6, atol=1e-9)
 
 
 def test_maps_of_propagated_and_parallel_steps(pipe64):
     one_at_a_time = EncoderPropagation(parallel=False)
     with patched(pipe64, propagation=one_at_a_time), difffast.collect_maps(pipe64) as expected:
         latents(pipe64)
-    with patched(pipe64, "faster-diffusion") as report, difffast.collect_maps(pipe64) as maps:
+    with patched(pipe64, propagation=EncoderPropagation()) as report, difffast.collect_maps(pipe64) as maps:
         latents(pipe64)
     assert max(report.last_run.decode_batches) > 1
     assert maps.steps == expected.steps
@@ -430,7 +433,7 @@ def test_maps_of_propagated_and_parallel_steps(pipe64):
 
 
 def test_maps_do_not_change_the_image(pipe):
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=EncoderPropagation()):
         plain = latents(pipe)
         with difffast.collect_maps(pipe, tokens=[1]):
             assert torch.equal(latents(pipe), plain)
@@ -440,7 +443,7 @@ def test_maps_do_not_change_the_image(pipe):
 def test_maps_without_fused_layers(pipe):
     with patched(pipe, "exact", fused=False), difffast.collect_maps(pipe, layers="mid_block.*") as maps:
         latents(pipe)
-    assert maps.mean().shape == (2, 16, 77)
+    assert maps.mean(rows="all").shape == (2, 16, 77)
 
 
 def test_two_collectors_at_once(pipe):
@@ -471,7 +474,7 @@ def test_grid_of_a_wide_image(pipe):
         latents(pipe, height=16, width=32, steps=2)
     factor = pipe.vae_scale_factor
     grid = maps.grid()
-    assert grid.shape == (2, 2, 16 // factor // 2, 32 // factor // 2)
+    assert grid.shape == (1, 2, 16 // factor // 2, 32 // factor // 2)
     assert torch.equal(grid[0, 1].flatten(), maps.mean()[0, :, 1])
 
 
@@ -502,9 +505,11 @@ def test_maps_carry_gradients(pipe64):
 def test_errors_of_collect_maps(pipe):
     for options, message in (
         ({"layers": "nowhere.*"}, "no cross-attention layer matches 'nowhere.*'; there are: down_blocks"),
-        ({"tokens": []}, "at least one int"),
-        ({"tokens": [-1]}, "at least one int of at least 0"),
-        ({"tokens": [0.5]}, "at least one int of at least 0"),
+        ({"tokens": []}, "at least one word, or int of at least 0"),
+        ({"tokens": [" "]}, "at least one word, or int"),
+        ({"tokens": [True]}, "at least one word, or int"),
+        ({"tokens": [-1]}, "int of at least 0"),
+        ({"tokens": [0.5]}, "int of at least 0"),
     ):
         with pytest.raises(ValueError, match=message.replace("*", r"\*")), difffast.collect_maps(pipe, **options):
             pass

@@ -370,14 +370,15 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
         *registry.competitors(),
         *registry.savings(),
         *registry.exact_savings(),
-        *(registry.reuse(interval) for interval in (3, 5)),
+        *(registry.reuse(interval, branch) for interval, branch in ((3, 0), (5, 1))),
         registry.stock_channels_last(),
     )
     record = measure(real(images, *everyone), 1e9)
     assert not record["absent"]
     changed = {name for name, gate in record["gate"].items() if gate["error_to_baseline"] > 1e-4}
     # balanced approximates from 34 steps on, turbo from 25; everyone else who claims to approximate does.
-    approximate = {"difffast faster-diffusion", "guidance reuse alone", "difffast, reuse 3", "difffast, reuse 5"}
+    reuse = {"difffast, reuse 3, branch 0", "difffast, reuse 5, branch 1"}
+    approximate = {"difffast faster-diffusion", "guidance reuse alone", *reuse}
     assert changed == {*approximate, *(provider.name for provider in registry.competitors())}
     assert not is_swapped(pipe.unet)
     assert torch.equal(latents(pipe, steps=STEPS), before)
@@ -424,14 +425,14 @@ def test_skipping_every_second_step_is_caught(images, gate):
 def test_pipelines_that_difffast_refuses_are_still_measured(monkeypatch):
     monkeypatch.setattr("difffast.support.PIPELINES", {})
     sdxl = workloads.stages("SDXL", full=False, batch=1, device="cpu", dtype=torch.float32)
-    record = measure(real(Images(sdxl, 3), *registry.presets(), registry.deepcache(3)), 1e9)
+    record = measure(real(Images(sdxl, 3), *registry.presets(), registry.deepcache(3, 1)), 1e9)
     reasons = {name: (absent["status"], absent["reason"]) for name, absent in record["absent"].items()}
-    assert set(reasons) == {"difffast turbo", "difffast balanced", "difffast exact", "balanced, step by step"}
+    assert set(reasons) == {"difffast turbo", "difffast balanced", "balanced, step by step"}
     for status, reason in reasons.values():
         assert status == "refused"
-        assert reason.startswith("StableDiffusionXLPipeline is not supported")
+        assert reason.startswith("StableDiffusionXLPipeline can only have what is exact")
     assert not list(complaints(record))
-    assert record["gate"]["DeepCache 3"]["error_to_baseline"] > 0
+    assert record["gate"]["DeepCache 3, branch 1"]["error_to_baseline"] > 0
 
 
 @pytest.mark.slow

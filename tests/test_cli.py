@@ -11,6 +11,8 @@ import difffast
 from difffast.tools import binding_demo, cli, demo, terminal
 from difffast.tools.demo import PROMPTS, psnr
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture
 def small_demo(monkeypatch, pipe):
@@ -32,6 +34,23 @@ def test_info_about_a_pipeline_on_disk(pipe, tmp_path, capsys):
     assert cli.main(["info", "--pipeline", str(tmp_path)]) == 1
     assert "FluxPipeline is not supported" in capsys.readouterr().out
     assert cli.main(["info", "--pipeline", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("index", "answer"),
+    [
+        ({"_class_name": "StableDiffusionSAGPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}, "deprecated in"),
+        ({"_class_name": "OwnPipeline", "unet": ["diffusers", "UNet2DModel"]}, "how it samples is not known"),
+        ({"_class_name": "OwnPipeline", "unet": ["diffusers", "UNet1DModel"]}, None),
+        ({"_class_name": "UnCLIPPipeline", "decoder": ["diffusers", "UNet2DConditionModel"]}, None),
+    ],
+)
+def test_info_about_a_pipeline_that_shares_nothing(index, answer, tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert cli.main(["info", "--pipeline", str(tmp_path)]) == (answer is None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert (answer or f"{index['_class_name']} is not supported") in text
+    assert ("can only have what is exact, difffast.patch(pipe, 'exact')" in text) == (answer is not None)
 
 
 def test_info_says_which_kernels_are_proved(capsys, monkeypatch):
@@ -87,6 +106,17 @@ def test_demo_of_binding_draws_maps(small_demo, tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "focus" in text
     assert "written" in text
+    assert " ".join(binding_demo.explain("attribute").split()[-5:]) in " ".join(text.split())
+
+
+def test_demo_of_binding_says_what_was_measured():
+    rows = json.loads((ROOT / "bench" / "results" / "binding.json").read_text())["rows"]
+    for preset, shares in binding_demo.MEASURED.items():
+        bound = rows[f"{preset}, the model's numbers"]
+        for kind, pair in zip(("leakage", "full_binding"), shares, strict=True):
+            assert pair == tuple(round(100 * row[kind], 1) for row in (rows["stock"], bound))
+        low, high = bound["full_binding_points_gained"][1:]
+        assert low < 0 < high, "no more than chance"
 
 
 def test_psnr():
@@ -107,14 +137,10 @@ def test_generate_from_a_folder(pipe, tmp_path, capsys, preset):
     assert ("propagated" in text) == (preset != "stock")
 
 
-def test_errors_are_one_line_and_a_status(tmp_path, pipe, capsys):
+def test_errors_are_one_line_and_a_status(tmp_path, capsys):
     missing = tmp_path / "nowhere"
     assert cli.main(["generate", "--model", str(missing), "--prompt", "x"]) == 2
     assert "error" in capsys.readouterr().out
-    pipe.save_pretrained(tmp_path / "model")
-    few = ["generate", "--model", str(tmp_path / "model"), "--prompt", "x", "--steps", "7", "--device", "cpu"]
-    assert cli.main([*few, "--preset", "faster-diffusion"]) == 2
-    assert "at least 8 denoising steps, got 7" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--steps", "0"], ["demo", "--preset", "fastest"]])
@@ -212,3 +238,48 @@ def test_generate_refuses_before_anything_is_made(pipe, tmp_path, capsys, monkey
     assert out.startswith("error: ")
     assert message in out
     assert not list(tmp_path.glob("**/picture*"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--out", "{file}/deep"],
+        ["demo", "--binding", "attribute", "--out", "{file}/deep"],
+        ["profile", "--out", "{file}/deep"],
+        ["prove", "--report", "{file}/deep/report.json"],
+        ["prove", "--report", "{folder}"],
+        ["prove"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_refuses_what_cannot_be_written_before_it_begins(tmp_path, capsys, monkeypatch, command):
+    (tmp_path / "file").write_text("")
+    for name in ("embedded_pipeline", "load_pipeline"):
+        monkeypatch.setattr(difffast.models, name, lambda *_: pytest.fail("it is loaded"))
+    monkeypatch.setattr("difffast.proofs.run.prove", lambda *_, **__: pytest.fail("it proves"))
+    if command[1:] == []:  # what it finds out could not be kept
+        monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path / "file" / "deep"))
+    words = [each.replace("{file}", str(tmp_path / "file")).replace("{folder}", str(tmp_path)) for each in command]
+    assert cli.main(words) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("error: ")
+    assert str(tmp_path) in out
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupted_picture_leaves_the_earlier_one(pipe, tmp_path, capsys, monkeypatch):
+    """With a real signal: test_interrupted_commands.py."""
+
+    def save_half(_image, path):
+        path.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    pipe.save_pretrained(tmp_path / "model")
+    out = tmp_path / "image.png"
+    out.write_text("an earlier picture")
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    options = ["--model", str(tmp_path / "model"), "--prompt", "a", "--steps", "2", "--preset", "stock"]
+    assert cli.main(["generate", *options, "--device", "cpu", "--out", str(out)]) == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "interrupted: no file was left half written."
+    assert out.read_text() == "an earlier picture"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["image.png", "model"]

@@ -41,14 +41,63 @@ def calls_of(module):
     return calls
 
 
-@pytest.mark.parametrize("config", [KEYS, STEP_BY_STEP, FeatureReuse(interval=4)], ids=["parallel", "steps", "reuse"])
-def test_it_runs_at_key_steps_only(pipe, config):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"propagation": KEYS},
+        {"propagation": KEYS, "controlnet": "key steps"},
+        {"propagation": STEP_BY_STEP},
+        {"propagation": FeatureReuse(4), "controlnet": "key steps"},
+    ],
+    ids=["parallel", "asked for", "steps", "reuse"],
+)
+def test_it_runs_at_key_steps_only(pipe, options):
     calls = calls_of(pipe.controlnet)
-    with patched(pipe, propagation=config) as report:
+    with patched(pipe, **options) as report:
         run(pipe)
+    assert "runs at key steps" in str(report)
     assert len(calls) == 3
     assert report.last_run.controlnet == {"computed": 3, "reused": 9}
     assert "ControlNet computed 3 times, reused 9 times" in str(report.last_run)
+
+
+def deepcache(pipe, branch):
+    helper = pytest.importorskip("DeepCache").DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=branch)
+    helper.enable()
+    try:
+        return run(pipe)
+    finally:
+        helper.disable()
+
+
+@pytest.mark.parametrize("branch", [0, 1, 3])
+def test_under_feature_reuse_it_runs_at_every_step_as_in_deepcache(pipe, branch):
+    """Its current residuals are added to the skips that are made anew; those of the key step are further from stock."""
+    config, stock, expected = FeatureReuse(3, branch=branch), run(pipe), deepcache(pipe, branch)
+    with patched(pipe, propagation=config, fused=False) as report:
+        ours = run(pipe)
+    assert torch.equal(ours, expected)
+    assert report.last_run.controlnet == {"computed": 12}
+    assert (report.last_run.key, report.last_run.reused, report.last_run.forced) == (4, 8, 0)
+    assert "runs at every step" in str(report)
+    with patched(pipe, propagation=config, fused=False, controlnet="key steps"):
+        older = run(pipe)
+    assert largest(older, expected) > 1e-4
+    assert (older - stock).norm() > 1.01 * (ours - stock).norm()
+
+
+def test_a_cadence_that_cannot_be_is_refused(pipe):
+    with pytest.raises(ValueError, match="controlnet must be one of 'every step', 'key steps', None, got 'always'"):
+        patch(pipe, controlnet="always")
+    with pytest.raises(ValueError, match=r"needs steps that see the current latents: .* got EncoderPropagation"):
+        patch(pipe, "balanced", controlnet="every step")
+    patch(pipe, "exact", controlnet="every step")
+    plain = StableDiffusionPipeline(
+        **{name: part for name, part in pipe.components.items() if name != "controlnet"}, requires_safety_checker=False
+    )
+    with pytest.raises(ValueError, match="'key steps' needs a pipeline with a ControlNet, and StableDiffusionPipe"):
+        patch(plain, "turbo", controlnet="key steps")
 
 
 def test_is_the_published_method(pipe):

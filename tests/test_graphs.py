@@ -148,7 +148,7 @@ def test_what_cannot_be_recorded_runs_eagerly_and_the_report_says_why(recorded, 
     pipe, patch = recorded
     report, counts = patch(preset="exact")
     change(pipe)
-    with pytest.warns(UserWarning, match="no CUDA graphs: mid_block has hooks, or a forward of its own"):
+    with pytest.warns(UserWarning, match="no CUDA graphs: mid_block has a "):
         latents(pipe)
     assert counts["recordings"] == 0
     assert any("no CUDA graphs: mid_block" in reason for reason in report.last_run.reasons)

@@ -5,6 +5,7 @@ import torch
 from sampling import largest, latents
 from tolerances import EXACT_FLOAT32, LATENTS_FLOAT64
 from unet_oracle import decode, encode
+from watching import watching
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan, collect_maps, patch, patched
 from difffast.engines import programs
@@ -104,8 +105,10 @@ def test_it_is_the_method_written_out(pipe64, config, interval, written):
     expected = by_hand(pipe64, written(pipe64))
     stock = run(pipe64)
     rows = []
-    with patched(pipe64, propagation=config, cfg=CfgReuse(interval)) as report:
-        pipe64.unet.conv_out.register_forward_hook(lambda _module, _arguments, out: rows.append(len(out)))
+    with (
+        patched(pipe64, propagation=config, cfg=CfgReuse(interval)) as report,
+        watching(lambda _module, out: rows.append(len(out)), pipe64.unet.conv_out),
+    ):
         ours = run(pipe64)
     assert largest(ours, expected) <= LATENTS_FLOAT64
     assert largest(ours, stock) > 1e-4
@@ -182,7 +185,7 @@ def test_maps_wanted_from_the_middle_of_a_run_on(pipe):
 def test_maps_need_both_halves(pipe):
     with patched(pipe, "exact", cfg=CfgReuse(2)) as report, collect_maps(pipe) as maps:
         run(pipe)
-    assert maps.mean(maps.layers[0]).shape[0] == 2
+    assert maps.mean(maps.layers[0], rows="all").shape[0] == 2
     assert report.last_run.halves == 0
 
 
@@ -212,8 +215,6 @@ def test_plans():
     assert "conditional half" in str(plan)
     assert plan.cut(10).halves == (4, 5, 6, 7, 8)
     assert plan.add_full_steps([0, 4]).halves == (5, 6, 7, 8, 10, 11, 12, 13, 14)
-    steps = plan.steps(start=5)
-    assert not steps[0].half
     assert CfgReuse(0.5).apply(EXACT.plan(10)).halves == (1, 2, 3, 4, 6, 7, 8, 9)
     ahead = CfgReuse(2).apply(EVERY_THIRD.plan(7))
     assert [tuple(ahead.batch(order)) for order in (0, 1, 3, 4, 6)] == [(0,), (1, 2), (3,), (4, 5), (6,)]
@@ -229,8 +230,6 @@ def test_bad_plans_and_values_are_refused(pipe):
             CfgReuse(**options)
     with pytest.raises(TypeError, match=r"cfg must be a difffast.CfgReuse, got int"):
         patch(pipe, cfg=2)
-    with patched(pipe, "exact", cfg=CfgReuse(2)), pytest.raises(ValueError, match="at least 8 denoising"):
-        run(pipe, steps=4)
 
 
 def test_a_preset_goes_without_where_it_cannot(pipe, monkeypatch):

@@ -357,8 +357,9 @@ def test_maps_are_the_stock_maps(pipe64, fused):
     assert set(maps.layers) == set(expected)
     for name, recorded in expected.items():
         assert maps.steps[name] == len(recorded) == STEPS
-        torch.testing.assert_close(maps.mean(name), torch.stack(recorded).mean(0)[..., [3, 1]], rtol=1e-6, atol=1e-9)
-    assert maps.grid("mid_block.attentions.0").shape == (2, 2, 4, 4)
+        mean = torch.stack(recorded).mean(0)[..., [3, 1]]
+        torch.testing.assert_close(maps.mean(name, rows="all"), mean, rtol=1e-6, atol=1e-9)
+    assert maps.grid("mid_block.attentions.0", rows="all").shape == (2, 2, 4, 4)
 
 
 def test_maps_carry_gradients_to_the_text(pipe64):

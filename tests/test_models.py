@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
@@ -5,7 +8,7 @@ from sampling import latents
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from difffast import models
-from difffast.models.embedded import CHECKSUMS, write_checksums
+from difffast.models.embedded import CHECKSUMS, check, write_checksums
 from difffast.models.tokenizer import clip_tokenizer, learn_merges
 
 
@@ -137,3 +140,22 @@ def test_a_missing_or_damaged_embedded_model_is_named(pipe, tmp_path):
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks .*diffusion_pytorch_model\.safetensors; reinstall"):
         models.embedded_pipeline(tmp_path)
+
+
+def test_checksums_are_not_trusted_to_name_every_file(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    write_checksums(tmp_path)
+    record = tmp_path / CHECKSUMS
+    whole = json.loads(record.read_text())
+    assert len(whole) >= 8
+    for name in whole:
+        record.write_text(json.dumps({each: value for each, value in whole.items() if each != name}))
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} has no SHA-256 in {CHECKSUMS}"):
+            check(tmp_path)
+    for wrong in ("", "{", "[]", "[" * 100_000, '{"model_index.json": 3}', b"\xff".decode("latin-1")):
+        record.write_text(wrong, encoding="latin-1")
+        with pytest.raises(ValueError, match=rf"{CHECKSUMS} is damaged: it .*; reinstall"):
+            check(tmp_path)
+    record.write_text(json.dumps(whole))
+    (tmp_path / ".DS_Store").write_text("a system's own")
+    check(tmp_path)

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+import zoo
+from diffusers.models import embeddings
 from sampling import SCHEDULERS, largest, latents, picture, scheduler
 from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 
@@ -108,12 +110,16 @@ def test_two_prompts_are_each_alone(pipe):
     assert largest(both, torch.cat(alone)) <= LATENTS_FLOAT64
 
 
-def test_the_unet_and_nothing_in_it_runs_at_forecasts(pipe):
-    calls = []
+def test_nothing_of_the_unet_runs_at_forecasts(pipe, monkeypatch):
+    calls, embed = [], embeddings.get_timestep_embedding
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return embed(*args, **kwargs)
+
+    monkeypatch.setattr(embeddings, "get_timestep_embedding", count)  # a hook in the UNet would run at every step
     with patched(pipe, propagation=OutputForecast(3, start=0.25)) as report:
-        hook = pipe.unet.mid_block.register_forward_hook(lambda *_: calls.append(1))
         run(pipe)
-        hook.remove()
     assert len(calls) == report.last_run.key == 3 + 3
     assert report.last_run.forecast == 6
 
@@ -156,14 +162,41 @@ def test_an_interrupted_run_leaves_nothing(pipe):
         assert largest(run(pipe, prompt="a blue square"), expected) == 0
 
 
-def test_a_run_that_begins_at_a_forecast_begins_in_full(pipe):
+def test_key_steps_are_counted_from_the_first_that_is_executed(pipe):
     from diffusers import StableDiffusionImg2ImgPipeline
 
     img2img = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     img2img.set_progress_bar_config(disable=True)
-    with patched(img2img, propagation=OutputForecast([0, 1, 2, 3, 4, 5, 8, 11])) as report:
-        run(img2img, image=picture(32), strength=0.5)  # steps 6 to 11
-    assert (report.last_run.key, report.last_run.forced, report.last_run.forecast) == (3, 1, 3)
+    for forecast, keys in (
+        (OutputForecast([0, 1, 3, 5], longest=6), (6, 7, 9, 11)),
+        (OutputForecast(2, start=0.5), (6, 8, 10, 11)),
+        (OutputForecast(2, start=0.8), (6, 7, 8, 9, 11)),
+    ):
+        with patched(img2img, propagation=forecast) as report:
+            run(img2img, image=picture(32), strength=0.5)  # steps 6 to 11
+            assert report.plan(STEPS, 6).key_steps == keys
+        counts = report.last_run
+        assert (counts.key, counts.forced, counts.forecast) == (len(keys), 0, 6 - len(keys))
+    # A plan keeps its steps; the first one that is executed runs in full.
+    plan = Plan(STEPS, (0, 1, 2, 7, 11), max_batch=1, forecasts=(3, 4, 5, 6, 8, 9, 10), extrapolate=1)
+    assert plan.begin_at(5).key_steps == (5, 6, 7, 11)
+    assert plan.begin_at(5).forecasts == (8, 9, 10)
+    with patched(img2img, propagation=plan) as report:
+        run(img2img, image=picture(32), strength=0.5)
+    assert (report.last_run.key, report.last_run.forced, report.last_run.forecast) == (3, 0, 3)
+
+
+def test_controlnet_does_not_run_at_forecasts():
+    pipe, calls = zoo.ROWS["StableDiffusionControlNetPipeline"].build(), []
+    pipe.set_progress_bar_config(disable=True)
+    pipe.controlnet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    for options in ({}, {"controlnet": "every step"}):
+        calls.clear()
+        with patched(pipe, propagation=OutputForecast([0, 1, 2, 4, 6, 9, 11]), fused=False, **options) as report:
+            ours = run(pipe, image=picture(), height=32, width=32)
+        assert len(calls) == report.last_run.key == 7
+        with answered_by_hand(pipe, {3, 5, 7, 8, 10}):
+            assert largest(ours, run(pipe, image=picture(), height=32, width=32)) == 0
 
 
 def test_guidance_by_halves(pipe):
@@ -338,8 +371,8 @@ def test_plans_that_are_refused(forecast, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"forecasts": (0,)}, "forecasts must increase strictly within 1 .. 11"),
-        ({"forecasts": (12,)}, "forecasts must increase strictly within 1 .. 11"),
+        ({"forecasts": (0,)}, r"forecasts must lie in 1 \.\. 11, got 0"),
+        ({"forecasts": (12,)}, r"forecasts must lie in 1 \.\. 11, got 12"),
         ({"forecasts": (4, 3)}, "forecasts must increase strictly"),
         ({"forecasts": (2,)}, "step 2 is a forecast, and so no key step and no half step"),
         ({"forecasts": (3,), "halves": (3,)}, "step 3 is a forecast, and so no key step and no half step"),

@@ -100,7 +100,7 @@ def test_saves_as_the_stock_pipeline_while_patched(pipe, tmp_path):
 
 
 def test_a_patched_unet_still_looks_like_its_class(pipe):
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=EncoderPropagation()):
         assert isinstance(pipe.unet, UNet2DConditionModel)
         assert type(pipe.unet).__name__ == "UNet2DConditionModel"
         assert type(pipe.unet).__module__ == UNet2DConditionModel.__module__
@@ -117,7 +117,7 @@ def test_new_objects_of_a_patched_class_are_plain(pipe):
 
 
 def test_patching_again_replaces_the_first_patch(pipe):
-    first = patch(pipe, "faster-diffusion")
+    first = patch(pipe, propagation=EncoderPropagation())
     second = patch(pipe, propagation=EncoderPropagation(key_steps=2))
     latents(pipe)
     assert first.last_run is None
@@ -133,7 +133,7 @@ def test_patched_puts_an_earlier_patch_back(pipe):
         raise KeyError
     assert torch.equal(latents(pipe), expected)
     unpatch(pipe)
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=EncoderPropagation()):
         pass
     assert not is_swapped(pipe.unet)
 
@@ -145,7 +145,7 @@ def test_the_patch_does_not_keep_a_pipeline_alive(pipe):
     del own
     assert alive() is None
     assert latents(pipe).isfinite().all()
-    patch(pipe, "faster-diffusion")
+    patch(pipe, propagation=EncoderPropagation())
     unpatch(pipe)
     assert not is_swapped(pipe.unet)
 
@@ -193,7 +193,7 @@ def test_bad_input_changes_nothing(pipe, target, options, error, message):
     with pytest.raises(error, match=message):
         patch(target(pipe), **options)
     assert_same(before, snapshot(pipe))
-    patch(pipe, "faster-diffusion")
+    patch(pipe, propagation=EncoderPropagation())
     with pytest.raises(error, match=message):
         patch(target(pipe), **options)
     assert is_swapped(pipe.unet), "a refused patch leaves the earlier one in force"
@@ -201,8 +201,8 @@ def test_bad_input_changes_nothing(pipe, target, options, error, message):
 
 def test_unknown_unets_are_refused(pipe):
     pipe.unet = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="unet is a Linear; supported: UNet2DConditionModel"):
-        patch(pipe, "faster-diffusion")
+    with pytest.raises(ValueError, match=r"unet is a Linear, which difffast does not know; .*UNet2DConditionModel"):
+        patch(pipe, propagation=EncoderPropagation())
 
 
 # Stock features under the patch.
@@ -213,7 +213,7 @@ def test_unknown_unets_are_refused(pipe):
 def test_cpu_offload_hooks(pipe64, kind, when):
     pipe = pipe64
     expected_stock = latents(pipe)
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=EncoderPropagation()):
         expected = latents(pipe)
 
     loads = []
@@ -232,7 +232,7 @@ def test_cpu_offload_hooks(pipe64, kind, when):
 
     if when == "before":
         offload()
-    report = patch(pipe, "faster-diffusion")
+    report = patch(pipe, propagation=EncoderPropagation())
     if when == "after":
         offload()
     assert largest(latents(pipe), expected) <= LATENTS_FLOAT64
@@ -250,7 +250,7 @@ def test_cpu_offload_hooks(pipe64, kind, when):
     assert torch.equal(latents(pipe), expected_stock)
     assert type(pipe.unet) is UNet2DConditionModel
     assert "forward" in vars(pipe.unet), "accelerate leaves the plain method behind on the instance"
-    report = patch(pipe, "faster-diffusion")
+    report = patch(pipe, propagation=EncoderPropagation())
     assert torch.equal(latents(pipe), expected)
     assert report.last_run.stock == 0
 
@@ -261,12 +261,12 @@ def test_lora(pipe64, when):
     plain = latents(pipe)
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "conv1"], init_lora_weights=False)
     if when == "after":
-        patch(pipe, "faster-diffusion")
+        patch(pipe, propagation=EncoderPropagation())
         latents(pipe)
     torch.manual_seed(0)
     pipe.unet.add_adapter(config, adapter_name="style")
     if when == "before":
-        patch(pipe, "faster-diffusion")
+        patch(pipe, propagation=EncoderPropagation())
 
     ahead, all_key, scales = {}, {}, (1.0, 0.3)
     for scale in scales:
@@ -297,7 +297,7 @@ def test_layerwise_casting(pipe):
     assert not torch.equal(cast, stock)
     with patched(pipe, propagation=EncoderPropagation(key_steps=1), fused=False):
         assert torch.equal(latents(pipe), cast)
-    with patched(pipe, "faster-diffusion") as report:
+    with patched(pipe, propagation=EncoderPropagation()) as report:
         ahead = latents(pipe)
     assert (report.last_run.stock, report.last_run.propagated) == (0, 13)
     with patched(pipe, propagation=EncoderPropagation(parallel=False)):
@@ -312,7 +312,7 @@ def test_hooks_of_diffusers_on_the_unet_itself_run_stock(pipe):
     HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(Doubling(), "doubling")
     stock = latents(pipe)
     with (
-        patched(pipe, "faster-diffusion") as report,
+        patched(pipe, propagation=EncoderPropagation()) as report,
         pytest.warns(UserWarning, match="forward has been replaced on the instance"),
     ):
         assert torch.equal(latents(pipe), stock)

@@ -1,14 +1,16 @@
 import importlib.util
 import itertools
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffast import EncoderPropagation, FeatureReuse, Plan
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan
 from difffast.plan import PUBLISHED_KEY_STEPS, scale_published_key_steps
 from difffast.presets import PRESETS
 
@@ -24,11 +26,46 @@ def test_scaled_lists_keep_the_published_shares(total):
     assert keys[0] == 0
     assert all(a < b < total for a, b in itertools.pairwise(keys))
     shares = [(length - orders[-1]) / length for length, orders in PUBLISHED_KEY_STEPS["sd"].items()]
-    assert (total - keys[-1]) / total <= max(shares)
+    once_more = total - 1 in PUBLISHED_KEY_STEPS["sd"]
+    assert (total - once_more - keys[-1]) / total <= max(shares)
 
 
-def test_pndm_calls_the_unet_once_more_and_keeps_the_early_keys():
-    assert scale_published_key_steps("sd", 51)[:5] == (0, 1, 2, 3, 5)
+def test_pndm_calls_the_unet_once_more_and_keeps_the_list():
+    """As in the release, which counts its list in calls of the UNet."""
+    assert scale_published_key_steps("sd", 51) == (0, 1, 2, 3, 5, 10, 15, 25, 35)
+    assert scale_published_key_steps("sd", 21) == (0, 1, 2, 3, 5, 10, 15)
+    assert scale_published_key_steps("personalised", 51)[-2:] == (35, 40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "total", "count", "some"),
+    [
+        ("if-1", 25, 13, (9, 10, 15, 20)),
+        ("if-1", 50, 18, (35, 40, 45)),
+        ("if-1", 100, 40, (85, 86, 87, 99)),
+        ("if-2", 25, 23, (19, 20, 22, 24)),
+        ("if-2", 50, 40, (20, 22, 38, 40, 41, 49)),
+        ("upscaler", 50, 9, (0, 2, 5, 9, 14, 20, 27, 35, 44)),
+        ("upscaler", 75, 11, (54, 65)),
+    ],
+)
+def test_published_rules_hold_for_the_steps_as_they_are(kind, total, count, some):
+    """The release runs DeepFloyd IF with 25 steps and the upscaler with 50 by the rules that it has for 100 and 75."""
+    keys = scale_published_key_steps(kind, total)
+    assert len(keys) == count
+    assert set(some) <= set(keys)
+
+
+def test_key_steps_are_counted_from_the_first_executed_step():
+    assert FeatureReuse(5).plan(50, start=18).key_steps == (18, 23, 28, 33, 38, 43, 48)
+    assert EncoderPropagation().plan(50, start=20).key_steps == (20, 21, 22, 23, 25, 30, 35, 45)
+    assert PRESETS["balanced"].propagation.plan(50, start=40).key_steps == (40, 43, 46, 49)
+    later = CfgReuse(6).apply(FeatureReuse(3).plan(20, start=10))
+    assert later.halves == (11, 12, 13, 14, 15, 17, 18, 19)
+    assert Plan.from_json(later.to_json()) == later
+    assert str(later).splitlines()[1].split()[:2] == ["10", "key"]
+    assert str(later).endswith("4 of 10 steps run the whole UNet")
+    assert [row.step for row in later.steps() if row.key] == [10, 13, 16, 19]
 
 
 @given(st.data())
@@ -37,15 +74,14 @@ def test_batches_cover_every_step_once_and_never_cross_a_key(data):
     keys = data.draw(st.sets(st.integers(0, total - 1))) | {0}
     cap = data.draw(st.integers(1, 20))
     start = data.draw(st.integers(0, total - 1))
-    plan = EncoderPropagation(key_steps=keys, max_parallel=cap).plan(total)
-    rows = plan.steps(start)
+    rows = EncoderPropagation(key_steps=keys, max_parallel=cap).plan(total, start=start).steps()
     assert [row.step for row in rows] == list(range(start, total))
     assert rows[0].key
     for row in rows:
         assert row.step in row.decoded_with
         assert len(row.decoded_with) <= cap
-        assert not any(order in keys for order in row.decoded_with[1:])
-        assert row.key == (row.step in keys or row.step == start)
+        assert not any(order - start in keys for order in row.decoded_with[1:])
+        assert row.key == (row.step - start in keys)
 
 
 def test_a_long_segment_is_cut_evenly():
@@ -121,7 +157,9 @@ def test_bad_schedules():
     with pytest.raises(ValueError, match="key_steps must increase strictly"):
         Plan(total=5, key_steps=(0, 2, 2), max_batch=1)
     with pytest.raises(ValueError, match=r"start must lie in 0 .. 4, got 5"):
-        Plan(total=5, key_steps=(0,), max_batch=1).steps(5)
+        FeatureReuse(2).plan(5, start=5)
+    with pytest.raises(ValueError, match=r"key_steps must begin with 2 and end before step 5, got 0 .. 3"):
+        Plan(total=5, key_steps=(0, 3), max_batch=1, start=2)
 
 
 def test_plans_need_no_torch():
@@ -166,6 +204,90 @@ def test_plans_go_through_json(plan):
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"total": 1_000_000_000}, "total must lie in 1 .. 100000, got 1000000000"),
+        ({"total": 0}, "total must lie in 1 .. 100000, got 0"),
+        ({"total": True}, "total must hold integers, got True"),
+        ({"total": "5"}, "total must hold integers, got '5'"),
+        ({"max_batch": 1.5}, "max_batch must hold integers, got 1.5"),
+        ({"max_batch": float("nan")}, "max_batch must hold integers, got nan"),
+        ({"max_batch": True}, "max_batch must hold integers, got True"),
+        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+        ({"key_steps": [0, True]}, "key_steps must hold integers, got True"),
+        ({"key_steps": {"0": 1}}, "key_steps must be a sequence of integers, got {'0': 1}"),
+        ({"key_steps": None}, "key_steps must be a sequence of integers, got None"),
+        ({"key_steps": []}, "key_steps must begin with 0 and end before step 5, got none"),
+        ({"key_steps": [0, 5]}, "key_steps must begin with 0 and end before step 5, got 0 .. 5"),
+        ({"key_steps": [0, 3, 2]}, "key_steps must increase strictly, got 2 after 3"),
+        ({"batches": {"0": 1}}, "batches must be a sequence of integers, got {'0': 1}"),
+        ({"batches": [2]}, "batches must ascend from 1, got (2,)"),
+        ({"full_steps": [1]}, "full_steps must be key steps, got 1, which is none"),
+        ({"halves": "12"}, "halves must be a sequence of integers, got '12'"),
+        ({"halves": [3, 1]}, "halves must increase strictly, got 1 after 3"),
+        ({"halves": [5]}, "halves must lie in 1 .. 4 and not be full steps, got 5"),
+        ({"reuse": 3}, "reuse must be an object with a branch, got 3"),
+        ({"reuse": {"branch": "x"}}, "branch must hold integers, got 'x'"),
+        ({"reuse": {"branch": -1}}, "branch must not be negative, got -1"),
+        ({"reuse": {"branch": 0, "extrapolate": 3}}, "extrapolate must be 0, 1 or 2, got 3"),
+        ({"reuse": {"branch": 0}, "max_batch": 2}, "reuse steps depend on the latents: max_batch must be 1, got 2"),
+        ({"steps": 3}, "a plan has no 'steps'; it has total, key_steps, max_batch, batches, reuse, full_steps, halves"),
+        ({"keys": [0]}, "'keys' must be given once"),
+        ({"key_steps": ["a" * 10_000]}, "key_steps must hold integers, got 'aaa"),
+    ],
+    ids=lambda each: repr(each)[:40] if isinstance(each, dict) else "",
+)
+def test_what_is_no_plan_says_what_is_required(fields, message):
+    text = json.dumps({"total": 5, "key_steps": [0], "max_batch": 1, **fields})
+    with pytest.raises(ValueError, match=f"^this is no plan in JSON: {re.escape(message)}") as raised:
+        Plan.from_json(text)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"total":' * 100_000, "\ud800", "1" * 10_000, "null", '{"max_batch": 1}']
+)
+def test_text_that_is_no_plan(text):
+    with pytest.raises(ValueError, match=r"^this is no plan in JSON: "):
+        Plan.from_json(text)
+
+
+#: What JSON can hold, with the values that plans are made of more often than chance would have them.
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 12) | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+STEPS = st.sets(st.integers(0, 11), max_size=6).map(lambda each: sorted({0} | each)) | JSON_VALUES
+REUSE = st.fixed_dictionaries({"branch": st.integers(0, 3) | JSON_VALUES}, optional={"extrapolate": JSON_VALUES})
+PLANS = st.fixed_dictionaries(
+    {"total": st.integers(1, 12) | JSON_VALUES, "key_steps": STEPS, "max_batch": st.integers(1, 3) | JSON_VALUES},
+    optional={
+        "batches": st.none() | STEPS,
+        "reuse": st.none() | REUSE | JSON_VALUES,
+        "full_steps": STEPS,
+        "halves": STEPS | st.sets(st.integers(1, 11)).map(sorted),
+        "keys": STEPS,
+        "": JSON_VALUES,
+    },
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=5_000, deadline=None)
+@given(PLANS | JSON_VALUES)
+def test_any_json_is_a_plan_that_travels_or_a_value_error(value):
+    try:
+        plan = Plan.from_json(json.dumps(value))
+    except ValueError:
+        return
+    numbers = (plan.total, plan.max_batch, *plan.key_steps, *(plan.batches or ()), *plan.full_steps, *plan.halves)
+    assert all(type(each) is int and each >= 0 for each in numbers)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert [row.step for row in plan.steps()] == list(range(plan.total))
 
 
 @pytest.mark.parametrize("plan", [EncoderPropagation().plan(20), FeatureReuse(4).plan(20)], ids=["decoders", "reuse"])

@@ -1,14 +1,25 @@
 """Prior noise injection against the formula, written out in loops of our own."""
 
 import copy
+from functools import partial
 
+import diffusers
+import if_zoo
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+import zoo
+from diffusers import (
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
 from sampling import largest, latents, mask, picture, scheduler
 from tolerances import LATENTS_FLOAT64
 
 from difffast import EncoderPropagation, patch, patched
+from difffast.sampling.prior_noise import _find_late_steps
 from difffast.surgery.subclass import is_swapped
 
 ALPHA = 0.1  # large, to be seen
@@ -16,8 +27,12 @@ ALL_KEY = EncoderPropagation(key_steps=1, prior_noise=ALPHA)
 
 
 @torch.no_grad()
-def by_hand(pipe, start, unit_noise, *, first=0, sigma_scaled=False, guidance=7.5):
-    """Denoise ``start`` from order ``first`` on, adding noise before every late scheduler step."""
+def by_hand(pipe, start, unit_noise, *, first=0, sigma_scaled=False, data=1.0, middle=None, guidance=7.5):
+    """Denoise ``start`` from order ``first`` on, adding noise before every late scheduler step.
+
+    Late are the times below 500, or the orders from ``middle`` on; ``data``: the standard deviation of the latents that
+    the scheduler takes for clean.
+    """
     text, empty = pipe.encode_prompt("a red circle", "cpu", 1, True)
     text = torch.cat([empty, text])
     steps, z = pipe.scheduler, start
@@ -26,9 +41,9 @@ def by_hand(pipe, start, unit_noise, *, first=0, sigma_scaled=False, guidance=7.
             continue
         model_input = steps.scale_model_input(torch.cat([z] * 2), t)
         uncond, cond = pipe.unet(model_input, t, encoder_hidden_states=text).sample.chunk(2)
-        if t < 500:
-            sigma = float(steps.sigmas[order]) if sigma_scaled else 0.0
-            z = z + ALPHA * (1 + sigma**2) ** 0.5 * unit_noise
+        if t < 500 if middle is None else order >= middle:
+            scale = (data**2 + float(steps.sigmas[order]) ** 2) ** 0.5 if sigma_scaled else 1.0
+            z = z + ALPHA * scale * unit_noise
         z = steps.step(uncond + guidance * (cond - uncond), t, z).prev_sample
     return z
 
@@ -49,6 +64,50 @@ def test_text_to_image(pipe64, name):
     expected = by_hand(pipe64, noise * pipe64.scheduler.init_noise_sigma, noise, sigma_scaled=name == "Euler")
     assert largest(ours, expected) <= LATENTS_FLOAT64
     assert largest(ours, without) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (EDMEulerScheduler, 0.5),
+        (EDMDPMSolverMultistepScheduler, 0.5),
+        (partial(EulerDiscreteScheduler, timestep_type="continuous", prediction_type="v_prediction"), 1.0),
+    ],
+    ids=["EDM Euler", "EDM DPM++", "continuous Euler"],
+)
+def test_times_that_are_no_training_steps_have_their_middle_at_half_of_the_steps(pipe64, make, data):
+    """There t < 500 at every step: it is a quarter of the logarithm of sigma."""
+    pipe64.scheduler = make()
+    with patched(pipe64, propagation=ALL_KEY):
+        ours = latents(pipe64, steps=7)
+    pipe64.scheduler = make()
+    pipe64.scheduler.set_timesteps(7)
+    assert pipe64.scheduler.timesteps.max() < 2
+    noise = unit_noise()
+    start = noise * float(pipe64.scheduler.init_noise_sigma)
+    expected = by_hand(pipe64, start, noise, sigma_scaled=True, data=data, middle=4)
+    assert largest(ours, expected) <= LATENTS_FLOAT64 * float(expected.abs().max())
+
+
+def test_every_scheduler_injects_in_the_second_half_alone():
+    """Whatever its unit of time: neither at the first step nor at the last of the first half, but at the last one."""
+    checked = 0
+    for name in dir(diffusers):
+        if not name.endswith("Scheduler") or "Inverse" in name:  # those run from the image to the noise
+            continue
+        try:
+            made = getattr(diffusers, name)()
+            if getattr(made, "init_noise_sigma", None) is None:
+                continue  # no pipeline with a UNet can use it
+            made.set_timesteps(20)
+        except (ImportError, TypeError, ValueError):  # needs a package or arguments, or is for two steps
+            continue
+        late = _find_late_steps(made)
+        assert late.shape == made.timesteps.shape
+        assert not late[0], name
+        assert late[-1], name
+        checked += 1
+    assert checked > 15
 
 
 def test_image_to_image_injects_the_pure_noise(pipe64):
@@ -136,3 +195,19 @@ def test_a_shared_scheduler_is_refused_before_anything_changes(pipe):
             patch(other, propagation=ALL_KEY)
         assert not is_swapped(other.unet)
         assert is_swapped(pipe.scheduler)
+
+
+def test_the_preset_injects_as_the_release_does_where_it_is_meant(pipe64):
+    """Its release adds 0.003 of the initial noise with Stable Diffusion and ControlNet, and none with DeepFloyd IF."""
+    pipe64.scheduler = scheduler("PNDM")
+    with patched(pipe64, "faster-diffusion") as report:
+        ours = latents(pipe64, steps=50)
+    assert "prior noise injection, alpha = 0.003" in str(report)
+    by_hand = EncoderPropagation(key_steps=(0, 1, 2, 3, 5, 10, 15, 25, 35), prior_noise=0.003, parallel=False)
+    with patched(pipe64, propagation=by_hand):
+        assert largest(latents(pipe64, steps=50), ours) <= LATENTS_FLOAT64
+    for name in ("IFPipeline", "StableDiffusionUpscalePipeline"):
+        other = {**zoo.ROWS, **if_zoo.ROWS}[name].build()
+        assert "prior noise" not in str(patch(other, "faster-diffusion"))
+        with pytest.raises(ValueError, match="prior noise is not meant for"):
+            patch(other, propagation=ALL_KEY)

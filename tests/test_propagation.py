@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sampling import largest, latents, mask, picture, scheduler
 from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 from torch.utils._python_dispatch import TorchDispatchMode
+from watching import watching
 
 import difffast
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
@@ -28,6 +29,7 @@ from difffast.sampling.controller import find_controller
 from difffast.sampling.decode_ahead import DecodeAhead
 from difffast.surgery.subclass import is_swapped
 
+PUBLISHED = EncoderPropagation()
 STEP_BY_STEP = EncoderPropagation(parallel=False)
 
 
@@ -35,7 +37,7 @@ def both_ways(pipe, run):
     """``run(pipe)`` with look-ahead and step by step; asserts that they agree and returns the former's report."""
     with patched(pipe, propagation=STEP_BY_STEP):
         one_at_a_time = run(pipe)
-    with patched(pipe, "faster-diffusion") as report:
+    with patched(pipe, propagation=PUBLISHED) as report:
         ahead = run(pipe)
     assert largest(ahead, one_at_a_time) <= LATENTS_FLOAT64
     return report
@@ -144,8 +146,9 @@ def test_img2img(pipe64, strength):
 
     report = both_ways(pipe, run)
     first = 20 - int(20 * strength)
-    rows = report.plan(20).steps(first)
-    assert report.last_run.key == sum(row.key for row in rows)
+    by_hand = [key for key in (0, 1, 2, 3, 5, 10, 15) if first + key < 20]  # the published list, from the first step
+    assert report.last_run.key == len(by_hand)
+    assert report.last_run.forced == 0
     assert report.last_run.key + report.last_run.propagated == 20 - first
     with patched(pipe, propagation=EncoderPropagation(key_steps=1), fused=False):
         all_key = run(pipe)
@@ -182,7 +185,7 @@ def test_custom_timesteps_and_return_dict(pipe64):
     report = both_ways(pipe64, lambda pipe: latents(pipe, timesteps=list(range(901, 0, -100))))
     assert report.last_run.total == 10
     assert report.last_run.propagated > 0
-    with patched(pipe64, "faster-diffusion"), torch.no_grad():
+    with patched(pipe64, propagation=PUBLISHED), torch.no_grad():
         sample, text = torch.zeros(2, 4, 8, 8, dtype=torch.float64), torch.zeros(2, 77, 64, dtype=torch.float64)
         pipe64.scheduler.set_timesteps(20)
         by_name = pipe64.unet(sample, pipe64.scheduler.timesteps[0], encoder_hidden_states=text)
@@ -192,7 +195,7 @@ def test_custom_timesteps_and_return_dict(pipe64):
 
 
 def test_inference_mode(pipe):
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         expected = latents(pipe)
         with torch.inference_mode():
             assert torch.equal(latents(pipe), expected)
@@ -206,7 +209,7 @@ class StopRunError(Exception):
 
 
 def test_a_run_that_raises_or_is_interrupted_leaves_nothing_behind(pipe):
-    with patched(pipe, "faster-diffusion") as report:
+    with patched(pipe, propagation=PUBLISHED) as report:
         expected = latents(pipe)
 
         def interrupt(pipe, step, timestep, tensors):
@@ -227,21 +230,18 @@ def test_a_run_that_raises_or_is_interrupted_leaves_nothing_behind(pipe):
         assert_nothing_kept(pipe)
 
 
-def test_an_error_inside_the_unet_leaves_nothing_behind(pipe, monkeypatch):
-    with patched(pipe, "faster-diffusion"):
+def test_an_error_inside_the_unet_leaves_nothing_behind(pipe):
+    with patched(pipe, propagation=PUBLISHED):
         expected = latents(pipe)
-        with monkeypatch.context() as patching:
-            calls = []
+        calls = []
 
-            def conv_out(x, forward=pipe.unet.conv_out.forward):
-                calls.append(x)
-                if len(calls) == 5:
-                    raise StopRunError
-                return forward(x)
+        def fail(_module, _output):
+            calls.append(1)
+            if len(calls) == 5:
+                raise StopRunError
 
-            patching.setattr(pipe.unet.conv_out, "forward", conv_out)
-            with pytest.raises(StopRunError):
-                latents(pipe)
+        with watching(fail, pipe.unet.conv_out), pytest.raises(StopRunError):
+            latents(pipe)
         assert_nothing_kept(pipe)
         assert torch.equal(latents(pipe), expected)
 
@@ -252,7 +252,7 @@ def test_a_nested_run_does_not_disturb_the_outer_one(pipe):
         **{**pipe.components, "scheduler": scheduler("Euler")}, requires_safety_checker=False
     )
     inner_pipe.set_progress_bar_config(disable=True)
-    with patched(pipe, "faster-diffusion"), patched(inner_pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED), patched(inner_pipe, propagation=PUBLISHED):
         outer, inner = latents(pipe), latents(inner_pipe, "a cat")
         seen = []
 
@@ -268,7 +268,7 @@ def test_a_nested_run_does_not_disturb_the_outer_one(pipe):
 
 def test_re_entering_the_same_pipeline(pipe):
     """DDIM keeps no state in the scheduler but its schedule, so that stock survives re-entrance, and so must we."""
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         outer, inner = latents(pipe), latents(pipe, "a cat", steps=20)
         seen = []
 
@@ -315,7 +315,7 @@ def test_one_pipeline_in_two_threads(pipe):
     """Whoever sets the schedule last is propagated, the other may run stock: nobody gets the other's features."""
     prompts = ["a red circle", "a blue square"]
     stock = [latents(pipe, prompt) for prompt in prompts]
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         fast = [latents(pipe, prompt) for prompt in prompts]
         results = {}
 
@@ -335,7 +335,7 @@ def test_two_pipelines_sharing_a_unet_keep_their_own_settings(pipe):
     )
     other.set_progress_bar_config(disable=True)
     stock_other = latents(other)
-    first = patch(pipe, "faster-diffusion")
+    first = patch(pipe, propagation=PUBLISHED)
     with pytest.warns(UserWarning, match="runs unpatched"):
         assert torch.equal(latents(other), stock_other), "an unpatched pipeline stays stock"
     second = patch(other, propagation=EncoderPropagation(key_steps=4))
@@ -352,11 +352,11 @@ def test_two_pipelines_sharing_a_unet_keep_their_own_settings(pipe):
 
 def test_sharing_unet_and_scheduler_needs_equal_settings(pipe):
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         with pytest.raises(ValueError, match="shares this pipeline's scheduler, which needs equal settings"):
             patch(other, propagation=EncoderPropagation(key_steps=4))
         assert latents(pipe).isfinite().all()
-        theirs = patch(other, "faster-diffusion")
+        theirs = patch(other, propagation=PUBLISHED)
         other.set_progress_bar_config(disable=True)
         latents(other, image=picture())
         assert theirs.last_run.propagated > 0
@@ -375,15 +375,15 @@ def test_changed_prompt_and_size_between_calls(pipe):
     ]
     fresh = []
     for options in runs:
-        with patched(pipe, "faster-diffusion"):
+        with patched(pipe, propagation=PUBLISHED):
             fresh.append(latents(pipe, **options))
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         for options, expected in zip(runs, fresh, strict=True):
             assert torch.equal(latents(pipe, **options), expected)
 
 
 def test_dtype_change_between_calls(pipe):
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         latents(pipe)
         pipe.to(torch.float64)
         assert latents(pipe).dtype == torch.float64
@@ -435,7 +435,7 @@ def test_callbacks_see_every_step_and_may_edit_latents(pipe64):
 
 
 def test_invalidate_makes_the_next_step_a_key(pipe):
-    with patched(pipe, "faster-diffusion") as report:
+    with patched(pipe, propagation=PUBLISHED) as report:
         latents(pipe, callback_on_step_end=lambda p, step, t, x: (step == 11 and report.invalidate(), x)[1])
         assert report.last_run.forced == 1
         assert report.last_run.key == 8
@@ -456,7 +456,7 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
         return x
 
     steps.set_timesteps(20)
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         first, second = loop(0), loop(1)
         assert torch.equal(loop(0), first)
         assert torch.equal(loop(1), second)
@@ -468,7 +468,7 @@ def test_a_custom_loop_that_repeats_a_schedule(pipe):
         with torch.no_grad():
             for order in skipped:
                 unet(torch.randn(2, 4, 8, 8), steps.timesteps[order], encoder_hidden_states=text)
-        assert controller_of(pipe)._runs[0].state.stats.forced >= 1
+        assert controller_of(pipe)._runs[0].state.plan.key_steps[:4] == (9, 10, 11, 12), "counted from where it goes on"
 
 
 @torch.no_grad()
@@ -513,7 +513,7 @@ def test_nothing_is_decoded_beyond_the_last_executed_step():
 
 
 def test_memory_is_released_at_the_end_of_a_run(pipe):
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         latents(pipe)
         assert_nothing_kept(pipe)
         for steps in (20, 12, 9):
@@ -552,7 +552,7 @@ def test_no_device_synchronisation_is_added(pipe):
 
 def assert_stock(pipe, run, reason):
     stock = run()
-    with patched(pipe, "faster-diffusion") as report, pytest.warns(UserWarning, match=reason):
+    with patched(pipe, propagation=PUBLISHED) as report, pytest.warns(UserWarning, match=reason):
         assert torch.equal(run(), stock)
     return report
 
@@ -589,7 +589,7 @@ def test_hooks_on_the_unet_run_stock(pipe):
     pipe.unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert_stock(pipe, lambda: latents(pipe), "replaced on the instance")
     del pipe.unet.forward
-    with patched(pipe, "faster-diffusion") as report:
+    with patched(pipe, propagation=PUBLISHED) as report:
         latents(pipe)
     assert report.last_run.stock == 0
 
@@ -603,7 +603,7 @@ def test_residuals_of_an_unpatched_controlnet_run_stock(pipe):
     # The UNet and the scheduler are shared with a patched pipeline: still stock, never stale.
     run = lambda: latents(control_pipe, image=picture(), height=32, width=32)  # noqa: E731
     stock = run()
-    with patched(pipe, "faster-diffusion"), pytest.warns(UserWarning, match="residuals are given that are not"):
+    with patched(pipe, propagation=PUBLISHED), pytest.warns(UserWarning, match="residuals are given that are not"):
         assert torch.equal(run(), stock)
 
 
@@ -611,16 +611,18 @@ class _Foreign(AttnProcessor2_0):
     """A processor from outside Diffusers; for all we know it mixes samples."""
 
 
-def test_foreign_attention_processors_decode_one_step_at_a_time(pipe):
-    with patched(pipe, propagation=STEP_BY_STEP, fused=False):
-        expected = latents(pipe)
+def test_foreign_attention_processors_run_every_step(pipe):
     pipe.unet.set_attn_processor(_Foreign())
+    expected = latents(pipe)
     with (
-        patched(pipe, "faster-diffusion", fused=False) as report,
-        pytest.warns(UserWarning, match="attention processor _Foreign"),
+        patched(pipe, propagation=PUBLISHED, fused=False) as report,
+        pytest.warns(UserWarning, match="every step is a key step: .* has the attention processor _Foreign"),
     ):
+        stock = latents(pipe)
+    assert report.last_run.key == 20
+    with patched(pipe, propagation=STEP_BY_STEP, fused=False), pytest.warns(UserWarning, match="_Foreign"):
         assert torch.equal(latents(pipe), expected)
-    assert set(report.last_run.decode_batches) == {1}
+    assert largest(stock, expected) < 0.1, "prior noise alone"
 
 
 def test_unknown_timesteps_run_stock(pipe):
@@ -630,27 +632,63 @@ def test_unknown_timesteps_run_stock(pipe):
         with torch.no_grad():
             stock = pipe.unet(timestep=timestep, **call).sample
             with (
-                patched(pipe, "faster-diffusion"),
+                patched(pipe, propagation=PUBLISHED),
                 pytest.warns(UserWarning, match="position in the schedule is unknown"),
             ):
                 assert torch.equal(pipe.unet(timestep=timestep, **call).sample, stock)
 
 
-def test_few_steps_are_refused_unless_forced(pipe):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "balanced"},
+        {"preset": "turbo"},
+        {"preset": "faster-diffusion"},
+        {"propagation": EncoderPropagation(key_steps=3)},
+        {"propagation": FeatureReuse(3)},
+        {"preset": "exact", "cfg": CfgReuse(2)},
+    ],
+    ids=str,
+)
+def test_few_steps_share_nothing_and_the_run_says_so_once(pipe, options):
+    """One behaviour, whatever asks for sharing: every step in full, a warning a pipeline, a line in every report."""
+    said = "every step runs in full: sharing needs at least 8 denoising steps, got 4"
+    stock = latents(pipe, steps=4)
+    with patched(pipe, **{**options, "fused": False}) as report:
+        with pytest.warns(UserWarning, match=said):
+            first = latents(pipe, steps=4)
+        assert largest(latents(pipe, steps=4), first) == 0  # and warns no more: warnings are errors here
+        assert sum(said in reason for reason in report.last_run.reasons) == 1
+        assert (report.last_run.key, report.last_run.halves) == (4, 0)
+        if options.get("preset") != "faster-diffusion":  # it injects prior noise all the same
+            assert torch.equal(first, stock)
+
+
+def test_few_steps_are_shared_by_force(pipe):
     sparse = EncoderPropagation(key_steps=3)
-    with patched(pipe, propagation=sparse):
-        with pytest.raises(ValueError, match="at least 8 denoising steps, got 4"):
-            latents(pipe, steps=4)
-        assert latents(pipe, steps=8).isfinite().all()
     with patched(pipe, propagation=sparse, force=True) as report:
         assert latents(pipe, steps=4).isfinite().all()
-    assert report.last_run.total == 4
-    with patched(pipe) as report:
-        latents(pipe, steps=4)
-    assert report.last_run.key == 4, "nothing is shared, nothing to refuse"
+    assert (report.last_run.total, report.last_run.propagated) == (4, 2)
     pipe.scheduler = scheduler("Heun")  # 7 UNet calls but only 4 steps
-    with patched(pipe, propagation=sparse), pytest.raises(ValueError, match="got 4"):
+    with patched(pipe, propagation=sparse) as report, pytest.warns(UserWarning, match="got 4"):
         latents(pipe, steps=4)
+    assert report.last_run.key == 7
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("balanced", 33), ("turbo", 24)])
+def test_a_run_in_which_a_preset_shares_nothing_says_so(pipe, preset, steps):
+    report = patch(pipe, preset)
+    note = f"steps share work in schedules of at least {steps + 1} steps; in shorter ones every step runs in full"
+    assert note in report.notes
+    latents(pipe, steps=steps)
+    line = f"every step runs in full: with {steps} steps, all of them are key steps"
+    assert report.last_run.reasons == [line]
+    assert line in str(report.last_run)
+    latents(pipe, steps=steps + 1)
+    assert report.last_run.reasons == []
+    assert report.last_run.key < steps
+    patch(pipe, "exact")
+    assert not any("share" in note for note in patch(pipe, "exact").notes)
 
 
 def test_key_steps_beyond_the_schedule(pipe):
@@ -661,7 +699,7 @@ def test_key_steps_beyond_the_schedule(pipe):
 
 
 def test_scheduler_replaced_after_patching(pipe64):
-    with patched(pipe64, "faster-diffusion") as report:
+    with patched(pipe64, propagation=PUBLISHED) as report:
         latents(pipe64)
         pipe64.scheduler = scheduler("Euler")
         latents(pipe64)
@@ -702,9 +740,9 @@ def test_any_run_decodes_ahead_as_it_does_step_by_step(pipe64, data):
 
 def test_a_copy_of_a_patched_pipeline_is_stock(pipe):
     stock = latents(pipe)
-    with patched(pipe, "faster-diffusion"):
+    with patched(pipe, propagation=PUBLISHED):
         twin = copy.deepcopy(pipe)
         assert not is_swapped(twin.unet)
         assert torch.equal(latents(twin), stock)
-        difffast.patch(twin, "faster-diffusion")
+        difffast.patch(twin, propagation=PUBLISHED)
         assert torch.equal(latents(twin), latents(pipe))

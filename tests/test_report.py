@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 
 import charts
 import pytest
@@ -77,10 +78,11 @@ def test_what_was_recorded_is_shown(text, page):
     assert "| stock compiled | 3 | 0.750 (0.750 to 0.750) |" in text
     assert "| peer <1> | | | | missing: not here & now |" in text
     assert "public function: 10.0 us" in text
-    assert "a CPU, 2 threads, float32, torch 2.13.0, diffusers 0.42.1, commit abc" in text
+    assert "torch 2.13.0, diffusers 0.42.1, commit abc. What each section was measured on is at its top." in text
+    assert text.count("a CPU, 2 threads, float32.\n") == 4  # a group each
     for number in ("0.500 (0.500 to 0.500)", "peer &lt;1&gt;", "not here &amp; now"):
         assert number in page
-    assert page.count("<table>") == page.count("</table>") == 5
+    assert page.count("<table>") == page.count("</table>") == 6
     assert page.count("<ul>") == page.count("</ul>")
 
 
@@ -100,7 +102,7 @@ def test_the_page_needs_no_other_file(written, page):
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
     assert "@import" not in page
     charts = re.findall(r"<figure id='([^']+)'><svg", page)
-    assert charts == [*(f"latency-{n:02d}" for n in range(3)), "compiled", "roofline", "scaling"]
+    assert charts == [*(f"latency-{n:02d}" for n in range(3)), "compiled", "roofline-00", "scaling"]
     for name in charts:
         with Image.open(written / "charts" / f"{name}.png") as picture:
             assert min(picture.size) > 200
@@ -146,7 +148,8 @@ def test_regressions(tmp_path, seconds, changes, found):
     new = report.load(results(tmp_path / "run.json", 2.0))
     slower = report.regressions(new, report.load(results(tmp_path / "last.json", seconds, **changes)))
     assert [(row["provider"], row["earlier"], row["ratio"]) for row in slower] == found
-    assert ("Nothing beyond the spread of both runs." in report.markdown(new, slower, [])) == (not found)
+    said = "Slower than the last results, beyond the spread of both runs: nothing."
+    assert (said in report.markdown(new, slower, [])) == (not found)
 
 
 def test_noise_is_no_regression():
@@ -184,7 +187,7 @@ def test_regressions_are_kept_when_the_results_are(tmp_path, monkeypatch, capsys
     folder.mkdir()
     monkeypatch.setattr(report, "RESULTS", folder)
     monkeypatch.setattr(charts, "figures", lambda records: ())
-    results(folder / "cpu.json", 1.5)
+    results(folder / "cpu.json", 1.5, commit="before")
     run = results(tmp_path / "run.json", 2.0)
     assert report.main([str(run), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -197,7 +200,79 @@ def test_regressions_are_kept_when_the_results_are(tmp_path, monkeypatch, capsys
 
     assert report.main([str(run), "--out", str(out), "--keep"]) == 0  # nothing new, nothing forgotten
     assert len(json.loads((folder / "regressions.json").read_text())) == 1
-    assert "- kept from abc: unet, UNet at 32x32, 50 steps: fast now 0.500" in (out / "report.md").read_text()
+    text, page = ((out / f"report.{kind}").read_text() for kind in ("md", "html"))
+    row = "unet, UNet at 32x32, 50 steps: fast now 0.500 of stock, 0.375 at before"
+    folded = "<details><summary>Slower than the results before these, when they were taken: 1</summary>"
+    assert f"{folded}\n\n- {row}\n\n</details>" in text
+    assert f"{folded}\n<ul>\n<li>{row}</li>\n</ul>\n</details>" in page.replace("</ul></details>", "</ul>\n</details>")
+
+
+def test_what_later_results_have_replaced_is_not_shown(tmp_path):
+    records = report.load(results(tmp_path / "run.json", 2.0))
+    row = {"group": "unet", "case": "UNet at 32x32, 50 steps", "provider": "fast", "against": "stock"}
+    row |= {"ratio": 0.5, "earlier": 0.375, "commit": "abc", "earlier_commit": "before"}
+    others = ({"commit": "older"}, {"earlier_commit": "abc"}, {"case": "gone"}, {"group": "gone"})
+    shown = [report.markdown(records, [], [{**row, **each}]).count("<details>") for each in ({}, *others)]
+    assert shown == [1, 0, 0, 0, 0]
+
+
+def test_the_summary_comes_first(text):
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("## ")] == [
+        *("## Summary", "## Promises", "## unet", "## decode", "## norm", "## overhead")
+    ]
+    assert "Promises: 1 of 3 met, **1 missed**, 1 not measured." in lines
+    rows = [re.sub(" +", " ", line) for line in lines if line.startswith(("| unet", "| decode", "| norm"))]
+    # fast takes 2 s and stock 4, compiled stock 3; k times as much; eager takes 3 ms and cpp 1.
+    assert rows == [
+        "| unet | 1 | 2.00: fast | 1.33: stock compiled |",
+        "| decode | 2 | 1.50 (1.00 to 2.00): fast | 1.33 (1.33 to 1.33): stock compiled |",
+        "| norm | 2 | 3.00 (3.00 to 3.00): cpp | |",
+    ]
+    assert "Slower than the last results: **1**." in lines
+
+
+def test_sections_and_charts_say_their_own_threads(tmp_path):
+    run = results(tmp_path / "run.json", 2.0, everything=True)
+    content = json.loads(run.read_text())
+    for each in content["benchmarks"]:
+        each["extra_info"]["threads"] = 1 if each["group"] == "norm" else 2
+    run.write_text(json.dumps(content))
+    records = report.load(run)
+    text = report.markdown(records, [], [])
+    assert re.findall(r"^## (\w+)\n\na CPU, (\d threads?)", text, re.M) == [
+        *(("unet", "2 threads"), ("decode", "2 threads"), ("norm", "1 thread"), ("overhead", "2 threads"))
+    ]
+    assert "threads" not in text[: text.index("## Promises")]
+    drawn = dict(charts.figures(records))
+    assert drawn["roofline-00"].axes[0].get_title("left") == "a CPU, 1 thread, float32"
+    assert drawn["latency-00"].axes[0].get_title("left").endswith("; a CPU, 2 threads, float32")
+    content["benchmarks"][-2]["extra_info"]["threads"] = 2  # the second case of norm: a roof of its own
+    run.write_text(json.dumps(content))
+    assert [name for name, _ in charts.figures(report.load(run)) if "roof" in name] == ["roofline-00", "roofline-01"]
+
+
+def test_nothing_is_above_the_roof():
+    def operator(rate, moved, **info):
+        return {**MACHINE, "ceilings": CEILINGS, "dtype": "float32", "group": "linear", "case": "c", **info} | {
+            "flops": rate,
+            "bytes": moved,
+            "seconds": {"onednn": [1.0] * 3, "slow": [2.0] * 3},
+        }
+
+    low = charts.Roof.over([operator(5e10, 1e9)])
+    assert (low.bandwidth, low.peak) == (2e10, 1e11)
+    assert low.label == "roof: 20.0 GB/s (a copy), 100 GFLOP/s (a matrix product)"
+    high = charts.Roof.over([operator(5e10, 3e10), operator(4e11, 1e9)])
+    assert (high.bandwidth, high.peak) == (3e10, 4e11)
+    assert high.label == "roof: 30.0 GB/s (linear by onednn), 400 GFLOP/s (linear by onednn)"
+    assert high.at(1) == 3e10
+    assert high.at(1000) == 4e11
+    committed = [record for record in report.load(tables.RESULTS / "cpu.json") if "bytes" in record]
+    roof = charts.Roof.over(committed)
+    for record in committed:
+        most = roof.at(record["flops"] / record["bytes"]) * (1 + 1e-9)
+        assert all(record["flops"] / statistics.median(seconds) <= most for seconds in record["seconds"].values())
 
 
 def test_groups_that_a_run_did_not_measure_stay(tmp_path):

@@ -30,7 +30,7 @@ def test_look_ahead_is_step_by_step(pipe, name, dtype, tolerance):
     stock = latents(pipe, steps=steps)
     with patched(pipe, propagation=STEP_BY_STEP):
         one_at_a_time = latents(pipe, steps=steps)
-    with patched(pipe, "faster-diffusion") as report:
+    with patched(pipe, propagation=EncoderPropagation()) as report:
         ahead = latents(pipe, steps=steps)
         again = latents(pipe, steps=steps)
     run = report.last_run
@@ -46,7 +46,7 @@ def test_look_ahead_is_step_by_step(pipe, name, dtype, tolerance):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_latents_do_not_enter_at_propagated_steps(pipe, name, monkeypatch):
     pipe.scheduler, steps = scheduler(name), SCHEDULERS[name][2]
-    with patched(pipe, "faster-diffusion") as report:
+    with patched(pipe, propagation=EncoderPropagation()) as report:
         clean = latents(pipe, steps=steps)
         plan = report.plan(report.last_run.total)
         scale = pipe.scheduler.scale_model_input

@@ -19,9 +19,11 @@ from sampling import latents
 
 import difffast
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch
+from difffast.plots import new_figure
 from difffast.surgery.subclass import is_swapped
 from difffast.tune import CANDIDATES, EXACT, Candidate, Measured, Tuning, tune
 
+tune_module = sys.modules["difffast.tune"]
 ROWS = {**zoo.ROWS, **adapter_zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS}
 SOME = (Candidate(FeatureReuse(2)), FeatureReuse(3), EncoderPropagation(key_steps=2))
 WITH_GUIDANCE = Candidate(FeatureReuse(2), CfgReuse(2))
@@ -59,7 +61,8 @@ def test_it_measures_and_chooses(pipe, calls):
     assert torch.equal(latents(pipe, steps=12), stock)
     text = str(choice)
     assert text.count("chosen") == 1
-    assert str(FeatureReuse(3)) in text
+    assert "FeatureReuse(interval=3, branch=0)" in text
+    assert "FeatureReuse(interval=2, branch=0), CfgReuse(interval=2)" in text
 
 
 def test_no_budget_leaves_the_exact_one(pipe):
@@ -138,6 +141,31 @@ def test_the_front_has_no_candidate_that_another_beats(tmp_path):
     choice.plot(tmp_path / "front.png")
     with Image.open(tmp_path / "front.png") as picture:
         assert picture.size[0] > 500
+
+
+@pytest.mark.parametrize("exact", [138.0, math.inf])
+def test_the_plot_shows_the_front_although_the_exact_one_is_far_away(tmp_path, monkeypatch, exact):
+    """Of the axis' height the approximations, 18 to 35 dB, take most, and the legend lists no defaults."""
+    drawn = []
+    monkeypatch.setattr(tune_module, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
+    *others, _ = made_up()
+    rows = (*others, Measured(EXACT, (9.0,), (exact,), (1e-6,)))
+    Tuning(Candidate(FeatureReuse(3)), rows, (10.0,), "psnr_db", 30.0, 50).plot(tmp_path / "front.svg")
+    (axis,) = drawn[0].axes
+    low, high = axis.get_ylim()
+    assert (35 - 18) / (high - low) > 0.7
+    assert low < 18
+    assert high > 35
+    assert axis.texts[-1].get_text() == ("5: 138 dB" if exact == 138 else "5: same")
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels[0] == "1  FeatureReuse(interval=7, branch=0)"
+    assert labels[-3:] == ["5  EncoderPropagation(key_steps=1)", "budget: 30", "stock"]
+    Tuning(EXACT, rows[-1:], (10.0,), "psnr_db", 200.0, 50).plot(tmp_path / "alone.svg")
+
+
+def test_both_branches_of_deepcache_are_tried():
+    tried = {(each.propagation.branch, each.propagation.interval) for each in CANDIDATES if "interval" in str(each)}
+    assert {(branch, interval) for branch in (0, 1) for interval in (2, 3, 5)} <= tried
 
 
 #: KolorsImg2ImgPipeline forgets to pass the embeddings on that it is given; its text encoder is not to be had offline.

@@ -1,6 +1,7 @@
 """Whatever interrupts patch or unpatch: nothing is half done, and what was patched before is patched again."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from difffast import (
     unpatch,
 )
 from difffast.sampling import parts
+from difffast.sampling.controller import find_controller
 from difffast.sampling.prior_noise import PriorNoise
 from difffast.sampling.settings import Settings
+from difffast.sites import find_site, lock
 from difffast.surgery.subclass import is_swapped
 from difffast.surgery.undo import UndoStack
 
@@ -82,8 +85,6 @@ def test_an_interrupted_patch_leaves_no_trace(pipe, position, earlier):
 
 
 def patch_of(pipe):
-    from difffast.sites import find_site
-
     return find_site(pipe).settings.propagation
 
 
@@ -145,9 +146,59 @@ def test_binding_without_a_prompt_is_refused_and_changes_nothing(pipe):
     assert swapped(pipe) == []
 
 
+def test_a_pipeline_that_is_dropped_leaves_nothing_behind(pipe):
+    stock = latents(pipe)
+    own = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    patch(own, **EVERYTHING)
+    latents(own)
+    twin = StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)},
+        requires_safety_checker=False,
+    )
+    patch(twin, "exact")
+    del own
+    assert not is_swapped(pipe.scheduler)
+    assert is_swapped(pipe.unet), "another pipeline needs it"
+    del twin
+    assert swapped(pipe) == []
+    assert find_controller(pipe.unet) is None
+    assert torch.equal(latents(pipe), stock)
+
+
+def test_a_pipeline_that_is_dropped_in_the_middle_of_a_patch(pipe, monkeypatch):
+    """As the garbage collector does it: what it has left is taken out as soon as the patch is done."""
+    owns = [StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)]
+    patch(owns[0], "exact")
+
+    def drop(*_):
+        owns.clear()
+        assert is_swapped(pipe.unet)
+
+    monkeypatch.setattr("difffast.sites.PARTS", [drop, *parts.PARTS])
+    patch(pipe, "exact")
+    assert is_swapped(pipe.unet)
+    assert len(find_controller(pipe.unet)._settings) == 1
+    unpatch(pipe)
+    assert swapped(pipe) == []
+
+
+def test_a_pipeline_that_is_dropped_while_another_thread_patches(pipe):
+    owns = [StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)]
+    patch(owns[0], "exact")
+    with lock:
+        thread = threading.Thread(target=owns.clear)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "it waits for nobody"
+        assert is_swapped(pipe.unet)
+    assert swapped(pipe) == []
+
+
 def test_a_unet_whose_pipelines_are_gone_is_healed(pipe):
     own = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     patch(own, "exact")
+    find_site(own).dropped.detach()  # as if it had not come to it
     del own
     assert swapped(pipe)
     assert unpatch(pipe) is False

@@ -127,7 +127,7 @@ def test_maps_of_steps_decoded_together_belong_to_their_frames(name):
         propagation = EncoderPropagation(key_steps=4, max_parallel=4, parallel=parallel)
         with patched(pipe, propagation=propagation), collect_maps(pipe, layers="up_blocks.*") as maps:
             row.run(pipe, row.other)
-        found.append(maps.grid())
+        found.append(maps.grid(rows="all"))
     frames = row.other.frames * row.other.images * 2  # with guidance
     height, width = (pixels // 4 for pixels in row.other.size)
     assert found[0].shape == (frames, 77, height, width)

@@ -46,7 +46,7 @@ def forward(
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     hidden, skip = (x.contiguous(memory_format=layout) for x in (hidden, skip))
-    (batch, of_hidden, *image), repeats = hidden.shape, hidden.shape[0] // skip.shape[0]
+    batch, of_hidden, *image = hidden.shape
     channels = of_hidden + skip.shape[1]
     size = channels // groups
     own = -(-of_hidden // size) * size
@@ -54,7 +54,9 @@ def forward(
         torch.empty((rows, width, *image), dtype=hidden.dtype, device=hidden.device, memory_format=layout)
         for rows, width in ((batch, own), (skip.shape[0], channels - own))
     )
-    pixels = hidden.numel() // (batch * of_hidden)
+    if not batch:
+        return per_step, shared
+    repeats, pixels = batch // skip.shape[0], hidden.numel() // (batch * of_hidden)
     tile = tiles(channels, pixels, channels_last)
     parts, span = splits(batch, channels, pixels, tile)
     coefficients = hidden.new_empty(4, batch, channels, dtype=sums_dtype(hidden))

@@ -45,11 +45,10 @@ template <class T>
 DIFFFAST_TARGET void softmax_rows(const CrossAttention& p, T* s, int64_t rows, int64_t row_size) {
   T valid[lanes<T>];  // of the last vector
   for (int i = 0; i < lanes<T>; ++i) valid[i] = row_size - lanes<T> + i < p.keys;
-  const Vec<T> keep = load(valid);
-  const Vec<T> lowest = (keep - T{1}) * std::numeric_limits<T>::max();
+  const Vec<T> keep = load(valid), none{}, lowest = broadcast(std::numeric_limits<T>::lowest());
   for (int64_t row = 0; row < rows; ++row, s += row_size) {
     T* last = s + row_size - lanes<T>;
-    Vec<T> largest = load(last) * keep + lowest;
+    Vec<T> largest = keep > none ? load(last) : lowest;
     for (T* x = s; x < last; x += lanes<T>) largest = maximum<T>(largest, load(x));
     T top = p.sink > 0 ? T{0} : largest[0];
     for (int i = 0; i < lanes<T>; ++i) top = std::max<T>(top, largest[i]);
@@ -59,10 +58,8 @@ DIFFFAST_TARGET void softmax_rows(const CrossAttention& p, T* s, int64_t rows, i
       store(x, e);
       sums += e;
     }
-    // Columns that pad the last vector have logit 0, which may lie far above all others: 2^x would be infinite, and
-    // infinity times 0 is no number.
-    const Vec<T> x = load(last) - top;
-    const Vec<T> e = exp2_of(x > T{0} ? Vec<T>{} : x) * keep;
+    // Columns that pad the last vector have logit 0, which may lie far above all others, or NaN: they take no part.
+    const Vec<T> e = keep > none ? exp2_of(keep > none ? load(last) - top : none) : none;
     store(last, e);
     sums += e;
     T sum = p.sink > 0 ? static_cast<T>(p.sink) * std::exp2(-top) : T{0};

@@ -8,9 +8,9 @@
 template <class S>
 using ComputeOf = typename Compute<S>::type;
 
-// u / (1 + exp(-u)); where the exponential is cut off, it is below 1e-37 or the result is.
+// u / (1 + exp(-u)).  The exponential is cut off where it is below 1e-37, and infinite from 3e38 on.
 DIFFFAST_INLINE Vec<float> silu_of(Vec<float> u) {
-  const Vec<float> lowest = broadcast(-125.0f), highest = broadcast(126.0f);
+  const Vec<float> lowest = broadcast(-125.0f), highest = broadcast(128.0f);
   Vec<float> x = u * -1.4426950408889634f;
   x = x < lowest ? lowest : x;
   x = x > highest ? highest : x;
@@ -86,7 +86,10 @@ DIFFFAST_TARGET Affine<ComputeOf<S>> channel_affine(const GroupNormSilu& p, int6
     gain *= factor;
     offset = offset * factor + widen(static_cast<const S*>(p.shift)[b * p.channels + c]);
   }
-  return {static_cast<T>(mean - channel_addend<S>(p, b, c)), static_cast<T>(gain), static_cast<T>(offset)};
+  // What rounding takes from the center goes into the offset: it may be much of how far a group's numbers lie apart.
+  const double exact = mean - channel_addend<S>(p, b, c);
+  const T center = static_cast<T>(exact);
+  return {center, static_cast<T>(gain), static_cast<T>(offset - (exact - center) * gain)};
 }
 
 // The next numbers of x (+ addend) under affine functions with these coefficients, one for all or one each.
@@ -150,10 +153,12 @@ DIFFFAST_TARGET void planes(const GroupNormSilu& p, int64_t begin, int64_t end) 
     const double mean = sum / count;
     for (int64_t c = first, next; c < last; c = next) {
       next = run_end(c);
-      const T center = static_cast<T>(mean - channel_addend<S>(p, b, c));
-      squares += run_sum<S, true>(source(b, c), added(b, c), (next - c) * p.pixels, center);
+      const double exact = mean - channel_addend<S>(p, b, c), numbers = static_cast<double>((next - c) * p.pixels);
+      const T center = static_cast<T>(exact);
+      squares += run_sum<S, true>(source(b, c), added(b, c), (next - c) * p.pixels, center) -
+                 numbers * (exact - center) * (exact - center);
     }
-    const double rstd = 1 / std::sqrt(squares / count + p.eps);
+    const double rstd = 1 / std::sqrt((squares < 0 ? 0 : squares) / count + p.eps);
     for (int64_t c = first; c < last; ++c) {
       S* to = c < p.kept ? static_cast<S*>(p.out) + (b * p.kept + c) * p.pixels
                          : static_cast<S*>(p.shared) +

@@ -92,7 +92,8 @@ DIFFFAST_INLINE Vec<float> exp2_fraction(Vec<float> f) {
   return p * f + 1.0f;
 }
 
-// 2^x for -125 <= x <= 126.
+// 2^x for -126 <= x < 128.  For 128 it is exactly infinity and for -127 exactly zero, as the exponent's field says so;
+// in between a subnormal number, not the right one.
 DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
   typedef int32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
   // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
@@ -101,16 +102,17 @@ DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
   return (Vec<float>)((Int)p + (((Int)shifted - 0x4B400000) << 23));
 }
 
-// 2^x for x <= 0, NaN for NaN; results below 2^-125 become 2^-125, not zero.
+// 2^x for x <= 0, NaN for NaN; zero below 2^-127 (AVX-512: 2^-125).  Not the smallest number instead: it would count
+// where a value is huge, or where all logits are minus infinity.
 #if DIFFFAST_VECTOR_BYTES == 64
 DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
-  x = _mm512_max_ps(broadcast(-125.0f), x);  // of a NaN and a number it returns the second operand
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, broadcast(-125.0f), _CMP_NLT_UQ);  // NaN is
   const Vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_fraction(x - n), n);
+  return _mm512_maskz_scalef_ps(kept, exp2_fraction(x - n), n);
 }
 #else
 DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
-  const Vec<float> lowest = broadcast(-125.0f);
+  const Vec<float> lowest = broadcast(-127.0f);
   return x == x ? exp2_within(x < lowest ? lowest : x) : x;
 }
 #endif

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from .tokenizer import clip_tokenizer
 
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+if TYPE_CHECKING:  # from their own modules: what type checkers see in diffusers are stand-ins that cannot be called
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
 TINY_PIPELINES = ("sd",)

@@ -15,9 +15,14 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def count_repeats(q: Tensor, k: Tensor) -> int:
+    """Return how many neighbours in q's batch share a row of k; of an empty k, 1."""
+    return q.shape[0] // k.shape[0] if k.shape[0] else 1
+
+
 def repeat_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Repeat the rows of keys and values [Bk, ...] until there are as many as of queries [B, ...]; Bk divides B."""
-    repeats = q.shape[0] // k.shape[0]
+    repeats = count_repeats(q, k)
     return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
 
 
@@ -58,7 +63,7 @@ def check_attention(q: Operand, k: Operand, v: Operand, prefix: str = "", most: 
         raise ValueError(
             f"q and {of_k} must have the same heads and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if not k.shape[0] or q.shape[0] % k.shape[0]:
+    if q.shape[0] % k.shape[0] if k.shape[0] else q.shape[0]:
         raise ValueError(f"{of_k}'s batch must divide q's, got {k.shape[0]} and {q.shape[0]}")
     if k.shape[2] < 1 or (most is not None and k.shape[2] > most):
         raise ValueError(

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _installed, _local
-from ._installed import BACKENDS, missing
+from ._installed import BACKENDS, FROM_PYTORCH, SDPA_KERNELS, missing
 from ._keys import Key
 from ._proofs import is_proved
 
@@ -80,7 +81,7 @@ def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
     @functools.wraps(decide)
     def recall(*signature: Any, **named: Any) -> Answer:
         # torch.compile can guard what decides, but not what a cache holds.
-        if torch.compiler.is_compiling() or _local.watch is not None:
+        if torch.compiler.is_compiling() or _local.watch is not None or is_transformed():
             return decide(forced_backends, *signature, **named)
         try:
             return remembered(forced_backends, _local.state, *signature, **named)
@@ -91,6 +92,16 @@ def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
     signature = inspect.signature(decide)
     recall.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
     return recall
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms the call (vmap, grad, jvp, ...), or forward-mode differentiation may.
+
+    Kernels of ours have no rules for either.  They would be called again and again, or lose a tangent without a word.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def forget() -> None:
@@ -177,7 +188,11 @@ def choose(
         reason = find_obstacle(backend)
         if reason is not None:
             raise make_error(operator, backend, reason)
+        if backend not in (*FROM_PYTORCH, *SDPA_KERNELS) and is_transformed():
+            raise make_error(operator, backend, "torch.func and forward-mode differentiation take the reference alone")
         return backend
+    if is_transformed():
+        return "reference"
     traced = torch.compiler.is_compiling()
     if case is not None and _local.load(device) and not (traced and not _local.are_static(*case)):
         version, mode = _local.state
@@ -225,13 +240,16 @@ def make_error(operator: str, backend: str, reason: str) -> CannotRunError:
 
 
 @contextlib.contextmanager
-def use_backend(backend: str, *operators: str) -> Iterator[None]:
+def use_backend(backend: str, *operators: str) -> Iterator[tuple[str, ...]]:
     """Force a backend inside a ``with`` block.  It is forced in all threads of the process.
 
     Args:
         backend: one of :data:`BACKENDS`.
-        operators: the names of the operators that shall use it.  If none is named, all that have this backend do, and
-            the others keep their own choice.
+        operators: the names of the operators that shall use it.  If none is named, all that have this backend do.  The
+            others keep their own choice, and ``report.last_run`` of a patched pipeline names them.
+
+    Yields:
+        The names of the operators that use it.
 
     Raises:
         ValueError: unknown backend or operator, or an operator without this backend.
@@ -250,6 +268,16 @@ def use_backend(backend: str, *operators: str) -> Iterator[None]:
     inner = {**dict(earlier), **dict.fromkeys(operators, backend)} if operators else {None: backend}
     forced_backends = tuple(inner.items())
     try:
-        yield
+        yield operators or tuple(name for name, has in OPERATORS.items() if backend in has)
     finally:
         forced_backends = earlier
+
+
+def describe_unforced() -> str:
+    """Return, as text, which operators do not have the backend that is forced for all; "" if none is or all have it."""
+    backend = dict(forced_backends).get(None)
+    named = [operator for operator, _ in forced_backends]
+    others = [name for name, has in OPERATORS.items() if backend not in has and name not in named]
+    if backend is None or not others:
+        return ""
+    return f"backend {backend!r} is forced, but {', '.join(others)} do not have it and keep their own choice"

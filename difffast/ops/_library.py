@@ -5,12 +5,31 @@ They exist without the compiled extension, which only adds implementations.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 #: Holds every schema, fake, formula and kernel that Python registers.
 LIBRARY = torch.library.Library("difffast", "DEF")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def ignore_autocast(function: Function) -> Function:
+    """Make plain PyTorch compute in the dtype that it is given, as the kernels do, also where autocast has another."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        device = next(x.device.type for x in arguments if isinstance(x, torch.Tensor))
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*arguments, **named)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **named)
+
+    return run
 
 
 def refuse_second_derivative(operator: str, backward: str) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ._dispatch import Operand
 from ._installed import SDPA_KERNELS
+from ._library import ignore_autocast
 
 
+@ignore_autocast
 def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attend by PyTorch's order of kernels ("sdpa") or by one of :data:`~difffast.ops._installed.SDPA_KERNELS`.
 

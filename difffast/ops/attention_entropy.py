@@ -59,6 +59,7 @@ def attention_entropy(
 
     Returns:
         The loss [B], in the dtype of ``maps``.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes or values.

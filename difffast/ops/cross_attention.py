@@ -14,20 +14,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, _sdpa
-from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
+from ._attention_checks import check_attention, check_scale, check_tokens, count_repeats, repeat_rows, store_by_row
 from ._dispatch import Case, Forced, Operand
 from ._installed import SDPA_KERNELS
-from ._library import LIBRARY, refuse_second_derivative
+from ._library import LIBRARY, ignore_autocast, refuse_second_derivative
 
 #: Products q k below which the C++ kernel loses to PyTorch's attention.
 _SMALL = 1 << 14
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, sink: int = 0, map_tokens: None = None
+) -> Tensor: ...
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, sink: int = 0, map_tokens: Sequence[int]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, sink: int = 0, map_tokens: Sequence[int] | None
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def cross_attention(
@@ -55,6 +73,7 @@ def cross_attention(
     Returns:
         The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, M], which are the
         probabilities averaged over the heads; in float32, or in float64 for operands in float64.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -86,6 +105,7 @@ def cross_attention(
     return out, maps
 
 
+@ignore_autocast
 def reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int = 0, map_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
@@ -100,6 +120,7 @@ def reference(
     return store_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
 
+@ignore_autocast
 def reference_backward(
     grad_out: Tensor | None,
     grad_maps: Tensor | None,
@@ -126,7 +147,7 @@ def reference_backward(
     if grad_maps is not None and len(map_tokens):
         dp[..., list(map_tokens)] += grad_maps.unsqueeze(1) / q.shape[1]
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    repeats = q.shape[0] // k.shape[0]
+    repeats = count_repeats(q, k)
     dk, dv = (
         x.unflatten(0, (k.shape[0], repeats)).sum(1).to(k.dtype)
         for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)

@@ -29,6 +29,7 @@ def geglu(x: Tensor) -> Tensor:
 
     Returns:
         The result [..., C].
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shape or dtype.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _dispatch, _installed
 from ._dispatch import Case, Forced, Operand
-from ._library import LIBRARY, refuse_second_derivative
+from ._library import LIBRARY, ignore_autocast, refuse_second_derivative
 from ._norm_checks import (
     Layout,
     check_addend,
@@ -68,6 +68,7 @@ def group_norm_silu(
 
     Returns:
         The result in the shape, dtype and memory format of x.  channels_last stays, unlike in ``F.group_norm`` on GPUs.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -99,6 +100,7 @@ def group_norm_silu(
         return group_norm_silu(x, groups, weight, bias, eps, addend=rows, scale=scale, shift=shift, silu=silu)
 
 
+@ignore_autocast
 def reference(
     x: Tensor,
     groups: int,
@@ -114,8 +116,9 @@ def reference(
     layout = memory_format(x)
     if addend is not None:
         x = _add(x, addend)
-    # Not in channels_last: PyTorch's kernel for it on CPUs takes E[z^2] - mean^2, and GPUs have none.
-    out = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
+    # Not in channels_last: PyTorch's kernel for it on CPUs takes E[z^2] - mean^2, and GPUs have none.  One pixel may
+    # lie in either format, so that PyTorch is not shown an image.
+    out = torch.group_norm(x.contiguous().flatten(2), groups, weight, bias, eps).reshape(x.shape)
     if scale is not None:
         out = out * (1 + _broadcast(scale, x)) + _broadcast(shift, x)
     if silu:
@@ -123,6 +126,7 @@ def reference(
     return out.contiguous(memory_format=layout)
 
 
+@ignore_autocast
 def reference_backward(
     grad_out: Tensor,
     x: Tensor,

@@ -14,17 +14,56 @@ separately reads both where they lie.  PyTorch's attention needs them joined.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import _dispatch, _sdpa
-from ._attention_checks import check_attention, check_scale, check_tokens, repeat_rows, store_by_row
+from ._attention_checks import check_attention, check_scale, check_tokens, count_repeats, repeat_rows, store_by_row
 from ._dispatch import Case, Forced, Operand
 from ._installed import SDPA_KERNELS
-from ._library import LIBRARY
+from ._library import LIBRARY, ignore_autocast
 from .cross_attention import cross_attention
+
+
+@overload
+def joint_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    map_tokens: None = None,
+) -> Tensor: ...
+
+
+@overload
+def joint_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    map_tokens: Sequence[int],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def joint_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    map_tokens: Sequence[int] | None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def joint_attention(
@@ -56,6 +95,7 @@ def joint_attention(
         The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, m], which are the
         probabilities among all keys, pixels included, averaged over the heads; in float32, or in float64 for operands
         in float64.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -90,6 +130,7 @@ def joint_attention(
     return out, maps if tokens == increasing else maps[..., [increasing.index(token) for token in tokens]]
 
 
+@ignore_autocast
 def reference(
     q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, scale: float, map_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
@@ -99,6 +140,7 @@ def reference(
     return store_by_row((p @ v_).to(q.dtype)), p[..., list(map_tokens)].mean(1)
 
 
+@ignore_autocast
 def reference_backward(
     grad_out: Tensor | None,
     grad_maps: Tensor | None,
@@ -128,7 +170,7 @@ def reference_backward(
     of_text, of_pixels = zip(
         *((x.split(parts, 2)) for x in (ds.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ grad)), strict=True
     )
-    repeats = q.shape[0] // text_k.shape[0]
+    repeats = count_repeats(q, text_k)
     of_text = (x.unflatten(0, (text_k.shape[0], repeats)).sum(1) for x in of_text)
     dq = store_by_row((ds @ k_).to(q.dtype))
     return dq, *(x.to(q.dtype) for x in (*of_text, *of_pixels))

@@ -50,6 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         The product [..., O], contiguous.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices.
@@ -145,6 +146,8 @@ def _check(_forced: Forced, x: tuple[Any, ...], weight: tuple[Any, ...], bias: t
         raise ValueError(f"x must be [..., K] and weight [O, K], got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] as weight's rows, got shape {tuple(bias.shape)}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x must be of a floating-point dtype, got {x.dtype}")
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None and (operand.dtype != x.dtype or operand.device != x.device):
             raise ValueError(f"{name} must be {x.dtype} on {x.device} as x, got {operand.dtype} on {operand.device}")

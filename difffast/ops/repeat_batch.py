@@ -17,10 +17,18 @@ from ._library import LIBRARY
 
 def reference(x: Tensor, repeats: int) -> Tensor:
     """Repeat every sample in plain PyTorch: the definition."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if _is_channels_last(x):
         # repeat_interleave returns contiguous tensors; permuting around it keeps channels_last without a second copy.
         return x.permute(0, 2, 3, 1).repeat_interleave(repeats, dim=0).permute(0, 3, 1, 2)
     return x.repeat_interleave(repeats, dim=0)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether x is channels_last without gaps, and nothing else; vmap knows of strides alone."""
+    if x.ndim != 4 or x.is_contiguous():
+        return False
+    _, channels, height, width = x.shape
+    return x.stride() == (channels * height * width, 1, width * channels, channels)
 
 
 def repeat_batch(x: Tensor, repeats: int) -> Tensor:
@@ -34,6 +42,7 @@ def repeat_batch(x: Tensor, repeats: int) -> Tensor:
 
     Returns:
         The samples [B * repeats, ...], in the memory format of ``x``.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: ``repeats`` < 1 or a 0-d ``x``.

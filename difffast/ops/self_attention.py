@@ -41,6 +41,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
 
     Returns:
         The output [B, H, N, d], stored as [B, N, H, d].
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.

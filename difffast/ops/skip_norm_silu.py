@@ -50,6 +50,7 @@ def skip_norm_silu(
     Returns:
         per_step [Bs * k, E, H, W] are the channels that differ between steps, and shared [Bs, Ch + Cs - E, H, W] those
         that do not; there may be none of these.  E is Ch rounded up to whole groups.  Both have hidden's memory format.
+        What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or values.
@@ -100,7 +101,7 @@ def _decide(
         )
     channels = hidden.shape[1] + skip.shape[1]
     check_norm("hidden", hidden, groups, {"skip": skip, "weight": weight, "bias": bias}, channels)
-    if not skip.shape[0] or not hidden.shape[0] or hidden.shape[0] % skip.shape[0]:
+    if bool(skip.shape[0]) != bool(hidden.shape[0]) or (skip.shape[0] and hidden.shape[0] % skip.shape[0]):
         raise ValueError(f"skip's batch must divide hidden's, got {skip.shape[0]} and {hidden.shape[0]}")
     case = Case((hidden.shape, skip.shape), (layout[0],), (("groups", groups), ("gradient", gradient)))
     return choose_for("skip_norm_silu", forced, hidden, layout, channels // groups, case)
@@ -131,7 +132,7 @@ def _parts(hidden: Tensor, skip: Tensor, own: int) -> tuple[Tensor, Tensor]:
     straddling = own - hidden.shape[1]
     if not straddling:
         return hidden, skip
-    repeats = hidden.shape[0] // skip.shape[0]
+    repeats = hidden.shape[0] // max(1, skip.shape[0])
     return torch.cat([hidden, skip[:, :straddling].repeat_interleave(repeats, 0)], 1), skip[:, straddling:]
 
 
@@ -172,7 +173,7 @@ def _differentiate(ctx: Any, grad_per_step: Tensor, grad_shared: Tensor) -> tupl
 
     dmine, dweight, dbias = part(grad_per_step, mine, kept, slice(own))
     dhidden, dstraddling = dmine.split([hidden.shape[1], own - hidden.shape[1]], 1)
-    dskip = dstraddling.unflatten(0, (skip.shape[0], hidden.shape[0] // skip.shape[0])).sum(1)
+    dskip = dstraddling.unflatten(0, (skip.shape[0], hidden.shape[0] // max(1, skip.shape[0]))).sum(1)
     if kept < ctx.groups:
         drest, *of_rest = part(grad_shared, rest, ctx.groups - kept, slice(own, None))
         dskip, dweight, dbias = (

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, replace
 
 from ..renamed import warn_renamed
-from .key_steps import check_int, check_key_steps, resolve_key_steps, scale_published_key_steps, space_key_steps
+from .key_steps import (
+    check_int,
+    check_key_steps,
+    count_from,
+    resolve_key_steps,
+    scale_published_key_steps,
+    space_key_steps,
+)
 from .output_forecast import OutputForecast
 from .rows import OuterReuse
 from .steps import Plan
@@ -29,7 +36,7 @@ class EncoderPropagation:
     Source: Faster Diffusion (arXiv 2312.09608), sections 3.2 (propagation, parallel decoding), 3.3 (prior noise).
 
     Args:
-        key_steps: which steps run the encoder.  The first step that a run executes always does.
+        key_steps: which steps run the encoder, counted from the first one that a run executes, which always does.
             - None: the table published for this kind of pipeline, scaled to the number of steps.
             - A string: the published table of another kind, from ``PUBLISHED_KEY_STEPS``.
             - A sequence: these steps, 0 among them.
@@ -77,18 +84,25 @@ class EncoderPropagation:
         _check_degree(self, order)
 
     def plan(
-        self, total: int, *, kind: str = "sd", device: str = "cpu", batches: tuple[int, ...] | None = None
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        kind: str = "sd",
+        device: str = "cpu",
+        batches: tuple[int, ...] | None = None,
     ) -> Plan:
         """Return the plan of a schedule.
 
         Args:
             total: the number of UNet calls, ``len(scheduler.timesteps)``.
+            start: the first step that is executed, as in img2img; key steps are counted from there.
             kind: the published table that ``key_steps=None`` takes.
             device: the type of the UNet's device, for ``max_parallel=None``.
             batches: the sizes that batches of decoders may have; None allows any.
 
         Raises:
-            ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, unknown ``kind``.
+            ValueError: ``total`` < 1, ``start`` or a key step outside ``0 .. total - 1``, unknown ``kind``.
         """
         if (self.key_steps is None or isinstance(self.key_steps, str)) and total >= 1:
             resolved = scale_published_key_steps(self.key_steps or kind, total)
@@ -96,7 +110,8 @@ class EncoderPropagation:
             resolved = resolve_key_steps("key_steps", self.key_steps, total)
         default = DEFAULT_MAX_PARALLEL["cpu" if device == "cpu" else "accelerator"]
         most = (self.max_parallel or default) if self.parallel else 1
-        return Plan(total=total, key_steps=resolved, max_batch=most, batches=batches)
+        keys = count_from(start, resolved, total)
+        return Plan(total=total, key_steps=keys, max_batch=most, batches=batches, start=start)
 
 
 @dataclass(frozen=True)
@@ -111,13 +126,18 @@ class FeatureReuse:
     ``extrapolate``, TaylorSeer (arXiv 2503.06923), but through the features themselves instead of their differences.
 
     Args:
-        interval: which steps are key steps.  The first step that a run executes always is one.
+        interval: which steps are key steps, counted from the first one that a run executes, which always is one.
             - An int m: every m-th step; with ``schedule="quadratic"`` on average.
             - A float below 1: at most this share of the schedule apart.  0.08 is every 4th of 50 steps.
             - A sequence: these steps, 0 among them.
-        branch: how many skips a reuse step computes anew, besides that of conv_in; 0 is the cheapest.
-        schedule: "uniform" spaces key steps evenly; with "quadratic" they are closer together around ``center``.
-        center: where key steps are closest together, as a share of the schedule.
+        branch: how many skips a reuse step computes anew, besides that of conv_in; 0 is the cheapest.  0 is the default
+            of DeepCache's package.  The authors' tables are of 1: their pipelines' layer l and block b is branch
+            3 * l + b + 1.
+        schedule: "uniform" spaces key steps evenly; with "quadratic" they are closer together around ``center``.  This
+            is what one would mean by it, but not the released code's list: that raises a negative number to a broken
+            power and keeps the real part.  For 50 steps, interval 5, power 1.4 and center 15 it has 0, 5, 9, 13, 17,
+            21, 26, 31, 37, 43.
+        center: where key steps are closest together, as a share of the schedule after the first executed step.
         power: how fast their distances grow away from ``center``; with 1 they are even.
         extrapolate: 0 takes the feature of the last key step; 1 and 2 extrapolate over the last two or three.
 
@@ -147,16 +167,17 @@ class FeatureReuse:
             raise ValueError(f"power must be at least 1, got {self.power}")
         _check_degree(self, order)
 
-    def plan(self, total: int) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls.
+    def plan(self, total: int, *, start: int = 0) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls; its key steps are counted from the step ``start``.
 
         Raises:
-            ValueError: ``total`` < 1, or a key step outside ``0 .. total - 1``.
+            ValueError: ``total`` < 1, or ``start`` or a key step outside ``0 .. total - 1``.
         """
         keys = resolve_key_steps("interval", self.interval, total)
         if isinstance(self.interval, (int, float)) and self.schedule == "quadratic":
             keys = space_key_steps(total, len(keys), self.center * (total - 1), self.power)
-        return Plan(total=total, key_steps=keys, max_batch=1, reuse=OuterReuse(self.branch, self.extrapolate))
+        keys, reuse = count_from(start, keys, total), OuterReuse(self.branch, self.extrapolate)
+        return Plan(total=total, key_steps=keys, max_batch=1, reuse=reuse, start=start)
 
 
 @dataclass(frozen=True)
@@ -200,7 +221,7 @@ class CfgReuse:
             if early:
                 both.update(range(key, min(plan.segment_end(key), math.ceil(self.start * total))))
         both.update(plan.forecasts)
-        return replace(plan, halves=tuple(step for step in range(total) if step not in both))
+        return replace(plan, halves=tuple(step for step in range(plan.start, total) if step not in both))
 
 
 #: How steps share work: rules for schedules of any length, or a plan for those of its own.

@@ -11,13 +11,14 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
-#: Published key steps per kind of pipeline and schedule length; other lengths are scaled from the nearest list.
-PUBLISHED_KEY_STEPS: dict[str, dict[int, tuple[int, ...]]] = {
+#: Published key steps per kind of pipeline: lists by schedule length, from the nearest of which other lengths are
+#: scaled, or a rule by which the release runs schedules of any length.
+PUBLISHED_KEY_STEPS: dict[str, dict[int, tuple[int, ...]] | Callable[[int], bool]] = {
     "sd": {50: (0, 1, 2, 3, 5, 10, 15, 25, 35), 20: (0, 1, 2, 3, 5, 10, 15)},
     "personalised": {50: (0, 1, 2, 3, 5, 10, 15, 25, 35, 40)},  # DreamBooth, Custom Diffusion
-    "if-1": {100: tuple(step for step in range(100) if step < 10 or step > 85 or step % 5 == 0)},
-    "if-2": {50: tuple(step for step in range(50) if not 20 <= step <= 40 or step % 2 == 0)},
-    "upscaler": {75: (0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65)},
+    "if-1": lambda step: step < 10 or step > 85 or step % 5 == 0,
+    "if-2": lambda step: not 20 <= step <= 40 or step % 2 == 0,
+    "upscaler": lambda step: math.isqrt(9 + 8 * step) ** 2 == 9 + 8 * step,  # 0, 2, 5, 9, 14, 20, 27, ...
 }
 
 #: What ``key_steps`` may be.
@@ -27,15 +28,22 @@ KeySteps = Iterable[int] | int | float | Callable[[int, int], bool]
 def scale_published_key_steps(kind: str, total: int) -> tuple[int, ...]:
     """Return the published key steps for a kind of pipeline, scaled to ``total`` UNet calls.
 
-    Steps keep their fraction of the schedule (rounded, duplicates dropped), and the last key step is rounded up,
-    so that the last segment is never a larger share of the schedule than in the published list.
+    A rule holds for the steps as they are, as in the release: DeepFloyd IF's first stage has 13 key steps of 25.  So
+    does a list that is one call shorter than the schedule: PNDM calls the UNet 51 times for 50 steps, and the release
+    counts its list in calls.  From other lists, steps keep their fraction of the schedule (rounded, duplicates
+    dropped).  The last key step is rounded up, so that the last segment is never a larger share of the schedule than
+    in the published list.
 
     Raises:
-        ValueError: no list is published for ``kind``.
+        ValueError: nothing is published for ``kind``.
     """
     if kind not in PUBLISHED_KEY_STEPS:
         raise ValueError(f"no published key steps for {kind!r}; known: {', '.join(PUBLISHED_KEY_STEPS)}")
     lists = PUBLISHED_KEY_STEPS[kind]
+    if callable(lists):
+        return tuple(step for step in range(total) if lists(step))
+    if total - 1 in lists:
+        return lists[total - 1]
     length = min(lists, key=lambda n: (abs(math.log(total / n)), n))
     *body, last = lists[length]
     scaled = {(2 * step * total + length) // (2 * length) for step in body}
@@ -89,6 +97,11 @@ def check_key_steps(keys: KeySteps | None, name: str = "key_steps") -> Any:
     if not steps or steps[0] != 0:
         raise ValueError(f"{name} must contain 0 (the first step runs the encoder) and no negative, got {steps}")
     return steps
+
+
+def count_from(start: int, keys: tuple[int, ...], total: int) -> tuple[int, ...]:
+    """Return key steps of a run that executes the steps from ``start`` on: counted from there, as far as it goes."""
+    return tuple(start + key for key in keys if start + key < total)
 
 
 def space_key_steps(total: int, count: int, center: float, power: float) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .key_steps import check_int, check_key_steps, resolve_key_steps
-from .steps import Plan
+from .key_steps import check_int, check_key_steps, count_from, resolve_key_steps
+from .steps import Plan, check_guard
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,26 @@ class OutputForecast:
             raise ValueError(f"extrapolate must be 0 or 1, got {self.extrapolate}")
         if check_int("longest", self.longest) < 1:
             raise ValueError(f"longest must be at least 1, got {self.longest}")
-        if self.guard is not None:
-            if isinstance(self.guard, bool) or not isinstance(self.guard, (int, float)):
-                raise TypeError(f"guard must be a number or None, got {self.guard!r}")
-            if not 0 < self.guard < math.inf:
-                raise ValueError(f"guard must be positive and finite, or None, got {self.guard}")
+        check_guard(self.guard)
 
-    def plan(self, total: int) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls.
+    def plan(self, total: int, *, start: int = 0) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls, of which ``start`` is executed first.
+
+        Key steps that are given are counted from there.  The share that runs in full is of the whole schedule.
 
         Raises:
             ValueError: ``total`` < 1, a key step outside ``0 .. total - 1``, more than ``longest`` forecasts in a row,
                 or a forecast with fewer steps before it than its degree needs.
         """
-        keys = set(resolve_key_steps("key_steps", self.key_steps, total))
+        keys = set(count_from(start, resolve_key_steps("key_steps", self.key_steps, total), total))
+        executed = range(start, total)
         if isinstance(self.key_steps, int):
-            first = max(math.ceil(self.start * total), self.extrapolate + 1)
-            keys = {step for step in range(total) if step < first or (step - first + 1) % self.key_steps == 0}
+            first = max(math.ceil(self.start * total), start + self.extrapolate + 1)
+            keys = {step for step in executed if step < first or (step - first + 1) % self.key_steps == 0}
             keys.add(total - 1)
-        forecasts = tuple(step for step in range(total) if step not in keys)
+        forecasts = tuple(step for step in executed if step not in keys)
         row = 0
-        for step in range(total):
+        for step in executed:
             row = 0 if step in keys else row + 1
             if row > self.longest:
                 raise ValueError(
@@ -87,4 +86,5 @@ class OutputForecast:
             forecasts=forecasts,
             extrapolate=self.extrapolate,
             guard=self.guard,
+            start=start,
         )

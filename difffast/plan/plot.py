@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..plots import new_figure
+from ..plots import new_figure, save_figure
 from .rows import PlanStep
 
 _PARTS = ("outer layers", "encoder", "bottleneck", "decoder")
@@ -32,12 +32,14 @@ def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
         first, last = row.decoded_with[0], row.decoded_with[-1]
         if row.step == first != last:
             axis.add_patch(Rectangle((first - 0.5, 2.5), last - first + 1, 1, fill=False, linewidth=1.5))
-    axis.set(xlim=(-1, len(rows)), ylim=(3.6, -0.6), xlabel="step", yticks=range(4), yticklabels=_PARTS)
+    axis.set(
+        xlim=(rows[0].step - 1, rows[-1].step + 1), ylim=(3.6, -0.6), xlabel="step", yticks=range(4), yticklabels=_PARTS
+    )
     skipped = sum(row.forecast for row in rows)
     keys = f"{sum(row.key for row in rows)} key steps of {len(rows)} (blue)"
     more = f", {skipped} forecast (nothing)" if skipped else ""
     axis.set_title(f"{keys}, in between (orange), optimised (red){more}", size=9)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _find_parts(row: PlanStep) -> tuple[str, ...]:

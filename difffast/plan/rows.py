@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .key_steps import check_int
+
 
 @dataclass(frozen=True)
 class OuterReuse:
@@ -11,11 +13,22 @@ class OuterReuse:
 
     Attributes:
         branch: skips that it makes anew besides conv_in's.
-        extrapolate: degree of the polynomial over the deep features of the last key steps.
+        extrapolate: degree of the polynomial over the deep features of the last key steps, at most 2.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range.
     """
 
     branch: int = 0
     extrapolate: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("branch", "extrapolate"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name)))
+        if self.branch < 0:
+            raise ValueError(f"branch must not be negative, got {self.branch}")
+        if self.extrapolate not in (0, 1, 2):
+            raise ValueError(f"extrapolate must be 0, 1 or 2, got {self.extrapolate}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +13,12 @@ from typing import Any
 
 from ..renamed import warn_renamed
 from .batches import count_together
+from .key_steps import check_int
 from .plot import plot_plan
 from .rows import OuterReuse, PlanStep
+
+#: Most UNet calls in a plan: no schedule has as many, and what is written by hand or damaged cannot fill the memory.
+MAX_STEPS = 100_000
 
 #: Fields of plans in JSON under names that they had before.
 _RENAMED = {"keys": "key_steps", "optimised": "full_steps"}
@@ -40,6 +44,10 @@ class Plan:
             extends the line through the last two.  In longer rows forecasts repeat it, because lines leave the truth.
         guard: the relative error of a forecast, measured at the next step that runs, above which half of the forecasts
             that are left become key steps; None never measures.
+        start: the first step that is executed, which is the first key step; later than 0 in img2img, for instance.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type, or one that does not fit the others.
     """
 
     total: int
@@ -49,46 +57,75 @@ class Plan:
     reuse: OuterReuse | None = None
     full_steps: tuple[int, ...] = ()
     halves: tuple[int, ...] = ()
+    start: int = 0
     forecasts: tuple[int, ...] = ()
     extrapolate: int = 0
     guard: float | None = None
 
     def __post_init__(self) -> None:
-        if self.reuse is not None and self.max_batch != 1:
-            raise ValueError(f"reuse steps depend on the latents: max_batch must be 1, got {self.max_batch}")
-        if self.batches is not None and (self.batches[:1] != (1,) or list(self.batches) != sorted(self.batches)):
+        for name in ("total", "max_batch", "start"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name)))
+        if not 1 <= self.total <= MAX_STEPS:
+            raise ValueError(f"total must lie in 1 .. {MAX_STEPS}, got {self.total}")
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
+        for name in (
+            "key_steps",
+            "full_steps",
+            "halves",
+            "forecasts",
+            *(("batches",) if self.batches is not None else ()),
+        ):
+            object.__setattr__(self, name, _check_ascending(name, getattr(self, name)))
+        if self.batches is not None and self.batches[:1] != (1,):
             raise ValueError(f"batches must ascend from 1, got {self.batches}")
+        self._check_reuse()
+        self._check_steps()
+
+    def _check_reuse(self) -> None:
+        if self.reuse is None:
+            return
+        if not isinstance(self.reuse, OuterReuse):
+            raise TypeError(f"reuse must be an OuterReuse or None, got {self.reuse!r}")
+        if self.max_batch != 1:
+            raise ValueError(f"reuse steps depend on the latents: max_batch must be 1, got {self.max_batch}")
+
+    def _check_steps(self) -> None:
         keys = self.key_steps
-        if not keys or keys[0] != 0 or keys[-1] >= self.total or self.max_batch < 1:
-            raise ValueError(f"invalid plan: {self.total} steps, key_steps {keys}, max_batch {self.max_batch}")
-        if any(a >= b for a, b in pairwise(keys)):
-            raise ValueError(f"key_steps must increase strictly, got {keys}")
-        if not set(self.full_steps) <= set(keys):
-            raise ValueError(f"full_steps must be key steps, got {self.full_steps} and key_steps {keys}")
-        halves = set(self.halves)
-        if not halves <= set(range(1, self.total)) or halves & set(self.full_steps):
-            raise ValueError(f"halves must lie in 1 .. {self.total - 1} and not be full steps, got {self.halves}")
+        if not 0 <= self.start < self.total:
+            raise ValueError(f"start must lie in 0 .. {self.total - 1}, got {self.start}")
+        if keys[:1] != (self.start,) or keys[-1] >= self.total:
+            shown = f"{keys[0]} .. {keys[-1]}" if keys else "none"
+            raise ValueError(f"key_steps must begin with {self.start} and end before step {self.total}, got {shown}")
+        others = sorted(set(self.full_steps) - set(keys))
+        if others:
+            raise ValueError(f"full_steps must be key steps, got {others[0]}, which is none")
+        halves, first = set(self.halves), self.start + 1
+        wrong = [step for step in self.halves if not first <= step < self.total]
+        wrong = wrong or sorted(halves & set(self.full_steps))
+        if wrong:
+            raise ValueError(f"halves must lie in {first} .. {self.total - 1} and not be full steps, got {wrong[0]}")
         for key in keys:
-            rest = set(range(key, self.segment_end(key))) - halves - set(self.forecasts)
-            if key in halves and rest:
+            rest = set(range(key, self.segment_end(key))) - halves - set(self.forecasts) if key in halves else ()
+            if rest:
                 raise ValueError(f"step {min(rest)} needs both halves of key step {key}, which runs one")
         self._check_forecasts()
 
     def _check_forecasts(self) -> None:
-        forecasts, runs = self.forecasts, set(self.key_steps) | set(self.halves)
-        if list(forecasts) != sorted(set(forecasts) & set(range(1, self.total))):
-            raise ValueError(f"forecasts must increase strictly within 1 .. {self.total - 1}, got {forecasts}")
+        forecasts, runs, first = self.forecasts, set(self.key_steps) | set(self.halves), self.start + 1
+        wrong = [step for step in forecasts if not first <= step < self.total]
+        if wrong:
+            raise ValueError(f"forecasts must lie in {first} .. {self.total - 1}, got {wrong[0]}")
         if runs & set(forecasts):
             raise ValueError(f"step {min(runs & set(forecasts))} is a forecast, and so no key step and no half step")
-        if self.extrapolate not in (0, 1):
+        if check_int("extrapolate", self.extrapolate) not in (0, 1):
             raise ValueError(f"extrapolate must be 0 or 1, got {self.extrapolate!r}")
-        if forecasts and forecasts[0] <= self.extrapolate:
+        if forecasts and forecasts[0] - self.start <= self.extrapolate:
             raise ValueError(
                 f"a forecast of degree {self.extrapolate} needs {self.extrapolate + 1} steps before it, "
                 f"got forecasts {forecasts}"
             )
-        if self.guard is not None and not 0 < self.guard < math.inf:
-            raise ValueError(f"guard must be positive and finite, or None, got {self.guard!r}")
+        check_guard(self.guard)
 
     def add_full_steps(self, steps: Iterable[int]) -> Plan:
         """Return this plan with more steps that run in full, because embeddings or latents are changed at them."""
@@ -116,6 +153,27 @@ class Plan:
         """Return the first ``total`` steps of this plan."""
         names = ("key_steps", "full_steps", "halves", "forecasts")
         return replace(self, total=total, **{n: tuple(s for s in getattr(self, n) if s < total) for n in names})
+
+    @property
+    def shares(self) -> bool:
+        """Whether any step takes from another what it does not compute itself."""
+        return len(self.key_steps) < self.total - self.start or bool(self.halves)
+
+    def run_in_full(self) -> Plan:
+        """Return this plan with every step a key step that runs both halves."""
+        return replace(self, key_steps=tuple(range(self.start, self.total)), halves=(), forecasts=())
+
+    def begin_at(self, start: int) -> Plan:
+        """Return this plan for a run that executes the steps from ``start`` on."""
+        names = ("key_steps", "full_steps", "halves", "forecasts")
+        later = {name: {step for step in getattr(self, name) if step > start} for name in names}
+        # The first step runs in full, and so do those whose forecasts would need more steps before them.
+        full = {start, *(step for step in later["forecasts"] if step <= start + self.extrapolate)}
+        later["key_steps"] |= full
+        later["forecasts"] -= full
+        if start in self.full_steps:
+            later["full_steps"].add(start)
+        return replace(self, start=start, **{name: tuple(sorted(steps)) for name, steps in later.items()})
 
     def is_key(self, step: int) -> bool:
         """Return whether the plan runs the encoder at this step."""
@@ -164,21 +222,12 @@ class Plan:
         together = (step,) if forecast else tuple(self.batch(step))
         return PlanStep(step, key, together, reuse, self.is_half(step), step in self.full_steps, forecast)
 
-    def steps(self, start: int = 0) -> tuple[PlanStep, ...]:
-        """Return the rows from ``start`` on; a run that begins there, as img2img does, begins with a key step.
-
-        Raises:
-            ValueError: ``start`` is outside the schedule.
-        """
-        if not 0 <= start < self.total:
-            raise ValueError(f"start must lie in 0 .. {self.total - 1}, got {start}")
+    def steps(self) -> tuple[PlanStep, ...]:
+        """Return the rows of the steps that are executed."""
         rows: list[PlanStep] = []
-        while len(rows) < self.total - start:
-            together = self.step(start + len(rows)).decoded_with
-            for step in together:
-                row = replace(self.step(step), decoded_with=together)
-                first = step == start
-                rows.append(replace(row, key=True, reuse=False, half=False, forecast=False) if first else row)
+        while len(rows) < self.total - self.start:
+            together = self.step(self.start + len(rows)).decoded_with
+            rows += [replace(self.step(step), decoded_with=together) for step in together]
         return tuple(rows)
 
     def plot(self, path: str | Path) -> None:
@@ -206,17 +255,13 @@ class Plan:
         """Return the plan that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: not JSON, unknown or missing fields, or no valid plan.
+            ValueError: not JSON, unknown or missing fields, or no valid plan; it says what is required.
         """
         try:
-            fields = {_RENAMED.get(name, name): _freeze(value) for name, value in json.loads(text).items()}
-            if fields.get("reuse") is not None:
-                given = fields["reuse"]
-                # Plans of 0.1 hold the whole configuration, whose degree was called order.
-                fields["reuse"] = OuterReuse(given["branch"], given.get("extrapolate", given.get("order", 0)))
-            return cls(**fields)
-        except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"this is no plan in JSON: {error}") from None
+            return cls(**_read_fields(json.loads(text)))
+        except (TypeError, ValueError, RecursionError) as error:
+            message = str(error) if len(str(error)) < 300 else f"{str(error)[:300]} ..."
+            raise ValueError(f"this is no plan in JSON: {message}") from None
 
     def __str__(self) -> str:
         lines = ["step  key  decoded with"]
@@ -230,10 +275,24 @@ class Plan:
             more = ", optimised" if row.full else ", conditional half" if row.half else ""
             lines.append(f"{row.step:4d}  {'key' if row.key else '   '}  {together}{more}")
         what = "encoder" if self.reuse is None else "whole UNet"
-        lines.append(f"{len(self.key_steps)} of {self.total} steps run the {what}")
+        lines.append(f"{len(self.key_steps)} of {self.total - self.start} steps run the {what}")
         if self.forecasts:
             lines.append(f"{len(self.forecasts)} run nothing: their output is forecast")
         return "\n".join(lines)
+
+
+def check_guard(guard: Any) -> None:
+    """Check the error above which forecasts become key steps.
+
+    Raises:
+        TypeError, ValueError: it is no number, or not positive and finite.
+    """
+    if guard is None:
+        return
+    if isinstance(guard, bool) or not isinstance(guard, (int, float)):
+        raise TypeError(f"guard must be a number or None, got {guard!r}")
+    if not 0 < guard < math.inf:
+        raise ValueError(f"guard must be positive and finite, or None, got {guard}")
 
 
 def _contains(steps: tuple[int, ...], step: int) -> bool:
@@ -242,5 +301,47 @@ def _contains(steps: tuple[int, ...], step: int) -> bool:
     return at < len(steps) and steps[at] == step
 
 
-def _freeze(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _check_ascending(name: str, steps: Any) -> tuple[int, ...]:
+    """Return a sequence of integers that increase, as a tuple.
+
+    Raises:
+        TypeError, ValueError: it is none, or they do not.
+    """
+    if not isinstance(steps, Sequence) or isinstance(steps, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence of integers, got {steps!r}")
+    steps = tuple(check_int(name, step) for step in steps)
+    for a, b in pairwise(steps):
+        if a >= b:
+            raise ValueError(f"{name} must increase strictly, got {b} after {a}")
+    return steps
+
+
+def _read_fields(given: Any) -> dict[str, Any]:
+    """Return the arguments of :class:`Plan` from what was in the JSON, whose values :class:`Plan` checks.
+
+    Raises:
+        TypeError, ValueError: names that a plan does not have, or lacks.
+    """
+    if not isinstance(given, dict):
+        raise TypeError(f"a plan must be an object, got {given!r}")
+    found = {}
+    for name, value in given.items():
+        new = _RENAMED.get(name, name)
+        if new not in Plan.__dataclass_fields__:
+            raise ValueError(f"a plan has no {name!r}; it has {', '.join(Plan.__dataclass_fields__)}")
+        if new in found:
+            raise ValueError(f"{name!r} must be given once, and is also there by its other name")
+        found[new] = value
+    for name in ("total", "key_steps", "max_batch"):
+        if name not in found:
+            raise ValueError(f"a plan needs {name!r}, got {', '.join(found) or 'nothing'}")
+    if found.get("reuse") is not None:
+        found["reuse"] = _read_reuse(found["reuse"])
+    return found
+
+
+def _read_reuse(given: Any) -> OuterReuse:
+    """Return how outer layers are reused; plans of 0.1 hold the whole configuration, whose degree was called order."""
+    if not isinstance(given, dict) or "branch" not in given:
+        raise TypeError(f"reuse must be an object with a branch, got {given!r}")
+    return OuterReuse(given["branch"], given.get("extrapolate", given.get("order", 0)))

@@ -14,14 +14,14 @@ from . import store
 from .report import ProofReport
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from ..support import Pipeline
 
 #: Is told after each key how many of how many are done.
 Progress = Callable[[int, int], object]
 
 
 def prove(
-    pipe: DiffusionPipeline | None = None,
+    pipe: Pipeline | None = None,
     *,
     model: str | None = None,
     device: str | torch.device | None = None,

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files import lock_file, write_whole
 from ..ops import _local
 
 #: Sets of proofs that a file keeps: of other versions, settings or environments of the same device.
 _SETS = 8
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: there the last one to write wins
-    fcntl = None
-
-_here = threading.Lock()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let no other process write a file inside the block."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _here, path.with_suffix(".lock").open("a") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
 
 def _write(path: Path, change: Callable[[dict[str, Any]], None]) -> str | None:
     """Change the sets of a file; return why that is not possible, or None."""
-    written = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with _locked(path):
+        with lock_file(path):
             sets = _local.read_file(path)[0] if path.exists() else {}
             change(sets)
-            try:
-                written.write_text(json.dumps({"schema": _local.SCHEMA, "sets": sets}, indent=1, sort_keys=True))
-                written.replace(path)
-            finally:
-                written.unlink(missing_ok=True)
+            with write_whole(path) as part:
+                part.write_text(json.dumps({"schema": _local.SCHEMA, "sets": sets}, indent=1, sort_keys=True))
     except OSError as error:
         return f"{path} cannot be written ({error.strerror}), so that the proofs hold for this process only"
     return None
@@ -89,7 +66,8 @@ def clear(device: torch.device) -> bool:
     """
     path = _local.find_path(device)
     existed = path.exists()
-    path.unlink(missing_ok=True)
-    path.with_suffix(".lock").unlink(missing_ok=True)
+    if existed:
+        with lock_file(path):
+            path.unlink(missing_ok=True)
     _local.forget_tables()
     return existed

@@ -20,12 +20,17 @@ class CfgHalves:
 
     Args:
         state: the run's plan and counts.
-        is_guided: tells whether the UNet's batch has two halves at this step.
+        refuse: tells why a call, by its arguments, is not known to have these two halves, or None.
         wants_both: tells why both must run whatever the plan says, or None.
     """
 
-    def __init__(self, state: RunState, is_guided: Callable[[], bool], wants_both: Callable[[], str | None]) -> None:
-        self._state, self._is_guided, self._wants_both = state, is_guided, wants_both
+    def __init__(
+        self,
+        state: RunState,
+        refuse: Callable[[Mapping[str, Any]], str | None],
+        wants_both: Callable[[], str | None],
+    ) -> None:
+        self._state, self._refuse, self._wants_both = state, refuse, wants_both
         self._difference: Tensor | None = None  # of the halves, at the last step that ran both
         self._text: tuple[Tensor, Tensor] | None = None
         self._both_until = 0
@@ -35,11 +40,11 @@ class CfgHalves:
         if self._state.plan.is_half(index):
             self._both_until = self._state.plan.segment_end(index)
 
-    def runs_half(self, index: int) -> bool:
-        """Return whether this step runs the conditional half alone."""
+    def runs_half(self, index: int, call: Mapping[str, Any]) -> bool:
+        """Return whether this step's call runs the conditional half alone."""
         if not self._state.plan.is_half(index) or index < self._both_until:
             return False
-        reason = self._wants_both() if self._is_guided() else "guidance is off"
+        reason = self._refuse(call) or self._wants_both()
         if reason is not None:
             self._state.record(f"guidance's halves run together: {reason}")
         return reason is None and self._difference is not None
@@ -54,12 +59,18 @@ class CfgHalves:
             half["encoder_hidden_states"] = self._text[1]
         return half
 
-    def complete(self, half: bool, output: Tensor) -> Tensor:
-        """Return what the pipeline gets: both halves, where one was run the other from their last difference."""
+    def complete(self, half: bool, output: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Return what the pipeline gets: both halves, where one was run the other from their last difference.
+
+        Args:
+            half: whether the conditional half was run alone.
+            output: what was run.
+            call: the pipeline's call, by its arguments.
+        """
         if half:
             self._state.stats.halves += 1
             return torch.cat([output - self._difference, output])
-        if self._state.plan.halves and self._is_guided():
+        if self._state.plan.halves and self._refuse(call) is None:
             unconditional, conditional = output.chunk(2)
             self._difference = conditional - unconditional
         return output

@@ -24,6 +24,7 @@ from ..layers.cross_attention import process_text
 from ..layers.kind import LayerKind
 from ..support import output_of
 from ..surgery.calls import bind_arguments
+from ..unet.contents import drop_contents
 from ..unet.parts import refuse_split
 from .position import is_element
 from .run import SamplingRun
@@ -100,7 +101,7 @@ class Controller:
             args, kwargs = (), dict(call)
         reason = _require_stock(unet, run) or run.refuse_residuals(call, step)
         if reason is not None:
-            run.note_stock(reason)
+            run.note_stock(reason, step)
             with use_context(run.make_context(call, stock=True)):
                 return stock(*args, **kwargs)
         try:
@@ -122,7 +123,12 @@ class Controller:
             for run in self._runs:
                 if run.thread == thread and is_element(timestep, run.state.timesteps()):
                     return run
-            asking = [s for s in self._settings if is_element(timestep, getattr(s.scheduler(), "timesteps", None))]
+            asking = [s for s in self._settings if is_element(timestep, s.timesteps())]
+            if not asking:
+                asking = [s for s in self._settings if s.takes_any_time()][:1]
+                for run in self._runs:
+                    if run.thread == thread and run.settings == asking and run.state.timesteps() is run.schedule():
+                        return run
             if asking:
                 run = SamplingRun(asking, self._unet(), device, self._engines)
                 self._runs.append(run)
@@ -198,6 +204,7 @@ def give_controller(unet: nn.Module) -> None:
 def drop_controller(unet: nn.Module) -> None:
     """Undo :func:`give_controller`."""
     _controllers.pop(unet, None)
+    drop_contents(unet)
 
 
 def _require_stock(unet: nn.Module, run: SamplingRun) -> str | None:

@@ -1,7 +1,9 @@
-"""ControlNet under shared features: it belongs to the encoder and runs at key steps only.
+"""ControlNet under shared features: it belongs to the encoder, and runs where the encoder or a part of it does.
 
-The pipeline calls it at every step, before the UNet.  Between key steps it returns what it returned at the last one.
-Source: Faster Diffusion (arXiv 2312.09608), section 4 (ControlNet).
+The pipeline calls it at every step, before the UNet.  Where only the decoder runs between key steps, it returns what it
+returned at the last one.  Where outer layers run, it runs as well: its current residuals belong to the skips that these
+make anew.
+Sources: Faster Diffusion (arXiv 2312.09608), section 4 (ControlNet); for every step, DeepCache's package.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class RunFinder(Protocol):
 
 @dataclass
 class _Held:
-    """What ControlNet returned at the last key step, and the latest step that it was returned for."""
+    """What ControlNet returned at the step where it ran last, and the latest step that it was returned for."""
 
     fingerprint: Fingerprint
     step: int
@@ -52,20 +54,21 @@ class ControlOutputs:
         self._held: _Held | None = None
 
     def answer(
-        self, call: Mapping[str, Any], step: int, reuse: bool, stock: Callable[[], Any]
+        self, call: Mapping[str, Any], step: int, *, builds: bool, reuse: bool, stock: Callable[[], Any]
     ) -> tuple[Any, str | None]:
         """Return the outputs for the UNet call that follows, and the name of what has changed since they were made.
 
         Args:
             call: arguments of the ControlNet by name.
             step: the position in the schedule.
-            reuse: whether outputs of an earlier step will do.
+            builds: whether the UNet call builds on what an earlier step has left.
+            reuse: whether outputs of an earlier step will then do.
             stock: runs it.
         """
         fingerprint, change = Fingerprint(call), None
-        if self._held is not None and reuse:
+        if self._held is not None and builds:
             change = fingerprint.find_change(self._held.fingerprint)
-            if change is None:
+            if change is None and reuse:
                 self._held.step = step
                 self._counts["reused"] += 1
                 return self._held.output, None

@@ -74,8 +74,11 @@ class DecodeAhead(Strategy):
         known = self._known or [(step.index, self._features)]
         features, *earlier = (each if each.batch == step.rows else each.take_conditional() for _, each in known)
         while outputs is None:
-            together = state.plan.batch(step.index)
-            times = state.timesteps()[together.start : together.stop]
+            together = state.plan.batch(step.index)[: 1 if state.alone else None]
+            # On the latents' device, as some loops keep the schedule on another, and of the type that the call has.
+            times = state.timesteps()[together.start : together.stop].to(
+                step.call["sample"].device, step.call["timestep"].dtype, non_blocking=True
+            )
             try:
                 weights = None
                 if earlier:

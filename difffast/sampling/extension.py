@@ -69,6 +69,9 @@ class Extension:
     alone = False
     stays = False
 
+    def see_call(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Be told of a call of the pipeline with its arguments, before it begins; runs of the user's own have none."""
+
     def pipeline_methods(self) -> Mapping[str, Callable[..., Any]]:
         """Return overrides of the pipeline's methods (:mod:`difffast.surgery.subclass`)."""
         return {}

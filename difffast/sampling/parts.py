@@ -21,6 +21,7 @@ from ..surgery.memory_format import ChannelsLast, suits_channels_last
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from . import controlnet
+from .calls import begin_pipeline_call
 from .controller import drop_controller, find_controller, give_controller, override_compiled, override_unet
 from .settings import Settings
 
@@ -87,9 +88,9 @@ def put_in_channels_last(pipe: Any, unet: nn.Module, settings: Settings, undo: U
 
 
 def put_in_controlnet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
-    """Let the pipeline's ControlNet, if it has one, run at key steps only; several come as one module."""
+    """Let the pipeline's ControlNet, if it has one, run at the steps that need it; several come as one module."""
     net = getattr(pipe, "controlnet", None)
-    if net is not None and hasattr(net, "forward"):
+    if net is not None and hasattr(net, "forward") and not settings.support.exact_only:
         undo.add(controlnet.take_out, net, settings)
         controlnet.put_in(net, settings, find_controller(unet))
 
@@ -133,7 +134,10 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
                 "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
                 stacklevel=2,
             )
-        return plain(self, *args, **kwargs)
+        for extension in settings.extensions:
+            extension.see_call(self, args, kwargs)
+        with begin_pipeline_call(self):
+            return plain(self, *args, **kwargs)
 
     # Diffusers' own ``__call__`` is wrapped in no_grad; who takes that off to differentiate shall find what is inside.
     call.__wrapped__ = getattr(plain, "__wrapped__", plain)

@@ -1,6 +1,8 @@
 """Prior noise injection: z <- z + alpha * e before a scheduler step, in the second half of the schedule.
 
-Propagated features lose some high-frequency texture; a little of the initial noise e brings it back.
+Propagated features lose some high-frequency texture; a little of the initial noise e brings it back.  The second half
+is that of the training time, t < 500 of 1000.  Schedules in other units than training steps (EDM's are log sigma) have
+no such middle: there it is the second half of the steps.
 Source: Faster Diffusion (arXiv 2312.09608), section 3.3, alpha = 0.003.
 """
 
@@ -10,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
@@ -17,6 +20,9 @@ from ..surgery.subclass import plain_class
 from .extension import Extension
 from .position import find_step, is_element
 from .scheduler_step import Edit
+
+#: Largest timestep of schedules in other units than training steps.
+_FEW = 10
 
 
 class PriorNoise(Extension):
@@ -32,6 +38,7 @@ class PriorNoise(Extension):
         self.alpha = alpha
         self._timesteps: TensorWeakRef | None = None
         self._noise: Tensor | None = None
+        self._late: Tensor | None = None  # whether a step is in the second half
         self._last = -1
 
     def describe(self) -> Iterator[tuple[str, str]]:
@@ -87,13 +94,26 @@ class PriorNoise(Extension):
                 stacklevel=3,
             )
             return sample
-        # Schedulers that start from unit noise keep latents at unit variance; the others work on x0 + sigma * e.
-        scale = 1.0 if initial == 1.0 else (1.0 + float(scheduler.sigmas[step]) ** 2) ** 0.5
-        late = timestep < scheduler.config.num_train_timesteps / 2
-        return sample + late.to(sample.dtype) * (self.alpha * scale) * self._noise.to(sample)
+        # Schedulers that start from unit noise keep latents at unit variance; the others work on x0 + sigma * e, where
+        # the UNet sees them over the root of sigma^2 and the data's variance.
+        data = scheduler.config.get("sigma_data") or 1.0
+        scale = 1.0 if initial == 1.0 else (data**2 + float(scheduler.sigmas[step]) ** 2) ** 0.5
+        if self._late is None:
+            self._late = _find_late_steps(scheduler)
+        return sample + self._late[step].to(sample) * (self.alpha * scale) * self._noise.to(sample)
 
     def _follow(self, scheduler: Any) -> None:
         """Forget the last run's noise when the scheduler has a new schedule."""
         if self._timesteps is None or self._timesteps() is not scheduler.timesteps:
             self._timesteps = TensorWeakRef(scheduler.timesteps)
-            self._noise, self._last = None, -1
+            self._noise, self._late, self._last = None, None, -1
+
+
+def _find_late_steps(scheduler: Any) -> Tensor:
+    """Return which steps are in the second half of a schedule: bool [steps], where the timesteps are."""
+    times, trained = scheduler.timesteps, scheduler.config.get("num_train_timesteps")
+    by_step = torch.arange(len(times), device=times.device) >= len(times) / 2
+    if trained is None:
+        return by_step
+    # Logarithms become negative, or are a few units at most, as shares and angles are; training steps begin higher.
+    return torch.where((times.amin() >= 0) & (times.amax() > _FEW), times < trained / 2, by_step)

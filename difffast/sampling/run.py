@@ -11,25 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.engine import choose_engine
 from ..engines.graphs import Graphs
-from ..engines.inputs import InputReader, apply_lora_scale
 from ..engines.programs import Programs
-from ..engines.user_compiled import has_compiled_parts
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
-from ..plan import EncoderPropagation
+from ..ops._dispatch import describe_unforced
+from ..plan import MIN_STEPS, EncoderPropagation
 from ..support import denoiser_of
-from ..unet.fingerprint import Fingerprint, Switches
-from ..unet.parts import Execute, execute_eagerly
+from ..unet.contents import contents_of
+from ..unet.fingerprint import Fingerprint
+from .calls import find_pipeline_call
 from .cfg_reuse import CfgHalves
+from .conditioning import Conditioning
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
+from .execution import Execution
 from .extension import RunInfo
 from .forecasts import Forecasts
 from .outer_layers import OuterLayers
-from .position import find_step
+from .position import count_steps, find_step, is_element
 from .settings import Settings
 from .state import RunState, Step
 from .stats import RunStats
@@ -56,82 +57,79 @@ class SamplingRun:
         first = settings[0]
         scheduler = first.scheduler()
         timesteps = scheduler.timesteps
-        self.settings = settings
-        plan = first.resolve(len(timesteps), _count_denoising_steps(scheduler, timesteps), device)
-        self.state = RunState(plan, RunStats(total=len(timesteps)), timesteps)
+        self.settings, self._device = settings, device
+        self.state = RunState(first.plan(len(timesteps), device), RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
-        self._following = first.find_user_compile()
-        self._has_compiled_parts = self._following is not None or has_compiled_parts(unet)
-        self._engine = self._choose_engine(first.engine, device, engines)
+        self._execution = Execution(self.state, first.engine, first.find_user_compile(), engines, unet, device)
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
+        unforced = describe_unforced()
+        if self.fused and unforced:
+            self.state.record(unforced)
         info = RunInfo(len(timesteps), self.fused, self.state.note)
         began = [extension.begin(info) for each in settings for extension in each.extensions]
         self._extensions = [each for each in began if each is not None]
         if device.type == "cpu":
             _keep_freed_memory()
-        self._begin: int | None = None
-        self._last: int | None = None
+        self._last: int | None = None  # step that was answered
+        self._seen: int | None = None  # step, answered or run stock
         self._fingerprint: Fingerprint | None = None
-        self._switches = Switches(unet)
+        self._contents = contents_of(unet)
+        self._looks = self._contents.look()
+        remakes = first.support.remakes
+        self._conditioning, self._controlled = Conditioning(remakes), Conditioning(remakes)
         self._text = denoiser_of(type(unet)).text
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
         self._kv: TextKV | None = None  # of the call that is being answered
-        self._inputs: InputReader | None = None
-        self._changes = 0  # of the UNet, as graphs count them, that the inputs' layers were looked for after
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
-        self._cfg = CfgHalves(self.state, self._is_guided, self._wants_both)
+        self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
         self._forecasts = Forecasts(self.state)
-        self._decode_alone(unet)
+        self.finished = False
+        self._steps = _count_denoising_steps(scheduler, timesteps)
+        self._plan_from(0)
         self._strategy = self._choose_strategy()
+        self._pipeline_call = find_pipeline_call()
+        if self._pipeline_call is not None:
+            self._pipeline_call.add(self)
 
-    def _decode_alone(self, unet: nn.Module) -> None:
-        """Decode one step at a time where attention mixes the samples of a batch: it would mix time steps as well."""
-        coupled = _find_coupled_processor(unet)
-        if coupled is not None and self.state.plan.max_batch != 1:
+    def _respect_contents(self) -> None:
+        """Fit the plan to what is in the UNet: others' code runs as it would in the stock loop."""
+        foreign, coupled = self._contents.foreign, self._contents.coupled
+        if foreign is not None:
+            self._run_every_step(foreign)
+        elif coupled is not None and self.state.plan.max_batch != 1:
+            # Attention that mixes the samples of a batch would mix time steps as well.
             self.state.plan = self.state.asked = replace(self.state.plan, max_batch=1)
-            self.state.note(f"decoding one step at a time: attention processor {coupled} is not one of Diffusers' own")
+            self.state.note(f"decoding one step at a time: attention processor {coupled} may mix samples")
 
-    def _choose_engine(
-        self, asked: str | None, device: torch.device, engines: Mapping[str, Programs | Graphs]
-    ) -> Programs | Graphs | None:
-        """Return what executes functions of the UNet; None: Python does."""
-        #: Who is told that it cannot: whoever has asked for it is warned.
-        self._tell = self.state.record if asked is None and self._following is None else self.state.note
-        if asked is None and self._has_compiled_parts:
-            return engines["inductor"] if self._following is not None else None
-        return engines.get(choose_engine(asked, device))
-
-    def _find_engine(self, unet: nn.Module) -> Programs | Graphs | None:
-        """Return what executes the functions of a call, or None where Python does.
-
-        It does where attention maps are wanted, which programs and graphs do not give.
-        """
-        if self._map_sinks() and (self._engine is not None or self._has_compiled_parts):
-            self._tell("programs and graphs are not used while attention maps are collected")
-            return None
-        if self._engine is None:
-            return None
-        reason = self._engine.refuse(unet) if isinstance(self._engine, Graphs) else None
-        if reason is not None:
-            self._tell(f"no CUDA graphs: {reason}")
-            return None
-        return self._engine
+    def _run_every_step(self, reason: str) -> None:
+        """Run every step of the plan in full, on whole batches, from now on."""
+        state = self.state
+        if state.plan.shares:
+            state.plan, state.asked = state.plan.run_in_full(), state.asked.run_in_full()
+            state.note(f"every step is a key step: {reason}")
 
     def _choose_strategy(self) -> Strategy:
         if self.state.plan.reuse is not None:
             return OuterLayers(self.state)
-        if len(self.state.plan.key_steps) + len(self.state.plan.forecasts) == self.state.plan.total:
+        plan = self.state.plan
+        if len(plan.key_steps) + len(plan.forecasts) == plan.total - plan.start:
             return WholeUNet(self.state)
         asked = self.settings[0].propagation
         return DecodeAhead(self.state, asked if isinstance(asked, EncoderPropagation) else EncoderPropagation())
 
     def step_of(self, timestep: Tensor) -> int:
-        """Return the position of an element of the schedule."""
-        return find_step(timestep, self.state.timesteps())
+        """Return the position of a time in the schedule: 0 where it is not known, which only exact plans take."""
+        if is_element(timestep, self.state.timesteps()):
+            return find_step(timestep, self.state.timesteps())
+        return count_steps(self.scheduler()) if self.settings[0].support.counts else 0
+
+    def schedule(self) -> Tensor | None:
+        """Return the schedule of its pipeline as of now, which may be another one."""
+        return self.settings[0].timesteps()
 
     def scheduler(self) -> Any:
         """Return the scheduler whose schedule it is."""
@@ -141,14 +139,24 @@ class SamplingRun:
         """Return whether any dropout is active: training mode alone, as of AnimateDiff's UNets, changes nothing."""
         return any(dropout.training for dropout in self._dropouts)
 
+    def end(self) -> None:
+        """Drop all that the run has kept; a step that still comes is a key step."""
+        self.forget()
+        self._control.forget()
+        self._cfg.forget()
+        self._conditioning.forget()
+        self._controlled.forget()
+        self._texts, self._kv = [], None
+
     def forget(self) -> None:
         """Drop the features; ControlNet's outputs stay, which were made for the step that is being answered."""
         self._fingerprint, self._last = None, None
         self._strategy.forget()
         self._forecasts.forget()
 
-    def note_stock(self, reason: str) -> None:
-        """Count a call that runs the unpatched forward, and forget what it may invalidate."""
+    def note_stock(self, reason: str, index: int) -> None:
+        """Count a call at a step that runs the unpatched forward, and forget what it may invalidate."""
+        self._follow(index)
         self.forget()
         self.state.stats.stock += 1
         self.state.note(f"stock forward: {reason}")
@@ -156,26 +164,15 @@ class SamplingRun:
     def edit_call(self, call: Mapping[str, Any], step: int, stock: Callable[..., Any]) -> Mapping[str, Any]:
         """Return the call as the extensions have it."""
         for extension in self._extensions:
-            call = extension.edit_call(call, step, self.scheduler(), self._uncompile(stock))
+            call = extension.edit_call(call, step, self.scheduler(), self._execution.uncompile(stock))
         return call
 
     def show_layers(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``stock``, eager where attention maps are wanted."""
-        return self._uncompile(stock) if self._map_sinks() else stock
-
-    def _uncompile(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``stock`` without what the user has compiled of the UNet: layers in there hand nothing out."""
-        if not self._has_compiled_parts:
-            return stock
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch.compiler.set_stance("force_eager"):
-                return stock(*args, **kwargs)
-
-        return run
+        return self._execution.uncompile(stock) if self._map_sinks() else stock
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
-        """Return ControlNet's outputs for the UNet call that follows: made anew where that is a key step.
+        """Return ControlNet's outputs for the UNet call that follows: where it builds on earlier ones, perhaps theirs.
 
         Args:
             call: arguments of the ControlNet by name.
@@ -183,7 +180,12 @@ class SamplingRun:
         """
         step = self.step_of(call["timestep"])
         goes_on = not self.state.restart and self._last is not None and step == self._last + 1
-        output, change = self._control.answer(call, step, goes_on and not self.state.plan.is_key(step), stock)
+        builds = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._looks
+        # Where the output is forecast, nothing takes ControlNet's.
+        reuse = self.settings[0].controlnet == "key steps" or self.state.plan.is_forecast(step)
+        call = self._controlled.settle(call, key=not builds)
+        identity = self._controlled.identify(call)
+        output, change = self._control.answer(identity, step, builds=builds, reuse=reuse, stock=stock)
         if change is not None:
             self.state.restart = True
             self.state.record(f"key step at {step}: ControlNet's {change} changed")
@@ -191,7 +193,7 @@ class SamplingRun:
 
     def refuse_residuals(self, call: Mapping[str, Any], step: int) -> str | None:
         """Return why the residuals of a call cannot belong to the features of another step, or None."""
-        return self._control.refuse(call, step)
+        return None if self.settings[0].support.exact_only else self._control.refuse(call, step)
 
     def make_context(
         self, call: Mapping[str, Any], *, stock: bool, engine: Programs | Graphs | None = None
@@ -203,7 +205,7 @@ class SamplingRun:
             stock: whether the UNet's own forward runs.
             engine: what executes the call.
         """
-        fused = self.fused and not stock
+        fused = self.fused and not stock and not self._contents.replaced
         sinks = self._map_sinks()
         if not (fused or sinks):
             return None
@@ -232,9 +234,27 @@ class SamplingRun:
     def _map_sinks(self) -> tuple[Any, ...]:
         return tuple([sink for each in self.settings for sink in each.map_sinks()])
 
-    def _is_guided(self) -> bool:
-        """Return whether the UNet's batch is [unconditional, conditional] at this step."""
-        return getattr(self.settings[0].pipe(), "do_classifier_free_guidance", False)
+    def _find_pipe(self) -> Any:
+        """Return the patched pipeline whose loop makes this run's calls, or None where that is not known."""
+        running = find_pipeline_call()
+        if running is None or running is not self._pipeline_call or not running.speaks_of(self):
+            return None
+        return running.pipe()
+
+    def _refuse_halves(self, call: Mapping[str, Any]) -> str | None:
+        """Return why a call's batch is not known to be [unconditional, conditional], or None."""
+        pipe = self._find_pipe()
+        settings = next((each for each in self.settings if each.pipe() is pipe), None)
+        if pipe is None or settings is None:
+            return "the loop that calls the UNet is not a patched pipeline's own"
+        if settings.support.guidance:
+            return settings.support.guidance
+        if not getattr(pipe, "do_classifier_free_guidance", False):
+            return "guidance is off"
+        rows, text = call["sample"].shape[0], call.get("encoder_hidden_states")
+        if rows % 2 or (isinstance(text, Tensor) and text.shape[0] % rows):
+            return f"the batch has {rows} rows" + ("" if text is None else f", and the text {len(text)}")
+        return None
 
     def _wants_both(self) -> str | None:
         return "attention maps of both are collected" if self._map_sinks() else None
@@ -246,39 +266,46 @@ class SamplingRun:
             stock: the unpatched UNet, called with arguments by name.
         """
         self._follow(index)
+        given = call = self._conditioning.settle(call, key=self.state.plan.is_key(index))
         self._compare(call, index)
         for extension in self._extensions:
-            given = extension.replace_output(index)
-            if given is not None:
-                return self._finish(index, False, given)
+            known = extension.replace_output(index)
+            if known is not None:
+                return self._finish(index, False, known, given)
         ahead = self._strategy.recall(index)
         if ahead is not None:
-            return self._finish(index, *ahead)
+            return self._finish(index, *ahead, given)
         forecast = self._forecasts.answer(index)
         if forecast is not None:
             return self._end(index, forecast)
-        half = self._cfg.runs_half(index)
+        half = self._cfg.runs_half(index, call)
         if half:
             call = self._cfg.prepare(call)
 
         def run_stock() -> Tensor:
             return stock(**{**call, "return_dict": False})[0]
 
-        engine = self._find_engine(unet)
+        engine = self._execution.find_engine(unet, self._contents.foreign, maps=bool(self._map_sinks()))
+        fused = self.fused and not self._contents.replaced
         with use_context(self.make_context(call, stock=False, engine=engine)):
-            execute, prepared = self._prepare(unet, call, engine)
-            follows = self._following is not None and self.settings[0].engine is None
+            execute, prepared = self._execution.prepare(ProgramCall(unet, call, fused, self._kv), engine)
+            follows = self._execution.follows_user
             predict = self.show_layers(self._strategy.predict)
             output = predict(Step(index, unet, prepared, execute, run_stock, half, follows))
-        return self._finish(index, half, output)
+        return self._finish(index, half, output, given)
 
     def _compare(self, call: Mapping[str, Any], index: int) -> None:
         """Forget what belongs to other conditioning, or to a step that is not the one before."""
-        fingerprint = Fingerprint(call, self._switches.read())
-        change = fingerprint.find_change(self._fingerprint) if self._fingerprint is not None else None
+        fingerprint = Fingerprint(self._conditioning.identify(call))
+        change = None if self._fingerprint is None else fingerprint.find_change(self._fingerprint)
+        seen = self._contents.look()
+        if seen != self._looks:
+            change, self._looks = change or self._contents.name_change(self._looks), seen
+            self._respect_contents()
         follows = self._last is not None and index == self._last + 1
         if change is not None and follows and not self.state.plan.is_key(index):
             self.state.record(f"key step at {index}: {change} changed")
+        self._watch_changes(change, index)
         if self.state.restart or not follows or change is not None:
             self.forget()
             self.state.restart = False
@@ -287,39 +314,46 @@ class SamplingRun:
             self._fingerprint = fingerprint
         self._last = index
 
+    def _watch_changes(self, change: str | None, index: int) -> None:
+        """Decode nothing ahead at a step whose conditioning is new: the next one's may be as well."""
+        if self._conditioning.remade is not None:
+            name = self._conditioning.remade
+            self.state.record(f"{name} is made anew at every step with equal values, which are compared")
+        if change is not None and self.state.alone and self.state.plan.shares:
+            self.state.note(f"{change} changes at every step, so that steps share nothing; give the same one again")
+        self.state.alone = change is not None
+
     def _follow(self, index: int) -> None:
         """Fit the plan to what the sampling loop is seen to do."""
-        state = self.state
-        if self._begin is None:
-            self._begin = index
-            executed = getattr(self.settings[0].pipe(), "_num_timesteps", None)
-            if len(self.settings) == 1 and isinstance(executed, int) and 0 < index + executed < state.plan.total:
+        state, before = self.state, self._seen
+        self._seen = index
+        if before is None or index not in (before + 1, self._last):  # the first step, or another loop over the same
+            if index != state.plan.start:
+                self._plan_from(index)
+            executed = getattr(self._find_pipe(), "_num_timesteps", None)
+            if before is None and isinstance(executed, int) and 0 < index + executed < state.plan.total:
                 state.plan = state.plan.cut(index + executed)  # e.g. denoising_end: nothing is decoded beyond it
         if index >= state.plan.total:
             state.plan = state.asked
-        if index == self._last and (len(state.plan.key_steps) < state.plan.total or state.plan.halves):
+        if index == self._last:
             # The views of a panorama, or self-attention guidance: features of one call would meet another's latents.
-            every = state.plan.add_key_steps(range(state.plan.total))
-            state.plan = replace(every, full_steps=(), halves=())
-            state.note("every step is a key step: the UNet is called several times a step")
+            self._run_every_step("the UNet is called several times a step")
 
-    def _prepare(
-        self, unet: nn.Module, call: Mapping[str, Any], engine: Programs | Graphs | None
-    ) -> tuple[Execute, Mapping[str, Any]]:
-        """Return what executes the functions of this call, and the call as they take it."""
-        if engine is None:
-            return execute_eagerly, call
-        changes = engine.changes if isinstance(engine, Graphs) else 0
-        if self._inputs is None or self._changes != changes:
-            self._inputs, self._changes = InputReader(unet), changes
-        with apply_lora_scale(unet, call) as call:
-            inputs = self._inputs.read(ProgramCall(unet, call, self.fused, self._kv))
-        options = {} if isinstance(engine, Graphs) else {"following": self._following}
-        return functools.partial(engine.run, inputs, self._tell, **options), call
+    def _plan_from(self, index: int) -> None:
+        """Take the plan of a run that begins at a step, and say why it shares nothing although it was asked to."""
+        state, first = self.state, self.settings[0]
+        plan, reason = first.resolve(state.stats.total, self._steps, self._device, index)
+        state.plan = state.asked = replace(plan, max_batch=min(plan.max_batch, state.plan.max_batch))
+        if reason is not None:
+            # Longer schedules are run in full by the preset's own choice.
+            loud = self._steps < MIN_STEPS and not first.warned
+            first.warned |= loud
+            (state.note if loud else state.record)(reason)
+        self._respect_contents()
 
-    def _finish(self, index: int, half: bool, output: Tensor) -> Tensor:
+    def _finish(self, index: int, half: bool, output: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Return what the pipeline gets of what the UNet has returned."""
-        output = self._cfg.complete(half, output)
+        output = self._cfg.complete(half, output, call)
         self._forecasts.learn(index, output)
         return self._end(index, output)
 
@@ -327,11 +361,9 @@ class SamplingRun:
         """Return the output; at the last step, drop everything."""
         for extension in self._extensions:
             extension.see_output(index, output)
-        if index == self.state.plan.total - 1:
-            self.forget()
-            self._control.forget()
-            self._cfg.forget()
-            self._texts, self._kv = [], None
+        self.finished = index == self.state.plan.total - 1
+        if self.finished:
+            self.end()
         return output
 
 
@@ -350,11 +382,3 @@ def _keep_freed_memory() -> None:
     none, and time inside the UNet 0.68 of stock becomes 0.61 to 0.64.  Other allocators are not affected.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def _find_coupled_processor(unet: nn.Module) -> str | None:
-    """Return the name of an attention processor that is not Diffusers' own and may therefore mix samples, or None."""
-    for processor in getattr(unet, "attn_processors", {}).values():
-        if type(processor).__module__ != "diffusers.models.attention_processor":
-            return type(processor).__qualname__
-    return None

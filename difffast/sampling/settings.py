@@ -8,15 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
 from ..engines.user_compiled import UserCompile, find_user_compile
 from ..layers.context import MapSink
-from ..plan import MIN_STEPS, CfgReuse, EncoderPropagation, Plan, Sharing
+from ..plan import MIN_STEPS, CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from ..support import Support
 from ..surgery.subclass import is_swapped, swap_in, swap_out
+from .calls import find_pipeline_call
 from .extension import Extension
 from .scheduler_step import override_step
 from .stats import RunStats
@@ -51,8 +52,13 @@ class Settings:
         self.pipe = weakref.ref(pipe)
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
         self.engine, self.force = engine, force
+        #: Whether ControlNet runs at "every step" or at "key steps" alone.
+        outer = isinstance(propagation, FeatureReuse) or (isinstance(propagation, Plan) and propagation.reuse)
+        self.controlnet = "every step" if outer else "key steps"
         self.extensions = tuple(extensions)
         self.last_run: RunStats | None = None
+        #: Whether the user has been warned that schedules with too few steps run in full.
+        self.warned = False
         self._schedulers: list[Any] = []
 
     @property
@@ -67,7 +73,8 @@ class Settings:
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        return {"propagation": self.propagation, "cfg": self.cfg, "fused": self.fused, "engine": self.engine}
+        names = ("propagation", "cfg", "fused", "engine", "controlnet")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def alone(self) -> bool:
@@ -97,6 +104,22 @@ class Settings:
         """Return the pipeline's scheduler as of now (users replace it), or None once the pipeline is gone."""
         return getattr(self.pipe(), "scheduler", None)
 
+    def timesteps(self) -> Tensor | None:
+        """Return the schedule as of now, or None where it is no tensor."""
+        found = getattr(self.scheduler(), "timesteps", None)
+        return found if isinstance(found, Tensor) else None
+
+    def takes_any_time(self) -> bool:
+        """Return whether a call at a time that is not an element of the schedule may be the pipeline's.
+
+        It may where nothing depends on the step, and where the pipeline is running and its scheduler counts.
+        """
+        if self.timesteps() is None:
+            return False
+        running = find_pipeline_call()
+        mine = running is not None and running.pipe() is self.pipe()
+        return bool(self.support.exact_only) or (self.support.counts and mine)
+
     def adopt_scheduler(self) -> None:
         """Let the pipeline's scheduler as of now step from latents that extensions have edited."""
         scheduler = self.scheduler()
@@ -116,34 +139,55 @@ class Settings:
             swap_out(self._schedulers[-1])
             self._schedulers.pop()
 
-    def plan(self, total: int, device: torch.device) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls on a device."""
+    def plan(self, total: int, device: torch.device, start: int = 0) -> Plan:
+        """Return the plan of a schedule with ``total`` UNet calls on a device, of which ``start`` is executed first."""
         static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
         batches = BATCHES if static else None  # one program for each
-        if isinstance(self.propagation, EncoderPropagation):
+        asked = self.propagation
+        if isinstance(asked, EncoderPropagation):
             kind = self.support.key_steps
-            plan = self.propagation.plan(total, kind=kind, device=device.type, batches=batches)
-        elif isinstance(self.propagation, Plan):
-            plan = replace(self.propagation.check_total(total), batches=batches)
+            plan = asked.plan(total, start=start, kind=kind, device=device.type, batches=batches)
+        elif isinstance(asked, Plan):
+            plan = replace(asked.check_total(total), batches=batches).begin_at(start)
         else:
-            plan = self.propagation.plan(total)
+            plan = asked.plan(total, start=start)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)
-        full = [step for extension in self.extensions for step in extension.full_steps(total)]
+        full = [step for each in self.extensions for step in each.full_steps(total) if step >= start]
         plan = plan.add_full_steps(full) if full else plan
         return plan if self.cfg is None else self.cfg.apply(plan)
 
-    def resolve(self, total: int, steps: int, device: torch.device) -> Plan:
-        """Return the plan of a schedule with ``total`` UNet calls for ``steps`` denoising steps, run on ``device``.
+    def resolve(self, total: int, steps: int, device: torch.device, start: int = 0) -> tuple[Plan, str | None]:
+        """Return the plan of a run, and why nothing is shared in it although sharing was asked for, or None.
+
+        Args:
+            total: UNet calls in the schedule.
+            steps: denoising steps in the schedule.
+            device: where the UNet is.
+            start: the step that is executed first.
 
         Raises:
-            ValueError: too few steps and not forced, or key steps outside the schedule.
+            ValueError: key steps outside the schedule.
         """
-        plan = self.plan(total, device)
-        if steps < MIN_STEPS and not self.force and (len(plan.key_steps) < plan.total or plan.halves):
-            raise ValueError(
-                f"sharing features between steps needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, "
-                "neighbouring steps differ too much and images degrade. "
-                "Use difffast.unpatch(pipe), more steps, or difffast.patch(pipe, force=True)"
-            )
-        return plan
+        plan = self.plan(total, device, start)
+        if not self.shares:
+            return plan, None
+        if steps < MIN_STEPS and not self.force:
+            why = f"sharing needs at least {MIN_STEPS} denoising steps, got {steps}: with fewer, neighbouring steps "
+            why += "differ too much (difffast.patch(pipe, ..., force=True) shares all the same)"
+            return plan.run_in_full(), f"every step runs in full: {why}"
+        if plan.shares:
+            return plan, None
+        return plan, f"every step runs in full: with {total} steps, all of them are key steps"
+
+    @property
+    def shares(self) -> bool:
+        """Whether steps are to share anything."""
+        shares = self.propagation.shares if isinstance(self.propagation, Plan) else self.apart != 1
+        return self.cfg is not None or shares
+
+    @property
+    def apart(self) -> Any:
+        """How far apart key steps are, or which they are, as it was asked for."""
+        config = self.propagation
+        return config.interval if isinstance(config, FeatureReuse) else config.key_steps

@@ -62,6 +62,8 @@ class RunState:
         self.plan, self.asked, self.stats = plan, plan, stats
         #: Whether the next step must build on nothing that was before it.
         self.restart = False
+        #: Whether what follows this step may be conditioned on something else.
+        self.alone = False
         self._timesteps = TensorWeakRef(timesteps)
 
     def timesteps(self) -> Tensor | None:

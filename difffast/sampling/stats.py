@@ -19,7 +19,7 @@ class RunStats:
         forecast_errors: relative errors of forecasts, as the guard has measured them, by the step that told.
         halves: calls, of any of these kinds, that ran the conditional half of the batch alone.
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
-        forced: key steps that the plan did not ask for (run entered late, conditioning or shape changed).
+        forced: key steps that the plan did not ask for (conditioning or shape changed, features dropped).
         decode_batches: sizes of the decoder batches, in order.
         unshared: up-resnets whose skip parts were computed at every step, with the reason.
         text_kv: how often a cross-attention layer's text keys and values were "computed" and "reused".

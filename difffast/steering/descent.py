@@ -1,4 +1,4 @@
-"""Gradient descent while sampling: rows that descend each by itself, and never end worse than they began."""
+"""Gradient descent while sampling: rows that descend each by itself, and never end worse than they began if guarded."""
 
 from __future__ import annotations
 
@@ -74,23 +74,71 @@ def descend(
     best: dict[int, tuple[float, list[Tensor]]] = {}
     active = list(rows)
     for _ in range(iterations):
-        values = [leaf.value[active].requires_grad_(leaf.step_size is not None) for leaf in leaves]
-        losses = evaluate(active, values)
+        values, losses = _evaluate(leaves, active, evaluate)
         going = [i for i, loss in enumerate(losses.tolist()) if _goes_on(active[i], loss, leaves, found, best, is_done)]
         if not going or not losses.requires_grad:  # a constant loss moves nothing
             break
-        wanted = [value for value in values if value.requires_grad]
-        gradients = iter(torch.autograd.grad(losses[going].sum() * loss_scale, wanted))
-        rows_left = [active[i] for i in going]
-        for leaf in leaves:
-            if leaf.step_size is not None:
-                _step(leaf, rows_left, next(gradients)[going] / loss_scale)
-        active = rows_left
+        _update(leaves, active, going, values, losses, loss_scale)
+        active = [active[i] for i in going]
     for row in rows:
         if not all(bool(leaf.value[row].isfinite().all()) for leaf in leaves):
             _put_back(row, leaves, best)
             found[row].outcome = "diverged"
     return found
+
+
+def descend_unguarded(
+    rows: Sequence[int],
+    leaves: Sequence[Leaf],
+    evaluate: Callable[[Sequence[int], Sequence[Tensor]], Tensor],
+    *,
+    iterations: int,
+    is_done: Callable[[int, float], bool] = lambda row, loss: False,
+    loss_scale: float = 1.0,
+) -> dict[int, Descended]:
+    """Move the rows of ``leaves`` down their losses as ToMe's released code does.
+
+    A row is updated first and asked then whether its loss was low enough, so that every row moves at least once.  None
+    goes back, whatever its loss.  For the arguments and what is returned see :func:`descend`.
+    """
+    found = {row: Descended() for row in rows}
+    active = list(rows)
+    for _ in range(iterations if active else 0):
+        values, losses = _evaluate(leaves, active, evaluate)
+        if losses.requires_grad:
+            _update(leaves, active, list(range(len(active))), values, losses, loss_scale)
+        for row, loss in zip(active, losses.tolist(), strict=True):
+            found[row].losses.append(loss)
+            if is_done(row, loss):
+                found[row].outcome = "done"
+        active = [row for row in active if found[row].outcome != "done"]
+        if not active:
+            break
+    return found
+
+
+def _evaluate(
+    leaves: Sequence[Leaf], rows: Sequence[int], evaluate: Callable[[Sequence[int], Sequence[Tensor]], Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Return copies of the rows' values, which want gradients where the leaf moves, and the losses there."""
+    values = [leaf.value[list(rows)].requires_grad_(leaf.step_size is not None) for leaf in leaves]
+    return values, evaluate(rows, values)
+
+
+def _update(
+    leaves: Sequence[Leaf],
+    rows: Sequence[int],
+    going: Sequence[int],
+    values: Sequence[Tensor],
+    losses: Tensor,
+    loss_scale: float,
+) -> None:
+    """Move those of ``rows`` whose places are in ``going``."""
+    wanted = [value for value in values if value.requires_grad]
+    gradients = iter(torch.autograd.grad(losses[list(going)].sum() * loss_scale, wanted))
+    for leaf in leaves:
+        if leaf.step_size is not None:
+            _step(leaf, [rows[i] for i in going], next(gradients)[list(going)] / loss_scale)
 
 
 def _goes_on(

@@ -31,12 +31,14 @@ class Target:
         columns: where the subjects are.
         size: (height, width) of the maps, N pixels.
         previous: maps [B, N, T] at the end of the step before; None at the first.
+        reference: whether the layout term is that of ToMe's released code.
         detach_min: see :func:`difffast.ops.attention_entropy`.
     """
 
     columns: Columns
     size: tuple[int, int]
     previous: Tensor | None = None
+    reference: bool = False
     detach_min: bool = False
 
 
@@ -52,17 +54,20 @@ def entropy(maps: Tensor, target: Target) -> Tensor:
 def layout(maps: Tensor, target: Target) -> Tensor:
     """Two subjects beside each other: 0.2 mean((32 centroid - 32 place)^2), 0 for any other number of subjects.
 
-    centroid: of the entropy loss's p, in sides of the picture; places (x, y): (1/4, 1/2) for the first subject and
-    (3/4, 1/2) for the second.  Source: ToMe's released code; the places are this library's.
+    centroid: of the entropy loss's p, in sides of the picture, where a pixel is at its centre; places (x, y): the
+    middle of the left half, (1/4, 1/2), for the first subject, and of the right half, (3/4, 1/2), for the second.
+    Source: ToMe's released code.  With ``target.reference`` it is that: places (10/32, 1/2) and (25/32, 1/2), the first
+    pixel of a row or column at 0 and the last at 1, and the sum over the two subjects instead of the mean.
     """
     if len(target.columns.anchors) != 2:
         return maps.new_zeros(maps.shape[0])
     b = (maps[..., 1 : target.columns.length + 1] / _TAU).softmax(-1)[..., [a - 1 for a in target.columns.anchors]]
     rise = b - b.amin(1, keepdim=True)
     p = _normalise(rise)  # [B, N, 2]
-    centroid = p.transpose(1, 2) @ _places(target.size, maps)  # [B, 2, (x, y)]
-    goal = maps.new_tensor([[0.25, 0.5], [0.75, 0.5]])
-    return 0.2 * (_LAYOUT_UNITS * (centroid - goal)).square().mean((1, 2))
+    centroid = p.transpose(1, 2) @ _places(target.size, maps, to_the_edge=target.reference)  # [B, 2, (x, y)]
+    goal = maps.new_tensor([[10 / 32, 0.5], [25 / 32, 0.5]] if target.reference else [[0.25, 0.5], [0.75, 0.5]])
+    off = (_LAYOUT_UNITS * (centroid - goal)).square().mean(2)
+    return 0.2 * (off.sum(1) if target.reference else off.mean(1))
 
 
 def attend_and_excite(maps: Tensor, target: Target) -> Tensor:
@@ -175,12 +180,15 @@ def _overlap(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(x, y).sum(1) / (x + y).sum(1)
 
 
-def _places(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Centres of the pixels, [N, (x, y)], in sides of the picture."""
-    height, width = size
-    rows = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
-    columns = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
+def _places(size: tuple[int, int], like: Tensor, *, to_the_edge: bool) -> Tensor:
+    """Where the pixels are, [N, (x, y)], in sides of the picture: their centres, or from 0 to 1."""
+
+    def along(length: int) -> Tensor:
+        if to_the_edge:
+            return torch.linspace(0, 1, length, dtype=like.dtype, device=like.device)
+        return (torch.arange(length, dtype=like.dtype, device=like.device) + 0.5) / length
+
+    y, x = torch.meshgrid(*map(along, size), indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
 
 

@@ -3,8 +3,10 @@
     a [cat wearing sunglasses] and a [red *car with a door]
 
 Square brackets enclose a subject with all that is said of it.  Its noun is the word (or the neighbouring words) with a
-star; without one, the last word before the first of ``INTRODUCERS`` ("wearing", "with", ...), or the last of all.  The
-subjects, a phrase for each, and the prompt without modifiers, which ToMe (arXiv 2411.07132) asks for one by one,
+star; without one, the last word before the first of ``INTRODUCERS`` ("wearing", "with", ...), or the last of all.  In a
+prompt without brackets a star is a character like any other.
+
+The subjects, a phrase for each, and the prompt without modifiers, which ToMe (arXiv 2411.07132) asks for one by one,
 follow.
 
 Position 0 is the start token, 1 .. n are the word pieces; all pieces of a word count.
@@ -81,8 +83,9 @@ def parse_prompt(pipe: Any, prompt: str, subjects: Sequence[Sequence[Sequence[in
         subjects: (nouns, modifiers) of each subject as positions (see :func:`get_indices`), instead of brackets.
 
     Raises:
-        ValueError: brackets that do not match, are empty or cut a word, a star outside brackets, or several nouns;
-            positions out of range or in two subjects; a prompt too long for the text encoder; tokenizers that disagree.
+        ValueError: brackets that do not match, are empty or cut a word; beside brackets, a star right before a word
+            outside them; several nouns; positions out of range or in two subjects; a prompt too long for the text
+            encoder; tokenizers that disagree.
     """
     if subjects is None:
         pieces = _pieces(prompt)
@@ -108,7 +111,16 @@ def get_indices(pipe: Any, prompt: str) -> dict[int, str]:
     Raises:
         ValueError: as :func:`parse_prompt`.
     """
-    return dict(enumerate(_tokens(pipe, "".join(piece.text for piece in _pieces(prompt))), 1))
+    return dict(enumerate(_tokens(pipe, strip_marks(prompt)), 1))
+
+
+def strip_marks(prompt: str) -> str:
+    """Return a prompt as it is encoded, without its marks.
+
+    Raises:
+        ValueError: brackets and stars that :func:`parse_prompt` cannot read.
+    """
+    return "".join(piece.text for piece in _pieces(prompt))
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,11 @@ def _pieces(prompt: str) -> list[_Piece]:
     pieces: list[_Piece] = []
     for number, part in enumerate(parts):
         if number % 2 == 0:
+            starred = re.search(r"(?<!\S)\*\w+", part) if len(parts) > 1 else None
+            if starred:
+                raise ValueError(
+                    f"a star names a noun inside square brackets, got {starred[0]!r} outside in {prompt!r}"
+                )
             pieces += [_Piece(part)] if part else []
             continue
         words = part.split()

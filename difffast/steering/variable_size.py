@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from ..support import Pipeline
 
 
 @contextlib.contextmanager
-def variable_size_attention(
-    pipe: DiffusionPipeline, *, trained_size: tuple[int, int] | None = None
-) -> Iterator[dict[str, int]]:
+def variable_size_attention(pipe: Pipeline, *, trained_size: tuple[int, int] | None = None) -> Iterator[dict[str, int]]:
     """Inside the block the UNet's self-attention layers have the scale above; patched pipelines or not.
 
     The queries are multiplied by sqrt(ln N / ln T), so that any attention processor and LoRA work as before.

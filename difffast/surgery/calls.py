@@ -20,4 +20,10 @@ def bind_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 
 @functools.cache
 def _signature(cls: type) -> inspect.Signature:
-    return inspect.signature(cls.forward)
+    """Return the signature of ``forward``, or of the one that it hands all its arguments on to."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for base in cls.__mro__:
+        signature = inspect.signature(base.forward)
+        if not any(parameter.kind in variable for parameter in signature.parameters.values()):
+            return signature
+    raise TypeError(f"{cls.__qualname__}.forward must name its arguments")

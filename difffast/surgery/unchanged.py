@@ -51,14 +51,15 @@ def are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
         if a is b:
             continue
         if isinstance(a, Tensor) or isinstance(b, Tensor):
-            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and _is_same_view(a, b)):
+            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and is_same_view(a, b)):
                 return False
         elif not (isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b):
             return False
     return True
 
 
-def _is_same_view(a: Tensor, b: Tensor) -> bool:
+def is_same_view(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are views of the same elements."""
     return (
         a.shape == b.shape
         and a.dtype == b.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from ..files import check_writable, write_whole
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
 from . import proving, terminal
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         terminal.console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        say("interrupted: no file was left half written.")
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +107,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     if arguments.binding is not None:
         return _binding_demo(arguments)
+    grid, numbers = arguments.out / "grid.png", arguments.out / "demo.json"
+    for path in (grid, numbers):
+        check_writable(path)
     with terminal.console.status("loading the embedded model"):
         pipe = models.embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -117,7 +125,6 @@ def _demo(arguments: argparse.Namespace) -> int:
             preset=arguments.preset,
             on_step=lambda: progress.advance(task),
         )
-    grid, numbers = arguments.out / "grid.png", arguments.out / "demo.json"
     demo.draw_grid(results, grid)
     demo.write_json(results, numbers, steps=arguments.steps, preset=arguments.preset, model="the embedded model")
 
@@ -132,6 +139,8 @@ def _binding_demo(arguments: argparse.Namespace) -> int:
     from .. import SemanticBinding, models
     from . import binding_demo
 
+    grid = arguments.out / "binding.png"
+    check_writable(grid)
     with terminal.console.status("loading the embedded model"):
         pipe = models.embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -148,9 +157,10 @@ def _binding_demo(arguments: argparse.Namespace) -> int:
             preset=arguments.preset,
             on_step=lambda: progress.advance(task),
         )
-    grid = arguments.out / "binding.png"
-    binding_demo.draw_grid(results, grid)
+    words = binding_demo.explain(arguments.binding)
+    binding_demo.draw_grid(results, grid, words)
     say(results[0].trace)
+    say(words)
     say(f"written: {grid}")
     return 0
 
@@ -175,7 +185,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     from ..patch import patch
 
-    _check_writable(arguments.out)
+    _check_picture(arguments.out)
     device = choose_device(arguments.device)
     dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
     # Cast after loading: the name of from_pretrained's dtype argument differs between Diffusers versions.
@@ -193,14 +203,15 @@ def _generate(arguments: argparse.Namespace) -> int:
         generator=torch.Generator("cpu").manual_seed(arguments.seed),
     ).images[0]
     seconds = time.perf_counter() - start
-    image.save(arguments.out)
+    with write_whole(arguments.out) as part:
+        image.save(part)
     if report is not None:
         say(report.last_run)
     say(f"{seconds:.2f} s, written: {arguments.out}")
     return 0
 
 
-def _check_writable(path: Path) -> None:
+def _check_picture(path: Path) -> None:
     """Refuse a picture that cannot be written before the time for it is spent.
 
     Raises:
@@ -211,12 +222,7 @@ def _check_writable(path: Path) -> None:
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out must end as a picture does (.png, .jpg, ...), got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    existed = path.exists()
-    with path.open("ab"):
-        pass
-    if not existed:
-        path.unlink()
+    check_writable(path)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -237,6 +243,8 @@ def _profile(arguments: argparse.Namespace) -> int:
     from ..patch import patched
     from .profiling import profile
 
+    trace = arguments.out / "trace.json"
+    check_writable(trace)
     device = choose_device(arguments.device)
     pipe = models.load_pipeline(arguments.model) if arguments.model else models.embedded_pipeline()
     pipe = pipe.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
@@ -248,7 +256,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 
     preset = arguments.preset
     with contextlib.nullcontext() if preset == "stock" else patched(pipe, preset), terminal.console.status("profiling"):
-        found = profile(pipe, generate, arguments.out / "trace.json")
+        found = profile(pipe, generate, trace)
     table = Table(Column("block", no_wrap=True), "calls", "host ms", "device ms", "operators", "launches", "syncs")
     for row in found.blocks:
         cells = (row.calls, f"{1e3 * row.host_s:.1f}", f"{1e3 * row.device_s:.1f}", row.operators, row.launches)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..files import write_whole
 from ..patch import patched
 from ..report import PatchReport
 
@@ -115,8 +116,8 @@ def draw_grid(results: Sequence[Comparison], path: Path, *, cell: int = 160) -> 
                 sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
             text = f"{prompt} · seed {result.seed} · {result.speedup:.2f}x · {result.psnr_db:.1f} dB"
             draw.text((gap + 3 * number * (cell + gap), top + cell + 3), text, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with write_whole(path) as part:
+        sheet.save(part)
 
 
 def write_json(results: Sequence[Comparison], path: Path, *, steps: int, preset: str, model: str) -> None:
@@ -137,7 +138,8 @@ def write_json(results: Sequence[Comparison], path: Path, *, steps: int, preset:
         },
         "rows": [_row(result) for result in results],
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    with write_whole(path) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _row(result: Comparison) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def show_info(arguments: argparse.Namespace) -> int:
     import torch
 
     from .. import ops
+    from ..ops._dispatch import describe_unforced
     from ..ops.linear import advantage
 
     if arguments.pipeline is not None:
@@ -42,6 +43,8 @@ def show_info(arguments: argparse.Namespace) -> int:
     for backend in ops.BACKENDS:
         worth = f", linear layers {advantage():.1f} times as fast as F.linear" if backend == "onednn" else ""
         table.add_row(f"backend {backend}", ops.missing(backend) or f"available{worth}")
+    if describe_unforced():
+        table.add_row("DIFFFAST_BACKEND", describe_unforced())
     if ops.INSTRUCTION_SET is not None:
         table.add_row("cpp instruction set", ops.INSTRUCTION_SET)
     table.add_row("pipelines", "difffast info --pipelines, or --pipeline DIR")
@@ -59,22 +62,25 @@ def _info_pipeline(folder: Path) -> int:
     """Say whether a pipeline on disk is supported; status 1 if it is not."""
     import diffusers
 
-    from ..support import support_of
+    from ..support import UNKNOWN, denoiser_of, support_of
 
-    name = _read_class(folder / "model_index.json")
-    found = getattr(diffusers, name, None)
-    entry = support_of(found) if isinstance(found, type) else None
-    if entry is None:
+    name, unet = _read_classes(folder / "model_index.json")
+    found, kind = getattr(diffusers, name, None), getattr(diffusers, unet, None)
+    entry = (support_of(found) if isinstance(found, type) else None) or UNKNOWN
+    if entry.exact_only and not (isinstance(kind, type) and denoiser_of(kind)):
         say(f"{name} is not supported: difffast.patch refuses it (difffast info --pipelines lists what it takes).")
         return 1
+    if entry.exact_only:
+        say(f"{name} can only have what is exact, difffast.patch(pipe, 'exact'): {entry.exact_only}.")
+        return 0
     decoders = "several decoders in one batch" if entry.parallel else "one decoder at a time"
     reuse = "and feature reuse" if entry.reuse else "but no feature reuse"
     say(f"{name} is supported: encoder propagation with {decoders}, {reuse}. {entry.note}".rstrip())
     return 0
 
 
-def _read_class(index: Path) -> str:
-    """Return the class that a ``model_index.json`` names.
+def _read_classes(index: Path) -> tuple[str, str]:
+    """Return the classes that a ``model_index.json`` names: the pipeline's, and its UNet's or an empty string.
 
     Raises:
         ValueError: there is no such file, or it names none.
@@ -88,7 +94,8 @@ def _read_class(index: Path) -> str:
     name = content.get("_class_name") if isinstance(content, dict) else None
     if not isinstance(name, str):
         raise ValueError(f"{index} must name the pipeline's class as a string under _class_name, got {name!r}")
-    return name
+    unet = content.get("unet")
+    return name, unet[1] if isinstance(unet, list) and len(unet) == 2 and isinstance(unet[1], str) else ""
 
 
 def _info_pipelines() -> int:

@@ -18,6 +18,8 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..files import write_whole
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
@@ -80,6 +82,7 @@ def profile(pipe: DiffusionPipeline, generate: Callable[[], object], trace: Path
 
     Raises:
         ValueError: the pipeline has no UNet, or a compiled one, whose blocks cannot be told apart.
+        OSError: the trace cannot be written.
     """
     unet = getattr(pipe, "unet", None)
     if unet is None:
@@ -106,8 +109,8 @@ def profile(pipe: DiffusionPipeline, generate: Callable[[], object], trace: Path
             generate()
         if unet.device.type == "cuda":
             torch.cuda.synchronize()
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(str(trace))
+    with write_whole(trace) as part:
+        recorded.export_chrome_trace(str(part))
     return Profile(tuple(_rows(recorded.events(), counter)), trace)
 
 

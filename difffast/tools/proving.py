@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from ..files import check_writable, write_whole
 from ..models.configs import UNET_CONFIGS
 from . import terminal
 from .arguments import choose_device, positive, positive_seconds
@@ -40,6 +41,7 @@ def add_parser(commands: Any) -> None:
 def _prove(arguments: argparse.Namespace) -> int:
     import torch
 
+    from ..ops._local import find_path
     from ..proofs.run import complete_device, prove
     from ..proofs.store import clear
 
@@ -49,10 +51,10 @@ def _prove(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.show:
         return _show(device)
-    if arguments.report is not None:  # refused before the time for it is spent
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.report.open("a"):
-            pass
+    # Refused before the time for them is spent.
+    check_writable(find_path(device))
+    if arguments.report is not None:
+        check_writable(arguments.report)
     unet = None if arguments.pipeline is None else _read_unet(arguments.pipeline)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal.console) as progress:
@@ -70,7 +72,8 @@ def _prove(arguments: argparse.Namespace) -> int:
     terminal.console.print(make_table(report.proofs, f"proofs on {report.device}"))
     say(report)
     if arguments.report is not None:
-        arguments.report.write_text(json.dumps(report.as_dict(), indent=1, default=str))
+        with write_whole(arguments.report) as part:
+            part.write_text(json.dumps(report.as_dict(), indent=1, default=str))
         say(f"written: {arguments.report}")
     return 0
 

@@ -20,7 +20,7 @@ ENCODER = (
     "down_blocks",
     "mid_block",
 )
-DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
+DECODER = ("conv_norm_out", "conv_act", "conv_act_out", "conv_out")
 
 #: Arguments that pipelines make anew at every step: what ControlNets and T2I-Adapters add inside ``forward``.
 RESIDUALS = (
@@ -54,7 +54,8 @@ def refuse_split(unet: nn.Module) -> str | None:
     if isinstance(own, functools.partial) and own.func.__module__ == "accelerate.hooks" and unet in own.args:
         own = vars(unet).get("_old_forward")
     if own is None or (isinstance(own, types.MethodType) and own == types.MethodType(type(unet).forward, unet)):
-        return None
+        by_latents = any(hasattr(block, "skip_conv") for block in getattr(unet, "up_blocks", ()))
+        return "its up blocks begin with the latents themselves" if by_latents else None
     return f"unet.forward has been replaced on the instance by {getattr(own, '__qualname__', own)!s}"
 
 
@@ -90,8 +91,16 @@ def refuse_freeu(unet: nn.Module) -> str | None:
 
 def cut_block(block: nn.Module, layers: slice, **children: Any) -> Any:
     """Return a facade of a down or up block with some of its layers."""
-    lists = (name for name in _LAYERS if hasattr(block, name))
-    return make_facade(block, {**{name: list(getattr(block, name))[layers] for name in lists}, **children})
+    found = {name: list(getattr(block, name)) for name in _LAYERS if hasattr(block, name)}
+    count = len(found["resnets"])
+    cut = {name: _cut_list(each, layers.indices(count), len(each) // count) for name, each in found.items()}
+    return make_facade(block, {**cut, **children})
+
+
+def _cut_list(layers: Sequence[nn.Module], indices: tuple[int, int, int], width: int) -> list[nn.Module]:
+    """Return those of a list with some indices; each index has ``width`` layers, as AudioLDM 2's attention has."""
+    start, stop, _ = indices
+    return list(layers[start * width : stop * width])
 
 
 class StandIn:

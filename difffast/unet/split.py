@@ -61,12 +61,15 @@ def run_encoder(
     def hand_on(_name: str, _child: nn.Module) -> Callable[..., Any]:
         return lambda hidden_states, *_args, **_kwargs: hidden_states
 
-    half = make_facade(unet, {**make_stand_ins(unet, ENCODER, record), **make_stand_ins(unet, DECODER, hand_on)})
+    children = {**make_stand_ins(unet, ENCODER, record), **make_stand_ins(unet, DECODER, hand_on)}
+    half = make_facade(unet, {**children, "up_blocks": []})
     # Adapters' lists are popped by forward; the caller's list must survive.
     arguments = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
     without = {name: None for name in _ADDED_LATER if name in arguments}  # torch 2.11 traces no `keys() &`
     half.forward(**{**arguments, **without, "return_dict": False})
     outputs = _add_residuals(outputs, call)
+    if not names:
+        return outputs, {}
     return outputs, shared_skips.share(unet, find_skips(outputs), find_bottleneck(outputs), names)
 
 

@@ -91,8 +91,10 @@ def grounded(pipe: Any, inputs: Inputs) -> Tensor:
     )
 
 
-def kandinsky(pipeline: str, in_channels: int = 4, **layout: Any) -> Callable[[], Any]:
-    """Builds a decoder pipeline of Kandinsky 2.2."""
+def kandinsky(
+    pipeline: str, in_channels: int = 4, parts: Callable[[], dict[str, Any]] = dict, **layout: Any
+) -> Callable[[], Any]:
+    """Builds a pipeline of Kandinsky 2, from what ``parts`` makes besides the decoder's own."""
 
     def builder() -> Any:
         unet = zoo.unet(
@@ -103,8 +105,12 @@ def kandinsky(pipeline: str, in_channels: int = 4, **layout: Any) -> Callable[[]
             up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
             resnet_time_scale_shift="scale_shift",
             attention_head_dim=32,
-            encoder_hid_dim=_EMBEDDING,
-            **{"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image", **layout},
+            **{
+                "encoder_hid_dim": _EMBEDDING,
+                "encoder_hid_dim_type": "image_proj",
+                "addition_embed_type": "image",
+                **layout,
+            },
         )
         movq = zoo.seeded(
             diffusers.VQModel,
@@ -117,7 +123,7 @@ def kandinsky(pipeline: str, in_channels: int = 4, **layout: Any) -> Callable[[]
             vq_embed_dim=4,
         )
         scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
-        return zoo.build(pipeline, {"unet": unet, "movq": movq, "scheduler": scheduler})
+        return zoo.build(pipeline, {**parts(), "unet": unet, "movq": movq, "scheduler": scheduler})
 
     return builder
 

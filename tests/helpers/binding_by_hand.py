@@ -1,4 +1,7 @@
-"""Semantic binding written out: a plain sampling loop, autograd, and full forward passes; nothing of difffast runs."""
+"""Semantic binding written out: plain sampling loops, autograd, and full forward passes; nothing of difffast runs.
+
+Latents z are the scheduler's; x is what the UNet sees of them, and what losses are differentiated with respect to.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,33 @@ import torch
 
 @dataclass(frozen=True)
 class Things:
-    """A prompt, as positions: the nouns and modifiers of each thing, its phrase, and the simplified prompt."""
+    """A prompt, as positions: the nouns and modifiers of each thing, its phrase, and the simplified prompt.
+
+    SDXL's prompt for what is not wanted, where there is none, is zeros, and so is its pooled text.
+    """
 
     text: str
     subjects: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     phrases: tuple[str, ...]
     simplified: str
+    unwanted: str | None = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is done how often, and how far: ``thresholds`` end a step below value / 2 * things - 2."""
+
+    steps: int
+    bind: int
+    focus: int
+    iterations: int
+    replace: int | None
+    step_size: float
+    bind_step_size: float
+    guidance: float = 7.5
+    rescale: float = 0.0
+    thresholds: tuple[float, ...] = ()
+    layout: bool = False
 
 
 class StoringProcessor:
@@ -42,141 +66,191 @@ class StoringProcessor:
         return attn.to_out[0]((self.kept @ v).transpose(1, 2).flatten(2))
 
 
-def merged(text: Any, subjects: Any, mode: str) -> tuple[Any, list[int], int]:
-    """-> (embedding [T, D], anchors, rows taken out)"""
-    u, w = (1.0, 1.0) if mode == "paper" else (1.1, 1.2)
-    out, gone = text.clone(), []
-    for nouns, modifiers in subjects:
-        out[nouns[0]] = u * sum(text[i] for i in nouns) + w * sum(
-            (text[i] for i in modifiers), torch.zeros_like(text[0])
-        )
-        gone += [i for i in (*nouns, *modifiers) if i != nouns[0]]
-    if mode == "reference":
-        for i in gone:
-            out[i] = 0
-        return out, [nouns[0] for nouns, _ in subjects], 0
-    rows = [out[i] for i in range(len(out)) if i not in gone]
-    anchors = [nouns[0] - sum(i < nouns[0] for i in gone) for nouns, _ in subjects]
-    return torch.stack(rows + [out[-1]] * len(gone)), anchors, len(gone)
+class Model:
+    """A copy of a pipeline, SD's or SDXL's, by its parts."""
+
+    def __init__(self, pipe: Any, things: Things, steps: int, layers: tuple[str, ...], seed: int) -> None:
+        self.pipe = pipe = copy.deepcopy(pipe)
+        pipe.unet.requires_grad_(False)
+        self.stores = []
+        for name, module in pipe.unet.named_modules():
+            if name in layers:
+                module.processor = StoringProcessor()
+                self.stores.append(module.processor)
+        self.xl = hasattr(pipe, "text_encoder_2")
+        self.text, self.pooled = self.encode(things.text)
+        if self.xl and things.unwanted is None:
+            self.nothing, self.unwanted = torch.zeros_like(self.text), torch.zeros_like(self.pooled)
+        else:
+            self.nothing, self.unwanted = self.encode(things.unwanted or "")
+        self.phrases = [self.encode(phrase)[0] for phrase in things.phrases]
+        self.simplified = self.encode(things.simplified)[0]
+        self.scheduler = pipe.scheduler
+        self.scheduler.set_timesteps(steps)
+        noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=self.text.dtype)
+        self.z = noise * self.scheduler.init_noise_sigma
+
+    def encode(self, text: str) -> tuple[Any, Any]:
+        with torch.no_grad():
+            if self.xl:
+                found = self.pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)
+                return found[0][0], found[2]
+            return self.pipe.encode_prompt(text, "cpu", 1, False)[0][0], None
+
+    def count(self, text: str) -> int:
+        return len(self.pipe.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def __call__(self, x: Any, t: Any, text: Any, pooled: Any = None) -> Any:
+        """The UNet's output for inputs x; without pooled text, SDXL's is zero."""
+        extra = {}
+        if self.xl:
+            size = (4 * x.shape[2], 4 * x.shape[3])
+            ids = torch.tensor([[*size, 0, 0, *size]], dtype=x.dtype)
+            pooled = torch.zeros(len(x), 64, dtype=x.dtype) if pooled is None else pooled
+            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.repeat(len(x), 1)}
+        return self.pipe.unet(x, t, encoder_hidden_states=text, **extra).sample
+
+    def maps(self) -> Any:
+        """Of the latest pass, [N, T]."""
+        return torch.stack([store.kept[0] for store in self.stores]).mean((0, 1))
+
+    def guided(self, x: Any, t: Any, text: Any, numbers: Numbers) -> Any:
+        pooled = None if self.pooled is None else torch.cat([self.unwanted, self.pooled])
+        with torch.no_grad():
+            null, cond = self(torch.cat([x] * 2), t, torch.stack([self.nothing, text]), pooled).chunk(2)
+        return rescaled(null + numbers.guidance * (cond - null), cond, numbers.rescale)
+
+    def bind(self, x: Any, t: Any, token: Any, phrase: Any, size: float) -> tuple[Any, Any, list[float]]:
+        """Three steps of a token alone towards what its phrase predicts -> (token, that prediction, losses)"""
+        with torch.no_grad():
+            wanted = self(x, t, phrase[None])
+        losses = []
+        for _ in range(3):
+            token = token.clone().requires_grad_()
+            loss = ((wanted - self(x, t, token[None, None])) ** 2).mean()
+            losses.append(float(loss.detach()))
+            token = (token - size * torch.autograd.grad(loss, token)[0]).detach()
+        return token, wanted, losses
 
 
-def entropy(maps: Any, anchors: Any, n: int) -> Any:
-    """Of maps [N, T]."""
+def rescaled(noise: Any, cond: Any, share: float) -> Any:
+    """Of one image: guidance brought part of the way back to the conditional prediction's spread (2305.08891, 3.4)."""
+    return share * noise * (cond.std() / noise.std()) + (1 - share) * noise
+
+
+def attended(maps: Any, anchors: Any, n: int) -> list[Any]:
+    """Of maps [N, T], for each anchor: softmax over the words at temperature 0.5, from 0 to 1, and of sum 1."""
     b = torch.exp(maps[:, 1 : n + 1] / 0.5)
     b = b / b.sum(1, keepdim=True)
-    total = 0.0
+    found = []
     for a in anchors:
         column = b[:, a - 1]
         column = (column - column.min()) / (column.max() - column.min())
-        p = column / column.sum()
-        total = total - 2 * (p * torch.log(p + 1e-5)).sum()
+        found.append(column / column.sum())
+    return found
+
+
+def entropy(maps: Any, anchors: Any, n: int) -> Any:
+    return sum(-2 * (p * torch.log(p + 1e-5)).sum() for p in attended(maps, anchors, n))
+
+
+def released_layout(maps: Any, anchors: Any, n: int) -> Any:
+    """Square maps: two things at (10, 16) and (25, 16), where a side's first pixel is at 0 and its last at 32."""
+    total = 0.0
+    for p, (x, y) in zip(attended(maps, anchors, n), ((10.0, 16.0), (25.0, 16.0)), strict=True):
+        side = math.isqrt(len(p))
+        places = torch.tensor([32 * i / (side - 1) for i in range(side)], dtype=p.dtype)
+        picture = p.reshape(side, side)
+        across, down = (picture.sum(0) * places).sum(), (picture.sum(1) * places).sum()
+        total = total + 0.2 * ((across - x) ** 2 + (down - y) ** 2) / 2
     return total
 
 
-def sample(
-    pipe: Any,
-    things: Things,
-    *,
-    mode: str,
-    steps: int,
-    bind: int,
-    focus: int,
-    iterations: int,
-    replace: int | None,
-    step_size: float,
-    bind_step_size: float,
-    guidance: float = 7.5,
-    layers: tuple[str, ...] = (),
-    seed: int = 0,
-) -> tuple[Any, list[list[float]], list[list[float]]]:
-    """-> (latents, focus losses per step, mean bind losses per step)"""
-    pipe = copy.deepcopy(pipe)
-    pipe.unet.requires_grad_(False)
-    processors = {}
-    for name, module in pipe.unet.named_modules():
-        if name in layers:
-            processors[name] = module.processor = StoringProcessor()
-
-    xl = hasattr(pipe, "text_encoder_2")
-
-    def encode(text: str) -> Any:
-        with torch.no_grad():
-            if xl:
-                return pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)[0][0]
-            return pipe.encode_prompt(text, "cpu", 1, False)[0][0]
-
-    def words(text: str) -> int:
-        return len(pipe.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def unet(z: Any, t: Any, text: Any, pooled: Any = None) -> Any:
-        extra = {}
-        if xl:
-            size = (4 * z.shape[2], 4 * z.shape[3])
-            ids = torch.tensor([[*size, 0, 0, *size]], dtype=z.dtype)
-            pooled = torch.zeros(len(z), 64, dtype=z.dtype) if pooled is None else pooled
-            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.repeat(len(z), 1)}
-        return pipe.unet(pipe.scheduler.scale_model_input(z, t), t, encoder_hidden_states=text, **extra).sample
-
-    text, pooled = encode(things.text), None
-    nothing = torch.zeros_like(text) if xl else encode("")  # SDXL's negative prompt, where there is none
-    if xl:
-        with torch.no_grad():
-            pooled = pipe.encode_prompt(things.text, device="cpu", do_classifier_free_guidance=False)[2]
-    phrases = [encode(phrase) for phrase in things.phrases]
-    text, anchors, gone = merged(text, things.subjects, mode)
-    n, m = words(things.text) - gone, words(things.simplified)
-    simplified = encode(things.simplified)
-
-    pipe.scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn((1, 4, 8, 8), generator=generator, dtype=text.dtype) * pipe.scheduler.init_noise_sigma
-    own = [z.clone() for _ in phrases]
-    own_schedulers = [copy.deepcopy(pipe.scheduler) for _ in phrases]
+def released(pipe: Any, things: Things, numbers: Numbers, layers: tuple[str, ...], seed: int = 0) -> Any:
+    """ToMe's published steps -> (latents, focus losses per step, mean bind losses per step)"""
+    model = Model(pipe, things, numbers.steps, layers, seed)
+    text, n, z = model.text.clone(), model.count(things.text), model.z
+    anchors = [nouns[0] for nouns, _ in things.subjects]
+    for nouns, modifiers in things.subjects:
+        merged = 1.1 * text[list(nouns)].sum(0) + 1.2 * text[list(modifiers)].sum(0)
+        text[list(nouns + modifiers)] = 0
+        text[nouns[0]] = merged
+    own = [z.clone() for _ in anchors]
+    clocks = [copy.deepcopy(model.scheduler) for _ in anchors]
     focus_losses, bind_losses = [], []
-    for i, t in enumerate(pipe.scheduler.timesteps):
-        if i == replace:
-            for row in range(n + 1, len(text)):
-                source = row if mode == "reference" else min(row - n + m, len(text) - 1)
-                text[row] = simplified[source]
-        if i < bind:
-            losses = []
-            for k, phrase in enumerate(phrases):
-                at = own[k] if mode == "reference" else z
+    for i, t in enumerate(model.scheduler.timesteps):
+        x = model.scheduler.scale_model_input(z, t)
+        if i == numbers.replace:
+            text[n + 1 :] = model.simplified[n + 1 :]
+        if i < numbers.bind:
+            bind_losses.append([])
+            for k, a in enumerate(anchors):
+                own[k] = clocks[k].scale_model_input(own[k], t)
+                text[a], wanted, losses = model.bind(own[k], t, text[a], model.phrases[k], numbers.bind_step_size)
+                bind_losses[-1].append(losses)
                 with torch.no_grad():
-                    wanted = unet(at, t, phrase[None])
-                s = text[anchors[k]].clone()
-                for j in range(3):
-                    s.requires_grad_()
-                    loss = ((wanted - unet(at, t, s[None, None])) ** 2).mean()
-                    losses += [(j, float(loss.detach()))]
-                    s = (s - bind_step_size * torch.autograd.grad(loss, s)[0]).detach()
-                text[anchors[k]] = s
-                if mode == "reference":
-                    with torch.no_grad():
-                        null = unet(at, t, nothing[None])
-                    noise = null + guidance * (null - wanted)
-                    own[k] = own_schedulers[k].step(noise, t, at).prev_sample
-            bind_losses.append([sum(v for j, v in losses if j == c) / len(phrases) for c in range(3)])
-        moved = z.clone()
-        if i < focus:
+                    null = model(own[k], t, model.nothing[None])
+                away = rescaled(null + numbers.guidance * (null - wanted), wanted, numbers.rescale)
+                own[k] = clocks[k].step(away, t, own[k]).prev_sample
+        if i < numbers.focus:
             focus_losses.append([])
-            eta = step_size * (1 - i / (steps - 1))
-            for _ in range(iterations):
-                leaf, at = text.clone().requires_grad_(), moved.clone().requires_grad_()
-                unet(at, t, leaf[None], pooled)
-                maps = torch.stack([p.kept[0] for p in processors.values()]).mean((0, 1))
-                loss = entropy(maps, anchors, n)
+            eta = numbers.step_size * (1 - i / (numbers.steps - 1))
+            for _ in range(numbers.iterations):
+                x, text = x.detach().requires_grad_(), text.detach().requires_grad_()
+                model(x, t, text[None])
+                loss = entropy(model.maps(), anchors, n)
+                if numbers.layout:
+                    loss = loss + released_layout(model.maps(), anchors, n)
+                by_x, by_text = torch.autograd.grad(loss, (x, text))
+                x, text = (x - 0.5 * eta * by_x).detach(), (text - eta * by_text).detach()
                 focus_losses[-1].append(float(loss.detach()))
-                by_text, by_z = torch.autograd.grad(loss, (leaf, at))
-                if mode == "reference":
-                    text = text - eta * by_text
-                else:
-                    for a in anchors:
-                        text[a] -= eta * by_text[a]
-                moved = moved - 0.5 * eta * by_z
-        with torch.no_grad():
-            both = None if pooled is None else torch.cat([torch.zeros_like(pooled), pooled])
-            null, cond = unet(torch.cat([moved] * 2), t, torch.stack([nothing, text]), both).chunk(2)
-            noise = null + guidance * (cond - null)
-            z = pipe.scheduler.step(noise, t, moved if mode == "paper" else z).prev_sample
-    return z, focus_losses, bind_losses
+                if numbers.thresholds and loss < numbers.thresholds[i] / 2 * len(anchors) - 2:
+                    break
+        z = model.scheduler.step(model.guided(x, t, text, numbers), t, z).prev_sample
+    return z, focus_losses, [mean_over_things(each) for each in bind_losses]
+
+
+def paper(pipe: Any, things: Things, numbers: Numbers, layers: tuple[str, ...], seed: int = 0) -> Any:
+    """The method as published, all iterations used -> the same"""
+    model = Model(pipe, things, numbers.steps, layers, seed)
+    text, z = model.text.clone(), model.z
+    gone = [i for nouns, modifiers in things.subjects for i in (*nouns, *modifiers) if i != nouns[0]]
+    for nouns, modifiers in things.subjects:
+        text[nouns[0]] = text[list(nouns + modifiers)].sum(0)
+    text = torch.stack([text[i] for i in range(len(text)) if i not in gone] + [text[-1]] * len(gone))
+    anchors = [nouns[0] - sum(i < nouns[0] for i in gone) for nouns, _ in things.subjects]
+    n, m = model.count(things.text) - len(gone), model.count(things.simplified)
+    focus_losses, bind_losses = [], []
+    for i, t in enumerate(model.scheduler.timesteps):
+        seen = x = model.scheduler.scale_model_input(z, t)
+        if i == numbers.replace:
+            for row in range(n + 1, len(text)):
+                text[row] = model.simplified[min(row - n + m, len(text) - 1)]
+        if i < numbers.bind:
+            bind_losses.append([])
+            for k, a in enumerate(anchors):
+                text[a], _, losses = model.bind(x, t, text[a], model.phrases[k], numbers.bind_step_size)
+                bind_losses[-1].append(losses)
+        if i < numbers.focus:
+            focus_losses.append([])
+            eta = numbers.step_size * (1 - i / (numbers.steps - 1))
+            for _ in range(numbers.iterations):
+                at, leaf = x.clone().requires_grad_(), text.clone().requires_grad_()
+                model(at, t, leaf[None])
+                loss = entropy(model.maps(), anchors, n)
+                by_x, by_text = torch.autograd.grad(loss, (at, leaf))
+                x = x - 0.5 * eta * by_x
+                for a in anchors:
+                    text[a] -= eta * by_text[a]
+                focus_losses[-1].append(float(loss.detach()))
+        scale = seen.norm() / z.norm()
+        start = z + (x - seen) / scale
+        z = model.scheduler.step(model.guided(x, t, text, numbers), t, start).prev_sample
+    return z, focus_losses, [mean_over_things(each) for each in bind_losses]
+
+
+def mean_over_things(losses: list[list[float]]) -> list[float]:
+    return [sum(each) / len(losses) for each in zip(*losses, strict=True)]
+
+
+SAMPLE = {"paper": paper, "reference": released}

@@ -53,12 +53,14 @@ class Row:
         run: runs it, at least eight steps, and returns the last latents (not decoded).
         other: inputs of a second run, different in everything that may differ.
         reasons: what the report says besides the plan, beginnings of it; anything else is an error.
+        slow: whether its kind is proved by another row as well, so that it is left to the slow suite.
     """
 
     build: Callable[[], Any]
     run: Callable[[Any, Inputs], Tensor]
     other: Inputs = Inputs("two cats", seed=1, images=2, size=(40, 24))
     reasons: tuple[str, ...] = ()
+    slow: bool = False
 
 
 def taken_by(function: Callable[..., Any]) -> set[str]:
@@ -79,7 +81,8 @@ def sample(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
         "output_type": "latent",
     }
     taken = taken_by(type(pipe).__call__)
-    return pipe(**{name: value for name, value in given.items() if name in taken} | options)[0]
+    made = pipe(**{name: value for name, value in given.items() if name in taken} | options)[0]
+    return torch.as_tensor(made)  # Diffusers 0.35.0 gives pixels as an array
 
 
 def on_picture(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
@@ -96,9 +99,9 @@ def image_to_image(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
 
 def inpainting(pipe: Any, inputs: Inputs, **options: Any) -> Tensor:
     """A run on half of a picture."""
-    return sample(
-        pipe, inputs, image=picture(inputs.size), mask_image=mask(inputs.size), **{"strength": 1.0, **options}
-    )
+    pictures = {"image": picture(inputs.size), "mask_image": mask(inputs.size)}
+    strength = {"strength": 1.0} if "strength" in taken_by(type(pipe).__call__) else {}
+    return sample(pipe, inputs, **{**pictures, **strength, **options})
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import difffast
 from difffast import ops
 from difffast.ops import _dispatch
 
@@ -342,3 +343,20 @@ def test_the_public_signature_hides_what_is_forced():
     named = ops.default_backend(operator="linear", device=device, dtype=torch.float64)
     assert named == ops.default_backend("linear", device, torch.float64)
     assert "forced" not in str(importlib.import_module("inspect").signature(ops.default_backend))
+
+
+def test_a_backend_forced_for_all_says_whom_it_serves(pipe):
+    with ops.use_backend("sdpa") as served:
+        assert served == ("cross_attention", "joint_attention", "self_attention")
+        with difffast.patched(pipe, "exact") as report:
+            pipe("a", num_inference_steps=2, output_type="latent")
+    others = "attention_entropy, geglu, group_norm_silu, linear, repeat_batch, skip_norm_silu"
+    said = f"backend 'sdpa' is forced, but {others} do not have it and keep their own choice"
+    assert said in report.last_run.reasons
+    assert said in str(report.last_run)
+    with ops.use_backend("sdpa", "self_attention") as served:
+        assert served == ("self_attention",)
+        assert _dispatch.describe_unforced() == ""
+    with ops.use_backend("reference"), ops.use_backend("sdpa", "self_attention"):
+        assert _dispatch.describe_unforced() == ""
+    assert _dispatch.describe_unforced() == ""

@@ -5,13 +5,12 @@ import dataclasses
 import pickle
 import threading
 
-import binding_by_hand
 import pytest
 import torch
 import zoo
-from binding_by_hand import Things
+from binding_by_hand import SAMPLE, Numbers, Things
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-from sampling import largest, latents, mask, picture, scheduler
+from sampling import SCHEDULERS, largest, latents, mask, picture, scheduler
 from tolerances import LATENTS_FLOAT64
 
 from difffast import EncoderPropagation, SemanticBinding, collect_maps, patch, patched, unpatch
@@ -45,6 +44,11 @@ def binding(**options):
     return SemanticBinding(**{"bind_steps": 2, "focus_steps": 3, "replace_step": 1, **OPTIONS, **FIXED, **options})
 
 
+def numbers(**options):
+    """The same for the method written out."""
+    return Numbers(**{"steps": STEPS, "bind": 2, "focus": 3, "replace": 1, "iterations": 2, **OPTIONS, **options})
+
+
 def run(pipe, config, prompt=PROMPT, preset="exact", **options):
     with patched(pipe, preset, binding=config) as report:
         return latents(pipe, prompt, steps=STEPS, **options), report
@@ -54,9 +58,7 @@ def run(pipe, config, prompt=PROMPT, preset="exact", **options):
 def test_a_run_is_the_method_written_out(pipe64, mode):
     pipe64.scheduler = scheduler("DDIM")
     ours, report = run(pipe64, binding(mode=mode))
-    expected, focus, bind = binding_by_hand.sample(
-        pipe64, THINGS, mode=mode, steps=STEPS, bind=2, focus=3, iterations=2, replace=1, layers=LAYERS, **OPTIONS
-    )
+    expected, focus, bind = SAMPLE[mode](pipe64, THINGS, numbers(), LAYERS)
     plain = latents(pipe64, THINGS.text, steps=STEPS)
     assert largest(ours, expected) <= MOTION * largest(expected, plain)
     assert largest(expected, plain) > 1e-3
@@ -76,12 +78,71 @@ def test_schedulers_step_from_the_moved_latents(pipe64, name):
         pipe64.scheduler = DDIMScheduler.from_config({**scheduler("DDIM").config, **zero_snr})
     else:
         pipe64.scheduler = scheduler(name)
-    expected, _, _ = binding_by_hand.sample(
-        pipe64, THINGS, mode="paper", steps=STEPS, bind=1, focus=2, iterations=2, replace=0, layers=LAYERS, **OPTIONS
-    )
+    expected, _, _ = SAMPLE["paper"](pipe64, THINGS, numbers(bind=1, focus=2, replace=0), LAYERS)
     ours, _ = run(pipe64, binding(bind_steps=1, focus_steps=2, replace_step=0))
     plain = latents(pipe64, THINGS.text, steps=STEPS)
     assert largest(ours, expected) <= MOTION * largest(expected, plain)
+
+
+SAME_INPUT = ("DDIM", "Euler", "Euler-A", "Heun", "KDPM2", "DPM++ 2M")
+
+
+def first_losses(pipe, name, config):
+    """Losses of the first step, whose input is the same whatever the scheduler."""
+    pipe.scheduler = SCHEDULERS[name][0](beta_schedule="scaled_linear", timestep_spacing="linspace")
+    seen = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = seen
+    if name in ("Euler", "Euler-A", "Heun", "KDPM2"):
+        # Their input is latents / sqrt(sigma^2 + 1), sigma^2 + 1 = 1 / (product of 1 - beta) after 1000 steps.
+        latents = seen / pipe.scheduler.alphas_cumprod[-1].sqrt()
+
+    def stop(pipe, _step, t, tensors):
+        assert t == 999
+        pipe._interrupt = True
+        return tensors
+
+    pipe.scheduler.set_timesteps(STEPS)
+    with patched(pipe, "exact", binding=config) as report:
+        given = latents / pipe.scheduler.init_noise_sigma  # the pipeline multiplies by it
+        pipe(PROMPT, num_inference_steps=STEPS, latents=given, output_type="latent", callback_on_step_end=stop)
+    assert {step.step for step in report.trace.steps} == {0}
+    return {step.kind: torch.tensor(step.losses) for step in report.trace.steps}
+
+
+@pytest.mark.parametrize("what", ["paper", "reference", "all losses"])
+def test_the_same_input_is_moved_alike_under_every_scheduler(pipe64, what):
+    """Step sizes are for the UNet's input, which some schedulers make by scaling their latents."""
+    config = (
+        binding(losses=dict.fromkeys(LOSSES, 1.0), merge=False, bind_steps=0, iterations=4)
+        if what == "all losses"
+        else binding(mode=what, iterations=4)
+    )
+    expected = first_losses(pipe64, SAME_INPUT[0], config)
+    assert len(expected["focus"]) == 4
+    assert largest(expected["focus"][:-1], expected["focus"][1:]) > 1e-3
+    for name in SAME_INPUT[1:]:
+        for kind, losses in first_losses(pipe64, name, config).items():
+            assert largest(losses, expected[kind]) <= 1e-6
+
+
+def test_under_euler_a_run_is_ddims(pipe64):
+    """Both solve one equation by the same steps: Euler's latents are DDIM's times sqrt(sigma^2 + 1)."""
+    spacing = {"beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
+    results = []
+    for name, options in (("DDIM", {"clip_sample": False, "set_alpha_to_one": True}), ("Euler", {})):
+        pipe64.scheduler = SCHEDULERS[name][0](**spacing, **options)
+        pipe64.scheduler.set_timesteps(STEPS)
+        start = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        if name == "Euler":
+            scaled = start / pipe64.scheduler.alphas_cumprod[pipe64.scheduler.timesteps[0].long()].sqrt()
+            start = scaled / pipe64.scheduler.init_noise_sigma
+        results.append(run(pipe64, binding(), latents=start))
+    (ddim, ddims), (euler, eulers) = results
+    assert largest(ddim, euler) <= 1e-5  # Euler steps in float32
+    for ours, theirs in zip(ddims.trace.steps, eulers.trace.steps, strict=True):
+        assert largest(torch.tensor(ours.losses), torch.tensor(theirs.losses)) <= 1e-5
+    merged_only, _ = run(pipe64, binding(bind_steps=0, focus_steps=0), latents=start)
+    assert largest(euler, merged_only) > 1e-2
 
 
 XL_LAYERS = tuple(
@@ -99,19 +160,39 @@ def xl_pipe64():
     return pipe
 
 
-@pytest.mark.parametrize("mode", ["paper", "reference"])
-def test_sdxl(xl_pipe64, mode):
-    """Both text encoders' rows are merged side by side; the pooled text is not, and binding goes without it."""
-    pipe, small = xl_pipe64, {"step_size": 0.05, "bind_step_size": 3.0}
-    plain = latents(pipe, THINGS.text, steps=STEPS, guidance_scale=7.5)
-    expected, _, _ = binding_by_hand.sample(
-        pipe, THINGS, mode=mode, steps=STEPS, bind=2, focus=3, iterations=2, replace=1, layers=XL_LAYERS, **small
+@pytest.mark.parametrize(("mode", "name"), [("paper", "Euler"), ("reference", "Euler"), ("reference", "DDIM")])
+def test_sdxl(xl_pipe64, mode, name):
+    """Both text encoders' rows are merged side by side; the pooled text is not, and binding goes without it.
+
+    As released, a step with a threshold above every loss has one update, and steps with one below have all.
+    """
+    pipe, small, seed = xl_pipe64, {"step_size": 0.05}, 2
+    pipe.scheduler = scheduler(name)
+    released = (
+        {"thresholds": (1e3, 2.0, 2.0), "layout": True, "rescale": 0.3}
+        if mode == "reference"
+        else {"thresholds": (), "layout": False, "rescale": 0.0}
     )
-    ours, report = run(pipe, binding(mode=mode, **small), guidance_scale=7.5)
+    options = {"guidance_scale": 7.5, "guidance_rescale": released["rescale"], "negative_prompt": "a bug", "seed": seed}
+    unlike_bugs = dataclasses.replace(THINGS, unwanted="a bug")
+    losses = {"entropy": 1, "layout": 1} if released["layout"] else {"entropy": 1}
+    plain = latents(pipe, THINGS.text, steps=STEPS, **options)
+    expected, focus, bind = SAMPLE[mode](pipe, unlike_bugs, numbers(**released, **small), XL_LAYERS, seed)
+    config = binding(mode=mode, losses=losses, thresholds=released["thresholds"], **small)
+    ours, report = run(pipe, config, **options)
     assert largest(ours, expected) <= MOTION * largest(expected, plain)
     assert report.trace.subjects == {0: ("a red ox", "a elk in fog")}
-    assert torch.equal(latents(pipe, THINGS.text, steps=STEPS, guidance_scale=7.5), plain)
-    ahead, report = run(pipe, binding(mode=mode, **small), preset="faster-diffusion", num_images_per_prompt=2)
+    for kind, by_hand in (("focus", focus), ("bind", bind)):
+        found = [step.losses for step in report.trace.steps if step.kind == kind]
+        assert [len(each) for each in found] == [len(each) for each in by_hand]
+        assert largest(*(torch.cat([torch.tensor(losses) for losses in each]) for each in (found, by_hand))) <= 1e-10
+    assert [len(each) for each in focus] == ([1, 2, 2] if mode == "reference" else [2, 2, 2])
+    if mode == "paper":
+        assert torch.equal(latents(pipe, THINGS.text, steps=STEPS, **options), plain)
+
+
+def test_sdxl_with_propagated_steps(xl_pipe64):
+    ahead, report = run(xl_pipe64, binding(), preset="faster-diffusion", num_images_per_prompt=2)
     assert ahead.shape[0] == 2
     assert report.last_run.propagated > 0
 
@@ -171,19 +252,7 @@ def test_sizes_other_than_the_models(pipe64):
 def test_without_guidance(pipe64):
     pipe64.scheduler = scheduler("DDIM")
     ours, _ = run(pipe64, binding(), guidance_scale=1.0)
-    expected, _, _ = binding_by_hand.sample(
-        pipe64,
-        THINGS,
-        mode="paper",
-        steps=STEPS,
-        bind=2,
-        focus=3,
-        iterations=2,
-        replace=1,
-        layers=LAYERS,
-        guidance=1.0,
-        **OPTIONS,
-    )
+    expected, _, _ = SAMPLE["paper"](pipe64, THINGS, numbers(guidance=1.0), LAYERS)
     assert largest(ours, expected) <= LATENTS_FLOAT64
     with pytest.raises(ValueError, match="guidance"):
         run(pipe64, binding(mode="reference"), guidance_scale=1.0)
@@ -303,8 +372,8 @@ def test_half_precision(pipe, dtype, iterations):
 
 
 def test_correctors_are_not_optimised(pipe64):
-    """PNDM's second call and Heun's step from latents of their own: there is nothing to move."""
-    for name, expected in (("PNDM", {0, 2}), ("Heun", {0, 2})):
+    """Second calls that step from the scheduler's own latents: there is nothing to move."""
+    for name, expected in (("PNDM", {0, 2}), ("Heun", {0, 2}), ("DPM++ single", {0, 2})):
         pipe64.scheduler = scheduler(name)
         _, report = run(pipe64, binding(bind_steps=0, focus_steps=3))
         assert {step.step for step in report.trace.steps} == expected
@@ -334,6 +403,17 @@ def test_image_to_image_and_inpainting(pipe64, inpaint_pipe64):
         text_alone, _ = run(pipe, dataclasses.replace(config, optimise="text"), **options)
         assert largest(ours, text_alone) > 1e-4  # the latents did move
         assert all(step.losses[-1] < step.losses[0] for step in report.trace.steps)
+
+
+def test_phrases_have_latents_of_their_own_in_an_inpainting_unet(inpaint_pipe64):
+    """As released: its other channels, the mask and the picture, are the image's."""
+    pipe = StableDiffusionInpaintPipeline(**inpaint_pipe64.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"image": picture(), "mask_image": mask(), "height": 32, "width": 32}
+    _, report = run(pipe, binding(mode="reference", focus_steps=0), **options)
+    losses = [step.losses for step in report.trace.steps]
+    assert len(losses) == 2
+    assert all(each[-1] < each[0] for each in losses)
 
 
 @pytest.mark.parametrize("preset", ["exact", "faster-diffusion"])

@@ -11,6 +11,8 @@ from difffast.steering.losses import LOSSES, Target, entropy_threshold
 
 SIZE = (4, 6)
 TOKENS, LENGTH = 10, 7
+CENTRES = {side: [(i + 0.5) / side for i in range(side)] for side in SIZE}
+TO_THE_EDGE = {side: [i / (side - 1) for i in range(side)] for side in SIZE}
 MERGED = Columns((2, 5), ((), ()), LENGTH)
 APART = Columns((2, 5), ((1,), (4, 6)), LENGTH)
 
@@ -41,14 +43,14 @@ def entropy(maps):
     return -2 * sum(p * math.log(p + 1e-5) for k in (2, 5) for p in spatial(maps, k))
 
 
-def layout(maps):
+def layout(maps, *, subjects_weight=0.5, places=((0.25, 0.5), (0.75, 0.5)), across=CENTRES[6], down=CENTRES[4]):
     total = 0.0
-    for k, place in ((2, (0.25, 0.5)), (5, (0.75, 0.5))):
+    for k, place in zip((2, 5), places, strict=True):
         p = spatial(maps, k)
         for axis in (0, 1):
-            at = [((i % 6 + 0.5) / 6, (i // 6 + 0.5) / 4)[axis] for i in range(24)]
-            total += (32 * sum(x * y for x, y in zip(p, at, strict=True)) - 32 * place[axis]) ** 2
-    return 0.2 * total / 4
+            at = [(across[i % 6], down[i // 6])[axis] for i in range(24)]
+            total += (32 * sum(x * y for x, y in zip(p, at, strict=True)) - 32 * place[axis]) ** 2 / 2
+    return 0.2 * subjects_weight * total
 
 
 def attend_and_excite(maps):
@@ -164,6 +166,13 @@ def test_gradient(name):
 
 def test_nothing_is_retained_before_there_is_a_map():
     assert LOSSES["retention"](maps(), Target(MERGED, SIZE)).tolist() == [0.0, 0.0]
+
+
+def test_layout_as_released():
+    """Places (10, 16) and (25, 16) of 32; along a side pixels are at 0, ..., 1; the sum over both."""
+    found = LOSSES["layout"](maps(), Target(MERGED, SIZE, reference=True))
+    places = {"places": ((10 / 32, 16 / 32), (25 / 32, 16 / 32)), "across": TO_THE_EDGE[6], "down": TO_THE_EDGE[4]}
+    assert abs(float(found[0]) - layout(maps(), subjects_weight=1.0, **places)) <= 1e-10
 
 
 @pytest.mark.parametrize("anchors", [(2,), (2, 4, 6)])

@@ -87,12 +87,20 @@ def test_subjects_by_position(owner):
         ("a [c]at", "whole words"),
         ("a [*red big *car]", "one noun"),
         ("a [* car]", "right before a word"),
+        ("a *cat and a [dog]", r"a star names a noun inside square brackets, got '\*cat' outside"),
         ("a [cat] " + "and a dog " * 25, "75 word pieces, got 77"),
     ],
 )
 def test_what_cannot_be_read_is_refused(owner, prompt, message):
     with pytest.raises(ValueError, match=message):
         parse_prompt(owner, prompt)
+
+
+def test_other_stars_are_characters(owner):
+    """Of textual inversion, of products, and of prompts without brackets."""
+    for text in ("a * and a cat", "2*cat", "a *cat", "*"):
+        assert parse_prompt(owner, text).text == text
+    assert parse_prompt(owner, "a * by a [red cat], 2*cat").text == "a * by a red cat, 2*cat"
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ class BindingConfig:
     Args:
         preset: a name from ``PRESETS``: "object" for subjects with parts, "attribute" for colours and the like.
         mode: "paper" is the method as published, with thresholds and numbers of steps adapted to maps of any size and
-            to any schedule.  "reference" does what the released code does: it weights composite tokens by 1.1 and 1.2
-            and leaves zero rows, optimises all rows of the embedding, and steps from latents that were not optimised.
+            to any schedule.  "reference" does what the released code does, all of which is listed in
+            :mod:`difffast.steering.binding.released`.
         subjects: for a prompt without marks, the pair (nouns, modifiers) of each subject as token positions.
         merge: make composite tokens.  False keeps the embedding, for losses that need the attributes' own maps.
         weights: the weights of the nouns' and of the modifiers' rows in a composite token; None takes the mode's.
@@ -75,7 +75,7 @@ class BindingConfig:
             mode the numbers of steps are scaled from 50.
         replace_step: see :class:`Schedule`; "preset" takes the preset's.
         step_size: the step size of the embedding, which falls linearly to 0 over the schedule.
-        latent_share: the step size of the latents, as a share of the embedding's.
+        latent_share: the step size of the latents, as the UNet sees them, as a share of the embedding's.
         bind_step_size: the step size of a composite token in a binding step.
         thresholds: for each step, the entropy loss at which its optimisation ends (see ``THRESHOLDS``).  They apply if
             there is no other loss but layout.  With () it ends with the iterations.

@@ -7,7 +7,6 @@ The pipeline's own tensors are never written to: what the latents have been move
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from ...sampling.extension import ExtensionRun, RunInfo
 from ...surgery.freezing import freeze
 from ..composite import Columns, locate_subjects, merge, substitute_end
-from ..descent import LOSS_SCALES, Descended, Leaf, descend
+from ..descent import LOSS_SCALES, Descended, Leaf, descend, descend_unguarded
 from ..encoding import EncodedPrompts
 from ..losses import LOSSES, Target, entropy_threshold
 from ..passes import Passes, drop_pooled_text, shift_latents, take_rows
 from .config import BindingConfig
+from .released import AnchorTrajectory
 from .trace import BindingTrace, StepTrace
 
 
@@ -39,7 +39,7 @@ class BindingRun(ExtensionRun):
         info: of the run.
         layers: names of the layers whose maps are used.
         trace: where everything is recorded.
-        move: takes (timestep, what the scheduler's latents are moved by there).
+        move: takes (timestep, what the scheduler's latents are moved by there), in the scheduler's units.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class BindingRun(ExtensionRun):
         self._config, self._pipe, self._unet, self._encoded = config, pipe, unet, encoded
         self._info, self._layers, self._trace, self._move = info, tuple(layers), trace, move
         self._schedule = config.schedule(info.total)
+        self._descend = descend if config.mode == "paper" else descend_unguarded
         self._rows = [
             row for row in range(len(encoded.embeds)) if encoded.marked[row // encoded.images_per_prompt].subjects
         ]
@@ -75,7 +76,7 @@ class BindingRun(ExtensionRun):
                     )
                 else:
                     self._columns[row] = locate_subjects(marked.subjects, marked.length)
-        self._anchor: _AnchorTrajectory | None = None
+        self._anchor: AnchorTrajectory | None = None
         self._previous: dict[int, Tensor] = {}
         self._replaced, self._last, self._given, self._assembled = False, -1, None, None
         self._trace.subjects = {
@@ -115,11 +116,9 @@ class BindingRun(ExtensionRun):
         changed = {**call, "encoder_hidden_states": self._assembled}
         if moved is not None:
             if self._config.mode == "paper":
-                self._move(call["timestep"], moved)
+                self._move(call["timestep"], moved / _input_scale(scheduler, call["timestep"]))
             batch = call["sample"].shape[0]
-            changed["sample"] = shift_latents(
-                call["sample"], moved.repeat(batch // len(moved), 1, 1, 1) * _input_scale(scheduler, call["timestep"])
-            )
+            changed["sample"] = shift_latents(call["sample"], moved.repeat(batch // len(moved), 1, 1, 1))
         return changed
 
     def _is_ours(self, text: Any) -> bool:
@@ -133,11 +132,13 @@ class BindingRun(ExtensionRun):
         )
 
     def _optimise(self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]) -> Tensor | None:
-        """Change the embeddings as this step asks for; returns what the images' latents are moved by, or None."""
+        """Change the embeddings as this step asks for; returns what the UNet's input is moved by, or None."""
         schedule, moved = self._schedule, None
         if schedule.replace_step is not None and step >= schedule.replace_step and not self._replaced:
             self._substitute()
-        if step >= max(schedule.bind_steps, schedule.focus_steps) or _steps_from_its_own(scheduler):
+        if step >= max(schedule.bind_steps, schedule.focus_steps):
+            return None
+        if self._config.mode == "paper" and _steps_from_its_own(scheduler):
             return None
         if self._config.mode == "paper" and self._config.optimise != "text" and "last_sample" in vars(scheduler):
             raise ValueError(
@@ -149,7 +150,7 @@ class BindingRun(ExtensionRun):
             if step < schedule.bind_steps:
                 self._bind(call, step, scheduler, passes)
             if step < schedule.focus_steps:
-                moved = self._focus(call, step, scheduler, passes)
+                moved = self._focus(call, step, passes)
         self._assembled = None
         return moved
 
@@ -165,11 +166,15 @@ class BindingRun(ExtensionRun):
             )
         self._replaced, self._assembled = True, None
 
-    def _focus(self, call: Mapping[str, Any], step: int, scheduler: Any, passes: Passes) -> Tensor | None:
-        """Move embeddings and latents down the losses on the maps; returns what the latents are moved by."""
+    def _focus(self, call: Mapping[str, Any], step: int, passes: Passes) -> Tensor | None:
+        """Move embeddings and latents down the losses on the maps; returns what the UNet's input is moved by.
+
+        Step sizes are for the UNet's input, whatever the scheduler multiplies its latents by to make it.
+        """
         config, text_dtype = self._config, call["encoder_hidden_states"].dtype
         step_size = config.step_size_at(step, self._info.total)
-        scale = _input_scale(scheduler, call["timestep"])
+        if config.merge or config.mode == "reference":
+            call = drop_pooled_text(call)
         images, batch = len(self._text), call["sample"].shape[0]
         moved = torch.zeros_like(call["sample"][-images:, : self._unet.config.out_channels], dtype=self._text.dtype)
         seen: dict[int, tuple[Tensor, tuple[int, int]]] = {}
@@ -177,12 +182,12 @@ class BindingRun(ExtensionRun):
         def evaluate(rows: Sequence[int], values: Sequence[Tensor]) -> Tensor:
             text, shift = values
             arguments = take_rows(call, [batch - images + row for row in rows])
-            arguments["sample"] = shift_latents(arguments["sample"], shift * scale)
+            arguments["sample"] = shift_latents(arguments["sample"], shift)
             maps, size = passes.maps(arguments, text.to(text_dtype), self._zero_rows(rows))
             seen.update((row, (maps[i : i + 1].detach(), size)) for i, row in enumerate(rows))
             return torch.stack([self._loss(maps[i : i + 1], row, size) for i, row in enumerate(rows)])
 
-        found = descend(
+        found = self._descend(
             self._rows,
             [
                 Leaf(self._text, None if config.optimise == "latents" else step_size, self._movable),
@@ -200,7 +205,8 @@ class BindingRun(ExtensionRun):
         return None if config.optimise == "text" else moved
 
     def _loss(self, maps: Tensor, row: int, size: tuple[int, int]) -> Tensor:
-        target = Target(self._columns[row], size, self._previous.get(row), self._config.detach_min)
+        reference = self._config.mode == "reference"
+        target = Target(self._columns[row], size, self._previous.get(row), reference, self._config.detach_min)
         return sum(weight * LOSSES[name](maps, target)[0] for name, weight in self._config.losses)
 
     def _is_done(self, row: int, step: int, loss: float, pixels: int) -> bool:
@@ -260,7 +266,7 @@ class BindingRun(ExtensionRun):
             errors = wanted[list(rows)].to(token.dtype) - predicted.to(token.dtype)
             return errors.square().flatten(1).mean(1)
 
-        found = descend(
+        found = self._descend(
             range(len(places)),
             [Leaf(tokens, self._config.bind_step_size)],
             evaluate,
@@ -279,25 +285,17 @@ class BindingRun(ExtensionRun):
         images, batch = len(self._text), call["sample"].shape[0]
         if batch != 2 * images:
             raise ValueError('mode="reference" needs classifier-free guidance (guidance_scale above 1)')
-        timestep = call["timestep"]
+        timestep, sample, channels = call["timestep"], base["sample"], self._unet.config.out_channels
         if self._anchor is None:
-            self._anchor = _AnchorTrajectory(base["sample"] / _input_scale(scheduler, timestep), scheduler)
-        base["sample"] = self._anchor.scheduler.scale_model_input(self._anchor.latents, timestep)
+            self._anchor = AnchorTrajectory(sample[:, :channels] / _input_scale(scheduler, timestep), scheduler)
+        base["sample"] = torch.cat([self._anchor.scale(timestep), sample[:, channels:]], 1)
         wanted = passes.prediction(base, phrases)
-        repeats = [row for row in self._rows for _ in self._columns[row].anchors]
-        null = take_rows(call, [batch - 2 * images + row for row in repeats])
-        null["sample"] = base["sample"]
-        nothing = passes.prediction(null, null["encoder_hidden_states"])
-        noise = nothing + self._pipe().guidance_scale * (nothing - wanted)
-        self._anchor.latents = self._anchor.scheduler.step(noise, timestep, self._anchor.latents).prev_sample
+        null = [batch - 2 * images + row for row in self._rows for _ in self._columns[row].anchors]
+        nothing = passes.prediction(base, call["encoder_hidden_states"][null])
+        pipe = self._pipe()
+        rescale = getattr(pipe, "guidance_rescale", 0.0)
+        self._anchor.step(wanted, nothing, timestep, pipe.guidance_scale, rescale)
         return wanted
-
-
-class _AnchorTrajectory:
-    """The released code's latents for binding, one for each subject: from the initial noise, guided away from it."""
-
-    def __init__(self, latents: Tensor, scheduler: Any) -> None:
-        self.latents, self.scheduler = latents, copy.deepcopy(scheduler)
 
 
 def _input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
@@ -308,4 +306,7 @@ def _input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
 
 def _steps_from_its_own(scheduler: Any) -> bool:
     """Return whether the coming step is a corrector's, which ignores the latents that it is given."""
-    return any(isinstance(vars(scheduler).get(name), Tensor) for name in ("cur_sample", "sample"))
+    state = vars(scheduler)
+    if "order_list" in state:  # the single-step solver, which keeps its latents after the last step that needs them
+        return scheduler.step_index is not None and scheduler.order_list[scheduler.step_index] > 1
+    return any(isinstance(state.get(name), Tensor) for name in ("cur_sample", "sample"))

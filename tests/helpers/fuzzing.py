@@ -1,0 +1,143 @@
+"""Operators on hostile operands: what difffast/ops/__init__.py promises of one call, and many draws."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hostile_operands as hostile
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from operator_cases import OPERATORS, Case, reach
+
+from difffast import ops
+from difffast.ops._dispatch import CannotRunError
+
+#: What runs on CPUs.  Numbers of "sdpa" are PyTorch's own; Triton's interpreter is too slow for many draws.
+ON_CPU = ("reference", "onednn", "cpp")
+_F32, _F64, _BF16 = torch.float32, torch.float64, torch.bfloat16
+#: Rounding errors of operands, for which a result may change as well.
+_ULPS = {_F32: 8, _BF16: 8, _F64: 1e4}
+
+
+def compute(function, operands, dtype, gradient):
+    """Return what ``function`` makes of operands in a dtype, or its gradients for weights that are the same always."""
+    made = {name: x.to(dtype) if x.dtype != dtype else x for name, x in operands.items()}
+    if not gradient:
+        with torch.no_grad():
+            return function(**made)
+    leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
+    generator = torch.Generator().manual_seed(0)
+    out = function(**leaves)
+    loss = sum((x.double() * torch.randn(x.shape, generator=generator, dtype=_F64)).sum() for x in out)
+    return torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+
+
+def shift(case, dtype, seed):
+    """Return the operands in float64, each number changed by some rounding errors."""
+    generator = torch.Generator().manual_seed(seed)
+    by = _ULPS[dtype] * torch.finfo(dtype).eps
+    return {
+        name: x.double() * (1 + by * torch.randn(x.shape, generator=generator, dtype=_F64))
+        for name, x in case.operands.items()
+    }
+
+
+def largest(x, dimensions):
+    """Return the largest numbers over the last dimensions."""
+    return x.flatten(x.ndim - dimensions).amax(-1) if dimensions and x.numel() else x
+
+
+@dataclasses.dataclass
+class Expected:
+    """What a case should give: in float64, and as plain PyTorch has it in the dtype of the computation."""
+
+    case: Case
+    gradient: bool
+
+    def __post_init__(self):
+        self.dtype = next(iter(self.case.operands.values())).dtype
+        wide = _F64 if self.dtype == _F64 else _F32
+        self.exact = compute(self.case.define, self.case.operands, _F64, self.gradient)
+        self.eager = compute(self.case.define, self.case.operands, wide, self.gradient)
+        self.finite = [a.isfinite() & b.isfinite() for a, b in zip(self.exact, self.eager, strict=True)]
+        self.nowhere = [~a.isfinite() & ~b.isfinite() for a, b in zip(self.exact, self.eager, strict=True)]
+        self.shifted = None
+
+    def check(self, backend, found):
+        """Check one backend's results."""
+        assert len(found) == len(self.exact)
+        for i, ours in enumerate(found):
+            message = f"{backend}: result {i} of {self.case}{' (gradients)' if self.gradient else ''}"
+            assert ours.shape == self.exact[i].shape, message
+            assert ours[self.finite[i]].isfinite().all(), f"not finite here: {message}"
+            assert not ours[self.nowhere[i]].isfinite().any(), f"finite, and not in the reference: {message}"
+            self.check_error(i, ours, message)
+
+    def check_error(self, i, ours, message):
+        """Check the error: four times eager's, the shift by rounded operands, a floor; a share has one bound."""
+
+        def keep(x):
+            return torch.where(self.finite[i], x, 0.0)
+
+        dimensions = self.exact[i].ndim if self.gradient else self.case.shares[i]
+        exact, eps, tiny = self.exact[i], torch.finfo(self.dtype).eps, torch.finfo(self.dtype).smallest_normal
+        error = largest(keep((ours.double() - exact).abs()), dimensions)
+        eager = largest(keep((self.eager[i].to(self.dtype).double() - exact).abs()), dimensions)
+        size = max(reach(x) for x in self.case.operands.values())
+        floor = 8 * eps * largest(keep(exact.abs()), dimensions) + 1e3 * tiny * size
+        if self.dtype == _F64:  # where nobody is more exact than the other, and eager is the definition itself
+            floor = floor + 1e3 * eps * size * max(self.case.sizes.values(), default=1.0)
+        if self.gradient:
+            floor = floor + 64 * eps * [*self.case.sizes.values(), *[1.0] * 9][i]
+        if (error <= 4 * eager + floor).all():
+            return
+        moved = [largest(keep((other[i] - exact).abs().nan_to_num(0, 0, 0)), dimensions) for other in self.shift()]
+        beyond = error - 4 * eager - floor - torch.stack(moved).amax(0)
+        assert (beyond <= 0).all(), f"error {float(beyond.max())} too large: {message}"
+
+    def shift(self):
+        """Return what the definition makes of four sets of operands that differ by rounding errors."""
+        if self.shifted is None:
+            made = [shift(self.case, self.dtype, seed) for seed in range(4)]
+            self.shifted = [compute(self.case.define, each, _F64, self.gradient) for each in made]
+        return self.shifted
+
+
+def check(case, gradient, backends):
+    """Check a case on backends; one that cannot run is passed over, and must say why."""
+    expected = Expected(case, gradient)
+    for backend in backends:
+        try:
+            with ops.use_backend(backend, case.operator):
+                found = compute(case.call, case.operands, expected.dtype, gradient)
+        except CannotRunError as error:
+            assert "was forced but cannot run" in str(error)  # noqa: PT017
+            continue
+        expected.check(backend, found)
+
+
+@st.composite
+def cases(draw, operator):
+    """Draw a case of an operator, finite or not; the maps of attention_entropy are never in half precision."""
+    dtypes = [_F32, _F64] if operator == "attention_entropy" else [_F32, _F32, _F32, _BF16, _F64]
+    gradient = draw(st.integers(0, 4)) == 4
+    wild = hostile.wild_kinds if "norm" not in operator else st.sampled_from(["one infinite", "one nan"])
+    kinds = hostile.kinds if gradient or draw(st.booleans()) else hostile.kinds | wild
+    case = draw(OPERATORS[operator](draw(st.sampled_from(dtypes)), kinds))
+    assume(case.spread > (1e4 if gradient else 16))
+    return case, gradient
+
+
+def run(operator, draws, backends=ON_CPU):
+    """Check so many draws of an operator."""
+    backends = [b for b in backends if b in ops.OPERATORS[operator] and ops.missing(b) is None]
+
+    @settings(
+        max_examples=draws, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(cases(operator))
+    def every(drawn):
+        check(*drawn, backends)
+
+    every()

@@ -1,0 +1,355 @@
+"""One call of each operator, drawn at random, and its definition in plain PyTorch, written anew from the docstrings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import hostile_operands as hostile
+import torch
+import torch.nn.functional as F
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+
+from difffast import ops
+
+Results = tuple[Tensor, ...]
+
+
+@dataclasses.dataclass
+class Case:
+    """A call.
+
+    Attributes:
+        operands: the tensors, by name.
+        call: calls the operator with such operands.
+        define: computes the definition, in the dtype of the operands.
+        shares: for each result, how many of its last dimensions belong together: one error is allowed for all.
+        about: the other arguments, for messages.
+        spread: by how many rounding errors numbers differ that are divided by what they differ by.
+        sizes: for each operand, how large the terms are that cancel in its gradient, some one weight of the results.
+    """
+
+    operator: str
+    operands: dict[str, Tensor]
+    call: Callable[..., Results]
+    define: Callable[..., Results]
+    shares: tuple[int, ...]
+    about: dict
+    sizes: dict[str, float] = dataclasses.field(default_factory=dict)
+    spread: float = math.inf
+
+    def __repr__(self):
+        of = {name: (tuple(x.shape), x.stride(), x.storage_offset()) for name, x in self.operands.items()}
+        return f"{self.operator}({of}, {self.about}, {next(iter(self.operands.values())).dtype})"
+
+
+def reach(*tensors):
+    """Return the product of the largest finite absolute values, each at least 1."""
+    return math.prod(float(x.double().nan_to_num(0, 0, 0).abs().max().clamp(1)) if x.numel() else 1.0 for x in tensors)
+
+
+def attention_sizes(operands, factor):
+    """Return the terms of softmax's gradients, with all keys and values."""
+    q, keys, values = (
+        torch.cat([x.flatten() for name, x in operands.items() if name.endswith(end)]) for end in ("q", "k", "v")
+    )
+    of = {"q": reach(keys, values), "k": reach(q, values), "v": 1 / max(abs(factor), 1e-30)}
+    return {name: abs(factor) * of[name[-1]] for name in operands}
+
+
+def norm_sizes(operands, z, groups, eps):
+    """Return the terms of the norm's gradients; ``z`` is what is normalised, in float64."""
+    by_group = z.reshape(z.shape[0], groups, math.prod(z.shape[1:]) // groups)
+    apart = by_group - by_group.mean(-1, keepdim=True)
+    rstd = (apart.square().mean(-1, keepdim=True) + eps).rsqrt()
+    n, scale = reach(apart * rstd), 1 + reach(operands["scale"]) if "scale" in operands else 1.0
+    inner = reach(rstd, operands["weight"]) * scale * n * n
+    of_scale = reach(operands["weight"]) * n + reach(operands["bias"])
+    outer = {"weight": scale * n, "bias": scale, "scale": of_scale, "shift": 1.0}
+    return {name: outer.get(name, inner) for name in operands}
+
+
+def find_spread(z, groups, dtype):
+    """Return by how many rounding errors the numbers of a group differ, at least; groups of equal ones do not count."""
+    by_group = z.reshape(z.shape[0], groups, math.prod(z.shape[1:]) // groups)
+    spread = (by_group - by_group.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+    ratios = spread / (torch.finfo(dtype).eps * by_group.abs().amax(-1))
+    return min([math.inf, *ratios[spread > 0].tolist()])
+
+
+def attend(q, keys, values, scale, sink=0, tokens=()):
+    """Attention by its definition -> out, and the mean over heads of the probabilities of tokens."""
+    logits = q @ keys.transpose(-1, -2) * scale
+    logits = torch.cat([logits, logits.new_zeros(*logits.shape[:-1], sink)], -1)
+    p = logits.softmax(-1)[..., : keys.shape[2]]
+    maps = p[..., list(tokens)].mean(1)
+    return p @ values, maps
+
+
+def normalise(z, groups, weight, bias, eps, silu, scale=None, shift=None):
+    """GroupNorm by its definition, the variance from the differences to the mean."""
+    rows = (*z.shape[:2], *(1 for _ in z.shape[2:]))
+    one = (1, *rows[1:])
+    if z.dtype == torch.float32 and z.numel():  # what PyTorch makes of it
+        u = torch.group_norm(z.contiguous().flatten(2), groups, weight, bias, eps).reshape(z.shape)
+    else:
+        by_group = z.reshape(z.shape[0], groups, math.prod(z.shape[1:]) // groups)
+        apart = by_group - by_group.mean(-1, keepdim=True)
+        n = (apart / (apart.square().mean(-1, keepdim=True) + eps).sqrt()).reshape(z.shape)
+        u = n * weight.reshape(one) + bias.reshape(one)
+    if scale is not None:
+        u = u * (1 + scale.reshape(rows)) + shift.reshape(rows)
+    return F.silu(u) if silu else u
+
+
+def draw_operands(draw, shapes, dtype, kinds):
+    seed = draw(hostile.seeds)
+    made = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        made[name] = hostile.make(shape, dtype, draw(kinds), draw(hostile.layouts), seed + i)
+    return made
+
+
+_sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 33, 65])
+_keys = st.sampled_from([1, 2, 7, 15, 16, 17, 64, 76, 77, 80, 128])
+_dims = st.sampled_from([1, 2, 3, 8, 15, 16, 17, 40])
+_few = st.sampled_from([1, 2, 3])
+_scales = st.sampled_from([None, 1.0, 0.1, -2.0, 30.0])
+
+
+def _tokens(draw, keys):
+    if draw(st.booleans()):
+        return None
+    return draw(st.lists(st.integers(0, keys - 1), min_size=1, max_size=4))
+
+
+@st.composite
+def cross_attention(draw, dtype, kinds):
+    rows, repeats = draw(_few), draw(_few)
+    heads, queries, keys, dim = draw(_few), draw(st.sampled_from([0, 1, 2, 33, 64, 65, 70])), draw(_keys), draw(_dims)
+    scale, sink, tokens = draw(_scales), draw(st.sampled_from([0, 1, 5])), _tokens(draw, keys)
+    batch = 0 if draw(st.integers(0, 9)) == 9 else rows * repeats
+    rows = draw(st.sampled_from([0, rows])) if not batch else rows
+    shapes = {"q": (batch, heads, queries, dim), "k": (rows, heads, keys, dim), "v": (rows, heads, keys, dim)}
+
+    def call(q, k, v):
+        result = ops.cross_attention(q, k, v, scale=scale, sink=sink, map_tokens=tokens)
+        return (result,) if tokens is None else result
+
+    def define(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[0] // max(1, rows), 0) for x in (k, v))
+        factor = dim**-0.5 if scale is None else scale
+        return attend(q, k, v, factor, sink, tokens or ())[: 1 if tokens is None else 2]
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    about = {"scale": scale, "sink": sink, "tokens": tokens}
+    sizes = attention_sizes(operands, dim**-0.5 if scale is None else scale)
+    return Case("cross_attention", operands, call, define, (2, 2), about, sizes)
+
+
+@st.composite
+def self_attention(draw, dtype, kinds):
+    batch, heads = draw(st.sampled_from([1, 2, 0])), draw(_few)
+    queries, keys, dim = draw(st.sampled_from([1, 2, 33, 64, 65, 70, 0])), draw(_keys | st.just(150)), draw(_dims)
+    scale = draw(_scales)
+    shapes = {"q": (batch, heads, queries, dim), "k": (batch, heads, keys, dim), "v": (batch, heads, keys, dim)}
+
+    def call(q, k, v):
+        return (ops.self_attention(q, k, v, scale=scale),)
+
+    def define(q, k, v):
+        return attend(q, k, v, dim**-0.5 if scale is None else scale)[:1]
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    sizes = attention_sizes(operands, dim**-0.5 if scale is None else scale)
+    return Case("self_attention", operands, call, define, (2,), {"scale": scale}, sizes)
+
+
+@st.composite
+def joint_attention(draw, dtype, kinds):
+    rows, repeats, heads, dim = draw(_few), draw(_few), draw(_few), draw(_dims)
+    queries, texts, pixels = draw(st.sampled_from([1, 2, 33, 65, 0])), draw(_keys), draw(_sizes | st.just(0))
+    scale, tokens = draw(_scales), _tokens(draw, texts)
+    batch = 0 if draw(st.integers(0, 9)) == 9 else rows * repeats
+    rows = draw(st.sampled_from([0, rows])) if not batch else rows
+    text, pixel = (rows, heads, texts, dim), (batch, heads, pixels, dim)
+    shapes = {"q": (batch, heads, queries, dim), "text_k": text, "text_v": text, "k": pixel, "v": pixel}
+
+    def call(q, text_k, text_v, k, v):
+        result = ops.joint_attention(q, text_k, text_v, k, v, scale=scale, map_tokens=tokens)
+        return (result,) if tokens is None else result
+
+    def define(q, text_k, text_v, k, v):
+        text_k, text_v = (x.repeat_interleave(q.shape[0] // max(1, rows), 0) for x in (text_k, text_v))
+        factor = dim**-0.5 if scale is None else scale
+        keys, values = torch.cat([text_k, k], 2), torch.cat([text_v, v], 2)
+        return attend(q, keys, values, factor, 0, tokens or ())[: 1 if tokens is None else 2]
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    sizes = attention_sizes(operands, dim**-0.5 if scale is None else scale)
+    return Case("joint_attention", operands, call, define, (2, 2), {"scale": scale, "tokens": tokens}, sizes)
+
+
+@st.composite
+def group_norm_silu(draw, dtype, kinds):
+    size, groups, silu = draw(st.sampled_from([1, 2, 3, 16, 20])), draw(st.sampled_from([1, 2, 5])), draw(st.booleans())
+    rows, repeats, channels = draw(_few), draw(_few), size * groups
+    batch = 0 if draw(st.integers(0, 9)) == 9 else rows * repeats
+    pixels = draw(st.sampled_from([(1,), (2,), (1, 1), (1, 3), (5, 7), (33,), (9, 8)]))
+    # Plain PyTorch rounds the sum of half-precision numbers, before the norm: its error is of another kind.
+    addends = [None] if dtype == torch.bfloat16 else [None, "rows", "whole"]
+    addend, modulated = draw(st.sampled_from(addends)), draw(st.booleans())
+    eps, last = draw(st.sampled_from([1e-5, 1e-6, 1e-3])), draw(st.booleans())
+    shapes = {"x": (batch, channels, *pixels), "weight": (channels,), "bias": (channels,)}
+    if addend is not None:
+        shapes["addend"] = (rows if batch else 0, channels, *(pixels if addend == "whole" else ()))
+    if modulated:
+        shapes |= {"scale": (batch, channels), "shift": (batch, channels)}
+
+    def call(x, weight, bias, **more):
+        return (ops.group_norm_silu(x, groups, weight, bias, eps, silu=silu, **more),)
+
+    def add(x, addend):
+        if addend is None:
+            return x
+        addend = addend if addend.ndim > 2 else addend.reshape(*addend.shape, *(1 for _ in pixels))
+        return x + (addend.repeat_interleave(x.shape[0] // addend.shape[0], 0) if x.shape[0] else addend)
+
+    def define(x, weight, bias, addend=None, scale=None, shift=None):
+        return (normalise(add(x, addend), groups, weight, bias, eps, silu, scale, shift),)
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    if last and len(pixels) == 2:
+        operands["x"] = operands["x"].contiguous(memory_format=torch.channels_last)
+    z = add(*(operands[n].double() if n in operands else None for n in ("x", "addend")))
+    about = {"groups": groups, "eps": eps, "silu": silu}
+    sizes, spread = norm_sizes(operands, z, groups, eps), find_spread(z, groups, dtype)
+    return Case("group_norm_silu", operands, call, define, (len(pixels),), about, sizes, spread)
+
+
+@st.composite
+def skip_norm_silu(draw, dtype, kinds):
+    groups, size = draw(st.sampled_from([1, 2, 5])), draw(st.sampled_from([1, 2, 3, 16]))
+    channels = max(2, groups * size)
+    groups = groups if channels % groups == 0 else 1
+    own = draw(st.integers(1, channels - 1))
+    rows, repeats, silu = draw(st.sampled_from([1, 2, 3, 0])), draw(_few), draw(st.booleans())
+    pixels = draw(st.sampled_from([(1,), (2,), (1, 1), (1, 3), (5, 7), (33,), (9, 8)]))
+    eps, last = draw(st.sampled_from([1e-5, 1e-6, 1e-3])), draw(st.booleans())
+    shapes = {
+        "hidden": (rows * repeats, own, *pixels),
+        "skip": (rows, channels - own, *pixels),
+        "weight": (channels,),
+        "bias": (channels,),
+    }
+    kept = -(-own // (channels // groups)) * (channels // groups)
+
+    def call(hidden, skip, weight, bias):
+        return ops.skip_norm_silu(hidden, skip, groups, weight, bias, eps, silu)
+
+    def join(hidden, skip):
+        return torch.cat([hidden, skip.repeat_interleave(repeats, 0)], 1)
+
+    def define(hidden, skip, weight, bias):
+        both = normalise(join(hidden, skip), groups, weight, bias, eps, silu)
+        return both[:, :kept], both[::repeats, kept:]
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    if last and len(pixels) == 2:
+        operands["hidden"] = operands["hidden"].contiguous(memory_format=torch.channels_last)
+    about = {"groups": groups, "eps": eps, "silu": silu}
+    z = join(operands["hidden"].double(), operands["skip"].double())
+    sizes, spread = norm_sizes(operands, z, groups, eps), find_spread(z, groups, dtype)
+    return Case("skip_norm_silu", operands, call, define, (len(pixels), len(pixels)), about, sizes, spread)
+
+
+@st.composite
+def attention_entropy(draw, dtype, kinds):
+    batch, pixels, words = draw(st.sampled_from([1, 2, 3, 0])), draw(_sizes), draw(st.sampled_from([1, 2, 5, 12, 127]))
+    columns = 1 + words + draw(st.sampled_from([0, 1, 7]))
+    anchors = draw(st.lists(st.integers(1, words), min_size=1, max_size=3, unique=True))
+    options = {
+        "tau": draw(st.sampled_from([0.5, 1.0, 1e-2])),
+        "eps": draw(st.sampled_from([1e-5, 1e-3])),
+        "weight": draw(st.sampled_from([2.0, -1.0])),
+        "detach_min": draw(st.booleans()),
+    }
+
+    def call(maps):
+        return (ops.attention_entropy(maps, anchors, words, **options),)
+
+    def rise_of(maps):
+        b = (maps[:, :, 1 : words + 1] / options["tau"]).softmax(-1)[:, :, [a - 1 for a in anchors]]
+        least = b.min(1, keepdim=True).values
+        rise = b - (least.detach() if options["detach_min"] else least)
+        return rise, rise.sum(1, keepdim=True)
+
+    def define(maps):
+        rise, total = rise_of(maps)
+        p = torch.where(total == 0, 0, rise / torch.where(total == 0, 1, total))
+        return (-options["weight"] * (p * (p + options["eps"]).log()).sum((1, 2)),)
+
+    operands = draw_operands(draw, {"maps": (batch, pixels, columns)}, dtype, kinds)
+    # Columns that are below 2^-125 in every pixel count as zero.
+    largest = (operands["maps"].double()[:, :, 1 : words + 1] / options["tau"]).softmax(-1).amax(1)
+    assume(not ((largest > 0) & (largest < 1e-30)).any())
+    total = rise_of(operands["maps"].double())[1]
+    sizes = {"maps": 12 * abs(options["weight"]) / options["tau"] * reach(1 / total[total > 0])}
+    about = {"anchors": anchors, "words": words, **options}
+    return Case("attention_entropy", operands, call, define, (0,), about, sizes)
+
+
+@st.composite
+def geglu(draw, dtype, kinds):
+    shape = draw(st.sampled_from([(2,), (3, 8), (0, 4), (2, 0), (2, 3, 34), (1, 130), (65, 6)]))
+
+    def define(x):
+        value, gate = x[..., : shape[-1] // 2], x[..., shape[-1] // 2 :]
+        if x.dtype == torch.float32:  # what PyTorch makes of it
+            return (value * F.gelu(gate),)
+        return (value * (gate * 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))),)
+
+    operands = draw_operands(draw, {"x": shape}, dtype, kinds)
+    return Case("geglu", operands, lambda x: (ops.geglu(x),), define, (1,), {})
+
+
+@st.composite
+def linear(draw, dtype, kinds):
+    inner, outer = draw(st.sampled_from([1, 2, 17, 64, 0])), draw(st.sampled_from([1, 3, 16, 65, 0]))
+    leading = draw(st.sampled_from([(1,), (3,), (2, 65), (0,), (), (2, 3, 5)]))
+    shapes = {"x": (*leading, inner), "weight": (outer, inner)}
+    if draw(st.booleans()):
+        shapes["bias"] = (outer,)
+
+    def define(x, weight, bias=None):
+        y = (x[..., None, :] * weight).sum(-1)
+        return (y if bias is None else y + bias,)
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    return Case("linear", operands, lambda **o: (ops.linear(**o),), define, (1,), {})
+
+
+@st.composite
+def repeat_batch(draw, dtype, kinds):
+    shape = draw(st.sampled_from([(1,), (3,), (2, 3), (0, 2), (2, 0), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 4)]))
+    repeats = draw(st.integers(1, 4))
+
+    def define(x):
+        return (torch.stack([x[i // repeats] for i in range(repeats * shape[0])]) if shape[0] else x,)
+
+    operands = draw_operands(draw, {"x": shape}, dtype, kinds)
+    if draw(st.booleans()) and len(shape) == 4:
+        operands["x"] = operands["x"].contiguous(memory_format=torch.channels_last)
+    return Case("repeat_batch", operands, lambda x: (ops.repeat_batch(x, repeats),), define, (1,), {"repeats": repeats})
+
+
+OPERATORS = {
+    each.__name__: each
+    for each in (
+        attention_entropy, cross_attention, geglu, group_norm_silu, joint_attention, linear, repeat_batch,
+        self_attention, skip_norm_silu,
+    )
+}  # fmt: skip
