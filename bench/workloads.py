@@ -198,6 +198,8 @@ class Images:
     def _count(self, _module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> None:
         self._outputs += output.shape[0]
 
+    _count.observes = True  # or it would run at every step
+
 
 class _UNetClock:
     """In place of ``pipe.unet``: remembers how long its calls took, without waiting for a GPU in between."""

@@ -54,7 +54,8 @@ def test_a_replay_is_what_runs_eagerly(recorded, plan):
     report, counts = patch(**PLANS[plan])
     for run, right in zip(runs, expected, strict=True):
         assert largest(latents(pipe, steps=11, **run), right) == 0
-        assert not report.last_run.reasons
+        few = "every step runs in full: with 11 steps"  # which presets say
+        assert all(reason.startswith(few) for reason in report.last_run.reasons)
     assert counts["replays"] > counts["warm-ups"]
     assert report.programs.kept == counts["recordings"]
 

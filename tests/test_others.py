@@ -62,9 +62,20 @@ def test_exact_lets_it_do_what_it_does(pipe, others):
         stock, calls = run(pipe), seen.copy()
         seen.clear()
     with both(pipe, others, "exact") as (_, seen), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "difffast: attn2 layers run stock")
+        warnings.filterwarnings("ignore", "difffast: (attn2 layers run stock|no layer is fused: .* has been replaced)")
         assert largest(run(pipe), stock) <= EXACT_FLOAT32
         assert seen == calls
+
+
+def test_a_hook_that_only_looks_on_changes_nothing(pipe):
+    def look(*_):
+        seen.append(1)
+
+    look.observes, seen = True, []
+    pipe.unet.mid_block.register_forward_hook(look)
+    with patched(pipe, propagation=FeatureReuse(2)) as report:
+        run(pipe)
+    assert len(seen) == report.last_run.key < report.last_run.total
 
 
 def test_it_comes_and_goes_in_the_middle_of_a_run(pipe):

@@ -91,7 +91,7 @@ class Conditioning:
                 return held.settled
             if can_compare(given):
                 if held.is_intact() and torch.equal(held.settled, given):
-                    if not same and self.remade is None:
+                    if not same and self.remade is None and path[0] not in self._remakes:
                         self.remade = path[0]
                     return held.settled
             elif path[0] in self._remakes or (same and not counted and not key):

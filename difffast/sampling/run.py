@@ -98,6 +98,8 @@ class SamplingRun:
     def _respect_contents(self) -> None:
         """Fit the plan to what is in the UNet: others' code runs as it would in the stock loop."""
         foreign, coupled = self._contents.foreign, self._contents.coupled
+        if self.fused and self._contents.replaced:
+            self.state.note(f"no layer is fused: {foreign}")
         if foreign is not None:
             self._run_every_step(foreign)
         elif coupled is not None and self.state.plan.max_batch != 1:
@@ -319,6 +321,8 @@ class SamplingRun:
         if self._conditioning.remade is not None:
             name = self._conditioning.remade
             self.state.record(f"{name} is made anew at every step with equal values, which are compared")
+        if index in self.state.plan.full_steps:
+            return  # changed on purpose
         if change is not None and self.state.alone and self.state.plan.shares:
             self.state.note(f"{change} changes at every step, so that steps share nothing; give the same one again")
         self.state.alone = change is not None

@@ -55,10 +55,14 @@ def name_foreign_class(cls: type) -> str | None:
 
 
 def name_foreign_hook(module: nn.Module) -> str | None:
-    """Return what somebody else has wrapped around a module, or None."""
+    """Return what somebody else has wrapped around a module, or None.
+
+    A hook with a true attribute ``observes`` only looks on, and need not see every step.
+    """
     own = vars(module)
     for kind in ("_forward_hooks", "_forward_pre_hooks"):
-        if any(not is_known(find_origin(hook)) for hook in own[kind].values()):
+        hooks = (hook for hook in own[kind].values() if not getattr(hook, "observes", False))
+        if any(not is_known(find_origin(hook)) for hook in hooks):
             return "a hook that is not one of Diffusers' own"
     forward = own.get("forward")
     if forward is not None and not is_known(find_origin(forward)):
