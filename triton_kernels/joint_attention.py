@@ -84,8 +84,10 @@ def _attend(
     t_in = t < n_keys
     s = tl.where(t_in[None, :], s * scale_log2, -float("inf"))
     higher = tl.maximum(peak, tl.max(s, 1))
-    p = tl.exp2(s - higher[:, None])
-    fade = tl.exp2(peak - higher)
+    # While all logits are minus infinity, subtracting the largest would give NaN for keys that count for nothing.
+    shift = tl.where(higher == -float("inf"), 0.0, higher)
+    p = tl.exp2(s - shift[:, None])
+    fade = tl.exp2(peak - shift)
     values = load_columns(v, t * v_stride_n, t_in, v_stride_d, tl.arange(0, WIDTH), D).to(DOT)
     # Rounded to the type of the input as a tensor-core operand must be, also where DOT is wider (interpreter).
     weights = p.to(v.dtype.element_ty).to(DOT)
