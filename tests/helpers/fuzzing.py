@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import hostile_operands as hostile
 import torch
@@ -114,8 +115,12 @@ class Expected:
 
 
 def check(case, gradient, backends):
-    """Check a case on backends; one that cannot run is passed over, and must say why."""
-    expected = Expected(case, gradient)
+    """Check a case on backends; one that cannot run is passed over, and must say why.
+
+    Returns:
+        The backends that ran.
+    """
+    expected, ran = Expected(case, gradient), []
     for backend in backends:
         try:
             with ops.use_backend(backend, case.operator):
@@ -124,6 +129,8 @@ def check(case, gradient, backends):
             assert "was forced but cannot run" in str(error)  # noqa: PT017
             continue
         expected.check(backend, found)
+        ran.append(backend)
+    return ran
 
 
 @st.composite
@@ -139,7 +146,8 @@ def cases(draw, operator):
 
 
 def run(operator, draws, backends=ON_CPU):
-    """Check so many draws of an operator."""
+    """Check so many draws of an operator; each backend must run a fifth of them, or it was not tried."""
+    ran = Counter()
     backends = [b for b in backends if b in ops.OPERATORS[operator] and ops.missing(b) is None]
 
     @settings(
@@ -147,6 +155,7 @@ def run(operator, draws, backends=ON_CPU):
     )
     @given(cases(operator))
     def every(drawn):
-        check(*drawn, backends)
+        ran.update(check(*drawn, backends))
 
     every()
+    assert all(ran[backend] >= draws / 5 for backend in backends), ran
