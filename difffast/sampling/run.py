@@ -98,8 +98,8 @@ class SamplingRun:
     def _respect_contents(self) -> None:
         """Fit the plan to what is in the UNet: others' code runs as it would in the stock loop."""
         foreign, coupled = self._contents.foreign, self._contents.coupled
-        if self.fused and self._contents.replaced:
-            self.state.note(f"no layer is fused: {foreign}")
+        if self.fused and self._contents.replaced is not None:
+            self.state.note(f"no layer is fused: {self._contents.replaced}")
         if foreign is not None:
             self._run_every_step(foreign)
         elif coupled is not None and self.state.plan.max_batch != 1:
@@ -207,7 +207,7 @@ class SamplingRun:
             stock: whether the UNet's own forward runs.
             engine: what executes the call.
         """
-        fused = self.fused and not stock and not self._contents.replaced
+        fused = self.fused and not stock and self._contents.replaced is None
         sinks = self._map_sinks()
         if not (fused or sinks):
             return None
@@ -288,7 +288,7 @@ class SamplingRun:
             return stock(**{**call, "return_dict": False})[0]
 
         engine = self._execution.find_engine(unet, self._contents.foreign, maps=bool(self._map_sinks()))
-        fused = self.fused and not self._contents.replaced
+        fused = self.fused and self._contents.replaced is None
         with use_context(self.make_context(call, stock=False, engine=engine)):
             execute, prepared = self._execution.prepare(ProgramCall(unet, call, fused, self._kv), engine)
             follows = self._execution.follows_user

@@ -43,14 +43,16 @@ class Contents:
     Attributes:
         changes: how often it was found changed, but for values: of weights, and the scales of LoRAs.
         foreign: the first that is not one of the known libraries' own, as a sentence's subject and verb; or None.
-        replaced: whether a class's own ``forward`` or ``__call__`` has been replaced: operators cannot stand in for it.
+        replaced: which known class's ``forward`` or ``__call__`` has been replaced, for which no operator can stand
+            in, as a sentence; or None.
         coupled: the name of a processor of Diffusers' that may mix the samples of a batch; or None.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         self._unet = weakref.ref(unet)
         self.changes = 0
-        self._reasons: list[str] = []
+        self._seen = 0  # changes, of values as well
+        self._latest: str | None = None
         self._lock = threading.Lock()
         self._collect()
 
@@ -59,26 +61,29 @@ class Contents:
         with self._lock:
             switches = self._read_switches()
             if not self._is_same_structure():
-                self._reasons.append(self._find_change())
+                self._take_note(self._find_change())
                 self.changes += 1
                 self._collect()
             elif not _are_equal(switches, self._switches):
-                self._reasons.append(self._name_switch(switches))
+                self._take_note(self._name_switch(switches))
                 self.changes += 1
                 self._switches = switches
             self._compare_values()
-            return len(self._reasons)
+            return self._seen
 
     def name_change(self, seen: int) -> str | None:
-        """Return the first thing that has changed since :meth:`look` returned ``seen``, or None."""
-        return self._reasons[seen] if seen < len(self._reasons) else None
+        """Return the latest thing that has changed since :meth:`look` returned ``seen``, or None."""
+        return self._latest if seen < self._seen else None
+
+    def _take_note(self, change: str) -> None:
+        self._seen, self._latest = self._seen + 1, change
 
     def _compare_values(self) -> None:
         scales, versions = self._read_scales(), self._read_versions()
         if not _are_close(scales, self._scales):
-            self._reasons.append("the LoRA's scale")
+            self._take_note("the LoRA's scale")
         elif versions != self._versions:
-            self._reasons.append("a weight")
+            self._take_note("a weight")
         self._scales, self._versions = scales, versions
 
     def _collect(self) -> None:
@@ -104,7 +109,7 @@ class Contents:
         self._weights = [weight for weight in held if weight is not None and not weight.is_inference()]
         self._structure = self._read_structure()
         self._switches, self._scales, self._versions = self._read_switches(), self._read_scales(), self._read_versions()
-        self.replaced = any(map(_is_replaced, self._classes)) or not _is_own_attention()
+        self.replaced = next(filter(None, map(_name_replaced, self._classes)), _name_other_attention())
         self.foreign = next(_list_foreign(unet), None)
         self.coupled = next(
             (type(p).__qualname__ for p in processors if not type(p).__module__.startswith(_SEPARATE)), None
@@ -177,17 +182,20 @@ def _list_foreign(unet: nn.Module) -> Iterator[str]:
         reason = None if processor is None else name_foreign_class(plain_class(processor))
         if reason is not None:
             yield f"{where} has the attention processor {reason}"
-    if not _is_own_attention():
-        yield "scaled_dot_product_attention has been replaced"
+    reason = _name_other_attention()
+    if reason is not None:
+        yield reason
 
 
-def _is_replaced(cls: type) -> bool:
-    """Return whether a class is a known one with a method from elsewhere; layers tell subclasses themselves."""
-    return is_known(cls.__module__) and find_replaced(cls) is not None
+def _name_replaced(cls: type) -> str | None:
+    """Say which method of a known class comes from elsewhere, if one does; layers tell subclasses themselves."""
+    method = find_replaced(cls) if is_known(cls.__module__) else None
+    return None if method is None else f"{cls.__qualname__}.{method} has been replaced"
 
 
-def _is_own_attention() -> bool:
-    return is_known(getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or "torch.")
+def _name_other_attention() -> str | None:
+    known = is_known(getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or "torch.")
+    return None if known else "scaled_dot_product_attention has been replaced"
 
 
 def _are_equal(ours: Any, theirs: Any) -> bool:

@@ -179,8 +179,8 @@ def from_picture_and_embedding(pipe: Any, inputs: Inputs) -> Tensor:
         return zoo.image_to_image(pipe, inputs, prompt=None, num_images_per_prompt=1, **texts)
 
 
-def variation() -> Any:
-    """A pipeline whose text is one token, made from a picture."""
+def image_encoder(width: int) -> Any:
+    """An image encoder whose embeddings have a width."""
     config = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -188,11 +188,16 @@ def variation() -> Any:
         num_attention_heads=2,
         image_size=32,
         patch_size=16,
-        projection_dim=64,
+        projection_dim=width,
     )
+    return zoo.seeded(CLIPVisionModelWithProjection, config)
+
+
+def variation() -> Any:
+    """A pipeline whose text is one token, made from a picture."""
     return zoo.sd(
         "StableDiffusionImageVariationPipeline",
-        image_encoder=lambda _: zoo.seeded(CLIPVisionModelWithProjection, config),
+        image_encoder=lambda _: image_encoder(64),
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     )()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import hostile_operands as hostile
 import torch
@@ -113,9 +114,13 @@ class Expected:
         return self.shifted
 
 
-def check(case, gradient, backends):
-    """Check a case on backends; one that cannot run is passed over, and must say why."""
-    expected = Expected(case, gradient)
+def check(expected, backends):
+    """Check a case on backends; one that cannot run is passed over, and must say why.
+
+    Returns:
+        The backends that ran.
+    """
+    case, gradient, ran = expected.case, expected.gradient, []
     for backend in backends:
         try:
             with ops.use_backend(backend, case.operator):
@@ -124,29 +129,51 @@ def check(case, gradient, backends):
             assert "was forced but cannot run" in str(error)  # noqa: PT017
             continue
         expected.check(backend, found)
+        ran.append(backend)
+    return ran
 
 
 @st.composite
-def cases(draw, operator):
+def cases(draw, operator, wild):
     """Draw a case of an operator, finite or not; the maps of attention_entropy are never in half precision."""
     dtypes = [_F32, _F64] if operator == "attention_entropy" else [_F32, _F32, _F32, _BF16, _F64]
-    gradient = draw(st.integers(0, 4)) == 4
-    wild = hostile.wild_kinds if "norm" not in operator else st.sampled_from(["one infinite", "one nan"])
-    kinds = hostile.kinds if gradient or draw(st.booleans()) else hostile.kinds | wild
+    gradient = not wild and draw(st.integers(0, 4)) == 4
+    beyond = hostile.wild_kinds if "norm" not in operator else st.sampled_from(["one infinite", "one nan"])
+    kinds = hostile.kinds
+    if wild:
+        kinds = beyond if draw(st.booleans()) else kinds | beyond
     case = draw(OPERATORS[operator](draw(st.sampled_from(dtypes)), kinds))
     assume(case.spread > (1e4 if gradient else 16))
     return case, gradient
 
 
 def run(operator, draws, backends=ON_CPU):
-    """Check so many draws of an operator."""
+    """Check so many draws of an operator, a quarter of them with operands that are not finite, or overflow.
+
+    Each backend must run a fifth of the draws, and one in ten of the quarter must give what is not finite, or neither
+    was tried.
+    """
+    ran, wild_ones = Counter(), []
     backends = [b for b in backends if b in ops.OPERATORS[operator] and ops.missing(b) is None]
 
-    @settings(
-        max_examples=draws, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(cases(operator))
-    def every(drawn):
-        check(*drawn, backends)
+    def draw(wild, examples):
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases(operator, wild))
+        def every(drawn):
+            expected = Expected(*drawn)
+            ran.update(check(expected, backends))
+            if wild:
+                wild_ones.append(any(x.any() for x in expected.nowhere))
 
-    every()
+        every()
+
+    draw(False, draws - draws // 4)
+    draw(True, draws // 4)
+    assert all(ran[backend] >= draws / 5 for backend in backends), ran
+    assert sum(wild_ones) >= draws // 40, f"{sum(wild_ones)} of {len(wild_ones)}"

@@ -12,14 +12,12 @@ from unittest import mock
 import diffusers
 import torch
 import zoo
-from adapter_zoo import despite, draw, from_one_picture, kandinsky, of_embedding
+from adapter_zoo import despite, draw, from_one_picture, image_encoder, kandinsky, of_embedding
 from sampling import picture
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
 )
@@ -32,20 +30,6 @@ _OTHER = Inputs("two cats", seed=1, images=2, size=(64, 32))
 _OTHER_SQUARE = replace(_OTHER, size=(64, 64))
 #: The same of those that make one picture at a time.
 _OTHER_SINGLE = replace(_OTHER, images=1)
-
-
-def image_encoder() -> Any:
-    """An image encoder as wide as the text encoder."""
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        projection_dim=_WIDTH,
-    )
-    return zoo.seeded(CLIPVisionModelWithProjection, config)
 
 
 def image_processor() -> Any:
@@ -65,7 +49,7 @@ def prior_parts(prefix: str = "prior_") -> dict[str, Any]:
     return {
         "prior": prior,
         "prior_prior": prior,
-        "prior_image_encoder": image_encoder(),
+        "prior_image_encoder": image_encoder(_WIDTH),
         "prior_text_encoder": zoo.seeded(CLIPTextModelWithProjection, base["text_encoder"].config),
         "prior_tokenizer": base["tokenizer"],
         "prior_scheduler": scheduler,
@@ -173,7 +157,7 @@ def unclip(pipeline: str) -> Callable[[], Any]:
             "unet": zoo.unet(**layout),
             "image_normalizer": zoo.seeded(StableUnCLIPImageNormalizer, embedding_dim=_WIDTH),
             "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-            "image_encoder": image_encoder(),
+            "image_encoder": image_encoder(_WIDTH),
             "feature_extractor": image_processor(),
         }
         return zoo.build(pipeline, parts)
