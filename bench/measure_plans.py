@@ -72,7 +72,7 @@ class Cell:
         pipe: the embedded pipeline, whose scheduler is replaced.
         solver: a name of :func:`solvers`.
         steps: denoising steps.
-        images: how many are searched with, and how many a plan is chosen by.
+        images: how many a plan is chosen by; half as many are searched with.
     """
 
     def __init__(self, pipe: Any, solver: str, steps: int, images: int) -> None:
@@ -80,7 +80,7 @@ class Cell:
         pipe.scheduler = solvers()[solver](pipe.scheduler.config)
         pipe.scheduler.set_timesteps(steps)
         self.total = len(pipe.scheduler.timesteps)
-        self._searched, self._chosen = (draw_captions(seed, images) for seed in (SEARCHED, CHOSEN))
+        self._searched, self._chosen = draw_captions(SEARCHED, max(1, images // 2)), draw_captions(CHOSEN, images)
         self._expected = self._call(self._chosen, steps)
 
     def measure(self) -> dict[str, Any]:
