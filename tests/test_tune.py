@@ -123,9 +123,7 @@ def test_bad_values(pipe, options, message):
         tune(pipe, 8, **options)
 
 
-def test_plans_are_searched_and_weighed_against_presets_and_fewer_steps(
-    pipe, calls, tmp_path, monkeypatch
-):
+def test_plans_are_searched_and_weighed_against_presets_and_fewer_steps(pipe, calls, tmp_path, monkeypatch):
     stock = latents(pipe, steps=14)
     monkeypatch.setattr(tune_module, "SEARCH_PROMPTS", ["three", "one"])
     options = {"prompts": ["one", "two"], "repeats": 1, "cache": tmp_path / "plans.json"}
