@@ -59,7 +59,7 @@ def test_two_prompts_in_a_batch_equal_each_alone(pipe64, name):
     torch.testing.assert_close(both, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("steps, gate", [(10, 4), (25, 10)])
+@pytest.mark.parametrize(("steps", "gate"), [(10, 4), (25, 10)])
 def test_t_gate_runs_no_cross_attention_and_one_half_after_its_gate(pipe, steps, gate):
     queries, whole = Calls(pipe, "attn2.to_q"), Calls(pipe, "conv_in")
     layers = sum(name.endswith("attn2") for name, _ in pipe.unet.named_modules())
@@ -94,7 +94,7 @@ def test_t_gate_without_guidance_freezes_the_text_alone(pipe):
     assert all(torch.equal(each, attention.outputs[2]) for each in attention.outputs[3:])
 
 
-@pytest.mark.parametrize("steps, runs", [(20, 11), (30, 14), (40, 16)])
+@pytest.mark.parametrize(("steps", "runs"), [(20, 11), (30, 14), (40, 16)])
 def test_spectrum_runs_as_many_steps_as_published(pipe, steps, runs):
     """In stable-diffusion.cpp it is 1.82, 2.14 and 2.50 times as fast as stock (pull request 1322)."""
     whole, last = Calls(pipe, "conv_in"), Calls(pipe, "conv_out")
@@ -166,7 +166,7 @@ def test_in_bfloat16_only_the_unet_is_rounded(pipe):
     assert {weight.dtype for weight in pipe.unet.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("spacing, first, last", [("leading", 901, 1), ("trailing", 999, 99)])
+@pytest.mark.parametrize(("spacing", "first", "last"), [("leading", 901, 1), ("trailing", 999, 99)])
 def test_the_timesteps_of_both_spacings(pipe, spacing, first, last):
     with peers.with_spacing(pipe, spacing):
         latents(pipe, steps=10)
