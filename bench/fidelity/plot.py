@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .curve import LIKENESS, find_dominated, likeness_of, share_of, trace_curve
+from .tables import plot_name
 
+#: Nobody sees a difference above so many dB: ways that are the same as stock, but for rounding, stand at the top.
+_INVISIBLE = 60.0
 _GREY = "0.65"
 _COLOURS = {"preset": "C3", "plan": "C0", "peer": "C2"}
 _TITLES = {"preset": "presets of difffast", "plan": "forecasts of difffast", "peer": "peers"}
@@ -24,11 +25,12 @@ def plot_cell(name: str, record: Mapping[str, Any], folder: Path) -> None:
     """Draw a cell as ``fidelity-CELL.png`` and ``.svg``.
 
     A way's point is its median PSNR, its whisker reaches down to the 10th percentile.  What stock with fewer steps
-    beats in the same time is grey.  Pictures that are the same as stock's stand at the top.
+    beats in the same time, in either, is grey.
     """
     rows = {name: row for name, row in record["rows"].items() if row["ratios"]}
-    finite = [value for row in rows.values() for of in LIKENESS if math.isfinite(value := likeness_of(row, of))]
-    top = max(finite, default=40.0) + 4
+    shown = [likeness_of(row, of) for row in rows.values() for of in LIKENESS]
+    shown = [value for value in shown if value < _INVISIBLE]
+    top = max(shown, default=40.0) + 4
     stock = statistics.median(rows["stock"]["seconds"])
     figure = Figure(figsize=(13, 7), layout="constrained")
     axis = figure.subplots()
@@ -39,7 +41,7 @@ def plot_cell(name: str, record: Mapping[str, Any], folder: Path) -> None:
         label = "stock with fewer steps" + (", 10th percentile" if of == "psnr_p10_db" else "")
         axis.plot(stock * shares[known], reached[known], style, color="black", linewidth=1.2, label=label)
         if of == "psnr_db":
-            axis.fill_between(stock * shares[known], reached[known], min(finite, default=0), color="0.94", zorder=0)
+            axis.fill_between(stock * shares[known], reached[known], min(shown, default=0), color="0.94", zorder=0)
     _plot_ways(axis, rows, stock, top)
     axis.axvline(stock, color="black", linewidth=0.6, linestyle="--")
     axis.set(xlabel="seconds for one picture (share of stock's in the same round, times stock's median)")
@@ -49,11 +51,6 @@ def plot_cell(name: str, record: Mapping[str, Any], folder: Path) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     for kind in ("png", "svg"):
         figure.savefig(folder / f"{plot_name(name)}.{kind}", dpi=110)
-
-
-def plot_name(cell: str) -> str:
-    """Return the stem of a cell's plot."""
-    return "fidelity-" + re.sub(r"[^a-z0-9]+", "-", cell.lower().replace("+", "p")).strip("-")
 
 
 def _plot_ways(axis: Axes, rows: Mapping[str, Any], stock: float, top: float) -> None:
@@ -73,6 +70,6 @@ def _plot_ways(axis: Axes, rows: Mapping[str, Any], stock: float, top: float) ->
         # Names would lie on top of each other.
         axis.annotate(str(number), (seconds, median), ha="center", va="center", fontsize=7, color="white", zorder=4)
     if dominated:
-        axis.plot([], [], "o", color=_GREY, label="beaten by stock with fewer steps")
+        axis.plot([], [], "o", color=_GREY, label="beaten by fewer steps, in either")
     for number, name in enumerate(numbered, 1):
         axis.plot([], [], linestyle="none", label=f"{number}  {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +105,14 @@ def _show_cell(cell: str, record: Mapping[str, Any]) -> str:
         f"PSNR and lost: against stock with all steps. {machine(record)}."
     )
     summary = f"<details>\n<summary>{cell}: {len(record['rows'])} ways</summary>"
-    return "\n".join([summary, "", *lines, "", note, "", "</details>"])
+    drawn = [f"![Seconds against likeness](../bench/results/{plot_name(cell)}.png)", ""]
+    timed = any(row["ratios"] for row in record["rows"].values())
+    return "\n".join([summary, "", *(drawn if timed else ()), *lines, "", note, "", "</details>"])
+
+
+def plot_name(cell: str) -> str:
+    """Return the stem of a cell's plot."""
+    return "fidelity-" + re.sub(r"[^a-z0-9]+", "-", cell.lower().replace("+", "p")).strip("-")
 
 
 def show_lost(row: Row) -> str:
