@@ -98,6 +98,11 @@ def test_what_a_way_does_tells_its_pictures_apart(pipe):
     assert describe(forecast(2), pipe) != describe(forecast(3), pipe)
     assert describe(forecast(2), pipe) == describe(forecast(2), pipe)
     assert describe(Way("stock", STOCK, 10), pipe) == "stock"
+    peers = {way.name: describe(way, pipe) for way in list_ways(Cell("DDIM", 20), pipe.scheduler.config)}
+    assert "'interval': 3, 'branch': 1" in peers["DeepCache 3, branch 1"]
+    spectrum, slower = (peers[name].split(": ", 1)[1] for name in ("Spectrum", "Spectrum, every 2"))
+    assert spectrum.split()[-1] == slower.split()[-1], "they are written in the same file"
+    assert spectrum != slower
     balanced = Way("balanced", PRESET, 10, lambda pipe: patched(pipe, "balanced"))
     assert describe(balanced, pipe) != describe(dataclasses.replace(balanced, steps=50), pipe)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -116,29 +120,21 @@ def _difffast(preset: str, **options: Any) -> Context:
     return lambda pipe: patched(pipe, preset, **options)
 
 
-def _list_peers() -> dict[str, Context]:
-    def deepcache(interval: int, branch: int) -> Context:
-        return lambda pipe: peers.deepcache(pipe, interval, branch)
-
-    def token_merging(ratio: float) -> Context:
-        return lambda pipe: peers.token_merging(pipe, ratio)
-
-    def t_gate(gate: float) -> Context:
-        return lambda pipe: peers.t_gate(pipe, gate)
-
-    def spectrum(growth: float) -> Context:
-        return lambda pipe: peers.spectrum(pipe, growth=growth)
-
+def _list_peers() -> dict[str, partial[contextlib.AbstractContextManager[Any]]]:
     return {
-        **{f"DeepCache {n}, branch {branch}": deepcache(n, branch) for branch in (0, 1) for n in (2, 3, 5)},
-        **{f"tomesd {ratio:.0%}": token_merging(ratio) for ratio in (0.25, 0.5)},
-        "PAB 2, 4": lambda pipe: peers.pyramid_attention_broadcast(pipe, 2, 4),
+        **{
+            f"DeepCache {interval}, branch {branch}": partial(peers.deepcache, interval=interval, branch=branch)
+            for branch in (0, 1)
+            for interval in (2, 3, 5)
+        },
+        **{f"tomesd {ratio:.0%}": partial(peers.token_merging, ratio=ratio) for ratio in (0.25, 0.5)},
+        "PAB 2, 4": partial(peers.pyramid_attention_broadcast, self_interval=2, cross_interval=4),
         # The paper's gate, and later ones, which keep more of the picture.
-        **{f"T-GATE {gate:.0%}": t_gate(gate) for gate in (0.4, 0.6, 0.8)},
+        **{f"T-GATE {gate:.0%}": partial(peers.t_gate, gate=gate) for gate in (0.4, 0.6, 0.8)},
         # The published window, and one that does not grow.
-        "Spectrum": spectrum(0.5),
-        "Spectrum, every 2": spectrum(0.0),
-        "bfloat16": peers.in_bfloat16,
+        "Spectrum": partial(peers.spectrum),
+        "Spectrum, every 2": partial(peers.spectrum, growth=0.0),
+        "bfloat16": partial(peers.in_bfloat16),
     }
 
 
@@ -149,11 +145,7 @@ def _fewer_steps(cell: Cell, config: Any) -> Iterator[Way]:
             yield Way(f"{STOCK}, {steps} steps", FEWER, steps)
             continue
         for spacing in SPACINGS:
-            yield Way(f"{STOCK}, {steps} steps, {spacing}", FEWER, steps, _spaced(spacing))
-
-
-def _spaced(spacing: str) -> Context:
-    return lambda pipe: peers.with_spacing(pipe, spacing)
+            yield Way(f"{STOCK}, {steps} steps, {spacing}", FEWER, steps, partial(peers.with_spacing, spacing=spacing))
 
 
 def _same_schedule(schedulers: Sequence[Any], steps: int) -> bool:
@@ -168,8 +160,12 @@ def _same_schedule(schedulers: Sequence[Any], steps: int) -> bool:
 def describe(way: Way, pipe: Any) -> str:
     """Return what tells whether pictures of a way can be taken for those of another run: what it does, by its name.
 
-    Presets and plans keep their names when they change, so what is done at every step belongs to it.
+    Presets and plans keep their names when they change, so what is done at every step belongs to it; and of a peer, the
+    file that it is written in.
     """
+    if way.kind == PEER:
+        source = Path(inspect.unwrap(way.context.func).__code__.co_filename).read_bytes()
+        return f"{way.name}: {way.context.keywords} {hashlib.sha256(source).hexdigest()}"
     if way.kind not in (PRESET, PLAN):
         return way.name
     with way.context(pipe) as report:

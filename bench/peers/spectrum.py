@@ -22,11 +22,15 @@ def spectrum(
     window: float = 2.0,
     growth: float = 0.5,
     stop: float = 0.9,
-    degree: int = 4,
-    ridge: float = 0.1,
-    blend: float = 0.5,
+    degree: int = 3,
+    ridge: float = 1.0,
+    blend: float = 0.4,
 ) -> Iterator[None]:
     """Run the UNet at some steps, and elsewhere its last layers alone, on a forecast of the feature before them.
+
+    The paper forecasts this feature.  Its numbers here are those that stable-diffusion.cpp has for UNets (pull request
+    1322).  Of 17 settings of degree, ridge and blend, for features and for the UNet's outputs, they had the smallest
+    errors on the embedded model: relative to the guided output, 0.14 at 25 steps of DPM++ 2M and 0.12 at 20 of Euler.
 
     Args:
         warm_up: the first steps, which run in full.
