@@ -146,14 +146,15 @@ def main() -> None:
         "torch": torch.__version__,
     }
     machine = f"{setting['device']}, {setting['threads']} threads, torch {setting['torch']}"
-    truth = np.stack([features(render(draw_scene(np.random.default_rng([SEED, 1, i])))) for i in range(1000)])
+    drawn = (draw_scene(np.random.default_rng([SEED, 1, i])) for i in range(1000))
+    judging = not (arguments.pictures_only or arguments.times_only)
+    truth = np.stack([features(render(scene)) for scene in drawn]) if judging else None
     for cell in arguments.cells:
         pipe.scheduler = own
         store, ways = fill(pipe, cell, arguments, version, machine)
-        if arguments.pictures_only or arguments.times_only:
-            continue
-        record = {**setting, "rows": judge_cell(store, ways, scenes(arguments.prompts), truth)}
-        write(str(cell), record, arguments.out)
+        if judging:
+            record = {**setting, "rows": judge_cell(store, ways, scenes(arguments.prompts), truth)}
+            write(str(cell), record, arguments.out)
 
 
 def write(cell: str, record: Mapping[str, Any], out: Path) -> None:
