@@ -60,7 +60,11 @@ class Options:
                 f"unknown preset {self.preset!r}{suggest(self.preset, PRESETS)}; available: {', '.join(PRESETS)}"
             )
         for name, kinds, wanted in (
-            ("propagation", Sharing, "a difffast.EncoderPropagation, FeatureReuse, OutputForecast or Plan"),
+            (
+                "propagation",
+                Sharing,
+                "a difffast.EncoderPropagation, FeatureReuse, OutputForecast, MeasuredPlan or Plan",
+            ),
             ("cfg", CfgReuse, "a difffast.CfgReuse"),
             ("binding", Method, "a difffast.SemanticBinding"),
         ):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,12 @@ from .plan import EncoderPropagation, Plan
 from .plan.rows import OuterReuse
 from .plan.search import RowCost
 from .sampling.extension import Extension, ExtensionRun, RunInfo
+from .tune_costs import PromptCosts
 
 #: Longest rows of steps behind a key step that are tried, by kind.
-LONGEST = {"forecast": 3, "half": 2, "outer": 3, "decoder": 2}
+LONGEST = {"forecast": 3, "line": 1, "half": 2, "outer": 3, "decoder": 2}
+#: Steps from which an error is followed to the end.
+_FOLLOWED = 8
 
 
 class Stopped(Exception):  # noqa: N818 - nothing is wrong
@@ -36,12 +40,12 @@ class Record:
     """A run as it was without any approximation.
 
     Attributes:
-        samples: the UNet's input at each step, and the final latents.
-        outputs: what the UNet returned at each step.
+        samples: the UNet's input by step; behind the last, the final latents.
+        outputs: what the UNet returned, by step.
     """
 
-    samples: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Trial(Extension, ExtensionRun):
@@ -69,7 +73,7 @@ class Trial(Extension, ExtensionRun):
         self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]
     ) -> Mapping[str, Any]:
         if self._recording:
-            self.record.samples.append(call["sample"].clone())
+            self.record.samples[step] = call["sample"].clone()
         elif step > self._replayed:
             self.seen[step] = call["sample"].clone()
         if step == self._stop:
@@ -85,7 +89,7 @@ class Trial(Extension, ExtensionRun):
         _synchronize(output)
         self.seconds[step] = time.perf_counter() - self._began
         if self._recording:
-            self.record.outputs.append(output.clone())
+            self.record.outputs[step] = output.clone()
 
 
 def _synchronize(tensor: Tensor) -> None:
@@ -94,105 +98,123 @@ def _synchronize(tensor: Tensor) -> None:
 
 
 class Profile:
-    """What rows of steps cost, measured on one prompt after another.
+    """What rows of steps cost, measured on one prompt, or one batch of prompts, after another.
 
     Args:
-        run: runs the pipeline once with a plan, and an extension that takes part, on a prompt; returns the final
-            latents, or None where the extension has stopped it.
-        total: UNet calls in the schedule.
+        run: runs the pipeline once with a plan, or all steps in full, and an extension that takes part, on prompts;
+            returns the final latents, or None where the extension has stopped it.
+        start, total: the first UNet call that is executed, and how many there are in the schedule.
         kinds: the kinds of steps that are tried, of ``difffast.plan.search.KINDS``.
         branch: of outer steps.
     """
 
     def __init__(
-        self, run: Callable[[Plan, Trial, Any], Tensor | None], total: int, kinds: Sequence[str], branch: int = 0
+        self,
+        run: Callable[[Plan | EncoderPropagation, Trial, Any], Tensor | None],
+        start: int,
+        total: int,
+        kinds: Sequence[str],
+        branch: int = 0,
     ) -> None:
-        self._run, self.total, self._kinds, self._branch = run, total, kinds, branch
-        self._local: dict[tuple[str, int, int], list[float]] = defaultdict(list)  # (kind, key step, length)
-        self._grown: dict[int, list[float]] = defaultdict(list)  # of an error of 1 at a step, by the end
-        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._run, self.start, self.total, self._kinds, self._branch = run, start, total, kinds, branch
+        #: What was measured, prompt by prompt.
+        self.measured: list[PromptCosts] = []
 
     def count_trials(self) -> int:
         """Return how many times :meth:`measure` runs the pipeline for a prompt."""
         return 1 + sum(1 for _ in self._trials())
 
     def measure(self, prompt: Any) -> Iterator[None]:
-        """Measure one prompt; yields after every run."""
-        recorder = Trial()
-        final = self._run(EncoderPropagation(key_steps=1).plan(self.total), recorder, prompt)
+        """Measure one prompt, or a batch of them; yields after every run."""
+        recorder, costs = Trial(), PromptCosts()
+        final = self._run(EncoderPropagation(key_steps=1), recorder, prompt)
         record = recorder.record
-        record.samples.append(final)
-        self._seconds["full"] += recorder.seconds.values()
+        record.samples[self.total] = final
+        seconds = defaultdict(list, full=list(recorder.seconds.values()))
         yield
         for kind, key, length, to_end in self._trials():
-            self._try_row(record, prompt, kind, key, length, to_end=to_end)
+            end = key + 1 + length
+            seen, trial = self._try_row(record, prompt, kind, key, length, to_end=to_end)
+            images = len(final)
+            if to_end:
+                here, there = (_square(seen[at], record.samples[at], images) for at in (end, self.total))
+                costs.followed[str(end)] = list(zip(here, there, strict=True))
+            else:
+                for behind in range(1, length + 1):
+                    at = key + 1 + behind
+                    costs.local[f"{kind} {key} {behind}"] = _square(seen[at], record.samples[at], images)
+                seconds[kind] += [trial.seconds[step] for step in range(key + 1, end)]
             yield
+        costs.seconds = {kind: statistics.median(each) for kind, each in seconds.items()}
+        self.measured.append(costs)
 
     def _trials(self) -> Iterator[tuple[str, int, int, bool]]:
         """Yield (kind, key step, length of the row, whether the run goes on to the end)."""
-        for key in range(self.total - 1):
+        for key in range(self.start, self.total - 1):
             for kind in self._kinds:
-                yield kind, key, min(LONGEST[kind], self.total - 1 - key), False
-        for key in range(0, self.total - 2, 2):
+                if kind != "line" or key > self.start:
+                    yield kind, key, min(LONGEST[kind], self.total - 1 - key), False
+        last = self.total - 3 - self.start
+        for key in sorted(
+            {self.start + round(n * last / (_FOLLOWED - 1)) for n in range(_FOLLOWED)} if last >= 0 else ()
+        ):
             yield "forecast", key, 1, True
 
-    def _try_row(self, record: Record, prompt: Any, kind: str, key: int, length: int, *, to_end: bool) -> None:
+    def _try_row(
+        self, record: Record, prompt: Any, kind: str, key: int, length: int, *, to_end: bool
+    ) -> tuple[dict[int, Tensor], Trial]:
+        """Return the latents by step behind a row that was run, and the trial."""
         end = key + 1 + length
         stop = None if to_end or end == self.total else end
         trial = Trial(record, key if kind in ("outer", "decoder") else key + 1, stop)
         final = self._run(self._plan(kind, key, length), trial, prompt)
-        seen = {**trial.seen, **({} if final is None else {self.total: final})}
-        if to_end:
-            here, there = (_square(seen[at], record.samples[at]) for at in (end, self.total))
-            if here:
-                self._grown[end].append(there / here)
-            return
-        for behind in range(1, length + 1):
-            at = key + 1 + behind
-            self._local[kind, key, behind].append(_square(seen[at], record.samples[at]))
-        self._seconds[kind] += [trial.seconds[step] for step in range(key + 1, end)]
+        return {**trial.seen, **({} if final is None else {self.total: final})}, trial
 
     def _plan(self, kind: str, key: int, length: int) -> Plan:
         """Return the plan in which one row is of a kind, and all other steps run in full."""
         behind = tuple(range(key + 1, key + 1 + length))
-        keys = tuple(step for step in range(self.total) if step not in behind or kind == "half")
+        keys = tuple(step for step in range(self.start, self.total) if step not in behind or kind == "half")
         return Plan(
             total=self.total,
+            start=self.start,
             key_steps=keys,
             max_batch=1,
             reuse=OuterReuse(self._branch) if kind == "outer" else None,
             halves=behind if kind == "half" else (),
-            forecasts=behind if kind == "forecast" else (),
+            forecasts=behind if kind in ("forecast", "line") else (),
+            extrapolate=int(kind == "line"),
         )
 
     def rows(self) -> list[RowCost]:
         """Return what has been measured, for :func:`difffast.plan.search.search_plans`."""
-        full = statistics.median(self._seconds["full"])
+        seconds = {
+            kind: statistics.median(each.seconds[kind] for each in self.measured) for kind in ("full", *self._kinds)
+        }
+        full = seconds["full"]
         found = [RowCost("full", 0, full, (0.0,) * self.total)]
         for kind in self._kinds:
-            each = statistics.median(self._seconds[kind])
             for length in range(1, LONGEST[kind] + 1):
                 errors = tuple(self._error(kind, key, length) for key in range(self.total))
-                found.append(RowCost(kind, length, full + length * each, errors))
+                found.append(RowCost(kind, length, full + length * seconds[kind], errors))
         return found
 
     def _error(self, kind: str, key: int, length: int) -> float:
-        """Return the mean over the prompts of what a row adds to the final latents' squared error."""
-        local = self._local.get((kind, key, length))
-        if not local:
-            return math.inf
-        return statistics.fmean(local) * self._growth(key + 1 + length)
+        """Return the mean over the images of what a row adds to the final latents' squared error."""
+        local = [error for each in self.measured for error in each.local.get(f"{kind} {key} {length}", ())]
+        return statistics.fmean(local) * self._growth(key + 1 + length) if local else math.inf
 
     def _growth(self, at: int) -> float:
         """Return by how much a squared error at a step has grown by the end, between measured steps on a log scale."""
-        known = {step: math.log(statistics.fmean(values)) for step, values in self._grown.items() if values}
-        known[self.total] = 0.0
-        before, after = (max((s for s in known if s <= at), default=min(known)), min(s for s in known if s >= at))
-        if before >= after:
-            return math.exp(known[after])
-        share = (at - before) / (after - before)
-        return math.exp((1 - share) * known[before] + share * known[after])
+        known = {self.total: 0.0}
+        for step in {step for each in self.measured for step in each.followed}:
+            pairs = [pair for each in self.measured for pair in each.followed.get(step, ())]
+            here, there = (sum(each) for each in zip(*pairs, strict=True))
+            if here and there:
+                known[int(step)] = math.log(there / here)
+        steps = sorted(known)
+        return math.exp(float(np.interp(at, steps, [known[step] for step in steps])))
 
 
-def _square(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).square().mean())
+def _square(found: Tensor, expected: Tensor, images: int) -> list[float]:
+    """Return the mean squared error of each image; guidance has a second row for it, which is the same."""
+    return (found[:images].float() - expected[:images].float()).square().flatten(1).mean(1).tolist()

@@ -15,6 +15,7 @@ from .key_steps import (
     scale_published_key_steps,
     space_key_steps,
 )
+from .measured import MeasuredPlan
 from .output_forecast import OutputForecast
 from .rows import OuterReuse
 from .steps import Plan
@@ -225,7 +226,7 @@ class CfgReuse:
 
 
 #: How steps share work: rules for schedules of any length, or a plan for those of its own.
-Sharing = EncoderPropagation | FeatureReuse | OutputForecast | Plan
+Sharing = EncoderPropagation | FeatureReuse | OutputForecast | MeasuredPlan | Plan
 
 
 def _check_degree(config: EncoderPropagation | FeatureReuse, order: int | None) -> None:

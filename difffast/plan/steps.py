@@ -120,11 +120,9 @@ class Plan:
             raise ValueError(f"step {min(runs & set(forecasts))} is a forecast, and so no key step and no half step")
         if check_int("extrapolate", self.extrapolate) not in (0, 1):
             raise ValueError(f"extrapolate must be 0 or 1, got {self.extrapolate!r}")
-        if forecasts and forecasts[0] - self.start <= self.extrapolate:
-            raise ValueError(
-                f"a forecast of degree {self.extrapolate} needs {self.extrapolate + 1} steps before it, "
-                f"got forecasts {forecasts}"
-            )
+        for step in forecasts if self.extrapolate else ():
+            if self.forecast_degree(step) and bisect_left(self.key_steps, step) < 2:
+                raise ValueError(f"a forecast of degree 1 needs 2 steps that run before it, got forecasts {forecasts}")
         check_guard(self.guard)
 
     def add_full_steps(self, steps: Iterable[int]) -> Plan:

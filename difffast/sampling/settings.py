@@ -14,11 +14,21 @@ from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
 from ..engines.user_compiled import UserCompile, find_user_compile
 from ..layers.context import MapSink
-from ..plan import MIN_STEPS, CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
+from ..plan import (
+    LEAST_CALLS,
+    MIN_STEPS,
+    CfgReuse,
+    EncoderPropagation,
+    FeatureReuse,
+    MeasuredPlan,
+    Plan,
+    Sharing,
+)
 from ..support import Support
 from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .calls import find_pipeline_call
 from .extension import Extension
+from .schedule import read_schedule
 from .scheduler_step import override_step
 from .stats import RunStats
 
@@ -147,6 +157,8 @@ class Settings:
         if isinstance(asked, EncoderPropagation):
             kind = self.support.key_steps
             plan = asked.plan(total, start=start, kind=kind, device=device.type, batches=batches)
+        elif isinstance(asked, MeasuredPlan):
+            plan = asked.plan(total, start=start, schedule=read_schedule(self.scheduler(), total))
         elif isinstance(asked, Plan):
             plan = replace(asked.check_total(total), batches=batches).begin_at(start)
         else:
@@ -178,16 +190,22 @@ class Settings:
             return plan.run_in_full(), f"every step runs in full: {why}"
         if plan.shares:
             return plan, None
-        return plan, f"every step runs in full: with {total} steps, all of them are key steps"
+        few = isinstance(self.propagation, MeasuredPlan) and total < LEAST_CALLS
+        why = f"{self.propagation.name!r} shares nothing below {LEAST_CALLS}" if few else "all of them are key steps"
+        return plan, f"every step runs in full: with {total} steps, {why}"
 
     @property
     def shares(self) -> bool:
         """Whether steps are to share anything."""
-        shares = self.propagation.shares if isinstance(self.propagation, Plan) else self.apart != 1
-        return self.cfg is not None or shares
+        asked = self.propagation
+        if isinstance(asked, MeasuredPlan) or self.cfg is not None:
+            return True
+        return asked.shares if isinstance(asked, Plan) else self.apart != 1
 
     @property
     def apart(self) -> Any:
         """How far apart key steps are, or which they are, as it was asked for."""
         config = self.propagation
+        if isinstance(config, MeasuredPlan):
+            return config.name
         return config.interval if isinstance(config, FeatureReuse) else config.key_steps
