@@ -18,14 +18,17 @@ import torch
 from difffast import OutputForecast, patched
 from difffast.presets import PRESETS
 
-#: Name -> (class, what differs from the model's own configuration).
+#: Name, as ``difffast.sampling.schedule`` has it -> (class, what differs from the model's own configuration).
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "DDIM": ("DDIMScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
-    "DPM++ SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM++ 2M SDE Karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
     "Heun": ("HeunDiscreteScheduler", {}),
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
@@ -68,7 +71,7 @@ CELLS = tuple(
         "DDIM": (20, 30, 50),
         "Euler a": (25,),
         "UniPC": (20,),
-        "DPM++ SDE": (20,),
+        "DPM++ 2M SDE Karras": (20,),
         "Heun": (20,),
         "PNDM": (25,),
     }.items()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from difffast.files import write_whole
 
-from .cells import PEER, STOCK, Way
+from .cells import PLAN, PRESET, STOCK, Way
 
 #: Pictures made at once.  Batches begin at multiples of it, so that more prompts leave those before them as they are.
 BATCH = 12
@@ -81,7 +81,7 @@ class Store:
         with contextlib.ExitStack() as stack:
             pipes = {}
             for way in ways:
-                pipes[way.name] = _copy(pipe, own_weights=way.kind != PEER)
+                pipes[way.name] = _copy(pipe, own_weights=way.kind in (PRESET, PLAN))
                 stack.enter_context(way.context(pipes[way.name]))
                 generate(pipes[way.name], way, [prompt], 0)
             for _ in tqdm(range(rounds - min(len(self.times(way)[0]) for way in lacking)), desc="rounds"):
