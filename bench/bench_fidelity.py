@@ -107,6 +107,8 @@ def parse_arguments() -> argparse.Namespace:
     unknown = set(arguments.cells) - set(names)
     if unknown:
         parser.error(f"--cells must name cells of the table, got {'; '.join(sorted(unknown))}")
+    if arguments.prompts < 5:
+        parser.error(f"--prompts must be at least 5, the first with one, two and three things, got {arguments.prompts}")
     if arguments.pictures_only and arguments.times_only:
         parser.error("--pictures-only and --times-only exclude each other")
     arguments.cells = [names[name] for name in arguments.cells]

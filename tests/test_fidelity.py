@@ -334,6 +334,7 @@ def test_the_command_fills_one_cache_in_two_ways_and_writes_the_table(tmp_path, 
     [
         (["--cells", "Euler, 21 steps"], "--cells must name cells of the table, got Euler, 21 steps"),
         (["--pictures-only", "--times-only"], "exclude each other"),
+        (["--prompts", "4"], "--prompts must be at least 5"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):
