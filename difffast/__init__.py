@@ -6,7 +6,7 @@ from . import models
 from .collect import collect_maps
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
-from .plan import CfgReuse, EncoderPropagation, FeatureReuse, OutputForecast, Plan
+from .plan import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, OutputForecast, Plan
 from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
@@ -20,6 +20,7 @@ __all__ = [
     "CfgReuse",
     "EncoderPropagation",
     "FeatureReuse",
+    "MeasuredPlan",
     "OutputForecast",
     "PatchReport",
     "Plan",

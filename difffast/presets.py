@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .plan import CfgReuse, EncoderPropagation, MeasuredPlan, Sharing
 
-#: Relative error of a forecast above which "turbo" takes half of the forecasts back that are left.
-GUARD = 0.5
+#: Error of a forecast, times the share of noise, above which "turbo" takes half of the forecasts back that are left.
+GUARD = 0.4
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_fitted_plans_reach_no_further_than_measured_ones(row, total, name, bend
         most, reach = [(n, d) for value, n, d in allowed if value <= at + 0.05][-1]
         assert count <= most
         assert far <= reach + 1e-9
+
+
+def test_no_preset_is_dominated_by_as_many_steps_of_stock():
+    """As it was measured: at the same number of UNet calls, which for stock is the number of steps."""
+    rows = json.loads((Path(table.__file__).parent / "measured.json").read_text())["rows"]
+    for row in rows:
+        for name, found in row["measured"].items():
+            where = f"{row['solver']}, {row['steps']} steps, {name}"
+            assert found["calls"] == row["plans"][name].count("K"), where
+            assert found["psnr_db"] > found["stock_psnr_db"], where
+            assert found["psnr_db_p10"] >= found["stock_psnr_db_p10"], where
+        assert row["plans"]["turbo"].count("K") <= row["plans"]["balanced"].count("K")
 
 
 def test_other_noise_schedules_of_a_solver_take_its_plans():

@@ -36,6 +36,13 @@ class Schedule:
     solver: str
     log_snr: tuple[float, ...] | None
 
+    @property
+    def noise(self) -> tuple[float, ...] | None:
+        """The share of noise in the latents at every UNet call: its scale where theirs is 1."""
+        if self.log_snr is None:
+            return None
+        return tuple(1 / math.sqrt(1 + math.exp(min(each, 700.0))) for each in self.log_snr)
+
 
 @dataclass(frozen=True)
 class MeasuredRow:
@@ -74,8 +81,9 @@ class MeasuredPlan:
 
     Args:
         name: of a column of the table, "balanced" or "turbo".
-        guard: the relative error of a forecast, measured at the next step that runs, above which half of the forecasts
-            that are left in this run become key steps.  None never measures.
+        guard: the error of a forecast, measured at the next step that runs, above which half of the forecasts that are
+            left in this run become key steps: relative, times the share of noise in the latents, because late errors
+            change little.  None never measures.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or no such column.

@@ -6,6 +6,8 @@ that the last one will do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,11 @@ class Forecasts:
 
     Args:
         state: the run's plan and counts.
+        noise: the share of noise in the latents at each step, by which errors count; None: all errors count alike.
     """
 
-    def __init__(self, state: RunState) -> None:
-        self._state = state
+    def __init__(self, state: RunState, noise: Sequence[float] | None = None) -> None:
+        self._state, self._noise = state, noise
         self._known: list[tuple[int, Tensor]] = []  # (step, output) of steps that ran, latest first
         self._errors: list[tuple[int, Tensor, torch.cuda.Event | None]] = []  # on their way to the host
 
@@ -57,6 +60,8 @@ class Forecasts:
     def _measure(self, index: int, output: Tensor) -> None:
         """Send the error of the last forecast on its way: nothing waits for it here."""
         wrong = (self._predict(index - 1).float() - output.float()).norm() / output.float().norm()
+        if self._noise is not None:
+            wrong = wrong * self._noise[index]
         if not wrong.is_cuda:
             self._errors.append((index, wrong, None))
             return

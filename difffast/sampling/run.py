@@ -86,7 +86,8 @@ class SamplingRun:
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
-        self._forecasts = Forecasts(self.state)
+        guarded = self.state.plan.guard is not None
+        self._forecasts = Forecasts(self.state, first.read_schedule(len(timesteps)).noise if guarded else None)
         self.finished = False
         self._steps = _count_denoising_steps(scheduler, timesteps)
         self._plan_from(0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
@@ -22,6 +23,7 @@ from ..plan import (
     FeatureReuse,
     MeasuredPlan,
     Plan,
+    Schedule,
     Sharing,
 )
 from ..support import Support
@@ -70,6 +72,7 @@ class Settings:
         #: Whether the user has been warned that schedules with too few steps run in full.
         self.warned = False
         self._schedulers: list[Any] = []
+        self._read: tuple[TensorWeakRef, Schedule] | None = None  # of the times that were read last
 
     @property
     def compiled(self) -> bool:
@@ -149,6 +152,15 @@ class Settings:
             swap_out(self._schedulers[-1])
             self._schedulers.pop()
 
+    def read_schedule(self, total: int) -> Schedule:
+        """Return what is known of the scheduler's schedule with ``total`` UNet calls; a schedule is read once."""
+        times = self.timesteps()
+        if times is None or len(times) != total:
+            return read_schedule(self.scheduler(), total)
+        if self._read is None or self._read[0]() is not times:
+            self._read = TensorWeakRef(times), read_schedule(self.scheduler(), total)
+        return self._read[1]
+
     def plan(self, total: int, device: torch.device, start: int = 0) -> Plan:
         """Return the plan of a schedule with ``total`` UNet calls on a device, of which ``start`` is executed first."""
         static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
@@ -158,7 +170,7 @@ class Settings:
             kind = self.support.key_steps
             plan = asked.plan(total, start=start, kind=kind, device=device.type, batches=batches)
         elif isinstance(asked, MeasuredPlan):
-            plan = asked.plan(total, start=start, schedule=read_schedule(self.scheduler(), total))
+            plan = asked.plan(total, start=start, schedule=self.read_schedule(total))
         elif isinstance(asked, Plan):
             plan = replace(asked.check_total(total), batches=batches).begin_at(start)
         else:
