@@ -70,14 +70,15 @@ class Cell:
 
     Args:
         pipe: the embedded pipeline, whose scheduler is replaced.
-        solver: a name of :func:`solvers`.
-        steps: denoising steps.
+        config: of the pipeline's own scheduler.
+        cell: a name of :func:`solvers`, and denoising steps.
         images: how many a plan is chosen by; half as many are searched with.
     """
 
-    def __init__(self, pipe: Any, solver: str, steps: int, images: int) -> None:
-        self.pipe, self.solver, self.steps = pipe, solver, steps
-        pipe.scheduler = solvers()[solver](pipe.scheduler.config)
+    def __init__(self, pipe: Any, config: Any, cell: tuple[str, int], images: int) -> None:
+        self.pipe, (self.solver, self.steps) = pipe, cell
+        steps = self.steps
+        pipe.scheduler = solvers()[self.solver](config)
         pipe.scheduler.set_timesteps(steps)
         self.total = len(pipe.scheduler.timesteps)
         self._searched, self._chosen = draw_captions(SEARCHED, max(1, images // 2)), draw_captions(CHOSEN, images)
@@ -213,10 +214,11 @@ def main() -> None:
         return
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
+    config = dict(pipe.scheduler.config)
     for name in tqdm(arguments.only or every):
         file = arguments.cells / f"{name}.json"
         if not file.is_file():
-            row = Cell(pipe, *every[name], arguments.images).measure()
+            row = Cell(pipe, config, every[name], arguments.images).measure()
             file.write_text(json.dumps(row))
             print(name, row["plans"], row["measured"], flush=True)
 

@@ -29,7 +29,7 @@ PROMPTS = (
     "a portrait of an old man with a hat, oil painting",
     "a street in the rain at night, neon lights",
 )
-#: What plans are searched with; what they are chosen by are other prompts.
+#: What plans are searched with where fewer prompts than ``_ENOUGH`` are given: they are chosen by others.
 SEARCH_PROMPTS = (
     "a green triangle and a yellow ring",
     "a photo of a dog in front of a house",
@@ -37,6 +37,7 @@ SEARCH_PROMPTS = (
 )
 #: Shares of the steps that are tried as fewer steps.
 FEWER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_ENOUGH = 6
 #: Most plans of a search that are tried on other prompts.
 _TRIED = 8
 
@@ -45,11 +46,9 @@ def tune(
     pipe: Pipeline,
     steps: int,
     *,
-    budget: float = 30.0,
-    worst: float | None = None,
+    budget: float | Sequence[float] = 30.0,
     metric: str = "psnr_db",
     prompts: Sequence[str] = PROMPTS,
-    search_prompts: Sequence[str] = SEARCH_PROMPTS,
     candidates: Sequence[Candidate | Sharing] | None = None,
     repeats: int = 2,
     cache: str | Path | None = None,
@@ -66,11 +65,10 @@ def tune(
         pipe: a pipeline that :func:`difffast.patch` takes; it is left as it was.
         steps: denoising steps.
         budget: the worst error that is accepted, as the median over the prompts: the least PSNR in dB, or the largest
-            latent error.
-        worst: the same for the tail, that is, the 10th percentile of PSNR, or the 90th of latent errors.
+            latent error.  Of two numbers the second is for the tail: the 10th percentile of PSNR, the 90th of errors.
         metric: which error it is, "psnr_db" or "latent_error".
-        prompts: the prompts by which candidates are measured and chosen.
-        search_prompts: the prompts that plans are searched with, none of which is one of the others.
+        prompts: the prompts by which candidates are measured and chosen.  Of six and more, every second one is what
+            plans are searched with; for fewer, ``SEARCH_PROMPTS`` are.
         candidates: the ways to choose from, in place of a search; running every step in full is always one of them.
         repeats: how often each candidate is timed on each prompt; take more on a noisy machine.
         cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.
@@ -79,19 +77,21 @@ def tune(
 
     Raises:
         TypeError: ``pipe`` is no pipeline, its call has no such argument, or it lacks one that it needs.
-        ValueError: an unknown metric, no prompts, a prompt for both purposes, a pipeline that cannot be patched, or a
-            cache that holds something else.
+        ValueError: an unknown metric, no prompts, a budget of more than two numbers, a pipeline that cannot be patched,
+            or a cache that holds something else.
         OSError: the cache cannot be written.
     """
     _check(metric, prompts, repeats)
+    middle, tail = _read_budget(budget)
     target = Target.of(pipe)
     check_call(pipe, call)
     key = identify(pipe, steps, call)
     kept = Measurements(cache, key)
     with hide_progress(pipe), tqdm(desc="tune") as progress:
         if candidates is None:
-            _check_apart(prompts, search_prompts)
-            search = PlanSearch(pipe, steps, search_prompts, call, Profiles(cache, key))
+            searched = prompts[1::2] if len(prompts) >= _ENOUGH else [p for p in SEARCH_PROMPTS if p not in prompts]
+            prompts = prompts[::2] if len(prompts) >= _ENOUGH else prompts
+            search = PlanSearch(pipe, steps, searched, call, Profiles(cache, key))
             candidates = _choose_candidates(target, search, steps, call, progress)
         candidates = [each if isinstance(each, Candidate) else Candidate(each) for each in candidates]
         candidates = list(dict.fromkeys([EXACT, *candidates]))
@@ -101,8 +101,8 @@ def tune(
         for candidate in candidates
     ]
     rows.sort(key=lambda row: row.median("seconds"))
-    chosen = next((row.candidate for row in rows if row.inside(metric, budget, worst)), EXACT)
-    return Tuning(chosen, tuple(rows), kept.column("stock", prompts, "seconds"), metric, budget, steps, worst)
+    chosen = next((row.candidate for row in rows if row.inside(metric, middle, tail)), EXACT)
+    return Tuning(chosen, tuple(rows), kept.column("stock", prompts, "seconds"), metric, middle, steps, tail)
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _check(metric: str, prompts: Sequence[str], repeats: int) -> None:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
 
 
-def _check_apart(prompts: Sequence[str], search_prompts: Sequence[str]) -> None:
-    if isinstance(search_prompts, str) or not search_prompts:
-        raise ValueError(f"search_prompts must be a sequence of strings, got {search_prompts!r}")
-    both = [prompt for prompt in search_prompts if prompt in prompts]
-    if both:
-        raise ValueError(f"plans must be chosen by other prompts than they were searched with, got {both[0]!r} in both")
+def _read_budget(budget: float | Sequence[float]) -> tuple[float, float | None]:
+    """Return the budget of the median, and that of the tail or None."""
+    given = tuple(budget) if isinstance(budget, Sequence) else (budget,)
+    if not 1 <= len(given) <= 2 or not all(isinstance(each, (int, float)) for each in given):
+        raise ValueError(f"budget must be a number, or two for the median and the tail, got {budget!r}")
+    return given[0], given[1] if len(given) == 2 else None

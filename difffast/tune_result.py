@@ -113,7 +113,8 @@ class Tuning:
         candidate: the fastest one inside the budget, for ``difffast.patch(pipe, **tuning.options)``.
         rows: every candidate, fastest first.
         stock_seconds: of the unpatched pipeline, per prompt.
-        metric, budget, worst, steps: as they were asked for.
+        metric, budget, steps: as they were asked for.
+        worst: the budget of the tail; None: it has none.
     """
 
     candidate: Candidate

@@ -378,7 +378,8 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
     changed = {name for name, gate in record["gate"].items() if gate["error_to_baseline"] > 1e-4}
     # balanced and turbo approximate from 12 steps on; everyone else who claims to approximate does.
     reuse = {"difffast, reuse 3, branch 0", "difffast, reuse 5, branch 1"}
-    approximate = {"difffast faster-diffusion", "guidance reuse alone", *reuse}
+    plain = {"propagation alone, step by step", "propagation alone, parallel", "the same with shared skips"}
+    approximate = {"difffast faster-diffusion", "guidance reuse alone", *plain, *reuse}
     assert changed == {*approximate, *(provider.name for provider in registry.competitors())}
     assert not is_swapped(pipe.unet)
     assert torch.equal(latents(pipe, steps=STEPS), before)

@@ -360,7 +360,7 @@ def test_what_is_refused(options, error, message):
     ("forecast", "message"),
     [
         (OutputForecast([0, 2, 11], longest=3), "at most 3 steps in a row may be forecast, got 4 up to step 6"),
-        (OutputForecast([0, *range(2, 12)], extrapolate=1), "a forecast of degree 1 needs 2 steps before it"),
+        (OutputForecast([0, *range(2, 12)], extrapolate=1), "a forecast of degree 1 needs 2 steps that run before it"),
     ],
 )
 def test_plans_that_are_refused(forecast, message):

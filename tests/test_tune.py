@@ -114,11 +114,7 @@ def test_a_patched_pipeline_keeps_its_patch_and_its_progress_bar(pipe):
     [
         ({"metric": "lpips"}, "metric must be one of psnr_db, latent_error, got 'lpips'"),
         ({"prompts": []}, "prompts"),
-        ({"search_prompts": []}, "search_prompts must be a sequence of strings, got []"),
-        (
-            {"prompts": ["a", "b"], "search_prompts": ["c", "b"]},
-            "by other prompts than they were searched with, got 'b'",
-        ),
+        ({"budget": (1.0, 2.0, 3.0)}, "budget must be a number, or two for the median and the tail, got (1.0, 2.0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
     ],
 )
@@ -127,10 +123,11 @@ def test_bad_values(pipe, options, message):
         tune(pipe, 8, **options)
 
 
-def test_plans_are_searched_measured_on_other_prompts_and_weighed_against_fewer_steps(pipe, calls, tmp_path):
+def test_plans_are_searched_and_weighed_against_presets_and_fewer_steps(pipe, calls, tmp_path, monkeypatch):
     stock = latents(pipe, steps=14)
-    options = {"prompts": ["one", "two"], "search_prompts": ["three"], "repeats": 1, "cache": tmp_path / "plans.json"}
-    tuning = tune(pipe, 14, budget=25.0, worst=20.0, **options)
+    monkeypatch.setattr(tune_module, "SEARCH_PROMPTS", ["three", "one"])
+    options = {"prompts": ["one", "two"], "repeats": 1, "cache": tmp_path / "plans.json"}
+    tuning = tune(pipe, 14, budget=(25.0, 20.0), **options)
     kinds = {type(row.candidate.propagation) for row in tuning.rows}
     assert kinds == {type(EXACT.propagation), MeasuredPlan, Plan}
     assert {row.candidate.steps for row in tuning.rows} == {None, 6, 7, 8, 10, 11, 13}
@@ -146,7 +143,7 @@ def test_plans_are_searched_measured_on_other_prompts_and_weighed_against_fewer_
     assert "budget: psnr_db at least 25, tail at least 20; 14 steps" in text
     assert torch.equal(latents(pipe, steps=14), stock)
     made = len(calls)
-    assert tune(pipe, 14, budget=25.0, worst=20.0, **options) == tuning
+    assert tune(pipe, 14, budget=(25.0, 20.0), **options) == tuning
     assert len(calls) == made + 1  # one look at the schedule; profile and measurements are in the file
     assert not is_swapped(pipe.unet)
 
@@ -190,10 +187,19 @@ def test_an_interrupted_search_goes_on(pipe, calls, tmp_path):
     assert len(whole) > 3
 
 
-def test_what_a_pipeline_cannot_have_is_not_searched_for():
+def test_every_second_of_many_prompts_is_searched_with(pipe, monkeypatch):
+    given = []
+    monkeypatch.setattr(PlanSearch, "find", lambda self, show: given.extend(self._prompts) or [])
+    tuning = tune(pipe, 8, prompts=list("abcdefg"), repeats=1)
+    assert given == ["b", "d", "f"]
+    assert len(tuning.stock_seconds) == 4
+
+
+def test_what_a_pipeline_cannot_have_is_not_searched_for(monkeypatch):
     pipe = zoo.ROWS["StableDiffusionPAGPipeline"].build()
     pipe.set_progress_bar_config(disable=True)
-    choice = tune(pipe, 8, prompts=["one"], search_prompts=["two"], repeats=1, height=32, width=32)
+    monkeypatch.setattr(tune_module, "SEARCH_PROMPTS", ["two"])
+    choice = tune(pipe, 8, prompts=["one"], repeats=1, height=32, width=32)
     assert not any(row.candidate.cfg for row in choice.rows)
     assert not any(
         row.candidate.propagation.halves for row in choice.rows if isinstance(row.candidate.propagation, Plan)
