@@ -36,7 +36,7 @@ from difffast.plan.search import search_plans
 from difffast.sampling.schedule import name_solver, read_schedule
 from difffast.sites import find_site
 from difffast.tools.demo import device_name
-from difffast.tune_profile import Profile, Stopped, Trial
+from difffast.tuning.profile import Profile, Stopped, Trial
 
 STEPS = (15, 20, 25, 28, 30, 40, 50)
 #: PSNR [dB] against stock that a preset's plan must reach, in the median and in the 10th percentile, and by how much

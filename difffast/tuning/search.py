@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .patch import patched
-from .plan import EncoderPropagation, Plan
-from .plan.search import FoundPlan, RowCost, search_plans
-from .sites import find_site
-from .target import Target
-from .tune_costs import Profiles
-from .tune_profile import Profile, Stopped, Trial
-from .tune_runs import run_once
+from ..patch import patched
+from ..plan import EncoderPropagation, Plan
+from ..plan.search import FoundPlan, RowCost, search_plans
+from ..sites import find_site
+from ..target import Target
+from .costs import Profiles
+from .profile import Profile, Stopped, Trial
+from .runs import run_once
 
 #: Kinds of steps that one plan may mix.
 _MIXED = (

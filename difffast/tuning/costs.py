@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import lock_file, write_whole
-from .tune_cache import make_error, read_file, shorten
+from ..files import lock_file, write_whole
+from .cache import make_error, read_file, shorten
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Profiles:
 
     Args:
         path: of the file; None: none is kept.
-        key: from :func:`difffast.tune_cache.identify`.
+        key: from :func:`difffast.tuning.cache.identify`.
 
     Raises:
         ValueError: the file holds something else.

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .plan import CfgReuse, EncoderPropagation, Plan, Sharing
-from .plots import new_figure, save_figure
-from .presets import PRESETS
-from .renamed import warn_renamed
+from ..plan import CfgReuse, EncoderPropagation, Plan, Sharing
+from ..plots import new_figure, save_figure
+from ..presets import PRESETS
+from ..renamed import warn_renamed
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import EncoderPropagation, Plan
-from .plan.rows import OuterReuse
-from .plan.search import RowCost
-from .sampling.extension import Extension, ExtensionRun, RunInfo
-from .tune_costs import PromptCosts
+from ..plan import EncoderPropagation, Plan
+from ..plan.rows import OuterReuse
+from ..plan.search import RowCost
+from ..sampling.extension import Extension, ExtensionRun, RunInfo
+from .costs import PromptCosts
 
 #: Longest rows of steps behind a key step that are tried, by kind.
 LONGEST = {"forecast": 3, "line": 1, "half": 2, "outer": 3, "decoder": 2}

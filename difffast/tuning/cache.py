@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .files import check_writable, lock_file, write_whole
+from ..files import check_writable, lock_file, write_whole
 
 #: What is kept beside seconds of everything but stock.
 _ERRORS = ("psnr_db", "latent_error")
