@@ -297,3 +297,14 @@ def test_text_encoder_unet_and_vae_are_models_and_every_part_is_timed(pipe):
     assert "seconds: text encoder" in str(run)
     assert [type(module) for module in pipe.vae.modules()] == classes
     assert torch.equal(picture(), expected)
+
+
+def test_a_model_whose_numbers_are_others_is_not_used():
+    class Branching(torch.nn.Linear):  # a trace takes the branch of its own arguments for the only one
+        def forward(self, x):
+            return super().forward(x) + (0 if torch.jit.is_tracing() else 1)
+
+    layer, x = Branching(4, 2), torch.randn(3, 4)
+    model = conversion.convert(layer.forward, layer, [x], "f32")
+    with pytest.raises(RuntimeError, match=r"the converted model is off by .* of its largest number"):
+        conversion._prove(model, [x], [layer(x).detach()])

@@ -37,7 +37,7 @@ class Constants:
         self._watch = Watch(module)
         self._weights = [weight for _, weight in _list_weights(module)]
         self._versions = self._read_versions()
-        self._sums = sum_bits(module)
+        self._sums, self._config = sum_bits(module), _read_config(module)
         self._mark: str | None = None
         self._distrusted = False
 
@@ -47,7 +47,7 @@ class Constants:
             return False
         if self._distrusted:
             self._distrusted = False
-            return sum_bits(module) == self._sums
+            return _read_config(module) == self._config and sum_bits(module) == self._sums
         return True
 
     def _read_versions(self) -> list[int | None]:
@@ -60,7 +60,7 @@ class Constants:
     def mark(self, module: nn.Module) -> str:
         """Return a hash of the weights and of the structure, the same in every process."""
         if self._mark is None:
-            found = hashlib.sha256(repr(self._sums).encode())
+            found = hashlib.sha256(f"{self._sums} {self._config}".encode())
             for name, weight in _list_weights(module):
                 found.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_check_bits(weight)}\n".encode())
             for line in describe_structure(module):
@@ -111,6 +111,12 @@ def _describe_value(value: Any) -> str:
 
 def _list_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return itertools.chain(module.named_parameters(), module.named_buffers())
+
+
+def _read_config(module: nn.Module) -> str:
+    """Return a transformers model's configuration, which it reads while it runs; Diffusers' cannot be written to."""
+    read = getattr(getattr(module, "config", None), "to_dict", None)
+    return "" if read is None else repr({**read(), "_name_or_path": None})
 
 
 def sum_bits(module: nn.Module) -> list[int]:

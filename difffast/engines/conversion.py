@@ -31,6 +31,9 @@ INSTALL = 'pip install "difffast[openvino]"'
 #: The dtypes that models take, and the precision in which they run unless another one is asked for.
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
+#: Largest error, relative to the largest number, of a model against PyTorch's own result; beyond, it is not used.
+LARGEST_ERROR = {"f32": 1e-3, "bf16": 0.25}
+
 
 def find_missing() -> str | None:
     """Return why there is no OpenVINO here, or None."""
@@ -64,7 +67,6 @@ class Model:
     seconds: float = 0.0
     cached: bool = False
     _request: Any = None
-    _taken: tuple[Tensor, ...] = ()
 
     @property
     def precision(self) -> str:
@@ -139,8 +141,27 @@ def convert(function: Callable[..., Any], module: nn.Module, tensors: Sequence[T
         raise RuntimeError(f"the converted model has {len(model.inputs)} inputs, the function {len(tensors)}")
     model.reshape({place: PartialShape(list(tensor.shape)) for place, tensor in enumerate(tensors)})
     weights = sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
-    compiled = _core().compile_model(model, "CPU", _settings(precision))
-    return Model(compiled, traced.output, weights)
+    if any(port.partial_shape.is_dynamic for port in model.outputs):
+        raise RuntimeError("the sizes of its results depend on the arguments' values")
+    converted = Model(_core().compile_model(model, "CPU", _settings(precision)), traced.output, weights)
+    _prove(converted, tensors, traced.results)
+    return converted
+
+
+def _prove(model: Model, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Compare a model with what PyTorch has computed in the trace.
+
+    Raises:
+        RuntimeError: the numbers are others.
+    """
+    found: list[Tensor] = []
+    take_apart(model.run(tensors), found)
+    limit = LARGEST_ERROR[model.precision if model.precision in LARGEST_ERROR else "bf16"]
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
+        error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)) if theirs.numel() else 0.0
+        if error > limit:
+            raise RuntimeError(f"the converted model is off by {error:.1e} of its largest number")
 
 
 def load(blob: bytes, output: Structure, weight_bytes: int, precision: str) -> Model:
@@ -186,11 +207,13 @@ class _Function(nn.Module):
         super().__init__()
         self.module, self._function = module, function
         self.output: Structure = None
+        self.results: tuple[Tensor, ...] = ()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
         self.output = take_apart(self._function(*tensors), found)
-        return tuple(found)
+        self.results = tuple(found)
+        return self.results
 
 
 class _PlainSizes(TorchFunctionMode):

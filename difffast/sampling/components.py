@@ -150,6 +150,8 @@ def run_model(
     reason = component.models.refuse(module)
     if reason is None and is_wrapped(module):
         reason = "it has hooks, or a forward of its own"
+    if reason is None and module.training:
+        reason = "it is in training mode; call eval()"
     if reason is not None:
         _note(f"{name} runs without OpenVINO: {reason}", running)
         return stock()
