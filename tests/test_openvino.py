@@ -9,8 +9,9 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from engine_histories import EngineHistory
-from sampling import latents
+from sampling import latents, picture
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
 from difffast.engines import conversion, model_files
@@ -308,3 +309,18 @@ def test_a_model_whose_numbers_are_others_is_not_used():
     model = conversion.convert(layer.forward, layer, [x], "f32")
     with pytest.raises(RuntimeError, match=r"the converted model is off by .* of its largest number"):
         conversion._prove(model, [x], [layer(x).detach()])
+
+
+@pytest.mark.slow
+def test_controlnet_is_a_model_whose_strength_is_an_input():
+    pipe = zoo.ROWS["StableDiffusionControlNetPipeline"].build()
+    pipe.set_progress_bar_config(disable=True)
+    under = {"image": picture(), "height": 32, "width": 32, "steps": 2}
+    expected = [latents(pipe, controlnet_conditioning_scale=scale, **under) for scale in (1.0, 0.3)]
+    with patched(pipe, "exact", engine="openvino", profile=True) as report:
+        for scale, right in zip((1.0, 0.3), expected, strict=True):
+            assert relative(latents(pipe, controlnet_conditioning_scale=scale, **under), right) <= RELATIVE
+            assert not report.last_run.reasons
+            assert report.programs.kept == 3  # text encoder, ControlNet and UNet
+    assert "ControlNet" in report.last_run.seconds
+    assert not is_swapped(pipe.controlnet)
