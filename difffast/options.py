@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
+from .engines.conversion import find_missing
 from .engines.engine import ENGINES
+from .engines.openvino import PRECISIONS
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
@@ -32,8 +34,10 @@ class PatchOptions(TypedDict, total=False):
     fused: bool | None
     compile: bool
     engine: str | None
+    precision: str | None
     binding: Method | None
     controlnet: str | None
+    profile: bool
     force: bool
 
 
@@ -50,8 +54,10 @@ class Options:
     cfg: CfgReuse | None = None
     fused: bool | None = None
     engine: str | None = None
+    precision: str | None = None
     binding: Method | None = None
     controlnet: str | None = None
+    profile: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -74,9 +80,11 @@ class Options:
         if self.fused is not None and not isinstance(self.fused, bool):
             raise TypeError(f"fused must be True, False or None, got {self.fused!r}")
         _check_switch("force", self.force)
+        _check_switch("profile", self.profile)
         if self.engine is not None and self.engine not in ENGINES:
             names = ", ".join(map(repr, ENGINES))
             raise ValueError(f"unknown engine {self.engine!r}{suggest(self.engine, ENGINES)}; available: {names}, None")
+        _check_precision(self.engine, self.precision)
         if self.controlnet not in (None, *CADENCES):
             names = ", ".join(map(repr, CADENCES))
             raise ValueError(f"controlnet must be one of {names}, None, got {self.controlnet!r}")
@@ -157,12 +165,26 @@ class Options:
             extensions=extensions,
         )
         settings.controlnet = self.controlnet or settings.controlnet
+        settings.precision, settings.profile = self.precision, self.profile
         return settings
 
 
 def _check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_precision(engine: str | None, precision: str | None) -> None:
+    """Refuse an engine that is not installed, and a precision that it does not have."""
+    if precision is not None and engine != "openvino":
+        raise ValueError(f"precision={precision!r} needs engine='openvino', got engine={engine!r}")
+    if precision not in (None, *PRECISIONS):
+        names = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be one of {names}, None, got {precision!r}")
+    if engine == "openvino":
+        missing = find_missing()
+        if missing is not None:
+            raise ModuleNotFoundError(missing)
 
 
 def _check_sharing(sharing: Sharing, target: Target, *, binding: bool) -> None:

@@ -3,7 +3,7 @@
 Where a method has a package, that is used.  The others are written from their papers, as strong as we could make them.
 """
 
-from .packages import deepcache, pyramid_attention_broadcast, token_merging
+from .packages import deepcache, plain_openvino, pyramid_attention_broadcast, token_merging
 from .spectrum import spectrum
 from .stock import in_bfloat16, with_spacing
 from .t_gate import t_gate
@@ -11,6 +11,7 @@ from .t_gate import t_gate
 __all__ = [
     "deepcache",
     "in_bfloat16",
+    "plain_openvino",
     "pyramid_attention_broadcast",
     "spectrum",
     "t_gate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,3 +79,50 @@ def pyramid_attention_broadcast(pipe: Any, self_interval: int, cross_interval: i
             hook.remove()
             for module in hooked(pipe.unet):
                 module._diffusers_hook.remove_hook("pyramid_attention_broadcast", recurse=False)
+
+
+@contextlib.contextmanager
+def plain_openvino(pipe: Any, precision: str) -> Iterator[None]:
+    """OpenVINO as one would use it by hand: the UNet converted once for every shape, in the stock pipeline.
+
+    Args:
+        pipe: the pipeline, whose weights the models copy.
+        precision: "f32" or "bf16".
+    """
+    import openvino
+    import torch
+
+    unet, core, requests = pipe.unet, openvino.Core(), {}
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, sample: Any, timestep: Any, text: Any) -> Any:
+            return stock(sample, timestep, text, return_dict=False)[0]
+
+    def convert(inputs: tuple[Any, ...]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = openvino.convert_model(Call(), example_input=inputs, input=[list(x.shape) for x in inputs])
+        return core.compile_model(model, "CPU", settings).create_infer_request()
+
+    def run(sample: Any, timestep: Any, encoder_hidden_states: Any, **rest: Any) -> Any:
+        unknown = [name for name, value in rest.items() if value is not None and name != "return_dict"]
+        if unknown:
+            raise TypeError(f"the converted UNet takes no {', '.join(unknown)}")
+        inputs = (sample, timestep, encoder_hidden_states)
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in requests:
+            requests[shapes] = convert(inputs)
+        outputs = requests[shapes].infer([x.numpy() for x in inputs], share_inputs=True)
+        return (torch.from_numpy(outputs[0].copy()),)
+
+    stock = unet.forward
+    unet.forward = run
+    try:
+        yield
+    finally:
+        del unet.forward

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.graphs import Graphs
-from ..engines.programs import Programs
 from ..layers.context import CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
@@ -26,7 +24,7 @@ from .cfg_reuse import CfgHalves
 from .conditioning import Conditioning
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
-from .execution import Execution
+from .execution import Engine, Execution
 from .extension import RunInfo
 from .forecasts import Forecasts
 from .outer_layers import OuterLayers
@@ -52,7 +50,7 @@ class SamplingRun:
         settings: Sequence[Settings],
         unet: nn.Module,
         device: torch.device,
-        engines: Mapping[str, Programs | Graphs],
+        engines: Mapping[str, Engine],
     ) -> None:
         first = settings[0]
         scheduler = first.scheduler()
@@ -61,7 +59,8 @@ class SamplingRun:
         self.state = RunState(first.plan(len(timesteps), device), RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
-        self._execution = Execution(self.state, first.engine, first.find_user_compile(), engines, unet, device)
+        user = first.find_user_compile()
+        self._execution = Execution(self.state, first.engine, first.precision, user, engines, unet, device)
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
@@ -198,9 +197,7 @@ class SamplingRun:
         """Return why the residuals of a call cannot belong to the features of another step, or None."""
         return None if self.settings[0].support.exact_only else self._control.refuse(call, step)
 
-    def make_context(
-        self, call: Mapping[str, Any], *, stock: bool, engine: Programs | Graphs | None = None
-    ) -> CallContext | None:
+    def make_context(self, call: Mapping[str, Any], *, stock: bool, engine: Engine | None = None) -> CallContext | None:
         """Return what a call allows its layers; in a stock call, attention maps alone.
 
         Args:

@@ -64,6 +64,10 @@ class Settings:
         self.pipe = weakref.ref(pipe)
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
         self.engine, self.force = engine, force
+        #: Of OpenVINO's models; None: the pipeline's own.
+        self.precision: str | None = None
+        #: Whether the seconds of every part of a call are counted.
+        self.profile = False
         #: Whether ControlNet runs at "every step" or at "key steps" alone.
         outer = isinstance(propagation, FeatureReuse) or (isinstance(propagation, Plan) and propagation.reuse)
         self.controlnet = "every step" if outer else "key steps"
@@ -86,7 +90,7 @@ class Settings:
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        names = ("propagation", "cfg", "fused", "engine", "controlnet")
+        names = ("propagation", "cfg", "fused", "engine", "precision", "controlnet")
         return {name: getattr(self, name) for name in names}
 
     @property
