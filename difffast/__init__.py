@@ -11,6 +11,8 @@ from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
 from .steering.binding.method import SemanticBinding
+from .steering.safe_guard import SafeGuard
+from .steering.suppression.embeds import suppress
 from .tune import tune
 
 __version__ = "0.2.0"
@@ -23,6 +25,7 @@ __all__ = [
     "PatchReport",
     "Plan",
     "ProofReport",
+    "SafeGuard",
     "SemanticBinding",
     "__version__",
     "collect_maps",
@@ -30,6 +33,7 @@ __all__ = [
     "patch",
     "patched",
     "prove",
+    "suppress",
     "tune",
     "unpatch",
 ]
