@@ -11,6 +11,7 @@ from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
 from .steering.binding.method import SemanticBinding
+from .steering.negative_attention import NegativeAttention
 from .steering.safe_guard import SafeGuard
 from .steering.suppression.embeds import suppress
 from .tune import tune
@@ -22,6 +23,7 @@ __all__ = [
     "CfgReuse",
     "EncoderPropagation",
     "FeatureReuse",
+    "NegativeAttention",
     "PatchReport",
     "Plan",
     "ProofReport",

@@ -22,7 +22,7 @@ class PromptCall:
         prompts: the prompts as text; empty where the pipeline was given embeddings.
         embeds: [prompts * images_per_prompt, T, D], the embeddings of the prompts as the pipeline was given them.
         negative: the negative prompts as text; empty where there are none, or embeddings were given.
-        negative_embeds: the negative embeddings that the pipeline was given or made, or None.
+        negative_embeds: the negative embeddings that the pipeline was given, or None.
     """
 
     prompts: tuple[str, ...]
@@ -58,10 +58,9 @@ def watch_encode_prompt(pipe: Any, remember: Callable[[Any, PromptCall], None]) 
         given = signature.bind(self, *args, **kwargs).arguments
         result = plain(self, *args, **kwargs)
         prompts = () if given.get("prompt_embeds") is not None else _as_texts(given.get("prompt"))
-        known = result[1] if len(result) > 1 else None
-        negative = _as_texts(given.get("negative_prompt")) if given.get("negative_prompt_embeds") is None else ()
-        own = given.get("negative_prompt_embeds")
-        remember(self, PromptCall(prompts, result[0], negative, known if own is None else own))
+        embeds = given.get("negative_prompt_embeds")
+        negative = () if embeds is not None else _as_texts(given.get("negative_prompt"))
+        remember(self, PromptCall(prompts, result[0], negative, embeds))
         return result
 
     encode_prompt.__signature__ = signature
