@@ -14,6 +14,7 @@ from .steering.binding.method import SemanticBinding
 from .steering.negative_attention import NegativeAttention
 from .steering.safe_guard import SafeGuard
 from .steering.suppression.embeds import suppress
+from .steering.suppression.method import Suppression
 from .tune import tune
 
 __version__ = "0.2.0"
@@ -29,6 +30,7 @@ __all__ = [
     "ProofReport",
     "SafeGuard",
     "SemanticBinding",
+    "Suppression",
     "__version__",
     "collect_maps",
     "models",
