@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import models
 from .collect import collect_maps
+from .editing import edit
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan
@@ -33,6 +34,7 @@ __all__ = [
     "Suppression",
     "__version__",
     "collect_maps",
+    "edit",
     "models",
     "patch",
     "patched",

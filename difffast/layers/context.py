@@ -51,6 +51,7 @@ class CrossCall:
         keys, values: [Bk, H, T, d] of the call's text, where Bk divides B.
         repeats: time steps in the batch; those of one sample are neighbours.
         size: (height, width) of the latents.
+        watched: whether attention maps of the layer are wanted, which its own attention hands out.
         attend: returns the attention [b, H, N, d] of given queries to given keys and values.
         project: returns the layer's keys and values [Bk, H, T, d] of another text, from where these are kept.
     """
@@ -62,6 +63,7 @@ class CrossCall:
     values: Tensor
     repeats: int
     size: tuple[int, int]
+    watched: bool
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     project: Callable[[TextKV], tuple[Tensor, Tensor]]
 

@@ -256,7 +256,8 @@ def _attend(
         return _operate(query, keys, values, pixels, found.sink)
 
     if context.edit is not None and context.edit.edits_cross(name):
-        out = context.edit.attend(_make_cross_call(layer, name, query, keys, values, context), attend)
+        call = _make_cross_call(layer, name, query, keys, values, context, bool(wanted))
+        out = context.edit.attend(call, attend)
     else:
         out = attend()
     if isinstance(text, tuple):
@@ -265,7 +266,7 @@ def _attend(
 
 
 def _make_cross_call(
-    layer: Any, name: str, query: Tensor, keys: Tensor, values: Tensor, context: CallContext
+    layer: Any, name: str, query: Tensor, keys: Tensor, values: Tensor, context: CallContext, watched: bool
 ) -> CrossCall:
     """Return a layer's call as an edit meets it."""
     repeats = (context.projected or context.text).repeats
@@ -276,7 +277,7 @@ def _make_cross_call(
     def project(kv: TextKV) -> tuple[Tensor, Tensor]:
         return kv.get(layer, read_projections(layer), project_text)
 
-    return CrossCall(layer, name, query, keys, values, repeats, context.size, attend, project)
+    return CrossCall(layer, name, query, keys, values, repeats, context.size, watched, attend, project)
 
 
 def _attend_with_maps(

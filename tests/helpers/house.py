@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steering", "options"),
     ("report", "sites", "tune_runs"),
     ("patch",),
-    ("collect", "tune"),
+    ("collect", "editing", "tune"),
     ("difffast",),
     ("tools",),
 )
