@@ -12,6 +12,8 @@ from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
 from .steering.binding.method import SemanticBinding
+from .steering.inversion.inversion import Inversion
+from .steering.inversion.invert import invert
 from .steering.negative_attention import NegativeAttention
 from .steering.safe_guard import SafeGuard
 from .steering.suppression.embeds import suppress
@@ -25,6 +27,7 @@ __all__ = [
     "CfgReuse",
     "EncoderPropagation",
     "FeatureReuse",
+    "Inversion",
     "NegativeAttention",
     "PatchReport",
     "Plan",
@@ -35,6 +38,7 @@ __all__ = [
     "__version__",
     "collect_maps",
     "edit",
+    "invert",
     "models",
     "patch",
     "patched",

@@ -108,8 +108,8 @@ def override_prepare_latents(pipe: Any) -> Callable[..., Any] | None:
     def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = plain(self, *args, **kwargs)
         latents = result[0] if isinstance(result, tuple) else result
-        if isinstance(latents, Tensor) and len(latents) % 2 == 0:
-            latents = latents[: len(latents) // 2].repeat(2, *(1 for _ in latents.shape[1:]))
+        if isinstance(latents, Tensor) and (len(latents) == 1 or len(latents) % 2 == 0):
+            latents = latents[: max(1, len(latents) // 2)].repeat(2, *(1 for _ in latents.shape[1:]))
         return (latents, *result[1:]) if isinstance(result, tuple) else latents
 
     prepare_latents.__signature__ = inspect.signature(plain)
