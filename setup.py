@@ -134,7 +134,7 @@ setup(
     packages=packages(),
     package_dir={"difffast.triton_kernels": "triton_kernels"},
     include_package_data=False,  # setuptools would take the model's folders for packages, with a page of warnings
-    package_data={"difffast": ["py.typed", "models/embedded/**/*"]},
+    package_data={"difffast": ["py.typed", "plan/measured.json", "models/embedded/**/*"]},
     cmdclass={"build_py": FreshBuild, **arguments.pop("cmdclass", {})},
     **arguments,
 )

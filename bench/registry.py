@@ -283,16 +283,18 @@ def difffast(
     return on_images(name, "difffast", prepare, gate, during=during, startup=startup)
 
 
-#: Propagation with balanced's key steps, in the plainest way.
-_PLAIN = EncoderPropagation(key_steps=PRESETS["balanced"].propagation.key_steps, parallel=False, share_skips=False)
-#: What computes the same as balanced in the plainest way, and what does without guidance reuse.
-_PLAINEST, _STEP_BY_STEP = "balanced, step by step", "propagation alone, step by step"
+#: Encoder propagation at every 3rd step, in the plainest way.
+_PLAIN = EncoderPropagation(key_steps=3, parallel=False, share_skips=False)
+#: What computes the same as balanced on stock layers, and what does as propagation without its shortcuts.
+_UNFUSED, _STEP_BY_STEP = "balanced, stock layers", "propagation alone, step by step"
 
 _APPROXIMATES = Gate(tolerance=APPROXIMATION)
 #: Guidance reuse makes half of the outputs from the other half, which is due at every step.
+_REUSES = Gate(tolerance=APPROXIMATION, share=0.5)
+#: Of the outputs, forecasts leave at least a quarter to be computed.
 _GATES = {
-    "balanced": Gate(_PLAINEST, share=0.5),
-    "turbo": Gate(tolerance=APPROXIMATION, share=0.5),
+    "balanced": Gate(_UNFUSED, share=0.25),
+    "turbo": Gate(tolerance=APPROXIMATION, share=0.25),
     "exact": Gate(),
 }
 
@@ -303,8 +305,7 @@ def presets(*, compiled: bool = False) -> tuple[Provider, ...]:
         return tuple(
             difffast(f"difffast {preset} compiled", preset, gate, compile=True) for preset, gate in _GATES.items()
         )
-    guidance = PRESETS["balanced"].cfg
-    plain = difffast(_PLAINEST, "exact", _GATES["turbo"], propagation=_PLAIN, cfg=guidance, fused=False)
+    plain = difffast(_UNFUSED, "balanced", _GATES["turbo"], fused=False)
     return (*(difffast(f"difffast {preset}", preset, gate) for preset, gate in _GATES.items()), plain)
 
 
@@ -313,13 +314,13 @@ def published_key_steps() -> Provider:
 
 
 def reuse(interval: int, branch: int) -> Provider:
-    """Feature reuse at one of DeepCache's intervals and branches, and guidance's, as in turbo."""
+    """Feature reuse at one of DeepCache's intervals and branches, and guidance's."""
     options = {"propagation": FeatureReuse(interval, branch), "cfg": CfgReuse(1)}
-    return difffast(f"difffast, reuse {interval}, branch {branch}", "exact", _GATES["turbo"], **options)
+    return difffast(f"difffast, reuse {interval}, branch {branch}", "exact", _REUSES, **options)
 
 
 def savings() -> tuple[Provider, ...]:
-    """What balanced is made of, each alone or on top of the one before."""
+    """Encoder propagation and guidance reuse, each alone or on top of the one before."""
     keys = _PLAIN.key_steps
     parallel = EncoderPropagation(key_steps=keys, share_skips=False)
     shared = EncoderPropagation(key_steps=keys)
@@ -328,7 +329,7 @@ def savings() -> tuple[Provider, ...]:
         difffast(_STEP_BY_STEP, "exact", _APPROXIMATES, propagation=_PLAIN, fused=False),
         difffast("propagation alone, parallel", "exact", truth, propagation=parallel, fused=False),
         difffast("the same with shared skips", "exact", truth, propagation=shared, fused=False),
-        difffast("guidance reuse alone", "exact", _GATES["turbo"], cfg=CfgReuse(3), fused=False),
+        difffast("guidance reuse alone", "exact", _REUSES, cfg=CfgReuse(3), fused=False),
     )
 
 

@@ -7,7 +7,7 @@ from .collect import collect_maps
 from .editing import edit
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
-from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan
+from .plan import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, OutputForecast, Plan
 from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
@@ -27,8 +27,13 @@ __all__ = [
     "CfgReuse",
     "EncoderPropagation",
     "FeatureReuse",
+<<<<<<< HEAD
     "Inversion",
     "NegativeAttention",
+=======
+    "MeasuredPlan",
+    "OutputForecast",
+>>>>>>> main
     "PatchReport",
     "Plan",
     "ProofReport",

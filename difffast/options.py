@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from .engines.engine import ENGINES
-from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
+from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
 from .sampling.extension import Extension, Method
@@ -62,7 +62,11 @@ class Options:
                 f"unknown preset {self.preset!r}{suggest(self.preset, PRESETS)}; available: {', '.join(PRESETS)}"
             )
         for name, kinds, wanted in (
-            ("propagation", (EncoderPropagation, FeatureReuse), "a difffast.EncoderPropagation or FeatureReuse"),
+            (
+                "propagation",
+                Sharing,
+                "a difffast.EncoderPropagation, FeatureReuse, OutputForecast, MeasuredPlan or Plan",
+            ),
             ("cfg", CfgReuse, "a difffast.CfgReuse"),
             ("binding", Method, "a difffast.SemanticBinding"),
         ):
@@ -175,6 +179,7 @@ def _check_methods(methods: Any) -> tuple[Method, ...]:
 def _check_sharing(sharing: Sharing, target: Target, *, steered: bool) -> None:
     """Refuse what the pipeline's kind rules out, with the reason."""
     support = target.support
+    reuse = sharing.reuse if isinstance(sharing, Plan) else sharing if isinstance(sharing, FeatureReuse) else None
     if support.exact_only:
         whole = isinstance(sharing, EncoderPropagation) and sharing.key_steps == 1 and not sharing.prior_noise
         if not whole or steered:
@@ -182,12 +187,12 @@ def _check_sharing(sharing: Sharing, target: Target, *, steered: bool) -> None:
                 f"{target.name} can only have what is exact, difffast.patch(pipe, 'exact'), got "
                 f"{'binding or steering' if whole else sharing}: {support.exact_only}"
             )
-    elif isinstance(sharing, FeatureReuse):
+    elif reuse is not None:
         if not support.reuse:
             why = f": {support.note}" if support.note else ""
             raise ValueError(f"feature reuse does not work with {target.name}{why}")
-        find_reentry(target.unet, sharing.branch)
-    elif sharing.prior_noise and not support.prior_noise:
+        find_reentry(target.unet, reuse.branch)
+    elif isinstance(sharing, EncoderPropagation) and sharing.prior_noise and not support.prior_noise:
         raise ValueError(
             f"prior noise is not meant for {target.name} ({support.family}), got prior_noise={sharing.prior_noise}: "
             "use prior_noise=None"

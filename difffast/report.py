@@ -19,7 +19,7 @@ from .engines.user_compiled import has_compiled_parts
 from .layers.registry import LAYERS
 from .ops._local import describe_choices, list_struck, table_of
 from .options import Options
-from .plan import CfgReuse, FeatureReuse, Plan, Sharing
+from .plan import LEAST_CALLS, CfgReuse, FeatureReuse, MeasuredPlan, OutputForecast, Plan, Sharing
 from .sampling.controller import Controller, find_controller
 from .sampling.settings import Settings
 from .sampling.stats import RunStats
@@ -101,6 +101,10 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
         yield "guidance", "the conditional half alone between some key steps"
     if isinstance(config, FeatureReuse):
         yield "unet calls", f"whole UNet at key steps, outer layers (branch {config.branch}) in between"
+    elif isinstance(config, Plan):
+        yield "unet calls", f"a plan for schedules of {config.total} UNet calls: print it"
+    elif isinstance(config, (OutputForecast, MeasuredPlan)):
+        yield "unet calls", "whole UNet at key steps, none in between: its output is forecast"
     elif config.key_steps == 1:
         yield "unet calls", "whole UNet at every step"
     else:
@@ -121,6 +125,13 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
         yield from extension.describe()
 
 
+def _find_least_steps(settings: Settings) -> int | None:
+    """Return the fewest steps with which anything is shared, where no number of steps says how far apart they are."""
+    if isinstance(settings.propagation, MeasuredPlan):
+        return LEAST_CALLS
+    return math.ceil((2 - 1e-9) / settings.apart) if isinstance(settings.apart, float) else None
+
+
 def note_exceptions(target: Target, settings: Settings, options: Options) -> Iterator[str]:
     """Yield what a patch leaves alone or changes on the way, and why; of a target that is not patched yet."""
     if settings.find_user_compile() is not None:
@@ -137,9 +148,9 @@ def note_exceptions(target: Target, settings: Settings, options: Options) -> Ite
     obstacle = target.refuse_cfg_reuse()
     if obstacle and options.wanted_cfg is not None:
         yield f"guidance's halves run together: {obstacle}"
-    if isinstance(settings.apart, float):
-        fewest = math.ceil((2 - 1e-9) / settings.apart)
-        yield f"steps share work in schedules of at least {fewest} steps; in shorter ones every step runs in full"
+    shared_from = _find_least_steps(settings)
+    if shared_from is not None:
+        yield f"steps share work in schedules of at least {shared_from} steps; in shorter ones every step runs in full"
     weight = next(target.unet.parameters())
     device, choices = weight.device, describe_choices(weight.device, weight.dtype)
     if choices and settings.fused:

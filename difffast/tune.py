@@ -2,193 +2,51 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from .patch import patched
-from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Sharing
-from .plots import new_figure, save_figure
-from .renamed import warn_renamed
+from .plan import Sharing
+from .presets import PRESETS
 from .target import Target
-from .tune_cache import Measurements, identify
-from .tune_runs import check_call, compare, hide_progress, run_once
-from .unet.parts import count_skips
+from .tuning.cache import Measurements, identify
+from .tuning.costs import Profiles
+from .tuning.results import EXACT, METRICS, Candidate, Measured, Tuning
+from .tuning.runs import check_call, compare, hide_progress, run_once
+from .tuning.search import PlanSearch
 
 if TYPE_CHECKING:
     from .support import Pipeline
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A way to share work between steps, as ``difffast.patch`` takes it."""
-
-    propagation: Sharing
-    cfg: CfgReuse | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """For ``difffast.patch(pipe, **options)``."""
-        return {"propagation": self.propagation, "cfg": self.cfg}
-
-    @property
-    def label(self) -> str:
-        """The same as text, without most of what is at its default."""
-        return ", ".join(_name_choices(config) for config in (self.propagation, self.cfg) if config is not None)
-
-    def __str__(self) -> str:
-        return str(self.propagation) + (f", {self.cfg}" if self.cfg is not None else "")
-
-
-def _name_choices(config: Sharing | CfgReuse) -> str:
-    """Return a configuration as text: its first field, the branch, and what is not at its default."""
-    first, *others = fields(config)
-    chosen = [first, *(each for each in others if each.name == "branch" or getattr(config, each.name) != each.default)]
-    return f"{type(config).__name__}({', '.join(f'{each.name}={getattr(config, each.name)!r}' for each in chosen)})"
-
-
-#: Everything at every step: what is chosen where nothing else is inside the budget.
-EXACT = Candidate(EncoderPropagation(key_steps=1))
-
-CANDIDATES: tuple[Candidate, ...] = (
-    EXACT,
-    *(Candidate(FeatureReuse(interval)) for interval in (2, 3, 4, 5, 7)),
-    *(Candidate(FeatureReuse(interval, branch=1)) for interval in (2, 3, 5)),
-    *(Candidate(FeatureReuse(interval), CfgReuse(both)) for interval, both in ((2, 2), (3, 3), (3, 6), (4, 8))),
-    Candidate(FeatureReuse(3, branch=1), CfgReuse(3)),
-    *(Candidate(EncoderPropagation(key_steps=interval)) for interval in (2, 3, 5)),
-    Candidate(EncoderPropagation()),
+PROMPTS = (
+    "a red circle and a blue square",
+    "a photo of a cat on a green field",
+    "a portrait of an old man with a hat, oil painting",
+    "a street in the rain at night, neon lights",
 )
-
-PROMPTS = ("a red circle and a blue square", "a photo of a cat on a green field")
-
-#: metric -> whether more of it is better.
-METRICS = {"psnr_db": True, "latent_error": False}
-
-#: PSNR from which pictures are the same: the error is below a tenth of one of 255 levels.
-_SAME_DB = 70.0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One candidate, measured against stock with the same seeds.
-
-    Attributes:
-        candidate: which.
-        seconds: of a whole call, per prompt the least of its repeats.
-        psnr_db: of the pictures, per prompt; infinite where they are the same.
-        latent_error: norm of the final latents' difference over the norm of stock's, per prompt.
-    """
-
-    candidate: Candidate
-    seconds: tuple[float, ...]
-    psnr_db: tuple[float, ...]
-    latent_error: tuple[float, ...]
-
-    def median(self, name: str) -> float:
-        """Median over the prompts of "seconds", "psnr_db" or "latent_error"."""
-        return statistics.median(getattr(self, name))
-
-    def inside(self, metric: str, budget: float) -> bool:
-        """Whether the median error is no worse than the budget."""
-        return self.median(metric) >= budget if METRICS[metric] else self.median(metric) <= budget
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What :func:`tune` measured and chose; prints as a table.
-
-    Attributes:
-        candidate: the fastest one inside the budget, for ``difffast.patch(pipe, **tuning.options)``.
-        rows: every candidate, fastest first.
-        stock_seconds: of the unpatched pipeline, per prompt.
-    """
-
-    candidate: Candidate
-    rows: tuple[Measured, ...]
-    stock_seconds: tuple[float, ...]
-    metric: str
-    budget: float
-    steps: int = field(default=0)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """For ``difffast.patch(pipe, **options)``."""
-        return self.candidate.options
-
-    @property
-    def front(self) -> tuple[Measured, ...]:
-        """Candidates that no other beats in both time and error."""
-        best, found = -math.inf, []
-        for row in self.rows:
-            value = row.median(self.metric) if METRICS[self.metric] else -row.median(self.metric)
-            if value > best:
-                best = value
-                found.append(row)
-        return tuple(found)
-
-    def __str__(self) -> str:
-        stock = statistics.median(self.stock_seconds)
-        lines = [f"{'seconds':>8} {'of stock':>8} {'PSNR, dB':>9} {'latents':>8}  front  candidate"]
-        for row in self.rows:
-            mark = "chosen" if row.candidate == self.candidate else "*" if row in self.front else ""
-            lines.append(
-                f"{row.median('seconds'):8.2f} {row.median('seconds') / stock:8.2f} {row.median('psnr_db'):9.1f} "
-                f"{row.median('latent_error'):8.4f}  {mark:6} {row.candidate.label}"
-            )
-        direction = "at least" if METRICS[self.metric] else "at most"
-        lines.append(f"stock: {stock:.2f} s; budget: {self.metric} {direction} {self.budget:g}; {self.steps} steps")
-        return "\n".join(lines)
-
-    def picture(self, path: str | Path) -> None:
-        """Do what :meth:`plot` does, under its old name."""
-        warn_renamed("Choice.picture", "Tuning.plot")
-        self.plot(path)
-
-    def plot(self, path: str | Path) -> None:
-        """Draw seconds against error, the front as a line, as PNG or SVG.
-
-        Candidates whose pictures are the same as stock's stand at the upper edge: their PSNR, 100 dB or more, is that
-        of rounding, and would leave the others no room.
-
-        Raises:
-            ImportError: matplotlib is missing.
-        """
-        figure = new_figure(figsize=(9, 6))
-        axis = figure.subplots()
-        errors = [row.median(self.metric) for row in self.rows]
-        shown = [each for each in (*errors, self.budget) if self.metric != "psnr_db" or each < _SAME_DB] or [_SAME_DB]
-        room = 0.08 * (max(shown) - min(shown)) or 1.0
-        top = max(shown) + 2 * room
-        places = [(row.median("seconds"), min(error, top)) for row, error in zip(self.rows, errors, strict=True)]
-        axis.plot(*zip(*(places[self.rows.index(row)] for row in self.front), strict=True), color="C0", zorder=1)
-        for number, (row, error, place) in enumerate(zip(self.rows, errors, places, strict=True), 1):
-            colour = "C1" if row.candidate == self.candidate else "C0"
-            style = {"marker": "^" if error > top else "o", "linestyle": "none", "color": colour, "markersize": 11}
-            axis.plot(*place, **style, clip_on=False, label=f"{number}  {row.candidate.label}")
-            if error > top:
-                said = f"{number}: {error:.0f} dB" if math.isfinite(error) else f"{number}: same"
-                axis.annotate(said, place, xytext=(0, -16), textcoords="offset points", ha="center", fontsize=8)
-            else:
-                axis.annotate(str(number), place, ha="center", va="center", fontsize=7, color="white")
-        axis.axhline(self.budget, color="gray", linestyle="dashed", label=f"budget: {self.budget:g}")
-        axis.axvline(statistics.median(self.stock_seconds), color="gray", linestyle="dotted", label="stock")
-        axis.set(xlabel="seconds for one call", ylabel=self.metric, xlim=(0, None), ylim=(min(shown) - room, top))
-        axis.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", fontsize=8, ncols=2)
-        save_figure(figure, path)
+#: What plans are searched with where fewer prompts than ``_ENOUGH`` are given: they are chosen by others.
+SEARCH_PROMPTS = (
+    "a green triangle and a yellow ring",
+    "a photo of a dog in front of a house",
+    "a bowl of fruit on a table",
+)
+#: Shares of the steps that are tried as fewer steps.
+FEWER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_ENOUGH = 6
+#: Most plans of a search that are tried on other prompts.
+_TRIED = 8
 
 
 def tune(
     pipe: Pipeline,
     steps: int,
     *,
-    budget: float = 30.0,
+    budget: float | Sequence[float] = 30.0,
     metric: str = "psnr_db",
     prompts: Sequence[str] = PROMPTS,
     candidates: Sequence[Candidate | Sharing] | None = None,
@@ -196,19 +54,22 @@ def tune(
     cache: str | Path | None = None,
     **call: Any,
 ) -> Tuning:
-    """Find the fastest way for this pipeline to share features between steps, within a budget of error against stock.
+    """Find the fastest way for this pipeline to make pictures within a budget of error against stock.
 
-    Stock and every candidate make a picture of every prompt, from the same seeds and in turn.
+    First, a profile: what it costs, and what it does to the latents, to run each step in another way: not at all (its
+    output is forecast), for one half of guidance's batch, in its outer layers, or in its decoder.  Dynamic programming
+    finds the plans that should be best.  Then these plans, the presets, and exact runs of fewer steps make a picture of
+    every other prompt, beside stock, from the same seeds and in turn.
 
     Args:
         pipe: a pipeline that :func:`difffast.patch` takes; it is left as it was.
         steps: denoising steps.
         budget: the worst error that is accepted, as the median over the prompts: the least PSNR in dB, or the largest
-            latent error.
+            latent error.  Of two numbers the second is for the tail: the 10th percentile of PSNR, the 90th of errors.
         metric: which error it is, "psnr_db" or "latent_error".
-        prompts: the prompts to measure with.
-        candidates: the ways to choose from; running every step in full is always one of them.  None: those of
-            ``CANDIDATES`` with which the pipeline can be patched.
+        prompts: the prompts by which candidates are measured and chosen.  Of six and more, every second one is what
+            plans are searched with; for fewer, ``SEARCH_PROMPTS`` are.
+        candidates: the ways to choose from, in place of a search; running every step in full is always one of them.
         repeats: how often each candidate is timed on each prompt; take more on a noisy machine.
         cache: a JSON file that keeps the measurements, so that an interrupted or a later call goes on from them.
             Several processes may share it.  None keeps nothing.
@@ -216,43 +77,90 @@ def tune(
 
     Raises:
         TypeError: ``pipe`` is no pipeline, its call has no such argument, or it lacks one that it needs.
-        ValueError: an unknown metric, no prompts, a pipeline that cannot be patched, or a cache that holds something
-            else.
+        ValueError: an unknown metric, no prompts, a budget of more than two numbers, a pipeline that cannot be patched,
+            or a cache that holds something else.
         OSError: the cache cannot be written.
     """
     _check(metric, prompts, repeats)
+    middle, tail = _read_budget(budget)
     target = Target.of(pipe)
     check_call(pipe, call)
-    if candidates is None:
-        candidates = [candidate for candidate in CANDIDATES if _fits(target, candidate)]
-    candidates = [each if isinstance(each, Candidate) else Candidate(each) for each in candidates]
-    candidates = list(dict.fromkeys([EXACT, *candidates]))
-    kept = Measurements(cache, identify(pipe, steps, call))
-    with hide_progress(pipe), tqdm(total=len(prompts) * repeats * (1 + len(candidates)), desc="tune") as progress:
-        for seed, prompt in enumerate(prompts):
-            expected = None
-            for repeat in range(repeats):
-                missing = [each for each in candidates if kept.count(str(each), prompt) <= repeat]
-                progress.update(len(candidates) - len(missing))
-                if (missing and expected is None) or kept.count("stock", prompt) <= repeat:
-                    with patched(pipe, **EXACT.options, fused=False):
-                        if not seed and not repeat:
-                            run_once(pipe, prompt, seed, steps, call)  # warms up
-                        seconds, expected = run_once(pipe, prompt, seed, steps, call)
-                    kept.add("stock", prompt, seconds)
-                progress.update()
-                for candidate in missing:
-                    with patched(pipe, **candidate.options):
-                        seconds, latents = run_once(pipe, prompt, seed, steps, call)
-                    kept.add(str(candidate), prompt, seconds, **compare(pipe, latents, expected))
-                    progress.update()
+    key = identify(pipe, steps, call)
+    kept = Measurements(cache, key)
+    with hide_progress(pipe), tqdm(desc="tune") as progress:
+        if candidates is None:
+            searched = prompts[1::2] if len(prompts) >= _ENOUGH else [p for p in SEARCH_PROMPTS if p not in prompts]
+            prompts = prompts[::2] if len(prompts) >= _ENOUGH else prompts
+            search = PlanSearch(pipe, steps, searched, call, Profiles(cache, key))
+            candidates = _choose_candidates(target, search, steps, call, progress)
+        candidates = [each if isinstance(each, Candidate) else Candidate(each) for each in candidates]
+        candidates = list(dict.fromkeys([EXACT, *candidates]))
+        _measure(pipe, steps, candidates, _Measuring(prompts, repeats, kept, progress), call)
     rows = [
         Measured(candidate, *(kept.column(str(candidate), prompts, name) for name in _COLUMNS))
         for candidate in candidates
     ]
     rows.sort(key=lambda row: row.median("seconds"))
-    chosen = next((row.candidate for row in rows if row.inside(metric, budget)), EXACT)
-    return Tuning(chosen, tuple(rows), kept.column("stock", prompts, "seconds"), metric, budget, steps)
+    chosen = next((row.candidate for row in rows if row.inside(metric, middle, tail)), EXACT)
+    return Tuning(chosen, tuple(rows), kept.column("stock", prompts, "seconds"), metric, middle, steps, tail)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """On what candidates are measured, how often, and where that is written down."""
+
+    prompts: Sequence[str]
+    repeats: int
+    kept: Measurements
+    progress: tqdm
+
+
+def _measure(
+    pipe: Pipeline, steps: int, candidates: Sequence[Candidate], measuring: _Measuring, call: Mapping[str, Any]
+) -> None:
+    """Measure stock and candidates, in turn, as far as that is not known."""
+    prompts, kept, progress = measuring.prompts, measuring.kept, measuring.progress
+    progress.reset(total=len(prompts) * measuring.repeats * (1 + len(candidates)))
+    for seed, prompt in enumerate(prompts):
+        expected = None
+        for repeat in range(measuring.repeats):
+            missing = [each for each in candidates if kept.count(str(each), prompt) <= repeat]
+            progress.update(len(candidates) - len(missing))
+            if (missing and expected is None) or kept.count("stock", prompt) <= repeat:
+                with patched(pipe, **EXACT.options, fused=False):
+                    if not seed and not repeat:
+                        run_once(pipe, prompt, seed, steps, call)  # warms up
+                    seconds, expected = run_once(pipe, prompt, seed, steps, call)
+                kept.add("stock", prompt, seconds)
+            progress.update()
+            for candidate in missing:
+                with patched(pipe, **candidate.options):
+                    seconds, latents = run_once(pipe, prompt, seed, candidate.steps or steps, call)
+                kept.add(str(candidate), prompt, seconds, **compare(pipe, latents, expected))
+                progress.update()
+
+
+def _choose_candidates(
+    target: Target, search: PlanSearch, steps: int, call: Mapping[str, Any], progress: tqdm
+) -> list[Candidate]:
+    """Return what is measured where nothing is given: presets, plans that are searched for, and fewer steps."""
+    found: list[Candidate] = []
+    if not target.support.exact_only:
+        shared = {name: preset for name, preset in PRESETS.items() if name not in ("exact", "faster-diffusion")}
+        found += [Candidate(preset.propagation, preset.cfg, name=name) for name, preset in shared.items()]
+
+        def show(left: int) -> None:
+            progress.total = max(progress.total or 0, left)
+            progress.n = progress.total - left
+            progress.refresh()
+
+        plans = search.find(show)[:-1]  # but the last, which is exact
+        picked = {round(n * (len(plans) - 1) / max(_TRIED - 1, 1)) for n in range(_TRIED)} if plans else ()
+        found += [Candidate(plans[n].plan) for n in sorted(picked)]
+    if not {"timesteps", "sigmas"} & call.keys():
+        counts = sorted({round(share * steps) for share in FEWER} - {0, steps})
+        found += [Candidate(EXACT.propagation, steps=n, name=f"exact, {n} steps") for n in counts]
+    return found
 
 
 _COLUMNS = ("seconds", "psnr_db", "latent_error")
@@ -269,11 +177,9 @@ def _check(metric: str, prompts: Sequence[str], repeats: int) -> None:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
 
 
-def _fits(target: Target, candidate: Candidate) -> bool:
-    """Return whether a target can be patched with a candidate."""
-    if target.support.exact_only:
-        return False
-    reuses = isinstance(candidate.propagation, FeatureReuse)
-    if reuses and (not target.support.reuse or candidate.propagation.branch >= count_skips(target.unet)):
-        return False
-    return candidate.cfg is None or not target.refuse_cfg_reuse()
+def _read_budget(budget: float | Sequence[float]) -> tuple[float, float | None]:
+    """Return the budget of the median, and that of the tail or None."""
+    given = tuple(budget) if isinstance(budget, Sequence) else (budget,)
+    if not 1 <= len(given) <= 2 or not all(isinstance(each, (int, float)) for each in given):
+        raise ValueError(f"budget must be a number, or two for the median and the tail, got {budget!r}")
+    return given[0], given[1] if len(given) == 2 else None

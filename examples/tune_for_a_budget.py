@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import difffast
-from difffast import CfgReuse, EncoderPropagation, FeatureReuse
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, OutputForecast
 from difffast.tune import Candidate
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -24,7 +24,9 @@ tuning = difffast.tune(
     arguments.steps,
     budget=arguments.budget,
     prompts=["a red circle and a blue square", "a dotted green star"],
-    candidates=[  # None would try a dozen and a half
+    candidates=[  # None would search for plans, which takes a few minutes
+        OutputForecast(key_steps=2),
+        MeasuredPlan("turbo"),
         EncoderPropagation(key_steps=3),
         FeatureReuse(interval=2),
         Candidate(FeatureReuse(interval=3), CfgReuse(3)),

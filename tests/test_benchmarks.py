@@ -376,9 +376,10 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
     record = measure(real(images, *everyone), 1e9)
     assert not record["absent"]
     changed = {name for name, gate in record["gate"].items() if gate["error_to_baseline"] > 1e-4}
-    # balanced approximates from 34 steps on, turbo from 25; everyone else who claims to approximate does.
+    # balanced and turbo approximate from 12 steps on; everyone else who claims to approximate does.
     reuse = {"difffast, reuse 3, branch 0", "difffast, reuse 5, branch 1"}
-    approximate = {"difffast faster-diffusion", "guidance reuse alone", *reuse}
+    plain = {"propagation alone, step by step", "propagation alone, parallel", "the same with shared skips"}
+    approximate = {"difffast faster-diffusion", "guidance reuse alone", *plain, *reuse}
     assert changed == {*approximate, *(provider.name for provider in registry.competitors())}
     assert not is_swapped(pipe.unet)
     assert torch.equal(latents(pipe, steps=STEPS), before)
@@ -427,7 +428,7 @@ def test_pipelines_that_difffast_refuses_are_still_measured(monkeypatch):
     sdxl = workloads.stages("SDXL", full=False, batch=1, device="cpu", dtype=torch.float32)
     record = measure(real(Images(sdxl, 3), *registry.presets(), registry.deepcache(3, 1)), 1e9)
     reasons = {name: (absent["status"], absent["reason"]) for name, absent in record["absent"].items()}
-    assert set(reasons) == {"difffast turbo", "difffast balanced", "balanced, step by step"}
+    assert set(reasons) == {"difffast turbo", "difffast balanced", "balanced, stock layers"}
     for status, reason in reasons.values():
         assert status == "refused"
         assert reason.startswith("StableDiffusionXLPipeline can only have what is exact")

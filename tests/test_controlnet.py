@@ -91,7 +91,7 @@ def test_a_cadence_that_cannot_be_is_refused(pipe):
     with pytest.raises(ValueError, match="controlnet must be one of 'every step', 'key steps', None, got 'always'"):
         patch(pipe, controlnet="always")
     with pytest.raises(ValueError, match=r"needs steps that see the current latents: .* got EncoderPropagation"):
-        patch(pipe, "balanced", controlnet="every step")
+        patch(pipe, propagation=EncoderPropagation(key_steps=3), controlnet="every step")
     patch(pipe, "exact", controlnet="every step")
     plain = StableDiffusionPipeline(
         **{name: part for name, part in pipe.components.items() if name != "controlnet"}, requires_safety_checker=False

@@ -185,7 +185,12 @@ def _dit():
             ValueError,
             "unknown preset 'fastest'; available: exact, balanced, faster-diffusion, turbo",
         ),
-        (lambda pipe: pipe, {"propagation": [0, 5]}, TypeError, "EncoderPropagation or FeatureReuse, got list"),
+        (
+            lambda pipe: pipe,
+            {"propagation": [0, 5]},
+            TypeError,
+            "FeatureReuse, .* or Plan, got list",
+        ),
     ],
 )
 def test_bad_input_changes_nothing(pipe, target, options, error, message):

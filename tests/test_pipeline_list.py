@@ -23,7 +23,7 @@ from difffast import (
     patched,
     support,
     tune,
-    tune_runs,
+    tuning,
     unpatch,
 )
 from difffast.surgery.subclass import is_swapped
@@ -143,8 +143,10 @@ def test_an_unknown_unet_is_refused_by_the_names_of_the_known_ones():
 
 def test_tuning_an_unknown_pipeline_measures_what_is_exact_alone():
     tuning = tune(more_zoo.own(), 4, prompts=["a red circle"], repeats=1)
-    assert len(tuning.rows) == 1
-    assert tuning.rows[0].psnr_db[0] > 80
+    assert {row.candidate.steps for row in tuning.rows} == {None, 2, 3}
+    assert all(row.candidate.options["propagation"] == EncoderPropagation(key_steps=1) for row in tuning.rows)
+    exact = next(row for row in tuning.rows if row.candidate.steps is None)
+    assert exact.psnr_db[0] > 80
     assert tuning.options["propagation"] == EncoderPropagation(key_steps=1)
 
 
@@ -185,4 +187,4 @@ def test_tuning_asks_for_latents_where_a_pipeline_returns_them(name, monkeypatch
     monkeypatch.setattr(type(pipe), "__call__", call)
     with pytest.raises(StopRunError):
         more_zoo.ROWS[name].run(pipe, zoo.Inputs())
-    assert asked == [tune_runs._choose_output(pipe)]
+    assert asked == [tuning.runs._choose_output(pipe)]

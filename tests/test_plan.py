@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan
 from difffast.plan import PUBLISHED_KEY_STEPS, scale_published_key_steps
-from difffast.presets import PRESETS
 
 
 def test_published_lists_are_exact():
@@ -59,7 +58,7 @@ def test_published_rules_hold_for_the_steps_as_they_are(kind, total, count, some
 def test_key_steps_are_counted_from_the_first_executed_step():
     assert FeatureReuse(5).plan(50, start=18).key_steps == (18, 23, 28, 33, 38, 43, 48)
     assert EncoderPropagation().plan(50, start=20).key_steps == (20, 21, 22, 23, 25, 30, 35, 45)
-    assert PRESETS["balanced"].propagation.plan(50, start=40).key_steps == (40, 43, 46, 49)
+    assert EncoderPropagation(key_steps=0.06).plan(50, start=40).key_steps == (40, 43, 46, 49)
     later = CfgReuse(6).apply(FeatureReuse(3).plan(20, start=10))
     assert later.halves == (11, 12, 13, 14, 15, 17, 18, 19)
     assert Plan.from_json(later.to_json()) == later
@@ -99,7 +98,7 @@ def test_forms_of_key_steps():
 
 @pytest.mark.parametrize(("total", "interval"), [(1, 1), (33, 1), (34, 2), (49, 2), (50, 3), (100, 6)])
 def test_a_share_of_the_schedule_between_key_steps(total, interval):
-    assert PRESETS["balanced"].propagation.plan(total).key_steps == tuple(range(0, total, interval))
+    assert EncoderPropagation(key_steps=0.06).plan(total).key_steps == tuple(range(0, total, interval))
 
 
 def test_step_by_step_and_capped_plans():

@@ -675,19 +675,25 @@ def test_few_steps_are_shared_by_force(pipe):
     assert report.last_run.key == 7
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("balanced", 33), ("turbo", 24)])
-def test_a_run_in_which_a_preset_shares_nothing_says_so(pipe, preset, steps):
-    report = patch(pipe, preset)
+@pytest.mark.parametrize(
+    ("options", "steps", "more", "why"),
+    [
+        ({"preset": "balanced"}, 11, 25, "'balanced' shares nothing below 12"),
+        ({"preset": "turbo"}, 11, 25, "'turbo' shares nothing below 12"),
+        ({"propagation": FeatureReuse(0.08)}, 24, 25, "all of them are key steps"),
+    ],
+)
+def test_a_run_in_which_nothing_is_shared_says_so(pipe, options, steps, more, why):
+    report = patch(pipe, **options)
     note = f"steps share work in schedules of at least {steps + 1} steps; in shorter ones every step runs in full"
     assert note in report.notes
     latents(pipe, steps=steps)
-    line = f"every step runs in full: with {steps} steps, all of them are key steps"
+    line = f"every step runs in full: with {steps} steps, {why}"
     assert report.last_run.reasons == [line]
     assert line in str(report.last_run)
-    latents(pipe, steps=steps + 1)
+    latents(pipe, steps=more)
     assert report.last_run.reasons == []
-    assert report.last_run.key < steps
-    patch(pipe, "exact")
+    assert report.last_run.key < more
     assert not any("share" in note for note in patch(pipe, "exact").notes)
 
 

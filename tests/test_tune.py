@@ -18,10 +18,15 @@ from PIL import Image
 from sampling import latents
 
 import difffast
-from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan, patch, patched
+from difffast.plan import MeasuredPlan
 from difffast.plots import new_figure
 from difffast.surgery.subclass import is_swapped
-from difffast.tune import CANDIDATES, EXACT, Candidate, Measured, Tuning, tune
+from difffast.tune import EXACT, Candidate, Measured, Tuning, tune
+from difffast.tuning import results
+from difffast.tuning.costs import Profiles
+from difffast.tuning.runs import run_once
+from difffast.tuning.search import PlanSearch
 
 tune_module = sys.modules["difffast.tune"]
 ROWS = {**zoo.ROWS, **adapter_zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS}
@@ -107,21 +112,132 @@ def test_a_patched_pipeline_keeps_its_patch_and_its_progress_bar(pipe):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"metric": "lpips"}, "metric must be one of psnr_db, latent_error, got 'lpips'"), ({"prompts": []}, "prompts")],
+    [
+        ({"metric": "lpips"}, "metric must be one of psnr_db, latent_error, got 'lpips'"),
+        ({"prompts": []}, "prompts"),
+        ({"budget": (1.0, 2.0, 3.0)}, "budget must be a number, or two for the median and the tail, got (1.0, 2.0"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+    ],
 )
 def test_bad_values(pipe, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tune(pipe, 8, **options)
 
 
-def test_candidates_that_a_pipeline_cannot_take_are_left_out(monkeypatch):
+def test_plans_are_searched_and_weighed_against_presets_and_fewer_steps(pipe, calls, tmp_path, monkeypatch):
+    stock = latents(pipe, steps=14)
+    monkeypatch.setattr(tune_module, "SEARCH_PROMPTS", ["three", "one"])
+    options = {"prompts": ["one", "two"], "repeats": 1, "cache": tmp_path / "plans.json"}
+    tuning = tune(pipe, 14, budget=(25.0, 20.0), **options)
+    kinds = {type(row.candidate.propagation) for row in tuning.rows}
+    assert kinds == {type(EXACT.propagation), MeasuredPlan, Plan}
+    assert {row.candidate.steps for row in tuning.rows} == {None, 6, 7, 8, 10, 11, 13}
+    plans = [row for row in tuning.rows if isinstance(row.candidate.propagation, Plan)]
+    assert 4 <= len(plans) <= 8
+    assert all(row.candidate.propagation.total == 14 for row in plans)
+    assert len({row.candidate.propagation for row in plans}) == len(plans)
+    chosen = next(row for row in tuning.rows if row.candidate == tuning.candidate)
+    assert chosen.inside("psnr_db", 25.0, 20.0)
+    assert not any(row.inside("psnr_db", 25.0, 20.0) for row in tuning.rows[: tuning.rows.index(chosen)])
+    text = str(tuning)
+    assert "exact, 7 steps" in text
+    assert "budget: psnr_db at least 25, tail at least 20; 14 steps" in text
+    assert torch.equal(latents(pipe, steps=14), stock)
+    made = len(calls)
+    assert tune(pipe, 14, budget=(25.0, 20.0), **options) == tuning
+    assert len(calls) == made + 1  # one look at the schedule; profile and measurements are in the file
+    assert not is_swapped(pipe.unet)
+
+
+def test_errors_of_plans_are_what_the_search_expects(pipe):
+    """Where one row of a plan is not full, its error is the profile's, measured by running the plan to the end."""
+    search = PlanSearch(pipe, 12, ["a red circle", "two"], {}, Profiles(None, "key"))
+    found = search.find(lambda left: None)
+    assert [each.seconds for each in found] == sorted(each.seconds for each in found)
+    assert found[-1].error == 0
+    assert not found[-1].plan.shares
+    one = [each for each in found if 0 < 12 - len(each.plan.key_steps) <= 1 and not each.plan.halves]
+    for each in one:
+        errors = []
+        for seed, prompt in enumerate(["a red circle", "two"]):
+            stock = latents(pipe, prompt, steps=12, seed=seed)
+            with patched(pipe, propagation=each.plan, fused=False):
+                errors.append(float((latents(pipe, prompt, steps=12, seed=seed) - stock).square().mean()))
+        assert sum(errors) / 2 == pytest.approx(each.error, rel=0.5)
+    assert one
+
+
+def test_an_interrupted_search_goes_on(pipe, calls, tmp_path):
+    cache = tmp_path / "plans.json"
+
+    def search(prompts, show):
+        return PlanSearch(pipe, 9, prompts, {}, Profiles(cache, "key")).find(show)
+
+    def interrupt(left):
+        if left == 3 and len(Profiles(cache, "key")._known) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(["one", "two"], interrupt)
+    assert not is_swapped(pipe.unet)
+    made, seen = len(calls), []
+    search(["one", "two"], seen.append)
+    assert seen == list(range(seen[0], -1, -1))
+    assert len(calls) == made + 1 + seen[0]
+    whole = PlanSearch(pipe, 9, ["one", "two"], {}, Profiles(None, "key")).find(lambda left: None)
+    assert len(whole) > 3
+
+
+def test_every_second_of_many_prompts_is_searched_with(pipe, monkeypatch):
+    given = []
+    monkeypatch.setattr(PlanSearch, "find", lambda self, show: given.extend(self._prompts) or [])
+    tuning = tune(pipe, 8, prompts=list("abcdefg"), repeats=1)
+    assert given == ["b", "d", "f"]
+    assert len(tuning.stock_seconds) == 4
+
+
+def test_what_a_pipeline_cannot_have_is_not_searched_for(monkeypatch):
     pipe = zoo.ROWS["StableDiffusionPAGPipeline"].build()
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(sys.modules["difffast.tune"], "CANDIDATES", (EXACT, WITH_GUIDANCE))
+    monkeypatch.setattr(tune_module, "SEARCH_PROMPTS", ["two"])
     choice = tune(pipe, 8, prompts=["one"], repeats=1, height=32, width=32)
-    assert [row.candidate for row in choice.rows] == [EXACT]
+    assert not any(row.candidate.cfg for row in choice.rows)
+    assert not any(
+        row.candidate.propagation.halves for row in choice.rows if isinstance(row.candidate.propagation, Plan)
+    )
     assert WITH_GUIDANCE.options == {"propagation": FeatureReuse(2), "cfg": CfgReuse(2)}
-    assert any(candidate.cfg for candidate in CANDIDATES)
+
+
+def test_the_tail_has_a_budget_of_its_own():
+    row = Measured(EXACT, (1.0,) * 5, (30.0, 20.0, 40.0, 50.0, 60.0), (0.1, 0.2, 0.3, 0.4, 0.5))
+    assert row.worst("psnr_db") == pytest.approx(24.0)  # 0.4 of the way from 20 to 30
+    assert row.worst("latent_error") == pytest.approx(0.46)
+    assert row.inside("psnr_db", 40.0, 24.0)
+    assert not row.inside("psnr_db", 40.0, 24.1)
+    assert not row.inside("psnr_db", 40.1)
+    assert row.inside("latent_error", 0.3, 0.47)
+    same = Measured(EXACT, (1.0,) * 2, (math.inf, math.inf), (0.0, 0.0))
+    assert same.worst("psnr_db") == math.inf
+
+
+def test_advice():
+    plan = Plan(total=12, key_steps=tuple(range(11)), max_batch=1, forecasts=(11,))
+    mine, shipped = Candidate(plan), Candidate(MeasuredPlan("balanced"), name="balanced")
+    fewer = Candidate(EXACT.propagation, steps=9, name="exact, 9 steps")
+    rows = tuple(
+        Measured(each, (seconds,), (psnr,), (0.1,))
+        for each, seconds, psnr in ((fewer, 1.0, 20.0), (shipped, 1.5, 30.0), (mine, 2.0, 35.0))
+    )
+
+    def advise(chosen):
+        return list(Tuning(chosen, rows, (4.0,), "psnr_db", 20.0, 12).advice())
+
+    assert advise(fewer) == ["fewer steps are better here: call with num_inference_steps=9"]
+    assert advise(mine) == [
+        "the preset 'balanced' is as good a choice: no plan that was found beats it in both time and error"
+    ]
+    assert advise(shipped) == []
+    assert advise(EXACT) == ["nothing that approximates is inside the budget"]
 
 
 def made_up():
@@ -147,7 +263,7 @@ def test_the_front_has_no_candidate_that_another_beats(tmp_path):
 def test_the_plot_shows_the_front_although_the_exact_one_is_far_away(tmp_path, monkeypatch, exact):
     """Of the axis' height the approximations, 18 to 35 dB, take most, and the legend lists no defaults."""
     drawn = []
-    monkeypatch.setattr(tune_module, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
+    monkeypatch.setattr(results, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
     *others, _ = made_up()
     rows = (*others, Measured(EXACT, (9.0,), (exact,), (1e-6,)))
     Tuning(Candidate(FeatureReuse(3)), rows, (10.0,), "psnr_db", 30.0, 50).plot(tmp_path / "front.svg")
@@ -159,20 +275,25 @@ def test_the_plot_shows_the_front_although_the_exact_one_is_far_away(tmp_path, m
     assert axis.texts[-1].get_text() == ("5: 138 dB" if exact == 138 else "5: same")
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels[0] == "1  FeatureReuse(interval=7, branch=0)"
-    assert labels[-3:] == ["5  EncoderPropagation(key_steps=1)", "budget: 30", "stock"]
+    assert labels[-3:] == ["5  exact", "budget: 30", "stock"]
     Tuning(EXACT, rows[-1:], (10.0,), "psnr_db", 200.0, 50).plot(tmp_path / "alone.svg")
 
 
-def test_both_branches_of_deepcache_are_tried():
-    tried = {(each.propagation.branch, each.propagation.interval) for each in CANDIDATES if "interval" in str(each)}
-    assert {(branch, interval) for branch in (0, 1) for interval in (2, 3, 5)} <= tried
+def test_the_plot_has_fewer_steps_as_a_line(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
+    fewer = [
+        Measured(Candidate(EXACT.propagation, steps=n, name=f"exact, {n} steps"), (n / 10,), (float(n),), (0.1,))
+        for n in (20, 25, 35)
+    ]
+    rows = tuple(sorted((*made_up(), *fewer), key=lambda row: row.seconds))
+    Tuning(EXACT, rows, (10.0,), "psnr_db", 30.0, 50).plot(tmp_path / "front.svg")
+    (line,) = [line for line in drawn[0].axes[0].lines if line.get_label() == "exact, fewer steps"]
+    assert line.get_xydata().tolist() == [[2.0, 20.0], [2.5, 25.0], [3.5, 35.0]]
 
 
-#: KolorsImg2ImgPipeline forgets to pass the embeddings on that it is given; its text encoder is not to be had offline.
-@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
-@pytest.mark.usefixtures("_one_thread")
-def test_every_supported_pipeline(name, monkeypatch):
-    """What a pipeline of the support table is called with, tune can be called with as well."""
+def _recorded(name, monkeypatch):
+    """A pipeline of the support table, the arguments of the call that it is tested with, and its steps."""
     pipe, given = ROWS[name].build(), {}
     pipe.set_progress_bar_config(disable=True)
     plain = type(pipe).__call__
@@ -189,6 +310,15 @@ def test_every_supported_pipeline(name, monkeypatch):
     own = ("self", "prompt", "num_inference_steps", "generator", "output_type", "return_dict", "num_images_per_prompt")
     call = {key: value for key, value in {**given, **given.get("kwargs", {})}.items() if key not in (*own, "kwargs")}
     steps = given.get("num_inference_steps", 8)
+    return pipe, call, steps
+
+
+#: KolorsImg2ImgPipeline forgets to pass the embeddings on that it is given; its text encoder is not to be had offline.
+@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
+@pytest.mark.usefixtures("_one_thread")
+def test_every_supported_pipeline(name, monkeypatch):
+    """What a pipeline of the support table is called with, tune can be called with as well."""
+    pipe, call, steps = _recorded(name, monkeypatch)
     candidates = [EncoderPropagation(key_steps=2)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Default grid_sample")  # Diffusers', in Text2Video-Zero
@@ -200,6 +330,23 @@ def test_every_supported_pipeline(name, monkeypatch):
     assert exact.latent_error[0] < 1e-3
     assert 0 < other.latent_error[0] < 10
     assert exact.psnr_db[0] > other.psnr_db[0]
+    assert not is_swapped(pipe.unet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
+@pytest.mark.usefixtures("_one_thread")
+def test_plans_for_every_supported_pipeline(name, monkeypatch):
+    pipe, call, steps = _recorded(name, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = PlanSearch(pipe, steps, ["a red circle"], call, Profiles(None, "key")).find(lambda left: None)
+        for each in found[:: max(1, len(found) // 2)]:
+            with patched(pipe, propagation=each.plan) as report:
+                run_once(pipe, "a red circle", 0, steps, call)
+            assert report.last_run.forecast == len(each.plan.forecasts)
+    assert found
+    assert found[-1].error == 0
     assert not is_swapped(pipe.unet)
 
 

@@ -15,6 +15,8 @@ from .key_steps import (
     scale_published_key_steps,
     space_key_steps,
 )
+from .measured import MeasuredPlan
+from .output_forecast import OutputForecast
 from .rows import OuterReuse
 from .steps import Plan
 
@@ -219,14 +221,15 @@ class CfgReuse:
                 last = key
             if early:
                 both.update(range(key, min(plan.segment_end(key), math.ceil(self.start * total))))
+        both.update(plan.forecasts)
         return replace(plan, halves=tuple(step for step in range(plan.start, total) if step not in both))
 
 
-#: How steps share features.
-Sharing = EncoderPropagation | FeatureReuse
+#: How steps share work: rules for schedules of any length, or a plan for those of its own.
+Sharing = EncoderPropagation | FeatureReuse | OutputForecast | MeasuredPlan | Plan
 
 
-def _check_degree(config: Sharing, order: int | None) -> None:
+def _check_degree(config: EncoderPropagation | FeatureReuse, order: int | None) -> None:
     """Take ``order``, the old name of ``extrapolate``, and check the degree."""
     if order is not None:
         warn_renamed(f"{type(config).__name__}(order=)", f"{type(config).__name__}(extrapolate=)", stacklevel=5)

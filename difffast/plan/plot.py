@@ -14,7 +14,7 @@ _PARTS = ("outer layers", "encoder", "bottleneck", "decoder")
 def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
     """Draw which parts of the UNet run at which step, as PNG or SVG; decoders of one batch share a frame.
 
-    Steps that run the conditional half of the batch alone are half as high.
+    Steps that run the conditional half of the batch alone are half as high; at forecast steps nothing runs.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -24,7 +24,7 @@ def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
 
     axis = figure.subplots()
     for row in rows:
-        ran = _PARTS if row.key else ("outer layers",) if row.reuse else ("decoder",)
+        ran = _find_parts(row)
         colour = "C3" if row.full else "C0" if row.key else "C1"
         for part in ran:
             place = (row.step - 0.4, _PARTS.index(part) - 0.4)
@@ -35,6 +35,17 @@ def plot_plan(rows: Sequence[PlanStep], path: str | Path) -> None:
     axis.set(
         xlim=(rows[0].step - 1, rows[-1].step + 1), ylim=(3.6, -0.6), xlabel="step", yticks=range(4), yticklabels=_PARTS
     )
+    skipped = sum(row.forecast for row in rows)
     keys = f"{sum(row.key for row in rows)} key steps of {len(rows)} (blue)"
-    axis.set_title(f"{keys}, in between (orange), optimised (red)", size=9)
+    more = f", {skipped} forecast (nothing)" if skipped else ""
+    axis.set_title(f"{keys}, in between (orange), optimised (red){more}", size=9)
     save_figure(figure, path)
+
+
+def _find_parts(row: PlanStep) -> tuple[str, ...]:
+    """Return what of the UNet runs at a step."""
+    if row.key:
+        return _PARTS
+    if row.forecast:
+        return ()
+    return ("outer layers",) if row.reuse else ("decoder",)

@@ -42,6 +42,7 @@ class PlanStep:
         reuse: whether it runs the outer layers alone.
         half: whether it runs on the conditional half of the batch alone.
         full: whether embeddings or latents are changed on purpose at it, so that it runs in full.
+        forecast: whether nothing of the UNet runs: its output is forecast from those of earlier steps.
     """
 
     step: int
@@ -50,3 +51,4 @@ class PlanStep:
     reuse: bool = False
     half: bool = False
     full: bool = False
+    forecast: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,12 @@ class Plan:
         full_steps: the steps at which embeddings or latents are changed on purpose; all of them are key steps.
         halves: the steps that run only the conditional half of the batch.  Where a key step does, the steps up to the
             next key step have to do so too: the other half has left them nothing to reuse.
+        forecasts: the steps at which nothing of the UNet runs: their output is forecast from what the steps before have
+            returned.  None of them is a key step, runs one half, or is part of a decoder's batch.
+        extrapolate: the degree of a forecast that stands alone between two other steps: 0 repeats the last output, 1
+            extends the line through the last two.  In longer rows forecasts repeat it, because lines leave the truth.
+        guard: the error of a forecast, measured at the next step that runs, above which half of the forecasts that are
+            left become key steps: relative, times the share of noise in the latents; None never measures.
         start: the first step that is executed, which is the first key step; later than 0 in img2img, for instance.
 
     Raises:
@@ -51,6 +58,9 @@ class Plan:
     full_steps: tuple[int, ...] = ()
     halves: tuple[int, ...] = ()
     start: int = 0
+    forecasts: tuple[int, ...] = ()
+    extrapolate: int = 0
+    guard: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("total", "max_batch", "start"):
@@ -59,7 +69,13 @@ class Plan:
             raise ValueError(f"total must lie in 1 .. {MAX_STEPS}, got {self.total}")
         if self.max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
-        for name in ("key_steps", "full_steps", "halves", *(("batches",) if self.batches is not None else ())):
+        for name in (
+            "key_steps",
+            "full_steps",
+            "halves",
+            "forecasts",
+            *(("batches",) if self.batches is not None else ()),
+        ):
             object.__setattr__(self, name, _check_ascending(name, getattr(self, name)))
         if self.batches is not None and self.batches[:1] != (1,):
             raise ValueError(f"batches must ascend from 1, got {self.batches}")
@@ -90,19 +106,50 @@ class Plan:
         if wrong:
             raise ValueError(f"halves must lie in {first} .. {self.total - 1} and not be full steps, got {wrong[0]}")
         for key in keys:
-            rest = set(range(key, self.segment_end(key))) - halves if key in halves else ()
+            rest = set(range(key, self.segment_end(key))) - halves - set(self.forecasts) if key in halves else ()
             if rest:
                 raise ValueError(f"step {min(rest)} needs both halves of key step {key}, which runs one")
+        self._check_forecasts()
+
+    def _check_forecasts(self) -> None:
+        forecasts, runs, first = self.forecasts, set(self.key_steps) | set(self.halves), self.start + 1
+        wrong = [step for step in forecasts if not first <= step < self.total]
+        if wrong:
+            raise ValueError(f"forecasts must lie in {first} .. {self.total - 1}, got {wrong[0]}")
+        if runs & set(forecasts):
+            raise ValueError(f"step {min(runs & set(forecasts))} is a forecast, and so no key step and no half step")
+        if check_int("extrapolate", self.extrapolate) not in (0, 1):
+            raise ValueError(f"extrapolate must be 0 or 1, got {self.extrapolate!r}")
+        for step in forecasts if self.extrapolate else ():
+            if self.forecast_degree(step) and bisect_left(self.key_steps, step) < 2:
+                raise ValueError(f"a forecast of degree 1 needs 2 steps that run before it, got forecasts {forecasts}")
+        check_guard(self.guard)
 
     def add_full_steps(self, steps: Iterable[int]) -> Plan:
         """Return this plan with more steps that run in full, because embeddings or latents are changed at them."""
         steps = tuple(sorted({*self.full_steps, *steps}))
         halves = tuple(step for step in self.halves if step not in steps)
-        return replace(self, key_steps=tuple(sorted({*self.key_steps, *steps})), full_steps=steps, halves=halves)
+        return replace(self.add_key_steps(steps), full_steps=steps, halves=halves)
+
+    def add_key_steps(self, steps: Iterable[int]) -> Plan:
+        """Return this plan with more key steps, whatever it has for them now."""
+        steps = set(steps)
+        forecasts = tuple(step for step in self.forecasts if step not in steps)
+        return replace(self, key_steps=tuple(sorted({*self.key_steps, *steps})), forecasts=forecasts)
+
+    def check_total(self, total: int) -> Plan:
+        """Return this plan.
+
+        Raises:
+            ValueError: it is not for schedules with ``total`` UNet calls.
+        """
+        if total != self.total:
+            raise ValueError(f"this plan is for schedules with {self.total} UNet calls, got one with {total}")
+        return self
 
     def cut(self, total: int) -> Plan:
         """Return the first ``total`` steps of this plan."""
-        names = ("key_steps", "full_steps", "halves")
+        names = ("key_steps", "full_steps", "halves", "forecasts")
         return replace(self, total=total, **{n: tuple(s for s in getattr(self, n) if s < total) for n in names})
 
     @property
@@ -112,7 +159,19 @@ class Plan:
 
     def run_in_full(self) -> Plan:
         """Return this plan with every step a key step that runs both halves."""
-        return replace(self, key_steps=tuple(range(self.start, self.total)), halves=())
+        return replace(self, key_steps=tuple(range(self.start, self.total)), halves=(), forecasts=())
+
+    def begin_at(self, start: int) -> Plan:
+        """Return this plan for a run that executes the steps from ``start`` on."""
+        names = ("key_steps", "full_steps", "halves", "forecasts")
+        later = {name: {step for step in getattr(self, name) if step > start} for name in names}
+        # The first step runs in full, and so do those whose forecasts would need more steps before them.
+        full = {start, *(step for step in later["forecasts"] if step <= start + self.extrapolate)}
+        later["key_steps"] |= full
+        later["forecasts"] -= full
+        if start in self.full_steps:
+            later["full_steps"].add(start)
+        return replace(self, start=start, **{name: tuple(sorted(steps)) for name, steps in later.items()})
 
     def is_key(self, step: int) -> bool:
         """Return whether the plan runs the encoder at this step."""
@@ -120,8 +179,20 @@ class Plan:
 
     def is_half(self, step: int) -> bool:
         """Return whether the plan runs only the conditional half of the batch at this step."""
-        at = bisect_left(self.halves, step)
-        return at < len(self.halves) and self.halves[at] == step
+        return _contains(self.halves, step)
+
+    def is_forecast(self, step: int) -> bool:
+        """Return whether the plan forecasts the output of this step."""
+        return _contains(self.forecasts, step)
+
+    def forecast_degree(self, step: int) -> int:
+        """Return the degree of this step's forecast."""
+        alone = not self.is_forecast(step - 1) and not self.is_forecast(step + 1)
+        return self.extrapolate if alone else 0
+
+    def builds_on(self, step: int) -> bool:
+        """Return whether a step after ``step``, before the next key step, runs a part of the UNet."""
+        return any(not self.is_forecast(each) for each in range(step + 1, self.segment_end(step)))
 
     def segment_end(self, step: int) -> int:
         """Return the next key step after ``step``, or ``total``."""
@@ -134,6 +205,8 @@ class Plan:
         Steps that run one half never share a batch with those that run both.
         """
         end = self.segment_end(step)
+        if self.forecasts:
+            end = next((each for each in range(step + 1, end) if self.is_forecast(each)), end)
         if self.halves:
             half = self.is_half(step)
             end = next((each for each in range(step, end) if self.is_half(each) != half), end)
@@ -142,14 +215,16 @@ class Plan:
     def step(self, step: int) -> PlanStep:
         """Return the row of a step whose batch begins with it."""
         key = self.is_key(step)
-        reuse = self.reuse is not None and not key
-        return PlanStep(step, key, tuple(self.batch(step)), reuse, self.is_half(step), step in self.full_steps)
+        forecast = self.is_forecast(step)
+        reuse = self.reuse is not None and not key and not forecast
+        together = (step,) if forecast else tuple(self.batch(step))
+        return PlanStep(step, key, together, reuse, self.is_half(step), step in self.full_steps, forecast)
 
     def steps(self) -> tuple[PlanStep, ...]:
         """Return the rows of the steps that are executed."""
         rows: list[PlanStep] = []
         while len(rows) < self.total - self.start:
-            together = tuple(self.batch(self.start + len(rows)))
+            together = self.step(self.start + len(rows)).decoded_with
             rows += [replace(self.step(step), decoded_with=together) for step in together]
         return tuple(rows)
 
@@ -193,11 +268,35 @@ class Plan:
             together = "alone" if first == last else f"{first}..{last} (batch of {last - first + 1})"
             if row.reuse:
                 together = f"outer layers alone (branch {self.reuse.branch})"
+            if row.forecast:
+                together = f"forecast, degree {self.forecast_degree(row.step)}"
             more = ", optimised" if row.full else ", conditional half" if row.half else ""
             lines.append(f"{row.step:4d}  {'key' if row.key else '   '}  {together}{more}")
         what = "encoder" if self.reuse is None else "whole UNet"
         lines.append(f"{len(self.key_steps)} of {self.total - self.start} steps run the {what}")
+        if self.forecasts:
+            lines.append(f"{len(self.forecasts)} run nothing: their output is forecast")
         return "\n".join(lines)
+
+
+def check_guard(guard: Any) -> None:
+    """Check the error above which forecasts become key steps.
+
+    Raises:
+        TypeError, ValueError: it is no number, or not positive and finite.
+    """
+    if guard is None:
+        return
+    if isinstance(guard, bool) or not isinstance(guard, (int, float)):
+        raise TypeError(f"guard must be a number or None, got {guard!r}")
+    if not 0 < guard < math.inf:
+        raise ValueError(f"guard must be positive and finite, or None, got {guard}")
+
+
+def _contains(steps: tuple[int, ...], step: int) -> bool:
+    """Return whether a step is one of some in order."""
+    at = bisect_left(steps, step)
+    return at < len(steps) and steps[at] == step
 
 
 def _check_ascending(name: str, steps: Any) -> tuple[int, ...]:

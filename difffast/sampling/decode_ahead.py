@@ -45,7 +45,7 @@ class DecodeAhead(Strategy):
         if self._features is None or plan.is_key(step.index):
             self._features = None
             self._state.count_key(step.index)
-            if plan.segment_end(step.index) == step.index + 1:
+            if not plan.builds_on(step.index):
                 return step.run_whole()
             self._features = split.encode(step.unet, step.call, share=self._share, execute=step.execute)
             self._remember(step.index)
@@ -94,6 +94,6 @@ class DecodeAhead(Strategy):
                 size = state.plan.max_batch
                 state.note(f"out of memory decoding {len(together)} steps at once: {size} from now on")
         state.stats.decode_batches.append(len(together))
-        if together.stop == state.plan.segment_end(step.index):
+        if not state.plan.builds_on(together.stop - 1):
             self._features = None  # the whole segment is decoded
         return outputs

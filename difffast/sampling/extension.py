@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.context import AttentionEdit, MapSink
 from .scheduler_step import Edit, Result
@@ -48,6 +48,7 @@ class ExtensionRun:
         """
         return call
 
+<<<<<<< HEAD
     def attention(self, step: int) -> AttentionEdit | None:
         """Return who changes what the attention layers of the UNet call at a step give; asked after :meth:`edit_call`.
 
@@ -56,6 +57,15 @@ class ExtensionRun:
         """
         return None
 
+=======
+    def replace_output(self, step: int) -> Tensor | None:
+        """Return what the pipeline is to get at a step in place of the UNet's output; None: the UNet runs."""
+        return None
+
+    def see_output(self, step: int, output: Tensor) -> None:
+        """Look at what the pipeline gets at a step; it is not to be written to."""
+
+>>>>>>> main
 
 class Extension:
     """One method in one patched pipeline; every hook of this base class does nothing.

@@ -41,7 +41,8 @@ class OuterLayers(Strategy):
             weights = weigh([at for at, *_ in self._deep], step.index, deep[0].device)
             return step.execute(run_reuse, step.unet, step.call, deep, weights, reuse.branch)
         state.count_key(step.index)
-        if len(state.plan.key_steps) == state.plan.total - state.plan.start:
+        if not state.plan.builds_on(step.index) and not reuse.extrapolate:
+            self._deep.clear()
             return step.run_whole()
         output, feature = step.execute(run_recording, step.unet, step.call, reuse.branch)
         earlier = [each for each in self._deep[: reuse.extrapolate] if each[-1] >= rows]  # half is of no use to both

@@ -17,7 +17,7 @@ from ..layers.context import AttentionEdit, CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
 from ..ops._dispatch import describe_unforced
-from ..plan import MIN_STEPS
+from ..plan import MIN_STEPS, EncoderPropagation
 from ..support import denoiser_of
 from ..unet.contents import contents_of
 from ..unet.fingerprint import Fingerprint
@@ -28,6 +28,7 @@ from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
 from .execution import Execution
 from .extension import RunInfo
+from .forecasts import Forecasts
 from .outer_layers import OuterLayers
 from .position import count_steps, find_step, is_element
 from .settings import Settings
@@ -86,6 +87,8 @@ class SamplingRun:
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
+        guarded = self.state.plan.guard is not None
+        self._forecasts = Forecasts(self.state, first.read_schedule(len(timesteps)).noise if guarded else None)
         self.finished = False
         self._steps = _count_denoising_steps(scheduler, timesteps)
         self._plan_from(0)
@@ -116,9 +119,11 @@ class SamplingRun:
     def _choose_strategy(self) -> Strategy:
         if self.state.plan.reuse is not None:
             return OuterLayers(self.state)
-        if not self.state.plan.shares:
+        plan = self.state.plan
+        if len(plan.key_steps) + len(plan.forecasts) == plan.total - plan.start:
             return WholeUNet(self.state)
-        return DecodeAhead(self.state, self.settings[0].propagation)
+        asked = self.settings[0].propagation
+        return DecodeAhead(self.state, asked if isinstance(asked, EncoderPropagation) else EncoderPropagation())
 
     def step_of(self, timestep: Tensor) -> int:
         """Return the position of a time in the schedule: 0 where it is not known, which only exact plans take."""
@@ -151,6 +156,7 @@ class SamplingRun:
         """Drop the features; ControlNet's outputs stay, which were made for the step that is being answered."""
         self._fingerprint, self._last = None, None
         self._strategy.forget()
+        self._forecasts.forget()
 
     def note_stock(self, reason: str, index: int) -> None:
         """Count a call at a step that runs the unpatched forward, and forget what it may invalidate."""
@@ -190,7 +196,8 @@ class SamplingRun:
         step = self.step_of(call["timestep"])
         goes_on = not self.state.restart and self._last is not None and step == self._last + 1
         builds = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._looks
-        reuse = self.settings[0].controlnet == "key steps"
+        # Where the output is forecast, nothing takes ControlNet's.
+        reuse = self.settings[0].controlnet == "key steps" or self.state.plan.is_forecast(step)
         call = self._controlled.settle(call, key=not builds)
         identity = self._controlled.identify(call)
         output, change = self._control.answer(identity, step, builds=builds, reuse=reuse, stock=stock)
@@ -277,9 +284,16 @@ class SamplingRun:
         self._follow(index)
         given = call = self._conditioning.settle(call, key=self.state.plan.is_key(index))
         self._compare(call, index)
+        for extension in self._extensions:
+            known = extension.replace_output(index)
+            if known is not None:
+                return self._finish(index, False, known, given)
         ahead = self._strategy.recall(index)
         if ahead is not None:
             return self._finish(index, *ahead, given)
+        forecast = self._forecasts.answer(index)
+        if forecast is not None:
+            return self._end(index, forecast)
         half = self._cfg.runs_half(index, call)
         if half:
             call = self._cfg.prepare(call)
@@ -356,8 +370,15 @@ class SamplingRun:
         self._respect_contents()
 
     def _finish(self, index: int, half: bool, output: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """Return what the pipeline gets; at the last step, drop everything."""
+        """Return what the pipeline gets of what the UNet has returned."""
         output = self._cfg.complete(half, output, call)
+        self._forecasts.learn(index, output)
+        return self._end(index, output)
+
+    def _end(self, index: int, output: Tensor) -> Tensor:
+        """Return the output; at the last step, drop everything."""
+        for extension in self._extensions:
+            extension.see_output(index, output)
         self.finished = index == self.state.plan.total - 1
         if self.finished:
             self.end()

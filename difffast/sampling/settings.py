@@ -9,16 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from ..engines.engine import choose_engine
 from ..engines.programs import BATCHES
 from ..engines.user_compiled import UserCompile, find_user_compile
 from ..layers.context import MapSink
-from ..plan import MIN_STEPS, CfgReuse, FeatureReuse, Plan, Sharing
+from ..plan import (
+    LEAST_CALLS,
+    MIN_STEPS,
+    CfgReuse,
+    EncoderPropagation,
+    FeatureReuse,
+    MeasuredPlan,
+    Plan,
+    Schedule,
+    Sharing,
+)
 from ..support import Support
 from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .calls import find_pipeline_call
 from .extension import Extension
+from .schedule import read_schedule
 from .scheduler_step import override_step
 from .stats import RunStats
 
@@ -53,12 +65,14 @@ class Settings:
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
         self.engine, self.force = engine, force
         #: Whether ControlNet runs at "every step" or at "key steps" alone.
-        self.controlnet = "every step" if isinstance(propagation, FeatureReuse) else "key steps"
+        outer = isinstance(propagation, FeatureReuse) or (isinstance(propagation, Plan) and propagation.reuse)
+        self.controlnet = "every step" if outer else "key steps"
         self.extensions = tuple(extensions)
         self.last_run: RunStats | None = None
         #: Whether the user has been warned that schedules with too few steps run in full.
         self.warned = False
         self._schedulers: list[Any] = []
+        self._read: tuple[TensorWeakRef, Schedule] | None = None  # of the times that were read last
 
     @property
     def compiled(self) -> bool:
@@ -139,15 +153,29 @@ class Settings:
             swap_out(self._schedulers[-1])
             self._schedulers.pop()
 
+    def read_schedule(self, total: int) -> Schedule:
+        """Return what is known of the scheduler's schedule with ``total`` UNet calls; a schedule is read once."""
+        times = self.timesteps()
+        if times is None or len(times) != total:
+            return read_schedule(self.scheduler(), total)
+        if self._read is None or self._read[0]() is not times:
+            self._read = TensorWeakRef(times), read_schedule(self.scheduler(), total)
+        return self._read[1]
+
     def plan(self, total: int, device: torch.device, start: int = 0) -> Plan:
         """Return the plan of a schedule with ``total`` UNet calls on a device, of which ``start`` is executed first."""
-        if isinstance(self.propagation, FeatureReuse):
-            plan = self.propagation.plan(total, start=start)
-        else:
+        static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
+        batches = BATCHES if static else None  # one program for each
+        asked = self.propagation
+        if isinstance(asked, EncoderPropagation):
             kind = self.support.key_steps
-            static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
-            batches = BATCHES if static else None  # one program for each
-            plan = self.propagation.plan(total, start=start, kind=kind, device=device.type, batches=batches)
+            plan = asked.plan(total, start=start, kind=kind, device=device.type, batches=batches)
+        elif isinstance(asked, MeasuredPlan):
+            plan = asked.plan(total, start=start, schedule=self.read_schedule(total))
+        elif isinstance(asked, Plan):
+            plan = replace(asked.check_total(total), batches=batches).begin_at(start)
+        else:
+            plan = asked.plan(total, start=start)
         if not self.support.parallel:
             plan = replace(plan, max_batch=1)
         full = [step for each in self.extensions for step in each.full_steps(total) if step >= start]
@@ -175,15 +203,22 @@ class Settings:
             return plan.run_in_full(), f"every step runs in full: {why}"
         if plan.shares:
             return plan, None
-        return plan, f"every step runs in full: with {total} steps, all of them are key steps"
+        few = isinstance(self.propagation, MeasuredPlan) and total < LEAST_CALLS
+        why = f"{self.propagation.name!r} shares nothing below {LEAST_CALLS}" if few else "all of them are key steps"
+        return plan, f"every step runs in full: with {total} steps, {why}"
 
     @property
     def shares(self) -> bool:
         """Whether steps are to share anything."""
-        return self.cfg is not None or self.apart != 1
+        asked = self.propagation
+        if isinstance(asked, MeasuredPlan) or self.cfg is not None:
+            return True
+        return asked.shares if isinstance(asked, Plan) else self.apart != 1
 
     @property
     def apart(self) -> Any:
         """How far apart key steps are, or which they are, as it was asked for."""
         config = self.propagation
+        if isinstance(config, MeasuredPlan):
+            return config.name
         return config.interval if isinstance(config, FeatureReuse) else config.key_steps

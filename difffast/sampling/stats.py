@@ -15,6 +15,8 @@ class RunStats:
         key: calls that ran the encoder.
         propagated: calls answered from cached encoder features.
         reused: calls that ran the outer layers alone.
+        forecast: calls at which nothing of the UNet ran.
+        forecast_errors: relative errors of forecasts, as the guard has measured them, by the step that told.
         halves: calls, of any of these kinds, that ran the conditional half of the batch alone.
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
         forced: key steps that the plan did not ask for (conditioning or shape changed, features dropped).
@@ -29,6 +31,8 @@ class RunStats:
     key: int = 0
     propagated: int = 0
     reused: int = 0
+    forecast: int = 0
+    forecast_errors: dict[int, float] = field(default_factory=dict)
     halves: int = 0
     stock: int = 0
     forced: int = 0
@@ -47,6 +51,8 @@ class RunStats:
         if self.controlnet:
             counts = self.controlnet
             text += f"; ControlNet computed {counts['computed']} times, reused {counts['reused']} times"
+        if self.forecast:
+            text += f"; {self.forecast} forecast without the UNet"
         if self.halves:
             text += f"; guidance's conditional half alone {self.halves} times"
         unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())

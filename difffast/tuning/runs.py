@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .options import suggest
-from .surgery.subclass import plain_class
+from ..options import suggest
+from ..surgery.subclass import plain_class
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 #: What :func:`run_once` gives by itself.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .files import check_writable, lock_file, write_whole
+from ..files import check_writable, lock_file, write_whole
 
 #: What is kept beside seconds of everything but stock.
 _ERRORS = ("psnr_db", "latent_error")
@@ -147,9 +147,9 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise _make_error(path, f"something that is no JSON ({error})") from None
+        raise make_error(path, f"something that is no JSON ({error})") from None
     if not isinstance(content, dict):
-        raise _make_error(path, _shorten(content))
+        raise make_error(path, shorten(content))
     return content
 
 
@@ -163,18 +163,18 @@ def _read_entries(path: Path, content: Mapping[str, Any], key: str) -> _Entries:
             fields = dict(_items(path, where, entry))
             repeats = fields.get("repeats")
             if not isinstance(repeats, list) or not repeats or not all(_is_number(each, "seconds") for each in repeats):
-                raise _make_error(path, f"repeats of {where} that are no positive seconds: {_shorten(repeats)}")
+                raise make_error(path, f"repeats of {where} that are no positive seconds: {shorten(repeats)}")
             errors = {} if name == "stock" else {each: fields.get(each) for each in _ERRORS}
             for each, value in errors.items():
                 if not _is_number(value, each):
-                    raise _make_error(path, f"{each} of {where}: {_shorten(value)}")
+                    raise make_error(path, f"{each} of {where}: {shorten(value)}")
             found[name, prompt] = _Entry(tuple(map(float, repeats)), {n: float(v) for n, v in errors.items()})
     return found
 
 
 def _items(path: Path, where: str, value: Any) -> ItemsView[str, Any]:
     if not isinstance(value, dict):
-        raise _make_error(path, f"no object under {where}: {_shorten(value)}")
+        raise make_error(path, f"no object under {where}: {shorten(value)}")
     return value.items()
 
 
@@ -189,9 +189,11 @@ def _is_number(value: Any, what: str) -> bool:
     return 0 < value < math.inf if what == "seconds" else value >= 0
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Return a value as short text."""
     return reprlib.repr(value)
 
 
-def _make_error(path: Path, found: str) -> ValueError:
+def make_error(path: Path, found: str) -> ValueError:
+    """Return the error for a file that holds something else than measurements."""
     return ValueError(f"{path} must hold measurements of difffast.tune, and holds {found}; delete it, or name another")

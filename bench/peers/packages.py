@@ -1,10 +1,12 @@
-"""Other people's ways to make a pipeline faster, each as a context manager around one pipeline."""
+"""Peers that come as packages: DeepCache, tomesd, and Diffusers' own Pyramid Attention Broadcast."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+
+from .calls import Calls, forwards_left_alone
 
 
 @contextlib.contextmanager
@@ -18,11 +20,12 @@ def deepcache(pipe: Any, interval: int, branch: int) -> Iterator[None]:
 
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
+    with forwards_left_alone(pipe.unet):
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
 
 
 @contextlib.contextmanager
@@ -50,24 +53,28 @@ def pyramid_attention_broadcast(pipe: Any, self_interval: int, cross_interval: i
         cross_attention_block_skip_range=cross_interval,
         spatial_attention_block_identifiers=("attn1",),
         cross_attention_block_identifiers=("attn2",),
-        current_timestep_callback=lambda: times[calls],
+        current_timestep_callback=lambda: times[index],
     )
-    schedule, times, calls = None, [], 0
+    calls, times, index = Calls(pipe), [], 0
 
-    def follow(_unet: Any, _arguments: tuple[Any, ...]) -> None:
-        # Once a run, so that no step waits for the device.
-        nonlocal schedule, times, calls
-        if schedule is not pipe.scheduler.timesteps:
-            schedule, calls = pipe.scheduler.timesteps, -1
-            times = [int(time) for time in schedule]
-        calls += 1
+    def follow(unet: Any, _arguments: tuple[Any, ...]) -> None:
+        nonlocal times, index
+        index, _ = calls.count()
+        if index == 0:  # Once a run, so that no step waits for the device.
+            times = [int(time) for time in pipe.scheduler.timesteps]
+            # Nobody else does so on a UNet: a run would begin with another one's outputs.
+            for module in hooked(unet):
+                module._diffusers_hook.reset_stateful_hooks(recurse=False)
 
-    hook = pipe.unet.register_forward_pre_hook(follow)
-    apply_pyramid_attention_broadcast(pipe.unet, config)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for module in pipe.unet.modules():
-            if hasattr(module, "_diffusers_hook"):
+    def hooked(unet: Any) -> list[Any]:
+        return [module for module in unet.modules() if hasattr(module, "_diffusers_hook")]
+
+    with forwards_left_alone(pipe.unet, "_diffusers_hook"):
+        hook = pipe.unet.register_forward_pre_hook(follow)
+        apply_pyramid_attention_broadcast(pipe.unet, config)
+        try:
+            yield
+        finally:
+            hook.remove()
+            for module in hooked(pipe.unet):
                 module._diffusers_hook.remove_hook("pyramid_attention_broadcast", recurse=False)

@@ -1,0 +1,241 @@
+"""The table behind the presets "balanced" and "turbo": at which steps the UNet must run, by solver and number of steps.
+
+    python bench/measure_plans.py --cells out/plans                    # every cell that is not there yet
+    python bench/measure_plans.py --cells out/plans --only "Euler 20"  # some
+    python bench/measure_plans.py --cells out/plans --write            # difffast/plan/measured.json of all cells
+
+A cell is profiled on some prompts with the embedded model, searched by dynamic programming, and its plans are tried on
+other prompts.  A preset takes the plan with the fewest UNet calls that reaches its PSNR there, in the median and in the
+10th percentile, and is ahead of stock with as many calls.  Each cell is a file, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from drawn.shapes import draw_scene
+from torch import Tensor
+from tqdm import tqdm
+
+from difffast import patched
+from difffast.models import embedded_pipeline
+from difffast.plan import Plan
+from difffast.plan import measured as table
+from difffast.plan.search import search_plans
+from difffast.sampling.schedule import name_solver, read_schedule
+from difffast.sites import find_site
+from difffast.tools.demo import device_name
+from difffast.tuning.profile import Profile, Stopped, Trial
+
+STEPS = (15, 20, 25, 28, 30, 40, 50)
+#: PSNR [dB] against stock that a preset's plan must reach, in the median and in the 10th percentile, and by how much
+#: [dB] it must be ahead of stock with as many UNet calls.
+TARGETS = {"balanced": (40.0, 24.0), "turbo": (31.0, 18.0)}
+AHEAD = (1.0, 0.0)
+#: Forecasts in a row that plans are searched with, at most: errors of longer rows do not just add up, and which is
+#: better is tried.
+LONGEST = (1, 2, 3)
+#: Seeds of the scenes: searched with, chosen by.
+SEARCHED, CHOSEN = 101, 102
+IMAGES = 16
+OUT = Path(table.__file__).with_name("measured.json")
+
+
+def solvers() -> dict[str, Callable[[Any], Any]]:
+    """Schedulers from a configuration, by the name of the solver."""
+    multistep = diffusers.DPMSolverMultistepScheduler.from_config
+    made = [
+        diffusers.DDIMScheduler.from_config,
+        diffusers.EulerDiscreteScheduler.from_config,
+        diffusers.EulerAncestralDiscreteScheduler.from_config,
+        multistep,
+        functools.partial(multistep, use_karras_sigmas=True),
+        functools.partial(multistep, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++"),
+        diffusers.UniPCMultistepScheduler.from_config,
+        diffusers.PNDMScheduler.from_config,
+        diffusers.HeunDiscreteScheduler.from_config,
+    ]
+    return {name_solver(make({})): make for make in made}
+
+
+class Cell:
+    """One solver with one number of steps.
+
+    Args:
+        pipe: the embedded pipeline, whose scheduler is replaced.
+        config: of the pipeline's own scheduler.
+        cell: a name of :func:`solvers`, and denoising steps.
+        images: how many a plan is chosen by; half as many are searched with.
+    """
+
+    def __init__(self, pipe: Any, config: Any, cell: tuple[str, int], images: int) -> None:
+        self.pipe, (self.solver, self.steps) = pipe, cell
+        steps = self.steps
+        pipe.scheduler = solvers()[self.solver](config)
+        pipe.scheduler.set_timesteps(steps)
+        self.total = len(pipe.scheduler.timesteps)
+        self._searched, self._chosen = draw_captions(SEARCHED, max(1, images // 2)), draw_captions(CHOSEN, images)
+        self._expected = self._call(self._chosen, steps)
+
+    def measure(self) -> dict[str, Any]:
+        """Return the cell's row of the table."""
+        rows, by_calls = self._profile().rows(), defaultdict(dict)
+        for longest in LONGEST:
+            # Errors fall along the list: of as many calls, the one with the least error stays.
+            for each in search_plans(self.total, [row for row in rows if row.length <= longest]):
+                by_calls[len(each.plan.key_steps)][longest] = each.plan
+        row = {
+            "solver": self.solver,
+            "steps": self.steps,
+            "log_snr": [round(each, 4) for each in read_schedule(self.pipe.scheduler, self.total).log_snr],
+        }
+        chosen = {name: self._choose(by_calls, target) for name, target in TARGETS.items()}
+        plans = {name: table.write_steps(plan) for name, (plan, _) in chosen.items()}
+        return {**row, "plans": plans, "measured": {name: figures for name, (_, figures) in chosen.items()}}
+
+    def _profile(self) -> Profile:
+        with patched(self.pipe, "exact"):
+            profile = Profile(self._run, 0, self.total, ("forecast",))
+            for first in range(0, len(self._searched), 8):
+                for _ in profile.measure(tuple(self._searched[first : first + 8])):
+                    pass
+        return profile
+
+    def _choose(
+        self, by_calls: dict[int, dict[int, Plan]], target: tuple[float, float]
+    ) -> tuple[Plan, dict[str, float]]:
+        """Return the plan with the fewest calls that is good enough, and its figures; bisects, then goes up."""
+        counts = sorted(by_calls)
+        low, high = 0, len(counts) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._try_plans(by_calls[counts[middle]])[1][0] >= target[0]:
+                high = middle
+            else:
+                low = middle + 1
+        for count in counts[low:]:
+            (plan, ours), theirs = self._try_plans(by_calls[count]), self._try_stock(count)
+            ahead = all(a - b >= more for a, b, more in zip(ours, theirs, AHEAD, strict=True))
+            if ahead and all(a >= b for a, b in zip(ours, target, strict=True)):
+                break
+        figures = {"calls": count, "psnr_db": ours[0], "psnr_db_p10": ours[1]}
+        figures |= {"stock_psnr_db": theirs[0], "stock_psnr_db_p10": theirs[1]}
+        return plan, {name: round(min(value, 120.0), 2) for name, value in figures.items()}
+
+    def _try_plans(self, plans: dict[int, Plan]) -> tuple[Plan, tuple[float, float]]:
+        """Return the best of plans with as many calls, and its figures; the tail counts as much as the median."""
+        tried = {plan: self._try_plan(plan) for plan in dict.fromkeys(plans.values())}
+        return max(tried.items(), key=lambda pair: sum(pair[1]))
+
+    @functools.cache  # noqa: B019 - a cell lives as long as its cache
+    def _try_plan(self, plan: Plan) -> tuple[float, float]:
+        if not plan.forecasts:
+            return math.inf, math.inf
+        with patched(self.pipe, propagation=plan, fused=False):
+            return self._compare(self._call(self._chosen, self.steps))
+
+    @functools.cache  # noqa: B019
+    def _try_stock(self, calls: int) -> tuple[float, float]:
+        """Return the figures of stock with as many UNet calls, or one more."""
+        if calls >= self.total:
+            return -math.inf, -math.inf
+        for steps in range(1, self.steps):
+            self.pipe.scheduler.set_timesteps(steps)
+            if len(self.pipe.scheduler.timesteps) >= calls:
+                break
+        return self._compare(self._call(self._chosen, steps))
+
+    def _compare(self, latents: Tensor) -> tuple[float, float]:
+        """Return the median and the 10th percentile of PSNR [dB] against stock."""
+        with torch.no_grad():
+            ours, theirs = (
+                (self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+                for x in (latents, self._expected)
+            )
+        errors = (ours - theirs).square().flatten(1).mean(1).clamp(min=1e-12)
+        psnr = (-10 * errors.log10()).tolist()
+        return statistics.median(psnr), float(np.quantile(psnr, 0.1))
+
+    def _run(self, asked: Any, trial: Trial, prompts: Sequence[str]) -> Tensor | None:
+        settings = find_site(self.pipe).settings
+        settings.propagation, settings.extensions = asked, (trial,)
+        try:
+            return self._call(prompts, self.steps, first=self._searched.index(prompts[0]))
+        except Stopped:
+            return None
+
+    def _call(self, prompts: Sequence[str], steps: int, first: int = 0) -> Tensor:
+        made = []
+        for start in range(0, len(prompts), 8):
+            some = list(prompts[start : start + 8])
+            seeds = [torch.Generator().manual_seed(first + start + i) for i in range(len(some))]
+            made.append(self.pipe(some, num_inference_steps=steps, generator=seeds, output_type="latent").images)
+        return torch.cat(made)
+
+
+def draw_captions(seed: int, count: int) -> list[str]:
+    """Return captions of scenes: two fifths of one thing, two fifths of two, a fifth of three."""
+    numbers = (1, 2, 1, 2, 3)
+    found: dict[str, None] = {}
+    index = 0
+    while len(found) < count:
+        found[draw_scene(np.random.default_rng([seed, index]), things=numbers[index % 5]).caption] = None
+        index += 1
+    return list(found)
+
+
+def write(folder: Path) -> None:
+    """Write the table of all cells."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    order = list(solvers())
+    rows.sort(key=lambda row: (order.index(row["solver"]), row["steps"]))
+    about = {
+        "made_by": "bench/measure_plans.py",
+        "model": "the embedded model",
+        "images": IMAGES,
+        "targets_psnr_db": TARGETS,
+        "device": device_name(),
+        "torch": torch.__version__,
+    }
+    OUT.write_text(table.to_json(rows, about))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=Path, required=True, help="folder of the cells")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help='as in "DPM++ 2M Karras 25"')
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    arguments.cells.mkdir(parents=True, exist_ok=True)
+    every = {f"{solver} {steps}": (solver, steps) for steps in STEPS for solver in solvers()}
+    unknown = set(arguments.only or ()) - set(every)
+    if unknown:
+        parser.error(f"--only must name cells such as {next(iter(every))!r}, got {', '.join(sorted(unknown))}")
+    if arguments.write:
+        write(arguments.cells)
+        return
+    pipe = embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    config = dict(pipe.scheduler.config)
+    for name in tqdm(arguments.only or every):
+        file = arguments.cells / f"{name}.json"
+        if not file.is_file():
+            row = Cell(pipe, config, every[name], arguments.images).measure()
+            file.write_text(json.dumps(row))
+            print(name, row["plans"], row["measured"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
