@@ -27,13 +27,10 @@ __all__ = [
     "CfgReuse",
     "EncoderPropagation",
     "FeatureReuse",
-<<<<<<< HEAD
     "Inversion",
-    "NegativeAttention",
-=======
     "MeasuredPlan",
+    "NegativeAttention",
     "OutputForecast",
->>>>>>> main
     "PatchReport",
     "Plan",
     "ProofReport",

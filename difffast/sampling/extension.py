@@ -48,7 +48,6 @@ class ExtensionRun:
         """
         return call
 
-<<<<<<< HEAD
     def attention(self, step: int) -> AttentionEdit | None:
         """Return who changes what the attention layers of the UNet call at a step give; asked after :meth:`edit_call`.
 
@@ -57,7 +56,6 @@ class ExtensionRun:
         """
         return None
 
-=======
     def replace_output(self, step: int) -> Tensor | None:
         """Return what the pipeline is to get at a step in place of the UNet's output; None: the UNet runs."""
         return None
@@ -65,7 +63,6 @@ class ExtensionRun:
     def see_output(self, step: int, output: Tensor) -> None:
         """Look at what the pipeline gets at a step; it is not to be written to."""
 
->>>>>>> main
 
 class Extension:
     """One method in one patched pipeline; every hook of this base class does nothing.
