@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import models
 from .collect import collect_maps
+from .editing import edit
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, OutputForecast, Plan
@@ -11,6 +12,12 @@ from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
 from .steering.binding.method import SemanticBinding
+from .steering.inversion.inversion import Inversion
+from .steering.inversion.invert import invert
+from .steering.negative_attention import NegativeAttention
+from .steering.safe_guard import SafeGuard
+from .steering.suppression.embeds import suppress
+from .steering.suppression.method import Suppression
 from .tune import tune
 
 __version__ = "0.2.0"
@@ -20,18 +27,25 @@ __all__ = [
     "CfgReuse",
     "EncoderPropagation",
     "FeatureReuse",
+    "Inversion",
     "MeasuredPlan",
+    "NegativeAttention",
     "OutputForecast",
     "PatchReport",
     "Plan",
     "ProofReport",
+    "SafeGuard",
     "SemanticBinding",
+    "Suppression",
     "__version__",
     "collect_maps",
+    "edit",
+    "invert",
     "models",
     "patch",
     "patched",
     "prove",
+    "suppress",
     "tune",
     "unpatch",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
@@ -36,6 +36,7 @@ class PatchOptions(TypedDict, total=False):
     engine: str | None
     precision: str | None
     binding: Method | None
+    steering: Method | Sequence[Method]
     controlnet: str | None
     profile: bool
     force: bool
@@ -56,6 +57,7 @@ class Options:
     engine: str | None = None
     precision: str | None = None
     binding: Method | None = None
+    steering: Method | Sequence[Method] = ()
     controlnet: str | None = None
     profile: bool = False
     force: bool = False
@@ -77,6 +79,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
                 raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        object.__setattr__(self, "steering", _check_methods(self.steering))
         if self.fused is not None and not isinstance(self.fused, bool):
             raise TypeError(f"fused must be True, False or None, got {self.fused!r}")
         _check_switch("force", self.force)
@@ -144,14 +147,13 @@ class Options:
         sharing = self.sharing
         if self.propagation is None and not target.support.prior_noise and isinstance(sharing, EncoderPropagation):
             sharing = replace(sharing, prior_noise=None)  # what was asked for by name is refused instead
-        _check_sharing(sharing, target, binding=self.binding is not None)
+        methods = (() if self.binding is None else (self.binding,)) + self.steering
+        _check_sharing(sharing, target, steered=bool(methods))
         _check_controlnet(self.controlnet, sharing, target)
         obstacle = target.refuse_cfg_reuse()
         if self.cfg is not None and obstacle:
             raise ValueError(f"guidance cannot be reused with {target.name}: {obstacle}")
-        extensions: list[Extension] = []
-        if self.binding is not None:
-            extensions.append(self.binding.attach(target.pipe, target.unet))
+        extensions: list[Extension] = [method.attach(target.pipe, target.unet) for method in methods]
         if isinstance(sharing, EncoderPropagation) and sharing.prior_noise:
             extensions.append(PriorNoise(sharing.prior_noise))
         settings = Settings(
@@ -187,16 +189,25 @@ def _check_precision(engine: str | None, precision: str | None) -> None:
             raise ModuleNotFoundError(missing)
 
 
-def _check_sharing(sharing: Sharing, target: Target, *, binding: bool) -> None:
+def _check_methods(methods: Any) -> tuple[Method, ...]:
+    found = tuple(methods) if isinstance(methods, (list, tuple)) else (methods,)
+    for method in found:
+        if not isinstance(method, Method):
+            wanted = "a method such as difffast.NegativeAttention, or several"
+            raise TypeError(f"steering must be {wanted}, got {type(method).__name__}")
+    return found
+
+
+def _check_sharing(sharing: Sharing, target: Target, *, steered: bool) -> None:
     """Refuse what the pipeline's kind rules out, with the reason."""
     support = target.support
     reuse = sharing.reuse if isinstance(sharing, Plan) else sharing if isinstance(sharing, FeatureReuse) else None
     if support.exact_only:
         whole = isinstance(sharing, EncoderPropagation) and sharing.key_steps == 1 and not sharing.prior_noise
-        if not whole or binding:
+        if not whole or steered:
             raise ValueError(
                 f"{target.name} can only have what is exact, difffast.patch(pipe, 'exact'), got "
-                f"{'binding' if whole else sharing}: {support.exact_only}"
+                f"{'binding or steering' if whole else sharing}: {support.exact_only}"
             )
     elif reuse is not None:
         if not support.reuse:

@@ -58,9 +58,9 @@ def patch(
         binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
         force: share features even in schedules with fewer than 8 steps, where otherwise every step runs in full.
         more: ``compile``; ``precision``, in which OpenVINO runs: "f32", "bf16" or None, which is the pipeline's own;
-            ``profile``, whether ``report.last_run`` tells the seconds of every part; ``controlnet``, whether ControlNet
-            runs at "every step", the default where steps reuse outer layers, or at "key steps" alone; and options under
-            their old names, each of which gives a warning.
+            ``profile``, whether ``report.last_run`` tells the seconds of every part; ``steering``, one method or more
+            that change pictures on purpose (docs/editing.md); ``controlnet``, whether ControlNet runs at "every step",
+            the default where steps reuse outer layers, or at "key steps"; and old names, each of which gives a warning.
 
     Returns:
         A report of what was replaced; for several pipelines a tuple of reports.

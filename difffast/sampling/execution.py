@@ -65,19 +65,19 @@ class Execution:
         self._inputs: InputReader | None = None
         self._changes = 0  # of the UNet, as graphs count them, that the inputs' layers were looked for after
 
-    def find_engine(self, unet: nn.Module, foreign: str | None, *, maps: bool) -> Engine | None:
+    def find_engine(self, unet: nn.Module, foreign: str | None, *, watched: str) -> Engine | None:
         """Return what executes the functions of a call, or None where Python does.
 
-        It does where attention maps are wanted, which programs and graphs do not give, and where there is others' code
-        in the UNet, which may do something else at every call.
+        It does where attention maps are wanted or attention is edited, which programs and graphs do not do, and where
+        there is others' code in the UNet, which may do something else at every call.
 
         Args:
             unet: the UNet.
             foreign: what others have put into it, or None.
-            maps: whether attention maps are wanted.
+            watched: what is wanted of single layers, as text, or nothing.
         """
-        if maps and (self._engine is not None or self._has_compiled_parts):
-            self._tell("programs and graphs are not used while attention maps are collected")
+        if watched and (self._engine is not None or self._has_compiled_parts):
+            self._tell(f"programs and graphs are not used while {watched}")
             return None
         if self._engine is None:
             return None

@@ -45,7 +45,7 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
     for kind in LAYERS:
         if kind not in controller.kinds:
             controller.kinds.append(kind)
-        kind.put_in(unet)
+        kind.put_in(unet, always=any(each.edits_attention for each in settings.extensions))
     controller.add(settings)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.context import CallContext, Text, use_context
+from ..layers.context import AttentionEdit, CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
 from ..ops._dispatch import describe_unforced
@@ -81,6 +81,7 @@ class SamplingRun:
         self._conditioning, self._controlled = Conditioning(remakes), Conditioning(remakes)
         self._text = denoiser_of(type(unet)).text
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
+        self._edit: AttentionEdit | None = None  # of the call that is being answered
         self._kv: TextKV | None = None  # of the call that is being answered
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
@@ -148,7 +149,7 @@ class SamplingRun:
         self._cfg.forget()
         self._conditioning.forget()
         self._controlled.forget()
-        self._texts, self._kv = [], None
+        self._texts, self._kv, self._edit = [], None, None
 
     def forget(self) -> None:
         """Drop the features; ControlNet's outputs stay, which were made for the step that is being answered."""
@@ -167,11 +168,22 @@ class SamplingRun:
         """Return the call as the extensions have it."""
         for extension in self._extensions:
             call = extension.edit_call(call, step, self.scheduler(), self._execution.uncompile(stock))
+        edits = [edit for each in self._extensions if (edit := each.attention(step)) is not None]
+        if len(edits) > 1:
+            names = " and ".join(type(edit).__name__ for edit in edits)
+            raise RuntimeError(f"one method at a time can edit attention, got {names} at step {step}")
+        self._edit = edits[0] if edits else None
         return call
 
     def show_layers(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``stock``, eager where attention maps are wanted."""
-        return self._execution.uncompile(stock) if self._map_sinks() else stock
+        """Return ``stock``, eager where something is wanted of single layers."""
+        return self._execution.uncompile(stock) if self._name_watch() else stock
+
+    def _name_watch(self) -> str:
+        """Return what is wanted of single layers, as text, or nothing."""
+        if self._edit is not None:
+            return "attention is edited"
+        return "attention maps are collected" if self._map_sinks() else ""
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
         """Return ControlNet's outputs for the UNet call that follows: where it builds on earlier ones, perhaps theirs.
@@ -207,13 +219,14 @@ class SamplingRun:
         """
         fused = self.fused and not stock and self._contents.replaced is None
         sinks = self._map_sinks()
-        if not (fused or sinks):
+        if not (fused or sinks or self._edit is not None):
             return None
         sample = call["sample"]
         text = self._read_text(call.get("encoder_hidden_states"), sample, stock=stock)
         if engine is not None:
             text = None  # programs and graphs get text keys and values as inputs
-        return CallContext(fused, self.state.note, self.state.record, text, sinks, tuple(sample.shape[-2:]))
+        size = tuple(sample.shape[-2:])
+        return CallContext(fused, self.state.note, self.state.record, text, sinks, size, edit=self._edit)
 
     def _read_text(self, text: Any, sample: Tensor, *, stock: bool) -> Text | None:
         if not isinstance(text, Tensor) or self._text == "extended":
@@ -285,7 +298,7 @@ class SamplingRun:
         def run_stock() -> Tensor:
             return stock(**{**call, "return_dict": False})[0]
 
-        engine = self._execution.find_engine(unet, self._contents.foreign, maps=bool(self._map_sinks()))
+        engine = self._execution.find_engine(unet, self._contents.foreign, watched=self._name_watch())
         fused = self.fused and self._contents.replaced is None
         with use_context(self.make_context(call, stock=False, engine=engine)):
             execute, prepared = self._execution.prepare(ProgramCall(unet, call, fused, self._kv), engine)

@@ -143,12 +143,13 @@ class Settings:
         if is_swapped(scheduler):
             return
         edits = [edit for extension in self.extensions for edit in extension.latent_edits()]
+        results = [result for extension in self.extensions for result in extension.step_results()]
         methods: dict[str, Callable[..., Any]] = {}
         for extension in self.extensions:
             methods.update(extension.scheduler_methods(scheduler))
-        if edits or methods:
+        if edits or results or methods:
             self._schedulers.append(scheduler)  # first: whatever happens next, it is released
-            swap_in(scheduler, {"step": override_step(scheduler, edits), **methods})
+            swap_in(scheduler, {"step": override_step(scheduler, edits, results), **methods})
 
     def release_schedulers(self) -> None:
         """Give all schedulers that were adopted their plain classes back."""

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steering", "options"),
     ("report", "sites"),
     ("patch",),
-    ("collect", "tuning"),
+    ("collect", "editing", "tuning"),
     ("tune",),
     ("difffast",),
     ("tools",),
