@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import models
 from .collect import collect_maps
+from .erase.edit import Erasure, erase
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionMaps",
     "CfgReuse",
     "EncoderPropagation",
+    "Erasure",
     "FeatureReuse",
     "PatchReport",
     "Plan",
@@ -26,6 +28,7 @@ __all__ = [
     "SemanticBinding",
     "__version__",
     "collect_maps",
+    "erase",
     "models",
     "patch",
     "patched",

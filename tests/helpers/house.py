@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unet",),
     ("engines", "proofs"),
     ("sampling", "target", "tune_cache"),
-    ("steering", "options"),
+    ("steering", "erase", "options"),
     ("report", "sites", "tune_runs"),
     ("patch",),
     ("collect", "tune"),
