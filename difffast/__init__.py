@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from . import models
 from .collect import collect_maps
 from .erase.edit import Erasure, erase
+from .erase.meta import MetaTrap
+from .erase.trainer import EraseTrainer
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan
@@ -20,8 +22,10 @@ __all__ = [
     "AttentionMaps",
     "CfgReuse",
     "EncoderPropagation",
+    "EraseTrainer",
     "Erasure",
     "FeatureReuse",
+    "MetaTrap",
     "PatchReport",
     "Plan",
     "ProofReport",

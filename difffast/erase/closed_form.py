@@ -1,10 +1,10 @@
 """Closed forms of erasure (UCE, arXiv 2308.14761; RECE, arXiv 2407.12383) as one map of prompt embeddings.
 
-Notation of the formulas: c_e, c_g, c_p are rows of the embeddings that are erased, that they are guided to, and that are
-preserved, [d]; C_e, C_g, C_p hold them as rows.  UCE replaces the weight W of every layer that makes keys or values of
-a text by
+Notation: c_e, c_g, c_p are embeddings [d] that are erased, that they are guided to, and that are preserved; C_e, C_g and
+C_p hold them as rows.  UCE replaces the weight W of every layer that makes keys or values of a text by
 
-    W+ = [lam W + s_e sum (W c_g) c_e^T + s_p sum (W c_p) c_p^T] A^-1,  A = lam I + s_e sum c_e c_e^T + s_p sum c_p c_p^T
+    W+ = [lam W + s_e sum (W c_g) c_e^T + s_p sum (W c_p) c_p^T] A^-1,
+    A = lam I + s_e sum c_e c_e^T + s_p sum c_p c_p^T
 
 W stands on the left of every term, so W+ = W M with one M for all layers, M = I + s_e (C_g - C_e)^T C_e A^-1, of which
 M - I has no higher rank than there are erased rows.  M takes a matrix product and one solution of d x d, whatever the

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ class Denoiser:
             and coefficients in float64.
         steps: how many DDIM steps a whole schedule has.
         null: the condition that guidance leads away from.
+        autocast: a context that the UNet runs in.
 
     Raises:
         ValueError: the pipeline is patched, or no text-to-image pipeline of Stable Diffusion 1, 2 or XL's kind.
@@ -54,6 +57,7 @@ class Denoiser:
             raise ValueError(f"sampling_steps must lie in 1 .. {self.total - 1}, got {steps}")
         self.scheduler.set_timesteps(steps)
         self.null = encode_null(pipe)
+        self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         side = config.sample_size
         self.latent_shape = (config.in_channels, *((side, side) if isinstance(side, int) else side))
         pixels = [float(each * pipe.vae_scale_factor) for each in self.latent_shape[1:]]
@@ -71,7 +75,8 @@ class Denoiser:
         if conditions.pooled is not None:
             ids = self._time_ids.expand(len(conditions), -1)
             added = {"added_cond_kwargs": {"text_embeds": conditions.pooled, "time_ids": ids}}
-        return self.unet(latents, timesteps, conditions.embeds, return_dict=False, **added)[0]
+        with self.autocast():
+            return self.unet(latents, timesteps, conditions.embeds, return_dict=False, **added)[0]
 
     def draw_noise(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw standard noise [count, C, H, W]; the generator is the CPU's, so that every device sees the same."""

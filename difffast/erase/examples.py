@@ -57,7 +57,8 @@ def encode_examples(pipe: Any, pairs: Sequence[tuple[Any, str]]) -> Examples:
     side = pipe.unet.config.sample_size
     height, width = (each * pipe.vae_scale_factor for each in ((side, side) if isinstance(side, int) else side))
     vae, dtype = pipe.vae, pipe.vae.dtype
-    if dtype == torch.float16 and vae.config.force_upcast:
+    upcast = dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
         vae.to(torch.float32)
     try:
         means, stds = [], []
@@ -67,12 +68,11 @@ def encode_examples(pipe: Any, pairs: Sequence[tuple[Any, str]]) -> Examples:
             means.append(found.mean)
             stds.append(found.std)
     finally:
-        vae.to(dtype)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    mean, std = (torch.cat(parts).to(pipe.unet.device) for parts in (means, stds))
+        if upcast:
+            vae.to(dtype)
     scale = vae.config.scaling_factor
-    conditions = encode(pipe, [prompt for _, prompt in pairs])
-    return Examples(((mean - shift) * scale).to(pipe.unet.dtype), (std * scale).to(pipe.unet.dtype), conditions)
+    mean, std = ((torch.cat(parts) * scale).to(pipe.unet.device, pipe.unet.dtype) for parts in (means, stds))
+    return Examples(mean, std, encode(pipe, [prompt for _, prompt in pairs]))
 
 
 @dataclass(frozen=True)
