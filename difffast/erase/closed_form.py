@@ -1,6 +1,6 @@
 """Closed forms of erasure (UCE, arXiv 2308.14761; RECE, arXiv 2407.12383) as one map of prompt embeddings.
 
-Notation: c_e, c_g, c_p are embeddings [d] that are erased, that they are guided to, and that are preserved; C_e, C_g and
+Notation: c_e, c_g, c_p are embeddings [d] that are erased, guided to and preserved; C_e, C_g and
 C_p hold them as rows.  UCE replaces the weight W of every layer that makes keys or values of a text by
 
     W+ = [lam W + s_e sum (W c_g) c_e^T + s_p sum (W c_p) c_p^T] A^-1,
