@@ -6,6 +6,8 @@ from . import models
 from .collect import collect_maps
 from .erase.edit import Erasure, erase
 from .erase.meta import MetaTrap
+from .erase.relearning import Relearning
+from .erase.report import EraseReport, erase_report
 from .erase.trainer import EraseTrainer
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
@@ -22,6 +24,7 @@ __all__ = [
     "AttentionMaps",
     "CfgReuse",
     "EncoderPropagation",
+    "EraseReport",
     "EraseTrainer",
     "Erasure",
     "FeatureReuse",
@@ -29,10 +32,12 @@ __all__ = [
     "PatchReport",
     "Plan",
     "ProofReport",
+    "Relearning",
     "SemanticBinding",
     "__version__",
     "collect_maps",
     "erase",
+    "erase_report",
     "models",
     "patch",
     "patched",
