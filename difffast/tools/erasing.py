@@ -38,6 +38,7 @@ def add_parsers(commands: Any) -> None:
     train.add_argument("--learning-rate", type=float, help="default: the method's")
     train.add_argument("--eta", type=float, help="strength of ESD; default: the method's")
     train.add_argument("--erase-from", metavar="PROMPT", help="of esd-2025: what the concept is erased from")
+    train.add_argument("--sampling-steps", type=positive, default=50, help="of trajectories from noise")
     train.add_argument("--pool", type=positive, help="points that one trajectory serves; default: one each")
     train.add_argument("--lora-rank", type=positive, help="train a LoRA; default: the weights themselves")
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
@@ -100,14 +101,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if any(folders) and not all(folders):
         raise ValueError("meta-unlearning needs all of --harmful, --related and --unrelated")
     examples = [read_pairs(folder) for folder in folders] if all(folders) else []
-    names = ("learning_rate", "eta", "erase_from", "pool", "lora_rank", "gradient_checkpointing", "save_every", "seed")
+    names = ("learning_rate", "eta", "erase_from", "sampling_steps", "pool", "lora_rank", "gradient_checkpointing")
     trainer = EraseTrainer(
         _load(arguments),
         arguments.concept,
         method=arguments.method,
         params=arguments.params[0] if len(arguments.params) == 1 else arguments.params,
         folder=arguments.checkpoints,
-        **{name: getattr(arguments, name) for name in names},
+        **{name: getattr(arguments, name) for name in (*names, "save_every", "seed")},
     )
     if examples:
         trainer.attach(MetaTrap(*examples))
