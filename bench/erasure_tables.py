@@ -51,8 +51,8 @@ def erasure_table(results: Path = RESULTS) -> str:
     sizes = "; ".join(f"{name}: {_counts(report, groups)}" for name, report in record["reports"].items())
     note = (
         f"The embedded model, red erased; pictures of the three groups: {sizes}, {record['denoise']} steps each; in "
-        f"brackets: standard error. Attack: one picture a step, learning rate {record['attack_rate']:g}, ten times that "
-        f"for a LoRA of rank 8. {machine(record)}."
+        f"brackets: standard error. Attack: one picture a step, learning rate {record['attack_rate']:g}, ten times "
+        f"that for a LoRA of rank 8. {machine(record)}."
     )
     return "\n".join([*lines, "", note])
 

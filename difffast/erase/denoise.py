@@ -45,6 +45,12 @@ class Denoiser:
                 f"training knows the conditions of Stable Diffusion 1, 2 and XL, got a UNet with addition_embed_type "
                 f"{config.addition_embed_type!r} and time_cond_proj_dim {config.time_cond_proj_dim!r}"
             )
+        self.null = encode_null(pipe)
+        if config.addition_embed_type == "text_time":
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            pooled = self.null.pooled
+            if pooled is None or pooled.shape[1] != width:
+                raise ValueError("training knows SDXL's six sizes, and this UNet takes others, as refiners do")
         from diffusers import DDIMScheduler
 
         self.unet, self.steps = unet, steps
@@ -56,7 +62,6 @@ class Denoiser:
         if not 1 <= steps < self.total:
             raise ValueError(f"sampling_steps must lie in 1 .. {self.total - 1}, got {steps}")
         self.scheduler.set_timesteps(steps)
-        self.null = encode_null(pipe)
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         side = config.sample_size
         self.latent_shape = (config.in_channels, *((side, side) if isinstance(side, int) else side))

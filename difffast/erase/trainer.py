@@ -80,6 +80,8 @@ class EraseTrainer:
         self._denoiser = denoiser = Denoiser(pipe, settings.sampling_steps)
         denoiser.autocast = self._processes.autocast
         self._pipe, self._method, self._folder = pipe, METHODS[method], None if folder is None else Path(folder)
+        self._conditions = encode(pipe, self.concepts)
+        self._source = None if settings.erase_from is None else encode(pipe, [settings.erase_from])
         chosen = select_parameters(denoiser.unet, params)
         self._identity = {
             **{name: value for name, value in asdict(settings).items() if name not in ("save_every", "keep")},
@@ -97,8 +99,6 @@ class EraseTrainer:
         self._stock = weights.copy()
         self._trained: list[Tensor] | None = None
         self._teacher = self._stock if self._method.ema_decay is None else weights.copy()
-        self._conditions = encode(pipe, self.concepts)
-        self._source = None if settings.erase_from is None else encode(pipe, [settings.erase_from])
         points = Points(
             denoiser,
             self._conditions if self._source is None else self._source.take([0] * len(self.concepts)),
@@ -141,8 +141,8 @@ class EraseTrainer:
         trap.encode(self._pipe)
         self._attack = Attack(trap, self._denoiser, self.weights, self._state.generator)
         numbers = ("gammas", "batch_size", "learning_rate", "weight_decay", "second_order", "compat")
-        sizes = [len(each) for each in (trap.harmful, trap.related, trap.unrelated)]
-        self._identity["trap"] = {**{name: getattr(trap, name) for name in numbers}, "examples": sizes}
+        means = {name: getattr(trap, name).mean for name in ("harmful", "related", "unrelated")}
+        self._identity["trap"] = {**{name: getattr(trap, name) for name in numbers}, "examples": fingerprint(means)}
 
     def train(
         self,

@@ -165,7 +165,8 @@ def test_the_command_trains_and_goes_on(pipe, tmp_path, capsys):
         (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     folders = [f"--{name}={tmp_path / name}" for name in ("harmful", "related", "unrelated")]
     given = ["train-erase", "--model", str(tmp_path / "model"), "--concept", "red", "--params", "xattn-strict"]
-    given += ["--sampling-steps", "3", "--pool", "2", "--checkpoints", str(tmp_path / "kept"), "--resume", "latest", "--device", "cpu"]
+    given += ["--sampling-steps", "3", "--pool", "2", "--device", "cpu"]
+    given += ["--checkpoints", str(tmp_path / "kept"), "--resume", "latest"]
     assert cli.main([*given, "--steps", "1", "--out", str(tmp_path / "one"), *folders]) == 0
     assert cli.main([*given, "--steps", "2", "--out", str(tmp_path / "two"), *folders]) == 0
     assert "2 steps" in capsys.readouterr().out
