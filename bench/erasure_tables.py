@@ -17,7 +17,7 @@ BARS = {"esd, pool of 10": 3.0, "meta step": 1.3}
 def erasure_cost_table(results: Path = RESULTS) -> str:
     """What a step of training costs, from ``erasure_cost.json``."""
     record = json.loads((results / "erasure_cost.json").read_text())
-    lines = ["| step | SD 1.5, TFLOP | times less | embedded model, seconds | times faster |", "|---|---|---|---|---|"]
+    lines = ["| step | SD 1.5, TFLOP | times less | small, seconds | times faster |", "|---|---|---|---|---|"]
     for name, row in record["rows"].items():
         cells = [f"{row['tflop']['sd15']:.1f}", f"{row['times_flop']['sd15']:.2f}x"]
         cells += [f"{row['seconds']:.2f}", f"{row['times']:.2f}x"]
@@ -28,8 +28,9 @@ def erasure_cost_table(results: Path = RESULTS) -> str:
         for name, bar in BARS.items()
     ]
     note = (
-        f"All weights trained. Seconds: {record['rounds']} interleaved rounds, {machine(record)}. TFLOP: the calls "
-        f"made in these rounds, each counted on the meta device at 512 x 512, not timed. {'; '.join(bars)}."
+        f"All weights trained; meta steps without their trajectory. Small: SD 1.5's proportions with an eighth of the "
+        f"channels, 128 x 128 pixels. Seconds: {record['rounds']} interleaved rounds, {machine(record)}. TFLOP: the "
+        f"calls made in these rounds, each counted on the meta device at 512 x 512, not timed. {'; '.join(bars)}."
     )
     return "\n".join([*lines, "", note])
 

@@ -5,8 +5,8 @@ theta' is where an attacker's finetuning on harmful examples leads from theta.  
     grad L_erase(theta) + g11 grad L_unrelated(theta) + g12 grad L_related(theta)
     - g21 grad L_harmful(theta') - g22 grad L_related(theta') - g23 grad L_unrelated(theta')
 
-where L is the loss of diffusion, summed over the batches of one epoch: the attack shall fail, and ruin what is benign
-and near the concept.  First order: the gradients at theta' are taken for gradients at theta.
+where L is the loss of diffusion, summed over the batches of one epoch: the attack shall fail, and ruin what is benign.
+First order: the gradients at theta' are taken for gradients at theta.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from .denoise import Denoiser
 from .examples import Batch, Examples, draw_batches, encode_examples
 from .params import Weights
 
+#: g11, g12, g21, g22, g23 as published, and with benign losses held at theta as much as they are raised at theta'.
+PUBLISHED = (0.1, 0.01, 0.01, 1.0, 1.0)
+BALANCED = (1.1, 1.01, 0.01, 1.0, 1.0)
 #: Of finite differences, the step over the parameters' norm, as a power of the type's epsilon.
 _DIFFERENCE = 1 / 3
 
@@ -33,7 +36,9 @@ class MetaTrap:
     Attributes:
         harmful: pairs of a picture and a prompt that show the concept, or :class:`~.examples.Examples`.
         related, unrelated: pairs that do not: near the concept, and far from it.
-        gammas: g11, g12, g21, g22, g23, at least 0.
+        gammas: g11, g12, g21, g22, g23, at least 0.  None: :data:`PUBLISHED` with ``compat="published"``, else
+            :data:`BALANCED`.  A benign loss that weighs more at theta' than at theta is raised at both, since theta' is
+            near: with the published weights benign pictures of a small model were lost within 40 steps.
         batch_size: rows at once.
         learning_rate, weight_decay: of the attacker's optimiser.
         second_order: differentiate through the attack as well, by finite differences, for which it makes plain gradient
@@ -49,7 +54,7 @@ class MetaTrap:
     harmful: Examples | Sequence[tuple[Any, str]]
     related: Examples | Sequence[tuple[Any, str]]
     unrelated: Examples | Sequence[tuple[Any, str]]
-    gammas: tuple[float, float, float, float, float] = (0.1, 0.01, 0.01, 1.0, 1.0)
+    gammas: tuple[float, float, float, float, float] | None = None
     batch_size: int = 1
     learning_rate: float = 1e-5
     weight_decay: float = 1e-4
@@ -57,6 +62,10 @@ class MetaTrap:
     compat: str | None = None
 
     def __post_init__(self) -> None:
+        if self.compat not in (None, "published"):
+            raise ValueError(f"compat must be None or 'published', got {self.compat!r}")
+        if self.gammas is None:
+            self.gammas = BALANCED if self.compat is None else PUBLISHED
         if len(self.gammas) != 5 or not all(0 <= gamma < float("inf") for gamma in self.gammas):
             raise ValueError(f"gammas must be five finite numbers of at least 0, got {self.gammas}")
         if self.batch_size < 1:
@@ -66,8 +75,6 @@ class MetaTrap:
                 f"learning_rate must be positive and weight_decay at least 0, got {self.learning_rate} and "
                 f"{self.weight_decay}"
             )
-        if self.compat not in (None, "published"):
-            raise ValueError(f"compat must be None or 'published', got {self.compat!r}")
 
     def encode(self, pipe: Any) -> None:
         """Encode the pictures and prompts, once; :class:`~.examples.Examples` stay as they are."""

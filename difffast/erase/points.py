@@ -61,13 +61,15 @@ class Points:
             self.waiting = self._make(generator)
         return self.waiting.pop()
 
-    def _make(self, generator: torch.Generator) -> list[Point]:
-        steps = self._denoiser.steps
-        concept = int(torch.randint(len(self._prompts), (), generator=generator))
+    def choose_moves(self, generator: torch.Generator) -> list[int]:
+        """Draw after how many moves the points of one trajectory are."""
         if self._pool is None:
-            chosen = [int(torch.randint(steps, (), generator=generator))]
-        else:
-            chosen = torch.randperm(steps, generator=generator)[: self._pool].tolist()
+            return [int(torch.randint(self._denoiser.steps, (), generator=generator))]
+        return torch.randperm(self._denoiser.steps, generator=generator)[: self._pool].tolist()
+
+    def _make(self, generator: torch.Generator) -> list[Point]:
+        concept = int(torch.randint(len(self._prompts), (), generator=generator))
+        chosen = self.choose_moves(generator)
         noise = self._denoiser.draw_noise(1, generator)
         with self._sampler():
             moves = self._denoiser.move(noise, max(chosen), self._prompts.take([concept]), self._scale)

@@ -296,6 +296,14 @@ def test_bad_calls_are_refused(pipe, given, error, message):
     assert message in str(caught.value)
 
 
+def test_benign_losses_are_held_as_much_as_they_are_raised_unless_as_published():
+    g11, g12, _, g22, g23 = make_trap().gammas
+    assert g11 > g23
+    assert g12 > g22
+    assert make_trap(compat="published").gammas == (0.1, 0.01, 0.01, 1.0, 1.0)
+    assert make_trap(gammas=(1, 2, 3, 4, 5)).gammas == (1, 2, 3, 4, 5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -400,8 +408,10 @@ KILLED = """
 import os
 import signal
 import sys
+import torch
 import difffast
 from difffast.models import tiny_pipeline
+torch.manual_seed(7)  # or PyTorch would begin every process elsewhere
 trainer = difffast.EraseTrainer(
     tiny_pipeline(channels=(32, 64), sample_size=8), "red", folder=sys.argv[1], save_every=2, sampling_steps=4, pool=3
 )
