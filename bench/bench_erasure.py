@@ -35,7 +35,7 @@ from difffast.erase.denoise import Denoiser
 from difffast.erase.examples import Examples, encode_examples
 from difffast.erase.meta import BALANCED, PUBLISHED
 from difffast.erase.params import Weights, select_parameters
-from difffast.erase.report import EraseReport, Relearned, Shown, draw_curves
+from difffast.erase.report import EraseReport, Relearned, Shown, mark_steps
 from difffast.models import embedded_pipeline, unet
 from difffast.plots import new_figure, save_figure
 from difffast.tools.demo import device_name
@@ -368,26 +368,28 @@ def draw(record: dict[str, Any], path: Path) -> None:
         )
         for kind, each in record["reports"].items()
     }
-    figure = new_figure(figsize=(14, 4.2))
+    figure = new_figure(figsize=(15, 4.4))
     bars, *curves = figure.subplots(1, 3)
     groups = ("target", "neighbours", "binding")
     stock = next(iter(reports.values()))
     ways = {"stock": [stock.share(group)[0] for group in groups]}
     ways |= {kind: [report.share(group)[1] for group in groups] for kind, report in reports.items()}
     for number, (name, shares) in enumerate(ways.items()):
-        places = [i + 0.2 * (number - (len(ways) - 1) / 2) for i in range(len(groups))]
-        drawn = bars.bar(places, [100 * share for share in shares], 0.19, label=name)
+        width = 0.85 / len(ways)
+        places = [i + width * (number - (len(ways) - 1) / 2) for i in range(len(groups))]
+        drawn = bars.bar(places, [100 * share for share in shares], 0.95 * width, label=name)
         bars.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)
     bars.set_xticks(range(len(groups)), ("red (erased)", "other colours", "binding"))
     bars.set(ylabel="shown, %", ylim=(0, 140), title="what is drawn when it is asked for")
     bars.legend(loc="upper right", ncols=2, fontsize=8)
     for axes, attack in zip(curves, ("full", "LoRA"), strict=True):
-        chosen = {
-            kind: replace(report, relearned=tuple(each for each in report.relearned if each.attack == attack))
-            for kind, report in reports.items()
-        }
-        draw_curves(axes, chosen)
-        axes.set(title=f"relearning, {attack} finetuning", ylabel="red shown, %")
+        for number, (kind, report) in enumerate(reports.items(), 1):
+            found = [(0, report.share("target")[1])]
+            found += [(each.steps, each.shown) for each in report.relearned if each.attack == attack]
+            steps, shown = zip(*found, strict=True)
+            axes.plot(steps, [100 * value for value in shown], marker="o", color=f"C{number}", label=kind)
+        mark_steps(axes, (0, *record["attack"]))
+        axes.set(title=f"relearning, {attack} finetuning", ylabel="red shown, %", ylim=(-3, 105))
     save_figure(figure, path)
 
 

@@ -105,22 +105,29 @@ class EraseReport:
         bars.set_xticks(range(len(groups)), groups)
         bars.set(ylabel="shown, %", ylim=(0, 115), title="what is drawn when it is asked for")
         bars.legend(loc="upper right", ncols=2)
-        draw_curves(curves, {"": self})
+        _draw_curves(curves, self)
         save_figure(figure, path)
 
 
-def draw_curves(axes: Any, reports: Mapping[str, EraseReport]) -> None:
-    """Draw how the target comes back, one line for each report and attack."""
-    for name, report in reports.items():
-        start = report.share("target")[1]
-        for attack in dict.fromkeys(each.attack for each in report.relearned):
-            points = [(each.steps, each.shown) for each in report.relearned if each.attack == attack]
-            steps, shown = zip((0, start), *points, strict=True)
-            axes.plot(steps, [100 * value for value in shown], marker="o", label=" ".join(filter(None, (name, attack))))
-    axes.set_xscale("symlog", linthresh=10)
-    axes.set(xlabel="steps of finetuning on the concept", ylabel="target shown, %", ylim=(-3, 105), title="relearning")
+def _draw_curves(axes: Any, report: EraseReport) -> None:
+    """Draw how the target comes back, one line for each attack."""
+    start = report.share("target")[1]
+    for attack in dict.fromkeys(each.attack for each in report.relearned):
+        points = [(0, start), *((each.steps, each.shown) for each in report.relearned if each.attack == attack)]
+        steps, shown = zip(*points, strict=True)
+        axes.plot(steps, [100 * value for value in shown], marker="o", label=attack)
+    mark_steps(axes, sorted({0, *(each.steps for each in report.relearned)}))
+    axes.set(ylabel="target shown, %", ylim=(-3, 105), title="relearning")
     if axes.lines:
         axes.legend()
+
+
+def mark_steps(axes: Any, steps: Sequence[int]) -> None:
+    """Put steps of finetuning on the horizontal axis, 0 among them, the further the wider."""
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.minorticks_off()
+    axes.set(xlabel="steps of finetuning on the concept")
 
 
 def erase_report(
