@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from erasure_tables import erasure_cost_table, erasure_table
 from fidelity.tables import cells_table, ways_of_cells_table
 from gpu_tables import gpu_images_table, gpu_kernels_table, gpu_remedies_table
 from interleaved import ratio
@@ -221,6 +222,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "flops": flops_table,
     "guidance": guidance_table,
     "binding": binding_table,
+    "erasure_cost": erasure_cost_table,
+    "erasure": erasure_table,
     "gpu_images": gpu_images_table,
     "gpu_kernels": gpu_kernels_table,
     "gpu_remedies": gpu_remedies_table,

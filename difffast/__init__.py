@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING, Any
 from . import models
 from .collect import collect_maps
 from .editing import edit
+from .erase.edit import Erasure, erase
+from .erase.meta import MetaTrap
+from .erase.relearning import Relearning
+from .erase.report import EraseReport, erase_report
+from .erase.trainer import EraseTrainer
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, OutputForecast, Plan
@@ -26,20 +31,27 @@ __all__ = [
     "AttentionMaps",
     "CfgReuse",
     "EncoderPropagation",
+    "EraseReport",
+    "EraseTrainer",
+    "Erasure",
     "FeatureReuse",
     "Inversion",
     "MeasuredPlan",
+    "MetaTrap",
     "NegativeAttention",
     "OutputForecast",
     "PatchReport",
     "Plan",
     "ProofReport",
+    "Relearning",
     "SafeGuard",
     "SemanticBinding",
     "Suppression",
     "__version__",
     "collect_maps",
     "edit",
+    "erase",
+    "erase_report",
     "invert",
     "models",
     "patch",

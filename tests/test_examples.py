@@ -82,6 +82,13 @@ def test_semantic_binding(run):
     assert names["report"].trace.steps
 
 
+def test_erase_a_concept(run, capsys):
+    names = run("erase_a_concept.py", "--steps", "2")
+    assert size("erased.png") == (512, 256)
+    assert "erased: 'a red circle'" in capsys.readouterr().out
+    assert (names["before"] != names["erased"]).any()
+
+
 def test_operators(run):
     run("operators.py", "--queries", "64")
     errors = json.loads(Path("operators.json").read_text())

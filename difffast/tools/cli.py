@@ -1,4 +1,4 @@
-"""The command line: ``difffast info | prove | demo | generate | suppress | edit | bench | profile``."""
+"""The command line: ``difffast COMMAND``; ``difffast --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from ..files import check_writable, write_whole
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
-from . import editing, proving, terminal
+from . import editing, erasing, proving, terminal
 from .arguments import choose_device, positive
 from .info import show_info
 from .terminal import say
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ArithmeticError, ValueError, TypeError, OSError) as error:
         terminal.console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     editing.add_parsers(commands)
+    erasing.add_parsers(commands)
 
     # Its options are those of the checkout's bench/run.py: with no prefix of options of its own, all are forwarded.
     bench = commands.add_parser(

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unet",),
     ("engines", "proofs"),
     ("sampling", "target"),
-    ("steering", "options"),
+    ("steering", "erase", "options"),
     ("report", "sites"),
     ("patch",),
     ("collect", "editing", "tuning"),
