@@ -289,8 +289,8 @@ def attacks(steps: tuple[int, ...], rate: float) -> dict[str, difffast.Relearnin
 def erase_red(pipe: Any, *, orange: bool) -> difffast.Erasure:
     """Erase red by nothing in its place, with single things preserved; or by orange, with pairs of things as well.
 
-    The second one's numbers were chosen out of 17 by how far keys and values of prompts move, some of which are those by
-    which binding is judged.
+    The second one's numbers were chosen out of 17 by how far keys and values of prompts move; binding is judged by some
+    of these prompts.
     """
     others = [phrase(colour, shape) for colour in OTHERS for shape in SHAPES]
     if not orange:
