@@ -7,42 +7,32 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fidelity.tables import load_cells, show_lost
+from fidelity.curve import LIKENESS, likeness_of, share_of, trace_curve
+from fidelity.tables import load_cells, show_likeness, show_lost
 from interleaved import ratio
 from records import RESULTS, Record, machine, measured, measured_on
 
-#: The presets of the front page, and the steps of whole images that are shown there.
+#: The schedules of the front page, of those in ``fidelity.json``, and its presets.
+_FRONT = ("Euler, 20 steps", "DPM++ 2M Karras, 25 steps", "DPM++ 2M Karras, 30 steps", "DDIM, 50 steps")
 _SHOWN = ("exact", "balanced", "turbo")
-_STEPS = (50, 30, 20)
 
 
 def presets_table(results: Path = RESULTS) -> str:
-    """How much faster the presets are, and what they cost, from ``cpu.json`` and ``fidelity.json``."""
-    unets = measured(results, "unet")
-    images = {info["case"]: info for info in measured(results, "pipelines")}
-    whole = [images[f"SD1.5 (small), {steps} steps, batch 1"] for steps in _STEPS]
-    judged = load_cells(results)[f"DDIM, {_STEPS[0]} steps"]["rows"]
-    heads = ["preset", "UNet, 50 steps", *(f"image, {steps} steps" for steps in _STEPS), "things lost", "PSNR"]
+    """How much faster the presets are, what they cost, and what fewer steps cost, from ``fidelity.json``."""
+    heads = ["schedule", "preset", "times as fast", "PSNR (10th percentile)", "fewer steps, as fast", "things lost"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for preset in _SHOWN:
-        name = f"difffast {preset}"
-        cells = [f"`{preset}`", " and ".join(_times(info, name) for info in unets), *(_times(i, name) for i in whole)]
-        lines.append(f"| {' | '.join((*cells, *_cost(judged[preset])))} |")
-    rivals = [_cost(judged[f"stock, {steps} steps, leading"]) for steps in _STEPS[1:]]
-    lost, psnr = (" and ".join(cells) for cells in zip(*rivals, strict=True))
-    note = f"Stock with {_STEPS[1]} and {_STEPS[2]} steps in place of {_STEPS[0]}: {lost} things lost, {psnr}."
-    return "\n".join([*lines, "", f"{note} {measured_on(unets[0])}."])
-
-
-def _times(info: Record, name: str) -> str:
-    return f"{ratio(info['seconds'], info['baseline'], name)[1]:.2f}x"
-
-
-def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(things lost of 100, PSNR) of a way that was judged."""
-    return show_lost(row), "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+    cells = {name: record for name, record in load_cells(results).items() if name in _FRONT}
+    for name, record in cells.items():
+        rows = record["rows"]
+        for preset in _SHOWN:
+            row = rows[preset]
+            fewer = [trace_curve(rows, of, [share_of(row)])[0] for of in LIKENESS]
+            alike = [show_likeness(*each) for each in ([likeness_of(row, of) for of in LIKENESS], fewer)]
+            lines.append(f"| {name} | `{preset}` | {1 / share_of(row):.2f}x | {' | '.join(alike)} | {show_lost(row)} |")
+    record = next(iter(cells.values()))
+    note = f"{record['prompts']} prompts, the embedded model, whole images; the baseline is stock in the same round."
+    return "\n".join([*lines, "", f"{note} {machine(record)}."])
 
 
 #: Title of a column -> provider.
