@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from .cfg_reuse import CfgHalves
 from .conditioning import Conditioning
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
-from .execution import Engine, Execution
+from .execution import Engine, Execution, keep_freed_memory
 from .extension import RunInfo
 from .forecasts import Forecasts
 from .outer_layers import OuterLayers
@@ -71,7 +70,7 @@ class SamplingRun:
         began = [extension.begin(info) for each in settings for extension in each.extensions]
         self._extensions = [each for each in began if each is not None]
         if device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self._last: int | None = None  # step that was answered
         self._seen: int | None = None  # step, answered or run stock
         self._fingerprint: Fingerprint | None = None
@@ -386,14 +385,3 @@ def _count_denoising_steps(scheduler: Any, timesteps: Tensor) -> int:
     """Return the denoising steps of the schedule; second-order schedulers call the UNet about twice for each."""
     steps = getattr(scheduler, "num_inference_steps", None)
     return steps if isinstance(steps, int) else len(timesteps)
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Once per process: let glibc's malloc keep what decoder batches free, instead of handing it back each time.
-
-    Freeing one block just below 32 MiB makes glibc raise its mmap and trim thresholds, as any program with large
-    tensors does sooner or later.  Measured on a (64, 128, 192) UNet at 32x32: 270,000 page faults an image become
-    none, and time inside the UNet 0.68 of stock becomes 0.61 to 0.64.  Other allocators are not affected.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
