@@ -5,17 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .engines.engine import ENGINES
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
 from .sampling.extension import Extension, Method
+from .sampling.peers import Peers
 from .sampling.prior_noise import PriorNoise
 from .sampling.settings import Settings
 from .target import Target
 from .unet.parts import find_reentry
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: At which steps ControlNet runs.
 CADENCES = ("every step", "key steps")
@@ -34,6 +38,7 @@ class PatchOptions(TypedDict, total=False):
     engine: str | None
     binding: Method | None
     controlnet: str | None
+    mesh: DeviceMesh | None
     force: bool
 
 
@@ -52,6 +57,7 @@ class Options:
     engine: str | None = None
     binding: Method | None = None
     controlnet: str | None = None
+    mesh: DeviceMesh | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -157,7 +163,42 @@ class Options:
             extensions=extensions,
         )
         settings.controlnet = self.controlnet or settings.controlnet
+        settings.peers = None if self.mesh is None else self._join_mesh(self.mesh, sharing, target)
         return settings
+
+    def _join_mesh(self, mesh: DeviceMesh, sharing: Sharing, target: Target) -> Peers:
+        """Return the other processes of a mesh, once it is known that all of them work alike.
+
+        Raises:
+            TypeError, ValueError: the mesh does not fit, or the processes differ.
+        """
+        from .distributed.peers import MeshPeers
+
+        peers = MeshPeers(mesh)
+        obstacle = target.refuse_cfg_reuse()
+        if peers.divides("cfg") and obstacle:
+            raise ValueError(f"mesh {peers!r} divides guidance's halves, which {target.name} does not have: {obstacle}")
+        if peers.divides("cfg") and self.wanted_cfg is not None:
+            raise ValueError(f"mesh {peers!r} needs both of guidance's halves at every step, got cfg={self.wanted_cfg}")
+        if peers.divides("dec") and not _decodes_ahead(sharing):
+            raise ValueError(
+                f"mesh {peers!r} divides steps that are decoded together, of which {sharing} has none: use "
+                "propagation=EncoderPropagation(...) or the preset 'faster-diffusion'"
+            )
+        asked = {name: value for name, value in self.as_arguments().items() if name not in ("mesh", "binding")}
+        binding = None if self.binding is None else type(self.binding).__name__
+        peers.check_equal(
+            target.pipe, ", ".join(f"{name}={value}" for name, value in {**asked, "binding": binding}.items())
+        )
+        return peers
+
+
+def _decodes_ahead(sharing: Sharing) -> bool:
+    """Return whether any step is decoded from the features of another."""
+    if isinstance(sharing, Plan):
+        ran = len(sharing.key_steps) + len(sharing.forecasts)
+        return sharing.reuse is None and ran < sharing.total - sharing.start
+    return isinstance(sharing, EncoderPropagation) and sharing.key_steps != 1
 
 
 def _check_switch(name: str, value: Any) -> None:

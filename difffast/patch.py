@@ -57,7 +57,8 @@ def patch(
         binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
         force: share features even in schedules with fewer than 8 steps, where otherwise every step runs in full.
         more: ``compile``; ``controlnet``, whether ControlNet runs at "every step", the default where steps reuse outer
-            layers, or at "key steps" alone; and options under their old names, each of which gives a warning.
+            layers, or at "key steps" alone; ``mesh``, a DeviceMesh whose processes share the work;
+            and options under their old names, each of which gives a warning.
 
     Returns:
         A report of what was replaced; for several pipelines a tuple of reports.

@@ -121,6 +121,8 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
         yield "engine", "CUDA graphs, one per shape, recorded when a shape is met again"
     for kind in LAYERS if settings.fused else ():
         yield from kind.describe(kind.find(unet), weight, compiled=settings.compiled)
+    if settings.peers is not None:
+        yield from settings.peers.describe()
     for extension in settings.extensions:
         yield from extension.describe()
 

@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unet",),
     ("engines", "proofs"),
     ("sampling", "target", "tune_cache"),
+    ("distributed",),
     ("steering", "options", "tune_costs"),
     ("report", "sites", "tune_runs", "tune_profile", "tune_result"),
     ("patch",),
