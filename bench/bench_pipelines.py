@@ -21,6 +21,21 @@ _GPU_BARS = (
     Bar("difffast turbo", registry.COMPILED, 1 / 3.5, source="the planner's issue"),
 )
 
+_ENGINES = "the engines' issue"
+#: Of whole pictures, text encoder and VAE included.
+_FEW_STEPS = (
+    Bar("difffast exact", registry.STOCK, 0.75, source=_ENGINES),
+    Bar("difffast exact OpenVINO f32", registry.STOCK, 0.55, source=_ENGINES),
+    Bar("difffast exact OpenVINO f32", f"{registry.PLAIN_OPENVINO} f32", 0.97, source=_ENGINES),
+)
+_OPENVINO = {
+    steps: tuple(
+        Bar(f"difffast {preset} OpenVINO {each}", f"{registry.PLAIN_OPENVINO} {each}", at_most, source=_ENGINES)
+        for each in ("f32", "bf16")
+    )
+    for steps, preset, at_most in ((20, "exact", 0.97), (50, "turbo", 0.45))
+}
+
 
 def cases(size: str, model: str | None) -> list[Case]:
     device, dtype = ("cuda", torch.float16) if size == "gpu" else ("cpu", torch.float32)
@@ -63,6 +78,7 @@ def cases(size: str, model: str | None) -> list[Case]:
         published("SD1.5", 20, 4, scaling=True),
         *(published(name, 20, 1) for name in workloads.NAMES[1:]),
         *(_resolution(latent) for latent in (8, 24)),
+        *(_engines(steps, guidance) for steps, guidance in ((4, 1.0), (20, 7.5), (50, 7.5))),
     ]
 
 
@@ -138,3 +154,34 @@ def _resolution(latent: int) -> Case:
         {"pipeline": "SD1.5", "steps": 20, "batch": 1, "latent": latent},
         scaling=True,
     )
+
+
+def _engines(steps: int, guidance: float) -> Case:
+    """Whole pictures by every engine of a CPU: text encoder, UNet and VAE."""
+    shapes = {"pipeline": "SD1.5", "steps": steps, "batch": 1, "latent": 32}
+    return Case(
+        group="pipelines",
+        name=f"engines, {steps} steps, guidance {guidance:g}",
+        shapes=shapes,
+        dtype="float32",
+        device="cpu",
+        build=lambda: Images([_guided(workloads.tiny((64, 128, 192), 32), guidance)], steps),
+        providers=(
+            registry.stock(),
+            *registry.presets(),
+            registry.plain_openvino("f32"),
+            registry.plain_openvino("bf16"),
+            *registry.openvino_presets(),
+            registry.stock_bfloat16(),
+            registry.stock_frozen(),
+        ),
+        timed="seconds a batch",
+        headline="difffast exact",
+        rounds=(2, 11),
+        weight=60.0,
+        bars=_OPENVINO.get(steps, _FEW_STEPS),
+    )
+
+
+def _guided(stage: Stage, guidance: float) -> Stage:
+    return replace(stage, arguments={**stage.arguments, "guidance_scale": guidance})

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fidelity.tables import load_cells, show_lost
 from interleaved import ratio
 from records import RESULTS, Record, machine, measured, measured_on
 
@@ -22,14 +23,14 @@ def presets_table(results: Path = RESULTS) -> str:
     unets = measured(results, "unet")
     images = {info["case"]: info for info in measured(results, "pipelines")}
     whole = [images[f"SD1.5 (small), {steps} steps, batch 1"] for steps in _STEPS]
-    judged = json.loads((results / "fidelity.json").read_text())
+    judged = load_cells(results)[f"DDIM, {_STEPS[0]} steps"]["rows"]
     heads = ["preset", "UNet, 50 steps", *(f"image, {steps} steps" for steps in _STEPS), "things lost", "PSNR"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for preset in _SHOWN:
         name = f"difffast {preset}"
         cells = [f"`{preset}`", " and ".join(_times(info, name) for info in unets), *(_times(i, name) for i in whole)]
-        lines.append(f"| {' | '.join((*cells, *_cost(judged['rows'][name])))} |")
-    rivals = [_cost(judged["rows"][f"stock, {steps} steps"]) for steps in _STEPS[1:]]
+        lines.append(f"| {' | '.join((*cells, *_cost(judged[preset])))} |")
+    rivals = [_cost(judged[f"stock, {steps} steps, leading"]) for steps in _STEPS[1:]]
     lost, psnr = (" and ".join(cells) for cells in zip(*rivals, strict=True))
     note = f"Stock with {_STEPS[1]} and {_STEPS[2]} steps in place of {_STEPS[0]}: {lost} things lost, {psnr}."
     return "\n".join([*lines, "", f"{note} {measured_on(unets[0])}."])
@@ -41,8 +42,7 @@ def _times(info: Record, name: str) -> str:
 
 def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
     """(things lost of 100, PSNR) of a way that was judged."""
-    lost = "{:+.1f} ({:+.1f} to {:+.1f})".format(*row["binding_points_lost"])
-    return lost, "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+    return show_lost(row), "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
 
 
 #: Title of a column -> provider.
@@ -103,29 +103,6 @@ def demo_table(results: Path = RESULTS) -> str:
             f"({min(speedups):.2f}x to {max(speedups):.2f}x) | {psnr:.1f} dB |",
             "",
             f"{record['model']}, {record['steps']} DDIM steps, {len(rows)} images. {measured_on(info)}.",
-        ]
-    )
-
-
-def fidelity_table(results: Path = RESULTS, name: str = "fidelity") -> str:
-    """What every way to be faster costs in pictures, from ``fidelity.json`` (``bench/bench_fidelity.py``)."""
-    record = json.loads((results / f"{name}.json").read_text())
-    columns = "| way | seconds a picture | one thing right | two things | three | points lost (95%) | PSNR | Frechet |"
-    lines = [columns, "|" + "---|" * 8]
-    for name, row in record["rows"].items():
-        right = " | ".join(f"{100 * row[f'{count} things']['binding']:.1f}%" for count in (1, 2, 3))
-        lost, low, high = row["binding_points_lost"]
-        psnr = "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
-        seconds = f"{statistics.median(row['seconds']):.2f}" if row["seconds"] else "not timed"
-        spread = f"{lost:+.1f} ({low:+.1f} to {high:+.1f})"
-        lines.append(f"| {name} | {seconds} | {right} | {spread} | {psnr} | {row['frechet']:.3f} |")
-    lines += [f"| {name} | {each['status']} |{' |' * 6}" for name, each in record.get("absent", {}).items()]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{record['prompts']} prompts, the same seeds in every row; right: found in its own shape and colour; "
-            f"points lost and PSNR: against stock with 50 steps; Frechet: to drawn scenes. {machine(record)}.",
         ]
     )
 

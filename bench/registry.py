@@ -39,6 +39,7 @@ COMPILATION = 60.0
 
 STOCK = "stock"
 COMPILED = "stock compiled"
+PLAIN_OPENVINO = "plain OpenVINO"
 
 
 class Missing(Exception):  # noqa: N818
@@ -236,6 +237,59 @@ def pyramid_attention_broadcast() -> Provider:
     return _peer("PAB 2, 4", lambda pipe: peers.pyramid_attention_broadcast(pipe, 2, 4))
 
 
+def plain_openvino(precision: str) -> Provider:
+    """The UNet converted by hand, the rest stock: what a user of a CPU has without this library."""
+    gate = Gate() if precision == "f32" else Gate(tolerance=APPROXIMATION)
+
+    def prepare(images: Images, stack: ExitStack) -> None:
+        images.stop_counting()
+        for stage in images.stages:
+            try:
+                stack.enter_context(peers.plain_openvino(stage.pipe, precision))
+            except ImportError as error:
+                raise Missing(f"{error}; pip install -e .[openvino]") from None
+
+    return on_images(f"{PLAIN_OPENVINO} {precision}", "peer", prepare, gate, startup=COMPILATION)
+
+
+def openvino_presets() -> tuple[Provider, ...]:
+    """The presets with engine="openvino", in float32 and in bfloat16."""
+    return tuple(
+        difffast(
+            f"difffast {preset} OpenVINO {precision}",
+            preset,
+            gate if precision == "f32" else _APPROXIMATES,
+            engine="openvino",
+            precision=precision,
+        )
+        for precision in ("f32", "bf16")
+        for preset, gate in _GATES.items()
+    )
+
+
+def stock_bfloat16() -> Provider:
+    """Stock with weights and latents in bfloat16."""
+    return on_images(
+        "stock bfloat16",
+        "stock",
+        lambda images, stack: images.cast(torch.bfloat16),
+        Gate(tolerance=APPROXIMATION),
+        own_weights=True,
+    )
+
+
+def stock_frozen() -> Provider:
+    """Inductor with freezing: weights are constants that it may lay out anew."""
+
+    def prepare(images: Images, stack: ExitStack) -> None:
+        from torch._inductor import config  # as the compiler itself: late
+
+        stack.enter_context(config.patch(freezing=True))
+        images.compile_unets(fullgraph=True)
+
+    return on_images("stock compiled, frozen", "stock", prepare, Gate(), own_weights=True, startup=COMPILATION)
+
+
 def _peer(name: str, context: Callable[[Any], Any]) -> Provider:
     def prepare(images: Images, stack: ExitStack) -> None:
         for stage in images.stages:
@@ -268,7 +322,7 @@ def difffast(
         unknown = sorted(set(options) - set(PatchOptions.__annotations__))
         if unknown:
             raise Missing(f"difffast.patch takes no {', '.join(unknown)} yet")
-        if options.get("compile"):
+        if options.get("compile") or options.get("engine") == "openvino":
             images.stop_counting()
         for stage in images.stages:
             taken = dict(options)
@@ -279,7 +333,7 @@ def difffast(
                 if kind.name != only:
                     kind.take_out(stage.pipe.unet)
 
-    startup = COMPILATION if options.get("compile") else 0.0
+    startup = COMPILATION if options.get("compile") or options.get("engine") == "openvino" else 0.0
     return on_images(name, "difffast", prepare, gate, during=during, startup=startup)
 
 

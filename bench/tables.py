@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from erasure_tables import erasure_cost_table, erasure_table
+from fidelity.tables import cells_table, ways_of_cells_table
 from gpu_tables import gpu_images_table, gpu_kernels_table, gpu_remedies_table
 from interleaved import ratio
 from picture_tables import (
     binding_table,
     demo_table,
-    fidelity_table,
     memory_table,
     pipelines_table,
     presets_table,
@@ -169,8 +170,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "unet": unet_table,
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,
-    "fidelity": fidelity_table,
-    "branches": partial(fidelity_table, name="branches"),
+    "cells": cells_table,
+    "fidelity": ways_of_cells_table,
+    "branches": partial(ways_of_cells_table, name="branches"),
     "attention": partial(
         operator_table,
         ["cross_attention"],
@@ -220,6 +222,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "flops": flops_table,
     "guidance": guidance_table,
     "binding": binding_table,
+    "erasure_cost": erasure_cost_table,
+    "erasure": erasure_table,
     "gpu_images": gpu_images_table,
     "gpu_kernels": gpu_kernels_table,
     "gpu_remedies": gpu_remedies_table,

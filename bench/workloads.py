@@ -147,6 +147,16 @@ class Images:
         while self._hooks:
             self._hooks.pop().remove()
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give every stage's weights, and the tensors that it is called with, another dtype."""
+        for index, stage in enumerate(self.stages):
+            stage.pipe.to(dtype)
+            arguments = {
+                name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+                for name, value in stage.arguments.items()
+            }
+            self.stages[index] = replace(stage, arguments=arguments)
+
     @property
     def device(self) -> torch.device:
         return self.stages[0].pipe.unet.device

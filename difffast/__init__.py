@@ -4,6 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import models
 from .collect import collect_maps
+from .editing import edit
+from .erase.edit import Erasure, erase
+from .erase.meta import MetaTrap
+from .erase.relearning import Relearning
+from .erase.report import EraseReport, erase_report
+from .erase.trainer import EraseTrainer
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, OutputForecast, Plan
@@ -11,6 +17,12 @@ from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
 from .steering.binding.method import SemanticBinding
+from .steering.inversion.inversion import Inversion
+from .steering.inversion.invert import invert
+from .steering.negative_attention import NegativeAttention
+from .steering.safe_guard import SafeGuard
+from .steering.suppression.embeds import suppress
+from .steering.suppression.method import Suppression
 from .tune import tune
 
 __version__ = "0.2.0"
@@ -19,19 +31,33 @@ __all__ = [
     "AttentionMaps",
     "CfgReuse",
     "EncoderPropagation",
+    "EraseReport",
+    "EraseTrainer",
+    "Erasure",
     "FeatureReuse",
+    "Inversion",
     "MeasuredPlan",
+    "MetaTrap",
+    "NegativeAttention",
     "OutputForecast",
     "PatchReport",
     "Plan",
     "ProofReport",
+    "Relearning",
+    "SafeGuard",
     "SemanticBinding",
+    "Suppression",
     "__version__",
     "collect_maps",
+    "edit",
+    "erase",
+    "erase_report",
+    "invert",
     "models",
     "patch",
     "patched",
     "prove",
+    "suppress",
     "tune",
     "unpatch",
 ]

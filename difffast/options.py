@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from .engines.conversion import find_missing
 from .engines.engine import ENGINES
+from .engines.openvino import PRECISIONS
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
@@ -36,9 +38,12 @@ class PatchOptions(TypedDict, total=False):
     fused: bool | None
     compile: bool
     engine: str | None
+    precision: str | None
     binding: Method | None
+    steering: Method | Sequence[Method]
     controlnet: str | None
     mesh: DeviceMesh | None
+    profile: bool
     force: bool
 
 
@@ -55,9 +60,12 @@ class Options:
     cfg: CfgReuse | None = None
     fused: bool | None = None
     engine: str | None = None
+    precision: str | None = None
     binding: Method | None = None
+    steering: Method | Sequence[Method] = ()
     controlnet: str | None = None
     mesh: DeviceMesh | None = None
+    profile: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -77,12 +85,15 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
                 raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        object.__setattr__(self, "steering", _check_methods(self.steering))
         if self.fused is not None and not isinstance(self.fused, bool):
             raise TypeError(f"fused must be True, False or None, got {self.fused!r}")
         _check_switch("force", self.force)
+        _check_switch("profile", self.profile)
         if self.engine is not None and self.engine not in ENGINES:
             names = ", ".join(map(repr, ENGINES))
             raise ValueError(f"unknown engine {self.engine!r}{suggest(self.engine, ENGINES)}; available: {names}, None")
+        _check_precision(self.engine, self.precision)
         if self.controlnet not in (None, *CADENCES):
             names = ", ".join(map(repr, CADENCES))
             raise ValueError(f"controlnet must be one of {names}, None, got {self.controlnet!r}")
@@ -142,14 +153,13 @@ class Options:
         sharing = self.sharing
         if self.propagation is None and not target.support.prior_noise and isinstance(sharing, EncoderPropagation):
             sharing = replace(sharing, prior_noise=None)  # what was asked for by name is refused instead
-        _check_sharing(sharing, target, binding=self.binding is not None)
+        methods = (() if self.binding is None else (self.binding,)) + self.steering
+        _check_sharing(sharing, target, steered=bool(methods))
         _check_controlnet(self.controlnet, sharing, target)
         obstacle = target.refuse_cfg_reuse()
         if self.cfg is not None and obstacle:
             raise ValueError(f"guidance cannot be reused with {target.name}: {obstacle}")
-        extensions: list[Extension] = []
-        if self.binding is not None:
-            extensions.append(self.binding.attach(target.pipe, target.unet))
+        extensions: list[Extension] = [method.attach(target.pipe, target.unet) for method in methods]
         if isinstance(sharing, EncoderPropagation) and sharing.prior_noise:
             extensions.append(PriorNoise(sharing.prior_noise))
         settings = Settings(
@@ -164,6 +174,7 @@ class Options:
         )
         settings.controlnet = self.controlnet or settings.controlnet
         settings.peers = None if self.mesh is None else self._join_mesh(self.mesh, sharing, target)
+        settings.precision, settings.profile = self.precision, self.profile
         return settings
 
     def _join_mesh(self, mesh: DeviceMesh, sharing: Sharing, target: Target) -> Peers:
@@ -185,11 +196,9 @@ class Options:
                 f"mesh {peers!r} divides steps that are decoded together, of which {sharing} has none: use "
                 "propagation=EncoderPropagation(...) or the preset 'faster-diffusion'"
             )
-        asked = {name: value for name, value in self.as_arguments().items() if name not in ("mesh", "binding")}
-        binding = None if self.binding is None else type(self.binding).__name__
-        peers.check_equal(
-            target.pipe, ", ".join(f"{name}={value}" for name, value in {**asked, "binding": binding}.items())
-        )
+        asked = {n: v for n, v in self.as_arguments().items() if n not in ("mesh", "binding", "steering")}
+        asked["methods"] = [type(each).__name__ for each in (self.binding, *self.steering) if each is not None]
+        peers.check_equal(target.pipe, ", ".join(f"{name}={value}" for name, value in asked.items()))
         return peers
 
 
@@ -206,16 +215,38 @@ def _check_switch(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _check_sharing(sharing: Sharing, target: Target, *, binding: bool) -> None:
+def _check_precision(engine: str | None, precision: str | None) -> None:
+    """Refuse an engine that is not installed, and a precision that it does not have."""
+    if precision is not None and engine != "openvino":
+        raise ValueError(f"precision={precision!r} needs engine='openvino', got engine={engine!r}")
+    if precision not in (None, *PRECISIONS):
+        names = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be one of {names}, None, got {precision!r}")
+    if engine == "openvino":
+        missing = find_missing()
+        if missing is not None:
+            raise ModuleNotFoundError(missing)
+
+
+def _check_methods(methods: Any) -> tuple[Method, ...]:
+    found = tuple(methods) if isinstance(methods, (list, tuple)) else (methods,)
+    for method in found:
+        if not isinstance(method, Method):
+            wanted = "a method such as difffast.NegativeAttention, or several"
+            raise TypeError(f"steering must be {wanted}, got {type(method).__name__}")
+    return found
+
+
+def _check_sharing(sharing: Sharing, target: Target, *, steered: bool) -> None:
     """Refuse what the pipeline's kind rules out, with the reason."""
     support = target.support
     reuse = sharing.reuse if isinstance(sharing, Plan) else sharing if isinstance(sharing, FeatureReuse) else None
     if support.exact_only:
         whole = isinstance(sharing, EncoderPropagation) and sharing.key_steps == 1 and not sharing.prior_noise
-        if not whole or binding:
+        if not whole or steered:
             raise ValueError(
                 f"{target.name} can only have what is exact, difffast.patch(pipe, 'exact'), got "
-                f"{'binding' if whole else sharing}: {support.exact_only}"
+                f"{'binding or steering' if whole else sharing}: {support.exact_only}"
             )
     elif reuse is not None:
         if not support.reuse:

@@ -52,13 +52,15 @@ def patch(
         propagation: how steps share features, in place of what the preset says, whose ``cfg`` then counts no more.
         cfg: at which key steps both halves of classifier-free guidance's batch run, in place of what the preset says.
         fused: whether layers are computed by difffast's operators, in place of what the preset says.
-        engine: what executes the parts of the UNet: ``"eager"``; ``"inductor"``, or ``compile=True``: programs made by
-            torch.compile, for which the first image waits; ``"cudagraphs"``.  None: graphs on CUDA devices, else eager.
+        engine: what executes the parts: ``"eager"``; ``"inductor"``, or ``compile=True``: programs made by
+            torch.compile, for which the first image waits; ``"cudagraphs"``; ``"openvino"`` on CPUs, which runs text
+            encoders, ControlNet and VAE as well.  None: graphs on CUDA devices, else eager.
         binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
         force: share features even in schedules with fewer than 8 steps, where otherwise every step runs in full.
-        more: ``compile``; ``controlnet``, whether ControlNet runs at "every step", the default where steps reuse outer
-            layers, or at "key steps" alone; ``mesh``, a DeviceMesh whose processes share the work;
-            and options under their old names, each of which gives a warning.
+        more: ``compile``; ``precision``, in which OpenVINO runs: "f32", "bf16" or None, which is the pipeline's own;
+            ``profile``, whether ``report.last_run`` tells the seconds of every part; ``steering``, one method or more
+            that change pictures on purpose (docs/editing.md); ``controlnet``, whether ControlNet runs at "every step",
+            the default where steps reuse outer layers, or at "key steps"; and old names, each of which gives a warning.
 
     Returns:
         A report of what was replaced; for several pipelines a tuple of reports.

@@ -20,6 +20,7 @@ from .layers.registry import LAYERS
 from .ops._local import describe_choices, list_struck, table_of
 from .options import Options
 from .plan import LEAST_CALLS, CfgReuse, FeatureReuse, MeasuredPlan, OutputForecast, Plan, Sharing
+from .sampling.components import find_components
 from .sampling.controller import Controller, find_controller
 from .sampling.settings import Settings
 from .sampling.stats import RunStats
@@ -119,7 +120,11 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
     weight = next(unet.parameters())
     if choose_engine(settings.engine, weight.device) == "cudagraphs":
         yield "engine", "CUDA graphs, one per shape, recorded when a shape is met again"
-    for kind in LAYERS if settings.fused else ():
+    if settings.engine == "openvino":
+        precision = settings.precision or f"the weights' precision, {str(weight.dtype).removeprefix('torch.')}"
+        others = ", ".join(name for name, _ in find_components(settings.pipe()))
+        yield "engine", f"OpenVINO in {precision}, one model per shape; it also runs {others or 'nothing else'}"
+    for kind in LAYERS if settings.fused and settings.engine != "openvino" else ():
         yield from kind.describe(kind.find(unet), weight, compiled=settings.compiled)
     if settings.peers is not None:
         yield from settings.peers.describe()

@@ -13,11 +13,11 @@ from .patch import patched
 from .plan import Sharing
 from .presets import PRESETS
 from .target import Target
-from .tune_cache import Measurements, identify
-from .tune_costs import Profiles
-from .tune_result import EXACT, METRICS, Candidate, Measured, Tuning
-from .tune_runs import check_call, compare, hide_progress, run_once
-from .tune_search import PlanSearch
+from .tuning.cache import Measurements, identify
+from .tuning.costs import Profiles
+from .tuning.results import EXACT, METRICS, Candidate, Measured, Tuning
+from .tuning.runs import check_call, compare, hide_progress, run_once
+from .tuning.search import PlanSearch
 
 if TYPE_CHECKING:
     from .support import Pipeline

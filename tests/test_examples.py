@@ -82,6 +82,13 @@ def test_semantic_binding(run):
     assert names["report"].trace.steps
 
 
+def test_erase_a_concept(run, capsys):
+    names = run("erase_a_concept.py", "--steps", "2")
+    assert size("erased.png") == (512, 256)
+    assert "erased: 'a red circle'" in capsys.readouterr().out
+    assert (names["before"] != names["erased"]).any()
+
+
 def test_operators(run):
     run("operators.py", "--queries", "64")
     errors = json.loads(Path("operators.json").read_text())
@@ -100,6 +107,26 @@ def test_own_layer_kind(run):
     names = run("own_layer_kind.py", "--steps", "8")
     assert "transformer norms (11)" in Path("report.txt").read_text()
     assert names["difference"] < 1e-4
+
+
+def test_suppress_words(run):
+    names = run("suppress_words.py", "--steps", "5")
+    assert size("suppressed.png") == (768, 256)
+    assert len({each.tobytes() for each in names["pictures"]}) == 3
+    assert names["report"].trace.removed == ((6, 7),)
+
+
+def test_edit_by_prompt(run):
+    names = run("edit_by_prompt.py", "--steps", "4")
+    assert size("edited.png") == (1024, 256)
+    assert names["before"].tobytes() != names["after"].tobytes()
+    assert Path("inversion.safetensors").is_file()
+
+
+def test_negative_prompts(run):
+    names = run("negative_prompts.py", "--steps", "3")
+    assert size("negative.png") == (512, 256)
+    assert names["pictures"][0].tobytes() != names["pictures"][1].tobytes()
 
 
 def test_every_example_has_a_test():

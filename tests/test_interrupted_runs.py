@@ -64,6 +64,7 @@ def test_ctrl_c_anywhere_in_a_run(pipe, sharing):
     stock = run(pipe)
     patch(pipe, **SHARING[sharing])
     expected = run(pipe)
+    run(pipe, prompt="two dogs")  # what is measured once a process is no part of the count
     with Interrupt(-1) as counter:
         run(pipe, prompt="two dogs")
     count = -1 - counter.left

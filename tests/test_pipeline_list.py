@@ -23,7 +23,7 @@ from difffast import (
     patched,
     support,
     tune,
-    tune_runs,
+    tuning,
     unpatch,
 )
 from difffast.surgery.subclass import is_swapped
@@ -187,4 +187,4 @@ def test_tuning_asks_for_latents_where_a_pipeline_returns_them(name, monkeypatch
     monkeypatch.setattr(type(pipe), "__call__", call)
     with pytest.raises(StopRunError):
         more_zoo.ROWS[name].run(pipe, zoo.Inputs())
-    assert asked == [tune_runs._choose_output(pipe)]
+    assert asked == [tuning.runs._choose_output(pipe)]

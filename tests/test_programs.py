@@ -96,6 +96,7 @@ def test_self_attention_is_in_the_programs(pipe, fused):
     assert not report.last_run.reasons
 
 
+@pytest.mark.slow
 def test_programs_serve_every_prompt_seed_guidance_and_length(pipe, compilations):
     report = patch(pipe, propagation=TABLE, compile=True)
     latents(pipe)

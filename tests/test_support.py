@@ -25,6 +25,16 @@ pytestmark = pytest.mark.usefixtures("_one_thread")
 
 ROWS = {**zoo.ROWS, **adapter_zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS, **more_zoo.ROWS}
 
+#: Rows that combine what other rows have one by one: with -m slow.
+COMBINED = {
+    *(f"StableDiffusion{XL}ControlNetPAGPipeline" for XL in ("", "XL")),
+    *("StableDiffusionControlNetPAGInpaintPipeline", "StableDiffusionXLControlNetPAGImg2ImgPipeline"),
+    *(f"StableDiffusionXLControlNet{kind}Pipeline" for kind in ("Inpaint", "Img2Img", "UnionInpaint", "UnionImg2Img")),
+    *(f"StableDiffusion{XL}PAG{kind}Pipeline" for XL in ("", "XL") for kind in ("Inpaint", "Img2Img")),
+    *(f"AnimateDiff{kind}ControlNetPipeline" for kind in ("VideoToVideo", "Sparse")),
+    *("KolorsImg2ImgPipeline", "KolorsPAGPipeline", "IFInpaintingPipeline", "IFImg2ImgSuperResolutionPipeline"),
+}
+
 #: Half of the steps share features, in segments of different lengths.
 KEYS = (0, 1, 4, 6)
 AHEAD = EncoderPropagation(key_steps=KEYS, max_parallel=3)
@@ -42,7 +52,7 @@ def built(name):
 def _marks(name):
     if not exists(pipeline := name.partition(":")[0]):
         return pytest.mark.skip(reason=f"Diffusers {diffusers.__version__} has no {pipeline}: {NOT_ALWAYS[pipeline]}")
-    return pytest.mark.slow if ROWS[name].slow else ()
+    return pytest.mark.slow if ROWS[name].slow or name in COMBINED else ()
 
 
 @pytest.fixture(params=[pytest.param(name, marks=_marks(name)) for name in ROWS])
@@ -77,6 +87,7 @@ def assert_as_planned(row, stats):
 
 def test_every_supported_pipeline_has_a_row():
     assert {name.partition(":")[0] for name in ROWS} == set(support.PIPELINES)
+    assert set(ROWS) >= COMBINED
 
 
 def test_a_pipeline(row, pipe):

@@ -18,14 +18,15 @@ from PIL import Image
 from sampling import latents
 
 import difffast
-from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan, patch, patched, tune_result
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, Plan, patch, patched
 from difffast.plan import MeasuredPlan
 from difffast.plots import new_figure
 from difffast.surgery.subclass import is_swapped
 from difffast.tune import EXACT, Candidate, Measured, Tuning, tune
-from difffast.tune_costs import Profiles
-from difffast.tune_runs import run_once
-from difffast.tune_search import PlanSearch
+from difffast.tuning import results
+from difffast.tuning.costs import Profiles
+from difffast.tuning.runs import run_once
+from difffast.tuning.search import PlanSearch
 
 tune_module = sys.modules["difffast.tune"]
 ROWS = {**zoo.ROWS, **adapter_zoo.ROWS, **if_zoo.ROWS, **video_zoo.ROWS}
@@ -262,7 +263,7 @@ def test_the_front_has_no_candidate_that_another_beats(tmp_path):
 def test_the_plot_shows_the_front_although_the_exact_one_is_far_away(tmp_path, monkeypatch, exact):
     """Of the axis' height the approximations, 18 to 35 dB, take most, and the legend lists no defaults."""
     drawn = []
-    monkeypatch.setattr(tune_result, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
+    monkeypatch.setattr(results, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
     *others, _ = made_up()
     rows = (*others, Measured(EXACT, (9.0,), (exact,), (1e-6,)))
     Tuning(Candidate(FeatureReuse(3)), rows, (10.0,), "psnr_db", 30.0, 50).plot(tmp_path / "front.svg")
@@ -280,7 +281,7 @@ def test_the_plot_shows_the_front_although_the_exact_one_is_far_away(tmp_path, m
 
 def test_the_plot_has_fewer_steps_as_a_line(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(tune_result, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
+    monkeypatch.setattr(results, "new_figure", lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
     fewer = [
         Measured(Candidate(EXACT.propagation, steps=n, name=f"exact, {n} steps"), (n / 10,), (float(n),), (0.1,))
         for n in (20, 25, 35)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_disk import small_disk
 
-from difffast.tune_cache import Measurements
-from difffast.tune_runs import compare
+from difffast.tuning.cache import Measurements
+from difffast.tuning.runs import compare
 
 ERRORS = {"psnr_db": 30.0, "latent_error": 0.25}
 

@@ -10,7 +10,7 @@ from sampling import largest
 from tolerances import LATENTS_FLOAT64, OUTPUT_FLOAT64
 
 from difffast import EncoderPropagation, collect_maps, patch, patched
-from difffast.layers import cross_attention
+from difffast.layers import cross_attention, text_projections
 from difffast.steering.binding.method import SemanticBinding
 from difffast.surgery.calls import bind_arguments
 from difffast.surgery.subclass import is_swapped
@@ -162,13 +162,13 @@ def test_no_binding_of_videos():
 def test_keys_and_values_are_made_once_a_prompt_of_rows_that_differ(name, rows, monkeypatch):
     row, pipe = video_zoo.ROWS[name], built(name)
     layers = len(cross_attention.find_layers(pipe.unet))
-    (project, names), seen = cross_attention._PROJECTIONS["AttnProcessor2_0"], []
+    (project, names), seen = text_projections.PROJECTIONS["AttnProcessor2_0"], []
 
     def counted(layer, text):
         seen.append(len(text))
         return project(layer, text)
 
-    monkeypatch.setitem(cross_attention._PROJECTIONS, "AttnProcessor2_0", (counted, names))
+    monkeypatch.setitem(text_projections.PROJECTIONS, "AttnProcessor2_0", (counted, names))
     with patched(pipe, propagation=EncoderPropagation(key_steps=4)) as report:
         row.run(pipe, zoo.Inputs())
     assert report.last_run.text_kv["computed"] == layers > 0

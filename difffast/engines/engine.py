@@ -1,11 +1,12 @@
-"""Which engine executes the parts of a UNet: Python as it is, compiled programs, or recorded CUDA graphs."""
+"""Which engine executes the parts of a UNet: Python as it is, compiled programs, recorded CUDA graphs, or OpenVINO."""
 
 from __future__ import annotations
 
 import torch
 
-#: By name: as it is; torch.compile (:mod:`.programs`); CUDA graphs of what runs eagerly (:mod:`.graphs`).
-ENGINES = ("eager", "inductor", "cudagraphs")
+#: By name: as it is; torch.compile (:mod:`.programs`); CUDA graphs of what runs eagerly (:mod:`.graphs`);
+#: OpenVINO on CPUs (:mod:`.openvino`).
+ENGINES = ("eager", "inductor", "cudagraphs", "openvino")
 
 
 def choose_engine(asked: str | None, device: torch.device) -> str:

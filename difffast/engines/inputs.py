@@ -88,6 +88,16 @@ class InputReader:
         return held[1]
 
 
+def read_lora_scales(module: nn.Module) -> ProgramInputs:
+    """Return the scales of a module's LoRA layers as a program's inputs, of one that has no other layers of ours."""
+    adapted = {
+        f"{name}.scaling": {adapter: torch.as_tensor(float(scale)) for adapter, scale in layer.scaling.items()}
+        for name, layer in module.named_modules()
+        if type(layer).__module__ == "peft.tuners.lora.layer"
+    }
+    return ProgramInputs({LORA_SCALES: adapted}, describe_shapes(adapted))
+
+
 def put_inputs(unet: nn.Module, inputs: LayerInputs) -> Any:
     """Return a facade of ``unet`` whose layers take their state from a program's inputs."""
     unet = replace_descendants(unet, inputs[LORA_SCALES])

@@ -43,15 +43,41 @@ class ProgramStats:
         limit: the most that are kept.
         graph_bytes: GPU memory that CUDA graphs hold on the UNet's device; 0 on others.  All of the process's graphs:
             Inductor has one pool for a device.
+        weight_bytes: memory of the weights that OpenVINO's models hold copies of.
+        start_seconds: what it has taken in all until OpenVINO's models were ready.
+        loaded: how many of OpenVINO's models came from files.
+        precisions: in which OpenVINO's models run, as they say themselves.
     """
 
     kept: int
     limit: int
     graph_bytes: int
+    weight_bytes: int = 0
+    start_seconds: float = 0.0
+    loaded: int = 0
+    precisions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         graphs = f"; CUDA graphs hold {self.graph_bytes / 2**20:.0f} MiB" if self.graph_bytes else ""
-        return f"{self.kept} compiled, at most {self.limit}{graphs}"
+        models = ""
+        if self.precisions:
+            models = (
+                f"; OpenVINO in {', '.join(self.precisions)}: {self.weight_bytes / 2**20:.0f} MiB of weights copied, "
+                f"ready after {self.start_seconds:.1f} s in all, {self.loaded} from files"
+            )
+        return f"{self.kept} compiled, at most {self.limit}{graphs}{models}"
+
+    def __add__(self, other: ProgramStats) -> ProgramStats:
+        """Return what both take together; CUDA graphs, which are the process's, count once."""
+        return ProgramStats(
+            self.kept + other.kept,
+            self.limit,
+            max(self.graph_bytes, other.graph_bytes),
+            self.weight_bytes + other.weight_bytes,
+            self.start_seconds + other.start_seconds,
+            self.loaded + other.loaded,
+            tuple(sorted({*self.precisions, *other.precisions})),
+        )
 
 
 def count_graph_bytes(device: torch.device) -> int:

@@ -41,6 +41,50 @@ class MapSink(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class CrossCall:
+    """One call of a cross-attention layer as an edit meets it.
+
+    Attributes:
+        layer: the layer.
+        name: its name in the UNet.
+        query: [B * repeats, H, N, d], by head.
+        keys, values: [Bk, H, T, d] of the call's text, where Bk divides B.
+        repeats: time steps in the batch; those of one sample are neighbours.
+        size: (height, width) of the latents.
+        watched: whether attention maps of the layer are wanted, which its own attention hands out.
+        attend: returns the attention [b, H, N, d] of given queries to given keys and values.
+        project: returns the layer's keys and values [Bk, H, T, d] of another text, from where these are kept.
+    """
+
+    layer: Any
+    name: str
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    repeats: int
+    size: tuple[int, int]
+    watched: bool
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    project: Callable[[TextKV], tuple[Tensor, Tensor]]
+
+
+class AttentionEdit(Protocol):
+    """Somebody who changes what attention layers give, before their output projection."""
+
+    def edits_cross(self, name: str) -> bool:
+        """Return whether a cross-attention layer is changed."""
+        ...
+
+    def attend(self, call: CrossCall, own: Callable[[], Tensor]) -> Tensor:
+        """Return what a changed cross-attention layer gives [B * repeats, H, N, d]; ``own`` returns its own."""
+        ...
+
+    def share_rows(self, name: str, rows: int, pixels: int) -> Sequence[int] | None:
+        """Return, for each of a self-attention layer's rows, that whose queries and keys it takes; None: its own."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
     """The text of a call as its cross-attention layers meet it.
 
@@ -76,6 +120,7 @@ class CallContext:
         stop: whether the call ends, by :class:`AllCollected`, once every sink has the maps of all its layers.
         only_text: whether cross-attention layers alone are fused.
         always: whether layers are fused even where that does not pay, to see what they would ask for.
+        edit: who changes what attention layers give, or None.
         projected: what the UNet has made of the text, which layers attend to instead (:func:`set_projected_text`).
     """
 
@@ -88,6 +133,7 @@ class CallContext:
     stop: bool = False
     only_text: bool = False
     always: bool = False
+    edit: AttentionEdit | None = None
     projected: Text | None = None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._attention_checks import MAX_HEAD_DIM, MAX_KEYS, repeat_rows
-from ..surgery.unchanged import ProjectionWatch, read_projection
-from .context import CURRENT, AllCollected, CallContext, MapSink, Text, find_context, set_projected_text
+from .context import CURRENT, AllCollected, CallContext, CrossCall, MapSink, Text, find_context, set_projected_text
 from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked, name_layer
+from .text_kv import TextKV
+from .text_projections import ADDED, PROJECTIONS, project_text, read_projections, split_heads, watch_projections
 
 #: Operators that cross-attention layers are fused by.
 _OPERATORS = ("cross_attention", "joint_attention")
@@ -50,17 +51,20 @@ class CrossAttention(LayerKind):
             text = args[0] if args else kwargs.get("encoder_hidden_states")
             if context is None or not _is_seen(text, context.projected or context.text):
                 return plain(layer, hidden_states, *args, **kwargs)
-            name = name_layer(layer) if context.sinks else ""
+            edit = context.edit
+            name = name_layer(layer) if context.sinks or edit is not None else ""
             wanted = [sink for sink in context.sinks if name in sink.layers]
+            edited = edit is not None and edit.edits_cross(name)
             sink = (context.projected or context.text).sink
-            if not (context.fused or wanted or sink):
+            if not (context.fused or wanted or sink or edited):
                 return plain(layer, hidden_states, *args, **kwargs)
             rank = hidden_states.ndim
             reason = refuse_call(layer, text, args[1:], kwargs, rank=rank, sink=sink, maps=bool(wanted))
             if reason is None:
                 return _attend(layer, hidden_states, text, context, name, wanted)
-            if wanted or sink:
+            if wanted or sink or edited:
                 what = "attention maps of {} cannot be collected" if wanted else "{} cannot do without rows of zeros"
+                what = what if wanted or sink else "the attention of {} cannot be edited"
                 raise RuntimeError(f"{what.format(name_layer(layer))}: {reason}")
             context.note(f"{name_kind(layer)} layers run stock: {reason}")
             return plain(layer, hidden_states, *args, **kwargs)
@@ -83,7 +87,7 @@ class CrossAttention(LayerKind):
         for name, layer in layers.items():
             if name_operator(layer) not in slow and refuse_call(layer, kv.text, (), {}) is None:
                 found[name] = kv.get(layer, read_projections(layer), project_text)
-        kv.remember_all(layers, slow, found, _watch(layers.values()))
+        kv.remember_all(layers, slow, found, watch_projections(layers.values()))
         return found
 
     def stand_in(self, layer: Any, value: Any) -> Callable[..., Any]:
@@ -185,13 +189,13 @@ def refuse_call(
         maps: whether attention maps are wanted.
     """
     processor = type(layer.processor)
-    if not processor.__module__.startswith("diffusers.") or processor.__name__ not in _PROJECTIONS:
+    if not processor.__module__.startswith("diffusers.") or processor.__name__ not in PROJECTIONS:
         return f"attention processor {processor.__qualname__}"
     given = [key for key, value in named.items() if value is not None and key != "encoder_hidden_states"]
     if positional or given:
         return f"arguments {', '.join(given) or 'by position'} (masks are not fused)"
     added = layer.added_kv_proj_dim is not None  # has_added_keys, without a call: every layer asks at every step
-    if added != (processor.__name__ == _ADDED):
+    if added != (processor.__name__ == ADDED):
         return f"attention processor {processor.__name__} {'with' if added else 'without'} added keys"
     if isinstance(text, tuple) != (processor.__name__ == "IPAdapterAttnProcessor2_0"):
         return "image tokens without an IP-Adapter processor, or the other way round"
@@ -236,18 +240,44 @@ def _attend(
             # The operator lets neighbouring rows share keys; here the frames of one step are neighbours.
             by_sample = (x.unflatten(0, (-1, found.kv.rows)) for x in (keys, values))
             keys, values = (ops.repeat_batch(x, found.repeats).flatten(0, 1) for x in by_sample)
-    if isinstance(text, Tensor) and text.shape[1] == 1 and not (wanted or found.sink or layer.added_kv_proj_dim):
+    if (
+        isinstance(text, Tensor)
+        and text.shape[1] == 1
+        and not (wanted or found.sink or layer.added_kv_proj_dim or context.edit)
+    ):
         # Softmax over one token is 1: every pixel gets its value, and neither queries nor keys matter.
         out = layer.to_out[1](layer.to_out[0](values.transpose(1, 2).flatten(2)))
         return out.repeat_interleave(len(hidden) // len(out), 0).expand(-1, hidden.shape[1], -1)
     query, pixels = _project_own(layer, hidden)
-    if wanted:
-        out = _attend_with_maps(query, keys, values, pixels, context, name, wanted)
+
+    def attend() -> Tensor:
+        if wanted:
+            return _attend_with_maps(query, keys, values, pixels, context, name, wanted)
+        return _operate(query, keys, values, pixels, found.sink)
+
+    if context.edit is not None and context.edit.edits_cross(name):
+        call = _make_cross_call(layer, name, query, keys, values, context, bool(wanted))
+        out = context.edit.attend(call, attend)
     else:
-        out = _operate(query, keys, values, pixels, found.sink)
+        out = attend()
     if isinstance(text, tuple):
         out = _add_images(layer, query, text[1], out)
     return _project_out(layer, out, hidden)
+
+
+def _make_cross_call(
+    layer: Any, name: str, query: Tensor, keys: Tensor, values: Tensor, context: CallContext, watched: bool
+) -> CrossCall:
+    """Return a layer's call as an edit meets it."""
+    repeats = (context.projected or context.text).repeats
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return _operate(query, keys, values, (), 0)
+
+    def project(kv: TextKV) -> tuple[Tensor, Tensor]:
+        return kv.get(layer, read_projections(layer), project_text)
+
+    return CrossCall(layer, name, query, keys, values, repeats, context.size, watched, attend, project)
 
 
 def _attend_with_maps(
@@ -279,7 +309,7 @@ def _add_images(layer: Any, query: Tensor, images: Sequence[Tensor], out: Tensor
     for image, scale, to_k, to_v in adapters:
         if scale != 0:
             # More than MAX_KEYS image tokens are possible; PyTorch's attention takes any number.
-            pair = (_by_head(layer, to(image).flatten(1, -2)) for to in (to_k, to_v))  # [B, images, tokens, C]
+            pair = (split_heads(layer, to(image).flatten(1, -2)) for to in (to_k, to_v))  # [B, images, tokens, C]
             out = out + scale * nn.functional.scaled_dot_product_attention(query, *pair)
     return out
 
@@ -293,7 +323,7 @@ def _project_own(layer: Any, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]
     if layer.added_kv_proj_dim is not None:
         hidden = layer.group_norm(hidden.flatten(2)).transpose(1, 2)
         pixels = () if layer.only_cross_attention else (layer.to_k, layer.to_v)
-    query, *pair = (_by_head(layer, to(hidden)) for to in (layer.to_q, *pixels))
+    query, *pair = (split_heads(layer, to(hidden)) for to in (layer.to_q, *pixels))
     return query, tuple(pair)
 
 
@@ -311,69 +341,3 @@ def _project_out(layer: Any, out: Tensor, hidden: Tensor) -> Tensor:
     """Return the layer's output from the operator's and the layer's input."""
     out = layer.to_out[1](layer.to_out[0](out.transpose(1, 2).flatten(2)))
     return out if layer.added_kv_proj_dim is None else out.transpose(1, 2).reshape(hidden.shape) + hidden
-
-
-def _by_head(layer: Any, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-
-
-def _project_separately(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-    return layer.to_k(text), layer.to_v(text)
-
-
-def _project_together(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-    return layer.to_kv(text).chunk(2, -1)
-
-
-def _project_added(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-    if layer.norm_cross is not None:
-        # A GroupNorm over all tokens: those that only fill up the text count as well.
-        text = layer.norm_encoder_hidden_states(text)
-    return layer.add_k_proj(text), layer.add_v_proj(text)
-
-
-Projection = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-
-#: The processor of layers with added keys.
-_ADDED = "AttnAddedKVProcessor2_0"
-#: Processors that can be fused -> (how they make keys and values, the modules that make them).  Modules are called,
-#: never their weights used: PEFT's ``.weight`` is the base weight.
-_PROJECTIONS: dict[str, tuple[Projection, tuple[str, ...]]] = {
-    "AttnProcessor2_0": (_project_separately, ("to_k", "to_v")),
-    "FusedAttnProcessor2_0": (_project_together, ("to_kv",)),
-    "IPAdapterAttnProcessor2_0": (_project_separately, ("to_k", "to_v")),
-    # Text2Video-Zero's, whose frames meet in self-attention only.
-    "CrossFrameAttnProcessor2_0": (_project_separately, ("to_k", "to_v")),
-    _ADDED: (_project_added, ("add_k_proj", "add_v_proj", "norm_cross")),
-}
-
-
-def project_text(layer: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a layer's keys and values [B, H, T, d] of a text [B, T, D]."""
-    keys, values = _PROJECTIONS[type(layer.processor).__name__][0](layer, text)
-    return _by_head(layer, keys), _by_head(layer, values)
-
-
-def _watch(layers: Iterable[Any]) -> ProjectionWatch | None:
-    """Return what tells whether any layer's keys and values have changed; None: they must be asked one by one."""
-    watch = ProjectionWatch()
-    for layer in layers:
-        names = _PROJECTIONS.get(type(layer.processor).__name__, (None, ()))[1]
-        if not names or not watch.add(layer, names):
-            return None
-    return watch
-
-
-def read_projections(layer: Any) -> list[Any] | None:
-    """Return all that a layer's text keys and values depend on besides the text; None if that cannot be told."""
-    processor = type(layer.processor).__name__
-    state: list[Any] = [processor]
-    for name in _PROJECTIONS[processor][1]:
-        module = getattr(layer, name)
-        if module is None:  # a layer with added keys need not have a norm
-            continue
-        part = read_projection(module)
-        if part is None:
-            return None
-        state += part
-    return state

@@ -100,7 +100,7 @@ class TransformerOutput(LayerKind):
 
         return {name: module for name, module in unet.named_modules() if plain_class(module) is Transformer2DModel}
 
-    def put_in(self, unet: nn.Module) -> None:
+    def put_in(self, unet: nn.Module, *, always: bool = False) -> None:
         if next(unet.parameters()).device.type in _DEVICES:
             for layer in self.find(unet).values():
                 if not is_swapped(layer) and hasattr(layer, _OUTPUT):

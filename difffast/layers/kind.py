@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..surgery.subclass import is_swapped, swap_in, swap_out
-from .context import CURRENT
+from .context import CURRENT, CallContext
 from .text_kv import TextKV
 
 
@@ -54,6 +54,8 @@ class LayerKind(ABC):
     name: str
     #: What a layer's ``forward`` calls its input, which callers may pass by name.
     input_name = "hidden_states"
+    #: Whether :meth:`edit` changes anything.
+    edits = False
 
     @abstractmethod
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
@@ -78,6 +80,10 @@ class LayerKind(ABC):
             hidden: the layer's input.
             args, kwargs: the other arguments of the call.
         """
+
+    def edit(self, layer: Any, context: CallContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the layer gives where the call's edit changes it, or None; asked where there is an edit."""
+        return None
 
     @abstractmethod
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -113,6 +119,10 @@ class LayerKind(ABC):
 
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             context = None if torch.compiler.is_compiling() else CURRENT.get()
+            if context is not None and context.edit is not None:
+                edited = _kinds[kind].edit(layer, context, args, kwargs)
+                if edited is not None:
+                    return edited
             if context is None or not context.fused or context.only_text:
                 return plain(layer, *args, **kwargs)
             own = _kinds[kind]
@@ -129,10 +139,15 @@ class LayerKind(ABC):
 
         return call
 
-    def put_in(self, unet: nn.Module) -> None:
-        """Put :meth:`wrap` in front of every layer that has no class of its own yet."""
+    def put_in(self, unet: nn.Module, *, always: bool = False) -> None:
+        """Put :meth:`wrap` in front of every layer that has no class of its own yet.
+
+        Args:
+            unet: the UNet.
+            always: also where the operator cannot pay, if the kind has edits.
+        """
         _kinds[self.name] = self
-        if not self.may_pay(next(unet.parameters())):
+        if not (always and self.edits) and not self.may_pay(next(unet.parameters())):
             return
         methods = _methods.setdefault(self, {})
         for name, layer in self.find(unet).items():

@@ -57,14 +57,12 @@ class Resnet(LayerKind):
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         given = [*args, *kwargs.values()]
-        if not given or given[0] is None:
-            return ""  # there is nothing to fuse the norm with
+        if not given or (given[0] is None) != (layer.time_emb_proj is None):
+            return "" if not given or given[0] is None else "one has no time projection"
         if len(given) > 1 or kwargs.keys() - {"temb"}:
             return "it was called with other arguments than its input and a time embedding"
         if is_wrapped(layer):
             return "one has hooks, or a forward of its own"
-        if layer.time_emb_proj is None:
-            return "one has no time projection"
         if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
             return "autocast chooses the norms' dtype"
         for norm in (layer.norm1, layer.norm2):
@@ -85,11 +83,13 @@ class Resnet(LayerKind):
             x = ops.group_norm_silu(hidden, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps)
         x = layer.conv1(x)
 
-        temb = layer.time_emb_proj(temb if layer.skip_time_act else layer.nonlinearity(temb)).expand(x.shape[0], -1)
-        if layer.time_embedding_norm == "default":
-            modulation = {"addend": temb}
-        else:
-            modulation = dict(zip(("scale", "shift"), temb.chunk(2, 1), strict=True))
+        modulation: dict[str, Tensor] = {}  # a VAE's blocks know no time
+        if temb is not None:
+            temb = layer.time_emb_proj(temb if layer.skip_time_act else layer.nonlinearity(temb)).expand(x.shape[0], -1)
+            if layer.time_embedding_norm == "default":
+                modulation = {"addend": temb}
+            else:
+                modulation = dict(zip(("scale", "shift"), temb.chunk(2, 1), strict=True))
         x = ops.group_norm_silu(x, norm2.num_groups, norm2.weight, norm2.bias, norm2.eps, **modulation)
 
         x = layer.conv2(layer.dropout(x))

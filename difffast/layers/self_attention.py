@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from ..ops._attention_checks import MAX_HEAD_DIM
 from ..ops._local import load
 from ..ops.self_attention import choose
 from ..surgery.pristine import is_wrapped
-from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked
+from .context import CallContext
+from .kind import FOREIGN_PARTS, LayerKind, ProgramCall, is_masked, name_layer
 
 #: Processors that can be fused.
 _PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
@@ -31,6 +32,7 @@ class SelfAttention(LayerKind):
     """Attention of pixels to pixels, or of frames to frames."""
 
     name = "self-attention layers"
+    edits = True
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
         from diffusers.models.attention_processor import Attention
@@ -80,6 +82,33 @@ class SelfAttention(LayerKind):
             projected = (layer.to_q(hidden), layer.to_k(hidden), layer.to_v(hidden))
         query, key, value = (x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in projected)
         out = ops.self_attention(query, key, value).transpose(1, 2).flatten(2)
+        return layer.to_out[1](layer.to_out[0](out))
+
+    def edit(self, layer: Any, context: CallContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        hidden, others = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        if context.edit is None or hidden.ndim != 3:
+            return None
+        name = name_layer(layer)
+        rows = context.edit.share_rows(name, hidden.shape[0], hidden.shape[1])
+        if rows is None:
+            return None
+        given = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        reason = self.refuse(layer, hidden, others, given)
+        if reason is not None:
+            raise RuntimeError(f"the attention of {name} cannot be edited: {reason or 'others compute it on purpose'}")
+        return self._share(layer, hidden, rows)
+
+    def _share(self, layer: Any, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """Attend with the queries and keys of ``rows``, which are made once each, and every row's own values."""
+        sources = sorted(set(rows))
+        shared, places = hidden[sources], [sources.index(row) for row in rows]
+        if type(layer.processor).__name__ == "FusedAttnProcessor2_0":
+            query, key, _ = layer.to_qkv(shared).chunk(3, -1)
+            value = layer.to_qkv(hidden).chunk(3, -1)[2]
+        else:
+            query, key, value = layer.to_q(shared), layer.to_k(shared), layer.to_v(hidden)
+        query, key, value = (x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        out = ops.self_attention(query[places], key[places], value).transpose(1, 2).flatten(2)
         return layer.to_out[1](layer.to_out[0](out))
 
     def as_inputs(self, layers: Mapping[str, nn.Module], call: ProgramCall) -> dict[str, Any]:

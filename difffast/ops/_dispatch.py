@@ -95,12 +95,15 @@ def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func transforms the call (vmap, grad, jvp, ...), or forward-mode differentiation may.
+    """Whether torch.func transforms the call (vmap, grad, jvp, ...), or forward-mode differentiation or a trace may.
 
-    Kernels of ours have no rules for either.  They would be called again and again, or lose a tangent without a word.
+    Kernels of ours have no rules for the first two.  They would be called again and again, or lose a tangent without a
+    word.  And who converts what torch.jit.trace has seen, to OpenVINO or ONNX, knows PyTorch's operators alone.
     """
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
+
+import torch
+
+from .state import RunState
 
 
 class EndingRun(Protocol):
     """A run that ends with the pipeline's call."""
 
     finished: bool
+    state: RunState
 
     def end(self) -> None:
         """Drop all that it has kept."""
@@ -24,18 +30,54 @@ class PipelineCall:
 
     Args:
         pipe: the pipeline, of which only a weak reference is kept.
+        profile: whether the seconds of its parts are counted.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, *, profile: bool = False) -> None:
         self.pipe = weakref.ref(pipe)
         self._runs: list[EndingRun] = []
         self._own: EndingRun | None = None
+        self._reasons: list[str] = []  # of parts that run before and after the UNet
+        self._profile, self._seconds = profile, {}
+        self._timing = False
+        self._device = getattr(pipe, "device", torch.device("cpu")) if profile else None
+        self._start = self._now() if profile else 0.0
 
     def add(self, run: EndingRun) -> None:
         """Take note of a run that begins; one that begins before the last one is finished is of a loop inside."""
         if all(each.finished for each in self._runs):
             self._own = run
+            run.state.stats.seconds = self._seconds
+            for reason in self._reasons:
+                run.state.record(reason)
         self._runs.append(run)
+
+    def note(self, reason: str) -> bool:
+        """Put a reason into the report of the call's run, also of one that has not begun; returns whether it is new."""
+        if self._own is not None:
+            return self._own.state.record(reason)
+        new = reason not in self._reasons
+        if new:
+            self._reasons.append(reason)
+        return new
+
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Count the seconds of the block for a part; those of parts inside of it are the outer one's."""
+        if not self._profile or self._timing:
+            yield
+            return
+        self._timing, start = True, self._now()
+        try:
+            yield
+        finally:
+            self._timing = False
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+
+    def _now(self) -> float:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
     def speaks_of(self, run: EndingRun) -> bool:
         """Return whether the pipeline's attributes are those of a run: it is its own, not one of a loop inside."""
@@ -43,6 +85,8 @@ class PipelineCall:
 
     def end(self) -> None:
         """Free what the runs have kept, wherever the pipeline was left."""
+        if self._profile:
+            self._seconds["the rest"] = self._now() - self._start - sum(self._seconds.values())
         self._own = None
         while self._runs:
             self._runs.pop().end()
@@ -60,9 +104,9 @@ def find_pipeline_call() -> PipelineCall | None:
 
 
 @contextlib.contextmanager
-def begin_pipeline_call(pipe: Any) -> Iterator[PipelineCall]:
-    """Let runs know, inside the block, that a pipeline's call is running."""
-    call = PipelineCall(pipe)
+def begin_pipeline_call(pipe: Any, *, profile: bool = False) -> Iterator[PipelineCall]:
+    """Let runs know, inside the block, that a pipeline's call is running, whose parts are timed if so wanted."""
+    call = PipelineCall(pipe, profile=profile)
     token = _RUNNING.set(call)
     try:
         yield call

@@ -11,13 +11,13 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engines.graphs import Graphs
+from ..engines.openvino import OpenVino
 from ..engines.programs import Programs, ProgramStats
 from ..layers.context import use_context
 from ..layers.cross_attention import process_text
@@ -26,6 +26,8 @@ from ..support import output_of
 from ..surgery.calls import bind_arguments
 from ..unet.contents import drop_contents
 from ..unet.parts import refuse_split
+from .components import count_models, time_part
+from .execution import Engine
 from .position import is_element
 from .run import SamplingRun
 from .settings import Settings
@@ -49,7 +51,7 @@ class Controller:
     def __init__(self, unet: nn.Module) -> None:
         #: The kinds of layers that have been put into the UNet.
         self.kinds: list[LayerKind] = []
-        self._engines: dict[str, Programs | Graphs] = {"inductor": Programs(), "cudagraphs": Graphs()}
+        self._engines: dict[str, Engine] = {"inductor": Programs(), "cudagraphs": Graphs(), "openvino": OpenVino()}
         self._unet = weakref.ref(unet)
         self._settings: list[Settings] = []
         self._runs: list[SamplingRun] = []
@@ -76,8 +78,10 @@ class Controller:
         """Return what the UNet's compiled programs and recorded graphs take."""
         unet = self._unet()
         device = torch.device("cpu") if unet is None else unet.device
-        found = [engine.count(device) for engine in self._engines.values()]
-        return replace(found[0], kept=sum(each.kept for each in found))
+        pipes = [pipe for pipe in (settings.pipe() for settings in self._settings) if pipe is not None]
+        parts = [count for pipe in pipes[:1] for count in count_models(pipe)]
+        first, *others = [*(engine.count(device) for engine in self._engines.values()), *parts]
+        return sum(others, first)
 
     def invalidate(self, settings: Settings) -> None:
         """Make the next call of every run of a pipeline a key step."""
@@ -89,6 +93,10 @@ class Controller:
     def __call__(
         self, unet: nn.Module, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        with time_part("UNet"):
+            return self._answer(unet, stock, args, kwargs)
+
+    def _answer(self, unet: nn.Module, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = bind_arguments(unet, args, kwargs)
         run = self.find_run(given["timestep"], given["sample"].device)
         if run is None:

@@ -22,6 +22,7 @@ from ..surgery.calls import bind_arguments
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..unet.fingerprint import Fingerprint
 from ..unet.parts import RESIDUALS
+from .components import forget, run_model, time_part
 from .settings import Settings
 
 
@@ -107,6 +108,15 @@ def take_out(controlnet: nn.Module, user: Settings) -> None:
         users[:] = [each for each in users if each[0] is not user and each[0].pipe() is not None]
         if not users:
             swap_out(controlnet)
+            forget(controlnet)
+
+
+def _time(stock: Callable[[], Any]) -> Callable[[], Any]:
+    def timed() -> Any:
+        with time_part("ControlNet"):
+            return stock()
+
+    return timed
 
 
 def _override_controlnet(controlnet: nn.Module) -> dict[str, Any]:
@@ -117,10 +127,12 @@ def _override_controlnet(controlnet: nn.Module) -> dict[str, Any]:
             return plain.__call__(self, *args, **kwargs)
         arguments = bind_arguments(unwrap(self), args, kwargs)
         stock = functools.partial(plain.__call__, self, *args, **kwargs)
-        for _, finder in users:
+        for settings, finder in users:
             run = finder.find_run(arguments["timestep"], arguments["sample"].device)
             if run is not None:
-                return run.control(arguments, stock)
+                if settings.engine == "openvino" and not is_compiled_wrapper(self) and not torch.is_grad_enabled():
+                    stock = functools.partial(run_model, self, "ControlNet", settings, stock, args, kwargs)
+                return run.control(arguments, _time(stock))
         return stock()
 
     return {"__call__": call, "_difffast_users": users}

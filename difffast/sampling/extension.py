@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.context import MapSink
-from .scheduler_step import Edit
+from ..layers.context import AttentionEdit, MapSink
+from .scheduler_step import Edit, Result
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ class ExtensionRun:
         """
         return call
 
+    def attention(self, step: int) -> AttentionEdit | None:
+        """Return who changes what the attention layers of the UNet call at a step give; asked after :meth:`edit_call`.
+
+        Compiled programs and recorded graphs are not used at such a step.  What holds at some steps only makes those,
+        and the one after the last of them, full steps (:meth:`Extension.full_steps`): steps are decoded together.
+        """
+        return None
+
     def replace_output(self, step: int) -> Tensor | None:
         """Return what the pipeline is to get at a step in place of the UNet's output; None: the UNet runs."""
         return None
@@ -62,11 +70,13 @@ class Extension:
     Attributes:
         trace: what the latest run has left to look at; None: nothing.
         alone: whether the pipeline must have its scheduler to itself.
+        edits_attention: whether its runs have an :meth:`ExtensionRun.attention`.
         stays: whether it stays with the pipeline when another patch replaces the one that it came with.
     """
 
     trace: Any = None
     alone = False
+    edits_attention = False
     stays = False
 
     def see_call(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -82,6 +92,10 @@ class Extension:
 
     def latent_edits(self) -> Sequence[Edit]:
         """Return what is done, in turn, to the latents from which the scheduler steps."""
+        return ()
+
+    def step_results(self) -> Sequence[Result]:
+        """Return what is done, in turn, to the latents that a step of the scheduler has made."""
         return ()
 
     def map_sinks(self) -> Sequence[MapSink]:

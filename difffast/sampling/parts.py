@@ -22,6 +22,7 @@ from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from . import controlnet
 from .calls import begin_pipeline_call
+from .components import put_in_components
 from .controller import drop_controller, find_controller, give_controller, override_compiled, override_unet
 from .settings import Settings
 
@@ -44,7 +45,7 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
     for kind in LAYERS:
         if kind not in controller.kinds:
             controller.kinds.append(kind)
-        kind.put_in(unet)
+        kind.put_in(unet, always=any(each.edits_attention for each in settings.extensions))
     controller.add(settings)
 
 
@@ -136,7 +137,7 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
             )
         for extension in settings.extensions:
             extension.see_call(self, args, kwargs)
-        with begin_pipeline_call(self):
+        with begin_pipeline_call(self, profile=settings.profile):
             return plain(self, *args, **kwargs)
 
     # Diffusers' own ``__call__`` is wrapped in no_grad; who takes that off to differentiate shall find what is inside.
@@ -150,6 +151,7 @@ PARTS: Sequence[Part] = (
     put_in_compiled_unet,
     put_in_channels_last,
     put_in_controlnet,
+    put_in_components,
     put_in_scheduler,
     put_in_pipeline,
 )

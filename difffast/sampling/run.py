@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.graphs import Graphs
-from ..engines.programs import Programs
-from ..layers.context import CallContext, Text, use_context
+from ..layers.context import AttentionEdit, CallContext, Text, use_context
 from ..layers.kind import ProgramCall
 from ..layers.text_kv import TextKV
 from ..ops._dispatch import describe_unforced
@@ -26,9 +23,10 @@ from .cfg_reuse import CfgHalves
 from .conditioning import Conditioning
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
-from .execution import Execution
+from .execution import Engine, Execution
 from .extension import RunInfo
 from .forecasts import Forecasts
+from .memory import keep_freed_memory
 from .outer_layers import OuterLayers
 from .position import count_steps, find_step, is_element
 from .settings import Settings
@@ -52,7 +50,7 @@ class SamplingRun:
         settings: Sequence[Settings],
         unet: nn.Module,
         device: torch.device,
-        engines: Mapping[str, Programs | Graphs],
+        engines: Mapping[str, Engine],
     ) -> None:
         first = settings[0]
         scheduler = first.scheduler()
@@ -61,7 +59,8 @@ class SamplingRun:
         self.state = RunState(first.plan(len(timesteps), device), RunStats(total=len(timesteps)), timesteps)
         self.fused = first.fused
         self.thread = threading.get_ident()
-        self._execution = Execution(self.state, first.engine, first.find_user_compile(), engines, unet, device)
+        user = first.find_user_compile()
+        self._execution = Execution(self.state, first.engine, first.precision, user, engines, unet, device)
         for each in settings:
             each.last_run = self.state.stats
             each.adopt_scheduler()
@@ -73,7 +72,7 @@ class SamplingRun:
         began = [extension.begin(info) for each in settings for extension in each.extensions]
         self._extensions = [each for each in began if each is not None]
         if device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self._last: int | None = None  # step that was answered
         self._seen: int | None = None  # step, answered or run stock
         self._fingerprint: Fingerprint | None = None
@@ -83,6 +82,7 @@ class SamplingRun:
         self._conditioning, self._controlled = Conditioning(remakes), Conditioning(remakes)
         self._text = denoiser_of(type(unet)).text
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
+        self._edit: AttentionEdit | None = None  # of the call that is being answered
         self._kv: TextKV | None = None  # of the call that is being answered
         self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
@@ -150,7 +150,7 @@ class SamplingRun:
         self._cfg.forget()
         self._conditioning.forget()
         self._controlled.forget()
-        self._texts, self._kv = [], None
+        self._texts, self._kv, self._edit = [], None, None
 
     def forget(self) -> None:
         """Drop the features; ControlNet's outputs stay, which were made for the step that is being answered."""
@@ -169,11 +169,22 @@ class SamplingRun:
         """Return the call as the extensions have it."""
         for extension in self._extensions:
             call = extension.edit_call(call, step, self.scheduler(), self._execution.uncompile(stock))
+        edits = [edit for each in self._extensions if (edit := each.attention(step)) is not None]
+        if len(edits) > 1:
+            names = " and ".join(type(edit).__name__ for edit in edits)
+            raise RuntimeError(f"one method at a time can edit attention, got {names} at step {step}")
+        self._edit = edits[0] if edits else None
         return call
 
     def show_layers(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``stock``, eager where attention maps are wanted."""
-        return self._execution.uncompile(stock) if self._map_sinks() else stock
+        """Return ``stock``, eager where something is wanted of single layers."""
+        return self._execution.uncompile(stock) if self._name_watch() else stock
+
+    def _name_watch(self) -> str:
+        """Return what is wanted of single layers, as text, or nothing."""
+        if self._edit is not None:
+            return "attention is edited"
+        return "attention maps are collected" if self._map_sinks() else ""
 
     def control(self, call: Mapping[str, Any], stock: Callable[[], Any]) -> Any:
         """Return ControlNet's outputs for the UNet call that follows: where it builds on earlier ones, perhaps theirs.
@@ -199,9 +210,7 @@ class SamplingRun:
         """Return why the residuals of a call cannot belong to the features of another step, or None."""
         return None if self.settings[0].support.exact_only else self._control.refuse(call, step)
 
-    def make_context(
-        self, call: Mapping[str, Any], *, stock: bool, engine: Programs | Graphs | None = None
-    ) -> CallContext | None:
+    def make_context(self, call: Mapping[str, Any], *, stock: bool, engine: Engine | None = None) -> CallContext | None:
         """Return what a call allows its layers; in a stock call, attention maps alone.
 
         Args:
@@ -211,13 +220,14 @@ class SamplingRun:
         """
         fused = self.fused and not stock and self._contents.replaced is None
         sinks = self._map_sinks()
-        if not (fused or sinks):
+        if not (fused or sinks or self._edit is not None):
             return None
         sample = call["sample"]
         text = self._read_text(call.get("encoder_hidden_states"), sample, stock=stock)
         if engine is not None:
             text = None  # programs and graphs get text keys and values as inputs
-        return CallContext(fused, self.state.note, self.state.record, text, sinks, tuple(sample.shape[-2:]))
+        size = tuple(sample.shape[-2:])
+        return CallContext(fused, self.state.note, self.state.record, text, sinks, size, edit=self._edit)
 
     def _read_text(self, text: Any, sample: Tensor, *, stock: bool) -> Text | None:
         if not isinstance(text, Tensor) or self._text == "extended":
@@ -286,7 +296,7 @@ class SamplingRun:
         if half:
             call = self._cfg.prepare(call)
         if self.state.peers is not None:
-            reason = self._refuse_halves(call) or self._wants_both()
+            reason = self._refuse_halves(call) or self._name_watch() or None
             call, changed = self.state.peers.take_half(call, index, reason)
             if changed:
                 self._strategy.forget()  # features and outputs of other rows
@@ -294,7 +304,7 @@ class SamplingRun:
         def run_stock() -> Tensor:
             return stock(**{**call, "return_dict": False})[0]
 
-        engine = self._execution.find_engine(unet, self._contents.foreign, maps=bool(self._map_sinks()))
+        engine = self._execution.find_engine(unet, self._contents.foreign, watched=self._name_watch())
         fused = self.fused and self._contents.replaced is None
         with use_context(self.make_context(call, stock=False, engine=engine)):
             execute, prepared = self._execution.prepare(ProgramCall(unet, call, fused, self._kv), engine)
@@ -382,14 +392,3 @@ def _count_denoising_steps(scheduler: Any, timesteps: Tensor) -> int:
     """Return the denoising steps of the schedule; second-order schedulers call the UNet about twice for each."""
     steps = getattr(scheduler, "num_inference_steps", None)
     return steps if isinstance(steps, int) else len(timesteps)
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Once per process: let glibc's malloc keep what decoder batches free, instead of handing it back each time.
-
-    Freeing one block just below 32 MiB makes glibc raise its mmap and trim thresholds, as any program with large
-    tensors does sooner or later.  Measured on a (64, 128, 192) UNet at 32x32: 270,000 page faults an image become
-    none, and time inside the UNet 0.68 of stock becomes 0.61 to 0.64.  Other allocators are not affected.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)

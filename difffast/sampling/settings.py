@@ -67,6 +67,10 @@ class Settings:
         self.engine, self.force = engine, force
         #: Other processes that take part, or None.
         self.peers: Peers | None = None
+        #: Of OpenVINO's models; None: the pipeline's own.
+        self.precision: str | None = None
+        #: Whether the seconds of every part of a call are counted.
+        self.profile = False
         #: Whether ControlNet runs at "every step" or at "key steps" alone.
         outer = isinstance(propagation, FeatureReuse) or (isinstance(propagation, Plan) and propagation.reuse)
         self.controlnet = "every step" if outer else "key steps"
@@ -89,7 +93,7 @@ class Settings:
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        names = ("propagation", "cfg", "fused", "engine", "controlnet", "peers")
+        names = ("propagation", "cfg", "fused", "engine", "precision", "controlnet", "peers")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -142,12 +146,13 @@ class Settings:
         if is_swapped(scheduler):
             return
         edits = [edit for extension in self.extensions for edit in extension.latent_edits()]
+        results = [result for extension in self.extensions for result in extension.step_results()]
         methods: dict[str, Callable[..., Any]] = {}
         for extension in self.extensions:
             methods.update(extension.scheduler_methods(scheduler))
-        if edits or methods:
+        if edits or results or methods:
             self._schedulers.append(scheduler)  # first: whatever happens next, it is released
-            swap_in(scheduler, {"step": override_step(scheduler, edits), **methods})
+            swap_in(scheduler, {"step": override_step(scheduler, edits, results), **methods})
 
     def release_schedulers(self) -> None:
         """Give all schedulers that were adopted their plain classes back."""

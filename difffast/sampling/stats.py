@@ -25,6 +25,7 @@ class RunStats:
         text_kv: how often a cross-attention layer's text keys and values were "computed" and "reused".
         controlnet: how often ControlNet's outputs were "computed" and "reused".
         exchanged: "calls" of collectives with other processes, and "bytes" that this one has received.
+        seconds: of each part of the pipeline's call, with ``profile=True``; on a GPU, parts are waited for.
         reasons: what fell back, or was forced, and why.
     """
 
@@ -42,6 +43,7 @@ class RunStats:
     text_kv: Counter[str] = field(default_factory=Counter)
     controlnet: Counter[str] = field(default_factory=Counter)
     exchanged: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -63,5 +65,7 @@ class RunStats:
                 f"; exchanged with other processes: {calls} calls, {received} bytes received "
                 f"({calls / self.total:.2f} calls and {received / self.total:.0f} bytes a step)"
             )
+        if self.seconds:
+            text += "; seconds: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.seconds.items())
         unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())
         return "\n  ".join([text, *self.reasons, *unshared])

@@ -2,6 +2,7 @@
 
 from .binding.method import SemanticBinding
 from .composite import correct_by_similarities
+from .inversion.edict import generate_edict
 from .losses import LOSSES
 from .prompts import MarkedPrompt, Subject, get_indices, parse_prompt
 from .variable_size import variable_size_attention
@@ -12,6 +13,7 @@ __all__ = [
     "SemanticBinding",
     "Subject",
     "correct_by_similarities",
+    "generate_edict",
     "get_indices",
     "parse_prompt",
     "variable_size_attention",

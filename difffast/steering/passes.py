@@ -66,6 +66,13 @@ class Passes:
             mean = left.expand(-1, -1, text.shape[1]).index_copy(2, columns, mean)
         return mean, collected.picture_size(pixels.pop())
 
+    def prediction_and_maps(self, call: Mapping[str, Any], text: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return the output [B, C, H, W], and the maps of ``text`` [B, N, T] as :meth:`maps` does, from one pass."""
+        collected = AttentionMaps(self.layers, None)
+        output = self._run(call, text, sinks=(collected,))[0]
+        maps = torch.stack(list(collected.latest.values())).mean(0)
+        return output, maps, collected.picture_size(maps.shape[1])
+
     def prediction(self, call: Mapping[str, Any], text: Tensor) -> Tensor:
         """Return the output [B, C, H, W] for embeddings [B, T, D] of any length; one token needs no queries or keys."""
         return self._run(call, text)[0]
@@ -82,6 +89,12 @@ class Passes:
         )
         with use_context(context):
             return self.unet(**{**call, "encoder_hidden_states": text, "return_dict": False})
+
+
+def input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
+    """Return what the scheduler multiplies latents by to make the UNet's input."""
+    one = torch.ones((), dtype=torch.float64 if timestep.device.type == "cpu" else torch.float32)
+    return scheduler.scale_model_input(one.to(timestep.device), timestep)
 
 
 def take_rows(call: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: ``difffast info | prove | demo | generate | bench | profile``."""
+"""The command line: ``difffast COMMAND``; ``difffast --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from ..files import check_writable, write_whole
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
-from . import many_prompts, proving, terminal
+from . import editing, erasing, many_prompts, proving, terminal
 from .arguments import choose_device, positive
 from .info import show_info
 from .terminal import say
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ArithmeticError, ValueError, TypeError, OSError) as error:
         terminal.console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", help="default: cuda where there is one, else cpu")
     many_prompts.add_arguments(generate)
     generate.set_defaults(run=_generate)
+
+    editing.add_parsers(commands)
+    erasing.add_parsers(commands)
 
     # Its options are those of the checkout's bench/run.py: with no prefix of options of its own, all are forwarded.
     bench = commands.add_parser(

@@ -205,9 +205,13 @@ class _Split(_Resnet):
         return make_facade(resnet, stand_ins)(hidden, *args, **kwargs)
 
     def _sum(self, each: Tensor, once: Tensor) -> Tensor:
-        """Add a shared part [B, ...] (or a scalar) to each time step's [B * repeats, ...], in place."""
-        if once.ndim:
-            each.unflatten(0, (-1, self._repeats)).add_(once[:, None])
+        """Add a shared part [B, ...] (or a scalar) to each time step's [B * repeats, ...], in place if not traced."""
+        if not once.ndim:
+            return each
+        by_step = each.unflatten(0, (-1, self._repeats))
+        if torch.jit.is_tracing():  # OpenVINO takes the view that is written to for what it is a view of
+            return (by_step + once[:, None]).flatten(0, 1)
+        by_step.add_(once[:, None])
         return each
 
 

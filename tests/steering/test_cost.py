@@ -1,7 +1,10 @@
 """The bars of what semantic binding may cost, counted at full size on the meta device."""
 
 import bench_guidance_flops
+import bench_suppression_flops
 import pytest
+
+from difffast import Suppression
 
 
 @pytest.mark.slow
@@ -15,3 +18,10 @@ def test_cost_on_sdxl():
         assert bench_guidance_flops.image(found, preset) <= bar
     # The counter sees everything: a stock step is what the published configuration is known to take.
     assert abs(found["stock step"].forward / 13.522e12 - 1) < 1e-3
+
+
+@pytest.mark.slow
+def test_cost_of_suppression_on_sd15():
+    found = bench_suppression_flops.costs()
+    assert bench_suppression_flops.count_image(found, Suppression("word")) <= bench_suppression_flops.BAR
+    assert abs(found["stock step"].forward / 1.606e12 - 1) < 1e-3

@@ -20,7 +20,7 @@ from ..composite import Columns, locate_subjects, merge, substitute_end
 from ..descent import LOSS_SCALES, Descended, Leaf, descend, descend_unguarded
 from ..encoding import EncodedPrompts
 from ..losses import LOSSES, Target, entropy_threshold
-from ..passes import Passes, drop_pooled_text, shift_latents, take_rows
+from ..passes import Passes, drop_pooled_text, input_scale, shift_latents, take_rows
 from .config import BindingConfig
 from .released import AnchorTrajectory
 from .trace import BindingTrace, StepTrace
@@ -116,7 +116,7 @@ class BindingRun(ExtensionRun):
         changed = {**call, "encoder_hidden_states": self._assembled}
         if moved is not None:
             if self._config.mode == "paper":
-                self._move(call["timestep"], moved / _input_scale(scheduler, call["timestep"]))
+                self._move(call["timestep"], moved / input_scale(scheduler, call["timestep"]))
             batch = call["sample"].shape[0]
             changed["sample"] = shift_latents(call["sample"], moved.repeat(batch // len(moved), 1, 1, 1))
         return changed
@@ -287,7 +287,7 @@ class BindingRun(ExtensionRun):
             raise ValueError('mode="reference" needs classifier-free guidance (guidance_scale above 1)')
         timestep, sample, channels = call["timestep"], base["sample"], self._unet.config.out_channels
         if self._anchor is None:
-            self._anchor = AnchorTrajectory(sample[:, :channels] / _input_scale(scheduler, timestep), scheduler)
+            self._anchor = AnchorTrajectory(sample[:, :channels] / input_scale(scheduler, timestep), scheduler)
         base["sample"] = torch.cat([self._anchor.scale(timestep), sample[:, channels:]], 1)
         wanted = passes.prediction(base, phrases)
         null = [batch - 2 * images + row for row in self._rows for _ in self._columns[row].anchors]
@@ -296,12 +296,6 @@ class BindingRun(ExtensionRun):
         rescale = getattr(pipe, "guidance_rescale", 0.0)
         self._anchor.step(wanted, nothing, timestep, pipe.guidance_scale, rescale)
         return wanted
-
-
-def _input_scale(scheduler: Any, timestep: Tensor) -> Tensor:
-    """Return what the scheduler multiplies latents by to make the UNet's input."""
-    one = torch.ones((), dtype=torch.float64 if timestep.device.type == "cpu" else torch.float32)
-    return scheduler.scale_model_input(one.to(timestep.device), timestep)
 
 
 def _steps_from_its_own(scheduler: Any) -> bool:

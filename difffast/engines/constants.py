@@ -1,0 +1,152 @@
+"""What a converted model has taken in as constants: has any of it changed since?
+
+OpenVINO copies weights into models of its own, so a weight that changes in place is not seen by itself, as it is by
+recorded graphs.  Three things are compared.  At every call: where the weights lie and what is in the module
+(:mod:`.watch`), and how often each weight has been written to.  Once a picture: a sum over the bits of every weight,
+for what writes past PyTorch's counters, as ``weight.data.mul_(2)`` and ``load_textual_inversion`` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..surgery.subclass import plain_class
+from ..unet.contents import contents_of
+from .watch import Watch
+
+#: Attributes of a module that say nothing of what it computes.
+_BOOKKEEPING = ("_parameters", "_buffers", "_modules", "training")
+_PLAIN = (str, int, float, bool, type(None), torch.dtype)
+
+
+class Constants:
+    """The weights and the structure of a module, as of now.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._watch = Watch(module)
+        self._weights = [weight for _, weight in _list_weights(module)]
+        self._versions = self._read_versions()
+        self._sums, self._config = sum_bits(module), _read_config(module)
+        self._mark: str | None = None
+        self._distrusted = False
+
+    def still_hold(self, module: nn.Module) -> bool:
+        """Return whether nothing has changed since, as far as can be told at every call."""
+        if not self._watch.still_holds() or self._read_versions() != self._versions:
+            return False
+        if self._distrusted:
+            self._distrusted = False
+            return _read_config(module) == self._config and sum_bits(module) == self._sums
+        return True
+
+    def _read_versions(self) -> list[int | None]:
+        return [None if weight.is_inference() else weight._version for weight in self._weights]
+
+    def distrust(self) -> None:
+        """Compare the weights' bits as well when they are asked for next."""
+        self._distrusted = True
+
+    def mark(self, module: nn.Module) -> str:
+        """Return a hash of the weights and of the structure, the same in every process."""
+        if self._mark is None:
+            found = hashlib.sha256(f"{self._sums} {self._config}".encode())
+            for name, weight in _list_weights(module):
+                found.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_check_bits(weight)}\n".encode())
+            for line in describe_structure(module):
+                found.update(f"{line}\n".encode())
+            self._mark = found.hexdigest()
+        return self._mark
+
+
+def refuse_constants(module: nn.Module) -> str | None:
+    """Return why a change of a module's weights could not be seen, or None."""
+    for name, weight in _list_weights(module):
+        if weight.is_inference():
+            return f"{name} was made under torch.inference_mode, where PyTorch counts no changes"
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"{name} is a {type(weight).__name__}"
+    return None
+
+
+def describe_structure(module: nn.Module) -> Iterator[str]:
+    """Yield a line for every module: its name, class, switches, and those of its attention processor."""
+    for name, each in module.named_modules():
+        yield f"{name}: {_describe_object(each)}"
+        processor = vars(each).get("processor")
+        if processor is not None:
+            yield f"{name}.processor: {_describe_object(processor)}"
+
+
+def _describe_object(thing: Any) -> str:
+    own = getattr(thing, "__dict__", {})
+    switches = {
+        key: _describe_value(value)
+        for key, value in own.items()
+        if key not in _BOOKKEEPING and (not key.startswith("_") or isinstance(value, _PLAIN))
+    }
+    return f"{plain_class(thing).__module__}.{plain_class(thing).__qualname__} {sorted(switches.items())}"
+
+
+def _describe_value(value: Any) -> str:
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, dict):
+        return str({str(key): _describe_value(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [_describe_value(item) for item in value]
+        return str(sorted(parts) if isinstance(value, (set, frozenset)) else parts)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _list_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(module.named_parameters(), module.named_buffers())
+
+
+def _read_config(module: nn.Module) -> str:
+    """Return a transformers model's configuration, which it reads while it runs; Diffusers' cannot be written to."""
+    read = getattr(getattr(module, "config", None), "to_dict", None)
+    return "" if read is None else repr({**read(), "_name_or_path": None})
+
+
+def sum_bits(module: nn.Module) -> list[int]:
+    """Return the sum over the bits of every weight, read as integers: as fast as memory can be read."""
+    sums = [bits.sum() for _, weight in _list_weights(module) for bits in _split_bits(weight)]
+    return [int(each) for each in sums]
+
+
+def _check_bits(weight: Tensor) -> int:
+    """Return a checksum that, unlike the sum, depends on the order."""
+    found = 0
+    for bits in _split_bits(weight):
+        found = zlib.crc32(memoryview(bits.numpy()).cast("B"), found)
+    return found
+
+
+def _split_bits(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return the bits of a weight as integers, up to 7 bytes at the end apart."""
+    weight = weight.detach()
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.permute(0, 2, 3, 1)
+    data = weight.contiguous().reshape(-1).view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    if data.data_ptr() % 8 or data.storage_offset() % 8 or not whole:
+        return (data,)
+    return (data[:whole].view(torch.int64), *([data[whole:]] if whole < data.numel() else ()))
+
+
+def holds_foreign_code(module: nn.Module) -> str | None:
+    """Return what others have put into a module, which may do something else at every call, or None."""
+    contents = contents_of(module)
+    contents.look()
+    return contents.foreign

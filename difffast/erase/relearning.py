@@ -1,0 +1,82 @@
+"""The attack on an erasure: ordinary finetuning on the concept, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .denoise import Denoiser
+from .examples import Examples, draw_batches, encode_examples
+from .params import Weights, select_parameters
+from .student import add_lora, remove_lora
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """What an attacker does: AdamW on the loss of diffusion, gradients clipped to a norm of 1.
+
+    Attributes:
+        examples: pairs of a picture and a prompt that show the concept, or :class:`~.examples.Examples`.
+        steps: after how many steps the weights are looked at, ascending.
+        learning_rate, batch_size: of the attack.
+        lora_rank: train a LoRA on the attention layers; None: all weights.
+        seed: of its draws.
+
+    Raises:
+        ValueError: steps that do not ascend from at least 1, a number out of its range.
+    """
+
+    examples: Examples | Sequence[tuple[Any, str]]
+    steps: tuple[int, ...] = (10, 30, 100, 300)
+    learning_rate: float = 1e-5
+    batch_size: int = 1
+    lora_rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.steps or self.steps[0] < 1 or any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError(f"steps must ascend from at least 1, got {self.steps}")
+        if not (self.learning_rate > 0 and self.batch_size >= 1):
+            raise ValueError(
+                f"learning_rate must be positive and batch_size at least 1, got {self.learning_rate} and "
+                f"{self.batch_size}"
+            )
+
+
+def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
+    """Finetune the pipeline, and yield at each of the attack's steps; afterwards the weights are as they were."""
+    denoiser = Denoiser(pipe)
+    examples = attack.examples if isinstance(attack.examples, Examples) else encode_examples(pipe, attack.examples)
+    if attack.lora_rank is None:
+        chosen = select_parameters(denoiser.unet, "full")
+    else:
+        attention = list(select_parameters(denoiser.unet, "*.attn[12].*.weight"))
+        chosen = add_lora(denoiser.unet, attention, attack.lora_rank, attack.seed)
+    weights = Weights(chosen)
+    before = weights.copy()
+    try:
+        yield from _finetune(denoiser, weights, examples, attack)
+    finally:
+        weights.load(before)
+        if attack.lora_rank is not None:
+            remove_lora(pipe)
+
+
+def _finetune(denoiser: Denoiser, weights: Weights, examples: Examples, attack: Relearning) -> Iterator[int]:
+    optimiser = torch.optim.AdamW(weights.parameters, lr=attack.learning_rate, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(attack.seed)
+    step = 0
+    while True:
+        for batch in draw_batches(denoiser, examples, attack.batch_size, generator):
+            with weights.training(denoiser.unet):
+                batch.loss(denoiser).backward()
+                torch.nn.utils.clip_grad_norm_(weights.parameters, 1.0)
+                optimiser.step()
+            step += 1
+            if step in attack.steps:
+                yield step
+            if step >= attack.steps[-1]:
+                return

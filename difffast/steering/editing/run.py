@@ -1,0 +1,123 @@
+"""An edit by prompt in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layers.context import CrossCall
+from ...sampling.extension import ExtensionRun, RunInfo
+from ..prompt_calls import PromptCall
+from .attention import attend_edited, average_map, weigh
+from .blend import LocalBlend
+from .config import EditConfig
+from .mappers import EditedPrompts
+
+#: Shares of the latents' size up to which self-attention layers are edited, and those of the unconditional half.
+_SELF, _UNCOND_SELF = 16, 4
+#: The share of the latents' size that layers have whose maps the local blend looks at.
+_BLEND = 16
+
+
+class EditRun(ExtensionRun):
+    """An edit by prompt in one run; it is its edit of attention as well.
+
+    The last 2n rows of the batch are n pictures of the source and n of the target.
+
+    Args:
+        config: what to do.
+        prompts: what is made of the prompts.
+        call: of ``encode_prompt``.
+        info: what is told of the run.
+    """
+
+    def __init__(self, config: EditConfig, prompts: EditedPrompts, call: PromptCall, info: RunInfo) -> None:
+        self._config, self._prompts, self._info = config, prompts, info
+        self._images, self._step, self._pixels = len(call.embeds) // 2, 0, 0
+        self._blend = LocalBlend(config.blend_threshold)
+        self._weights: tuple[Tensor, Tensor] | None = None
+
+    def edit_call(
+        self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]
+    ) -> Mapping[str, Any]:
+        """Return the call as it is, after a look at its size.
+
+        Raises:
+            ValueError: its batch is not the pictures', once or twice.
+        """
+        rows = call["sample"].shape[0]
+        if rows not in (2 * self._images, 4 * self._images):
+            raise ValueError(f"an edit needs a batch of {2 * self._images} or {4 * self._images} rows, got {rows}")
+        height, width = call["sample"].shape[-2:]
+        if step == 0:
+            self._blend = LocalBlend(self._config.blend_threshold)  # a custom loop may start again
+        self._step, self._pixels = step, height * width
+        alpha = 1.0 if step < self._config.count_cross_steps(self._info.total) else 0.0
+        self._weights = weigh(self._prompts.mapper, self._prompts.factors, alpha)
+        return call
+
+    def attention(self, step: int) -> EditRun | None:
+        return self if step < self._config.count_edited_steps(self._info.total) else None
+
+    def edits_cross(self, name: str) -> bool:
+        """Every layer is changed up to the last step of the window, and looked at for the local blend."""
+        inside = self._step < self._config.count_cross_steps(self._info.total)
+        return inside or self._prompts.blend is not None
+
+    def share_rows(self, name: str, rows: int, pixels: int) -> Sequence[int] | None:
+        """Give the target's rows the queries and keys of the source's, in small layers."""
+        config, total, images = self._config, self._info.total, self._images
+        taken = list(range(rows))
+        if self._step < config.count_self_steps(total) and pixels * _SELF <= self._pixels:
+            taken[-images:] = taken[-2 * images : -images]
+        unconditional = self._step < config.count_self_steps(total, unconditional=True) and rows == 4 * images
+        if unconditional and pixels * _UNCOND_SELF <= self._pixels:
+            taken[images : 2 * images] = taken[:images]
+        return None if taken == list(range(rows)) else taken
+
+    def attend(self, call: CrossCall, own: Callable[[], Tensor]) -> Tensor:
+        """Return the layer's attention, the target's rows with the edited maps."""
+        images = self._images
+        source = call.query[-2 * images : -images], call.keys[-2 * images : -images]
+        mine = call.query[-images:], call.keys[-images:]
+        mix, keep_own = self._weights
+        if self._prompts.blend is not None and call.query.shape[2] * _BLEND == self._pixels:
+            self._look(call, source, mine)
+        if self._step >= self._config.count_cross_steps(self._info.total):
+            return own()
+        if call.watched:
+            rest = own()[:-images]
+        else:
+            rest = call.attend(call.query[:-images], call.keys[:-images], call.values[:-images])
+        alone = not bool(keep_own.any())
+        edited = attend_edited(source, mine, call.values[-images:], mix, None if alone else keep_own, call.attend)
+        return torch.cat([rest, edited])
+
+    def _look(self, call: CrossCall, source: tuple[Tensor, Tensor], mine: tuple[Tensor, Tensor]) -> None:
+        """Add a layer's maps of the blend's words."""
+        precise = torch.promote_types(call.query.dtype, torch.float32)
+        own, theirs = (
+            (query.to(precise) @ keys.to(precise).transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
+            for query, keys in (mine, source)
+        )
+        (first, second), (mix, keep_own) = self._prompts.blend, self._weights
+        height = self._height(call)
+        self._blend.add(
+            (theirs @ first.to(theirs)).unflatten(-1, (height, -1)),
+            average_map(theirs, own, mix, keep_own, second).unflatten(-1, (height, -1)),
+        )
+
+    def _height(self, call: CrossCall) -> int:
+        height, width = call.size
+        while height * width > call.query.shape[2]:
+            height, width = -(-height // 2), -(-width // 2)  # each level halves both, rounding up
+        return height
+
+    def blend(self, latents: Tensor) -> Tensor:
+        """Return latents [2n, C, H, W] after a step of the scheduler, changed only where the blend's words are."""
+        if self._step < self._config.blend_from * self._info.total:
+            return latents
+        return self._blend.mix(latents)

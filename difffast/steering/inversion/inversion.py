@@ -1,0 +1,173 @@
+"""Inversion: what was found out about a picture, saved, loaded, and replayed in stock calls."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...files import write_whole
+from ...sampling.extension import Extension, ExtensionRun, Method, RunInfo
+from ...sampling.position import find_step, is_element
+from ...sampling.scheduler_step import Result
+from .moves import check_scheduler
+
+METHODS = ("ddim", "direct", "npi", "null", "edict")
+#: What files of inversions say that they are.
+_FORMAT = "difffast inversion 1"
+
+
+@dataclass(frozen=True)
+class Inversion(Method):
+    """A picture as a pipeline sees it; :func:`difffast.invert` makes it.
+
+    Reconstruct with ``with difffast.patched(pipe, "exact", steering=inversion): pipe(inversion.prompt,
+    **inversion.arguments)``, edit with ``difffast.edit(pipe, inversion.prompt, target, inversion=inversion)``.
+
+    Attributes:
+        method: how it was made.
+        prompt: what the picture shows.
+        guidance: the guidance scale to which it belongs.
+        size: (height, width) of the picture in pixels.
+        trajectory: [steps + 1, C, h, w], latents before each step from noise to picture; for "edict" [2, C, h, w], the
+            coupled noises.
+        steps: denoising steps.
+        null: for "null", [done, T, D]: texts in place of the empty prompt, as many as steps are done.
+        losses: for "null", the error that each step was left with.
+    """
+
+    method: str
+    prompt: str
+    guidance: float
+    size: tuple[int, int]
+    trajectory: Tensor
+    steps: int
+    null: Tensor | None = None
+    losses: tuple[float, ...] = field(default=())
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments with which the pipeline is to be called besides prompts.
+
+        Raises:
+            ValueError: an inversion by EDICT, which has a loop of its own (:func:`difffast.steering.inversion.edict`).
+        """
+        if self.method == "edict":
+            raise ValueError("EDICT has a loop of its own: use difffast.steering.generate_edict(pipe, inversion)")
+        height, width = self.size
+        given = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "height": height, "width": width}
+        return {"latents": self.trajectory[:1], **given}
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, as a whole or not at all."""
+        from safetensors.torch import save
+
+        tensors = {"trajectory": self.trajectory.contiguous().cpu()}
+        if self.null is not None:
+            tensors["null"] = self.null.contiguous().cpu()
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("trajectory", "null")}
+        with write_whole(Path(path)) as part:
+            part.write_bytes(save(tensors, {"format": _FORMAT, "inversion": json.dumps(said)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Inversion:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or no inversion.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no inversion {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        if said.get("format") != _FORMAT or "trajectory" not in tensors:
+            raise ValueError(f"{path} is no {_FORMAT}, got {said.get('format', 'no format')!r}")
+        known = json.loads(said["inversion"])
+        known |= {"size": tuple(known["size"]), "losses": tuple(known["losses"])}
+        return cls(trajectory=tensors["trajectory"], null=tensors.get("null"), **known)
+
+    def attach(self, pipe: Any, unet: nn.Module) -> Replay:
+        check_scheduler(pipe.scheduler)
+        self.arguments  # noqa: B018 - refuses EDICT
+        if self.null is not None and len(self.null) < self.steps:
+            raise ValueError(f"the inversion is not complete: {len(self.null)} of {self.steps} steps are done")
+        if unet.config.in_channels != self.trajectory.shape[1]:
+            raise ValueError(f"latents must have {unet.config.in_channels} channels, got {self.trajectory.shape[1]}")
+        return Replay(self, pipe)
+
+
+class Replay(Extension):
+    """An inversion in one pipeline."""
+
+    alone = True
+
+    def __init__(self, inversion: Inversion, pipe: Any) -> None:
+        self._inversion, self._pipe = inversion, weakref.ref(pipe)
+
+    def describe(self) -> Iterator[tuple[str, str]]:
+        yield "unet calls", f"replay of a picture inverted by {self._inversion.method!r}"
+
+    def full_steps(self, total: int) -> Sequence[int]:
+        return range(total) if self._inversion.method in ("null", "direct") else ()
+
+    def step_results(self) -> Sequence[Result]:
+        return (self._correct,) if self._inversion.method == "direct" else ()
+
+    def begin(self, info: RunInfo) -> ReplayRun:
+        """Begin a run.
+
+        Raises:
+            ValueError: its schedule is not the inversion's.
+        """
+        if info.total != self._inversion.steps:
+            raise ValueError(
+                f"a picture inverted in {self._inversion.steps} steps needs as many, got {info.total}: call the "
+                "pipeline with **inversion.arguments"
+            )
+        return ReplayRun(self._inversion)
+
+    def _correct(self, scheduler: Any, timestep: Any, latents: Tensor) -> Tensor:
+        """Put the first picture's latents where they were: direct inversion's offset of the source branch."""
+        if not is_element(timestep, scheduler.timesteps):
+            return latents
+        step = find_step(timestep, scheduler.timesteps)
+        wanted = self._inversion.trajectory[step + 1].to(latents)
+        return torch.cat([wanted[None], latents[1:]])
+
+
+class ReplayRun(ExtensionRun):
+    """An inversion in one run: the text in place of the empty prompt."""
+
+    def __init__(self, inversion: Inversion) -> None:
+        self._inversion = inversion
+        self._made: tuple[Any, Tensor] | None = None
+
+    def edit_call(
+        self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]
+    ) -> Mapping[str, Any]:
+        """Return the call with its unconditional half as the inversion has it; without guidance, as it is."""
+        text, rows = call["encoder_hidden_states"], call["sample"].shape[0]
+        method = self._inversion.method
+        if method not in ("null", "npi") or self._inversion.guidance == 1 or rows % 2:
+            return call
+        if method == "npi" and self._made is not None and self._made[0] is text:
+            return {**call, "encoder_hidden_states": self._made[1]}
+        half = len(text) // 2
+        own = text[half] if method == "npi" else self._inversion.null[step].to(text)
+        changed = torch.cat([own.expand(half, -1, -1), text[half:]])
+        self._made = text, changed
+        return {**call, "encoder_hidden_states": changed}

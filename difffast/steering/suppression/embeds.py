@@ -1,0 +1,109 @@
+"""Prompt embeddings without words that are not wanted, once a prompt."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..prompt_calls import encode_alone, read_prompt_words
+from .regularise import regularise
+
+if TYPE_CHECKING:
+    from ...support import Pipeline
+
+
+def suppress(
+    pipe: Pipeline, prompt: str, words: str | Sequence[str], *, strengthen: bool = False, alpha: float = 1.0
+) -> dict[str, Tensor]:
+    """Return the embeddings of a prompt from which words are taken out: soft-weighted regularisation, no optimisation.
+
+    Use them as ``pipe(**difffast.suppress(pipe, "a man with glasses", "glasses"))``.  It works on the embedding alone,
+    so that it costs some milliseconds a prompt, whatever the schedule, and goes with every preset.
+
+    Args:
+        pipe: a pipeline with a text prompt: SD 1.x, SD 2.x, SDXL, DeepFloyd IF.  The embeddings of SDXL's two text
+            encoders are regularised one by one, and its pooled embedding becomes that of the prompt without the words.
+        prompt: one prompt.
+        words: what is not wanted, each as the prompt writes it; several words in a row are one of them.  All places
+            where the prompt has it count.
+        strengthen: make the words stronger instead.  The pooled embedding stays.
+        alpha: how fast large singular values fall (:func:`.regularise.regularise`).  DeepFloyd IF also reads the text
+            through a norm per token, which undoes most of it.
+
+    Returns:
+        The arguments of ``pipe(...)``, by name: ``prompt_embeds`` [1, T, D], for SDXL ``pooled_prompt_embeds`` as well.
+
+    Raises:
+        TypeError: ``prompt`` is not one text.
+        ValueError: a word that is not in the prompt, no word at all, ``alpha`` negative or not finite, or a pipeline
+            without a tokenizer or with embeddings of another width than its text encoders'.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be one text, got {type(prompt).__name__}")
+    wanted = check_words(words)
+    if not (isinstance(alpha, (int, float)) and 0 <= alpha < math.inf):
+        raise ValueError(f"alpha must be finite and not negative, got {alpha!r}")
+    rows = find_suppressed_rows(pipe, prompt, wanted)
+    found = dict(encode_alone(pipe, prompt))
+    found["prompt_embeds"] = regularise_text(found["prompt_embeds"], rows, strengthen=strengthen, alpha=alpha)
+    if "pooled_prompt_embeds" in found and not strengthen:
+        found["pooled_prompt_embeds"] = encode_alone(pipe, drop_words(prompt, wanted))["pooled_prompt_embeds"]
+    return found
+
+
+def check_words(words: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the words as a tuple.
+
+    Raises:
+        ValueError: there is none, or one is no text.
+    """
+    found = (words,) if isinstance(words, str) else tuple(words)
+    if not found or not all(isinstance(word, str) and word.strip() for word in found):
+        raise ValueError(f"words must be at least one word of the prompt, got {words!r}")
+    return found
+
+
+def find_suppressed_rows(pipe: Any, prompt: str, words: Sequence[str]) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """Return, for each text encoder, the words' rows with the number of the first end token's, and its channels.
+
+    The rows from the first end token on are regularised as well; its number is the last of the tuple.
+
+    Raises:
+        ValueError: a word that is not in the prompt.
+    """
+    found = []
+    for read, width in read_prompt_words(pipe, prompt):
+        positions = {position for word in words for position in read.find(word)}
+        found.append(((*sorted(positions), len(read.pieces) - 1), width))
+    return tuple(found)
+
+
+def regularise_text(
+    text: Tensor, rows: Sequence[tuple[tuple[int, ...], int]], *, strengthen: bool = False, alpha: float = 1.0
+) -> Tensor:
+    """Return embeddings [B, T, D] whose rows of :func:`find_suppressed_rows` are regularised, image by image.
+
+    Raises:
+        ValueError: the text encoders' channels do not add up to D.
+    """
+    widths = [width for _, width in rows] if len(rows) > 1 else [text.shape[2]]
+    if sum(widths) != text.shape[2]:
+        raise ValueError(f"the text encoders give {widths} channels, but the embeddings have {text.shape[2]}")
+    changed = text.clone()
+    for part, (positions, _) in zip(changed.split(widths, 2), rows, strict=True):
+        chosen = [*positions[:-1], *range(positions[-1], text.shape[1])]
+        for image in part:
+            image[chosen] = regularise(image[chosen], strengthen=strengthen, alpha=alpha)
+    return changed
+
+
+def drop_words(prompt: str, words: Sequence[str]) -> str:
+    """Return a prompt without words, wherever it has them."""
+    for word in words:
+        inner = r"\s+".join(map(re.escape, word.split()))
+        prompt = re.sub(rf"(?<!\w){inner}(?!\w)", " ", prompt, flags=re.IGNORECASE)
+    return " ".join(prompt.split())

@@ -1,0 +1,326 @@
+"""engine="openvino": what stock gives, never a stale model, and nothing left behind."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+
+import pytest
+import torch
+import zoo
+from engine_histories import EngineHistory
+from sampling import latents, picture
+
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
+from difffast.engines import conversion, model_files
+from difffast.engines.constants import Constants
+from difffast.engines.inputs import LORA_SCALES, ProgramInputs
+from difffast.engines.openvino import OpenVino
+from difffast.surgery.subclass import is_swapped
+
+pytest.importorskip("openvino", reason="the extra difffast[openvino] is not installed")
+
+#: Of the largest latent, after 20 steps (issue 20).
+RELATIVE = 2e-5
+
+pytestmark = [
+    pytest.mark.usefixtures("_one_thread", "_files"),
+    pytest.mark.filterwarnings("ignore:Already"),  # PEFT, of what is fused or not already
+]
+
+
+@pytest.fixture(scope="module")
+def _files(tmp_path_factory):
+    """A folder for this module's files: models of the same function are converted once."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def small():
+    """A pipeline with a UNet of one level."""
+    return EngineHistory(0, lambda pipe: None).pipe
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder for the files of models."""
+    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path))
+    return tmp_path / "openvino"
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+PLANS = {
+    "exact": {"preset": "exact"},
+    "outer layers in halves": {"propagation": FeatureReuse(2), "cfg": CfgReuse(4)},
+    "ahead": {"propagation": EncoderPropagation(key_steps=3)},
+    "extrapolated": {"propagation": EncoderPropagation(key_steps=3, extrapolate=1)},
+}
+
+
+@pytest.mark.parametrize("plan", ["exact", *(pytest.param(name, marks=pytest.mark.slow) for name in list(PLANS)[1:])])
+def test_it_is_what_runs_eagerly(pipe, plan):
+    with patched(pipe, **PLANS[plan], fused=False):
+        expected = latents(pipe)
+    with patched(pipe, **PLANS[plan], engine="openvino") as report:
+        assert relative(latents(pipe), expected) <= RELATIVE
+        assert not report.last_run.reasons
+        assert report.programs.kept
+        assert report.programs.precisions == ("f32",)
+        assert "OpenVINO in f32" in str(report.programs)
+    assert not any(map(is_swapped, [pipe, *pipe.unet.modules()]))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_some_histories(seed):
+    EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="openvino")).play(draws=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["openvino", "eager"])
+@pytest.mark.parametrize("block", range(10))
+def test_many_histories(engine, block):
+    for seed in range(5 * block, 5 * (block + 1)):
+        EngineHistory(100 + seed, lambda pipe: patch(pipe, "exact", engine=engine)).play(draws=6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["edit .data", *(pytest.param(each, marks=pytest.mark.slow) for each in ("edit", "negate .data", "replace"))],
+)
+def test_histories_find_a_model_that_is_stale(change, monkeypatch):
+    history = EngineHistory(0, lambda pipe: patch(pipe, "exact", engine="openvino"))
+    call = {"prompt": "a cat", "height": 16, "width": 16}
+    history.compare(call)
+    with monkeypatch.context() as planted:
+        planted.setattr(Constants, "still_hold", lambda self, module: True)
+        history.change(change)
+        with pytest.raises(AssertionError):
+            history.compare(call)
+    history.compare(call)
+
+
+def test_a_prompt_needs_no_new_model_and_a_size_does(small):
+    report = patch(small, "exact", engine="openvino")
+    latents(small, steps=2)
+    latents(small, "two dogs", seed=3, guidance_scale=2.0, steps=3)
+    assert report.programs.kept == 2  # text encoder and UNet
+    latents(small, steps=2, height=24, width=16)
+    assert report.programs.kept == 3
+
+
+def test_another_process_starts_from_files_and_replaces_damaged_ones(small, folder):
+    with patched(small, "exact", engine="openvino") as report:
+        expected = latents(small, steps=2)
+        assert (report.programs.kept, report.programs.loaded) == (2, 0)
+    with patched(small, "exact", engine="openvino") as report:  # new engines, which have nothing but the files
+        assert torch.equal(latents(small, steps=2), expected)
+        assert (report.programs.kept, report.programs.loaded) == (2, 2)
+    file = max(folder.glob("*.model"), key=lambda each: each.stat().st_size)  # the UNet's
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    file.write_bytes(damaged)
+    report = patch(small, "exact", engine="openvino")
+    with pytest.warns(UserWarning, match="a converted model was damaged and is made anew"):
+        assert torch.equal(latents(small, steps=2), expected)
+    assert [reason.partition(":")[0] for reason in report.last_run.reasons] == [
+        "a converted model was damaged and is made anew"
+    ]
+    assert (report.programs.kept, report.programs.loaded) == (2, 1)
+    assert file.read_bytes() != damaged
+
+
+def test_whatever_is_in_a_file_only_whole_ones_are_read(folder):
+    tensors = [torch.randn(3, 4)]
+    layer = torch.nn.Linear(4, 2)
+    model = conversion.convert(layer.forward, layer, tensors, "f32")
+    file, notes = folder / "a.model", []
+    model_files.write(file, model, notes.append)
+    whole = file.read_bytes()
+    assert torch.equal(model_files.read(file, "f32", notes.append).run(tensors), model.run(tensors))
+    assert not notes
+    for content in (b"", whole[:30], whole[:-1], whole + b"x", b"{}" * 999, whole.replace(b"tensor", b"tenser", 1)):
+        file.write_bytes(content)
+        assert model_files.read(file, "f32", notes.append) is None
+        assert "was damaged and is made anew" in notes.pop()
+        assert not file.exists()
+
+
+@pytest.mark.slow
+def test_whoever_is_killed_while_converting_leaves_nothing_wrong(small, folder):
+    code = """
+        from engine_histories import EngineHistory
+        from sampling import latents
+        import difffast
+        pipe = EngineHistory(0, lambda pipe: None).pipe
+        difffast.patch(pipe, "exact", engine="openvino")
+        print("begins", flush=True)
+        latents(pipe, steps=2)
+        """
+    for delay in (0.2, 0.8, 2.0, 3.5):
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, env=_env())
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    expected = latents(small, steps=2)
+    with patched(small, "exact", engine="openvino") as report:
+        assert relative(latents(small, steps=2), expected) <= RELATIVE
+        assert not report.last_run.reasons
+
+
+def _env():
+    return {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+
+
+def test_files_are_bounded_and_what_killed_processes_have_left_is_deleted(folder, monkeypatch):
+    layer, notes = torch.nn.Linear(4, 2), []
+    model = conversion.convert(layer.forward, layer, [torch.randn(3, 4)], "f32")
+    folder.mkdir()
+    left = folder / ".abandoned.1234.model"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(model_files, "_LIMIT", 1)
+    for name in "ab":
+        model_files.write(folder / f"{name}.model", model, notes.append)
+    assert [each.name for each in folder.iterdir()] == ["b.model"]
+    monkeypatch.setattr(model_files, "_SHARE", 0)
+    model_files.write(folder / "c.model", model, notes.append)
+    assert not (folder / "c.model").exists()
+    assert "the disk has too little space" in notes.pop()
+    assert not notes
+
+
+def test_what_cannot_be_converted_runs_eagerly_and_the_report_says_why(small, folder, monkeypatch):
+    expected = latents(small, steps=2)
+
+    def fail(*_):
+        raise RuntimeError("no rule for aten::frobnicate")
+
+    monkeypatch.setattr(conversion, "convert", fail)
+    report = patch(small, "exact", engine="openvino")
+    with pytest.warns(UserWarning, match="runs without OpenVINO: RuntimeError: no rule for aten::frobnicate"):
+        assert relative(latents(small, steps=2), expected) <= RELATIVE
+    why = "runs without OpenVINO: RuntimeError: no rule for aten::frobnicate"
+    assert report.last_run.reasons == [f"text encoder: _run_forward {why}", f"run_whole {why}"]
+    assert report.programs.kept == 0
+
+
+def test_float64_runs_eagerly_and_the_report_says_why(pipe64):
+    expected = latents(pipe64, steps=2)
+    report = patch(pipe64, "exact", engine="openvino")
+    with pytest.warns(UserWarning, match=r"runs float32 and bfloat16 on CPUs, and the weights are torch.float64"):
+        assert relative(latents(pipe64, steps=2), expected) <= 1e-9
+    why = "OpenVINO runs float32 and bfloat16 on CPUs, and the weights are torch.float64"
+    assert report.last_run.reasons == [f"text encoder runs without OpenVINO: {why}", f"no OpenVINO: {why}"]
+    assert report.programs.kept == 0
+
+
+def test_bf16_is_opted_into_and_stated(small):
+    expected = latents(small, steps=2)
+    with patched(small, "exact", engine="openvino", precision="bf16") as report:
+        error = relative(latents(small, steps=2), expected)
+        assert report.programs.precisions in (("bf16",), ("f32",))  # processors without bfloat16 keep float32
+        assert (RELATIVE if report.programs.precisions == ("bf16",) else 0) <= error <= 0.1
+    assert dict(report.replaced)["engine"].startswith("OpenVINO in bf16")
+
+
+def test_the_number_of_models_is_bounded(monkeypatch):
+    monkeypatch.setattr("difffast.engines.openvino.MAX_PROGRAMS", 1)
+    layer, engine, notes = torch.nn.Linear(4, 2), OpenVino(), []
+    for rows in (3, 5, 3):
+        assert engine.refuse(layer) is None
+        x = torch.randn(rows, 4)
+        out = engine.run(ProgramInputs({LORA_SCALES: {}}, ()), notes.append, torch.nn.Module.__call__, layer, x)
+        assert relative(out, layer(x).detach()) <= RELATIVE
+        assert engine.count(torch.device("cpu")).kept == 1
+    assert engine.count(torch.device("cpu")).loaded == 1  # the third one, which the first has left in a file
+    assert not notes
+
+
+def test_nothing_global_changes_and_unpatch_is_exact(small):
+    before = (torch.get_num_threads(), torch.is_grad_enabled(), list(warnings.filters), torch.get_rng_state())
+    expected, classes = latents(small, steps=2), [type(module) for module in small.unet.modules()]
+    patch(small, "exact", engine="openvino")
+    latents(small, steps=2)
+    unpatch(small)
+    assert [type(module) for module in small.unet.modules()] == classes
+    assert torch.equal(latents(small, steps=2), expected)
+    after = (torch.get_num_threads(), torch.is_grad_enabled(), list(warnings.filters), torch.get_rng_state())
+    assert after[:3] == before[:3]
+    assert torch.equal(after[3], before[3])
+
+
+def test_without_the_package_it_is_refused_with_the_command(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "difffast\[openvino\]"'):
+        patch(small, "exact", engine="openvino")
+    assert not is_swapped(small.unet)
+
+
+def test_precision_needs_the_engine_that_has_it(small):
+    with pytest.raises(ValueError, match="precision='bf16' needs engine='openvino', got engine=None"):
+        patch(small, "exact", precision="bf16")
+    with pytest.raises(ValueError, match="precision must be one of 'f32', 'bf16', None, got 'int8'"):
+        patch(small, "exact", engine="openvino", precision="int8")
+
+
+def test_inference_tensors_run_eagerly(small):
+    with torch.inference_mode():
+        weight = small.unet.conv_out.weight * 1
+        del small.unet.conv_out.weight
+        small.unet.conv_out.weight = torch.nn.Parameter(weight, requires_grad=False)
+        patch(small, "exact", engine="openvino")
+        with pytest.warns(UserWarning, match=r"no OpenVINO: conv_out.weight was made under torch.inference_mode"):
+            latents(small, steps=2)
+
+
+def test_text_encoder_unet_and_vae_are_models_and_every_part_is_timed(pipe):
+    def picture(**options):
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red circle", num_inference_steps=2, generator=generator, output_type="pt", **options).images
+
+    expected, classes = picture(), [type(module) for module in pipe.vae.modules()]
+    for engine in ("eager", "openvino"):
+        with patched(pipe, "exact", engine=engine, profile=True) as report:
+            assert float((picture() - expected).abs().max()) <= 1e-4
+            run = report.last_run
+            assert list(run.seconds) == ["text encoder", "UNet", "VAE decoder", "the rest"]
+            assert min(run.seconds.values()) > 0
+            assert not run.reasons
+            assert report.programs.kept == (3 if engine == "openvino" else 0)
+    assert "seconds: text encoder" in str(run)
+    assert [type(module) for module in pipe.vae.modules()] == classes
+    assert torch.equal(picture(), expected)
+
+
+def test_a_model_whose_numbers_are_others_is_not_used():
+    class Branching(torch.nn.Linear):  # a trace takes the branch of its own arguments for the only one
+        def forward(self, x):
+            return super().forward(x) + (0 if torch.jit.is_tracing() else 1)
+
+    layer, x = Branching(4, 2), torch.randn(3, 4)
+    model = conversion.convert(layer.forward, layer, [x], "f32")
+    with pytest.raises(RuntimeError, match=r"the converted model is off by .* of its largest number"):
+        conversion._prove(model, [x], [layer(x).detach()])
+
+
+@pytest.mark.slow
+def test_controlnet_is_a_model_whose_strength_is_an_input():
+    pipe = zoo.ROWS["StableDiffusionControlNetPipeline"].build()
+    pipe.set_progress_bar_config(disable=True)
+    under = {"image": picture(), "height": 32, "width": 32, "steps": 2}
+    expected = [latents(pipe, controlnet_conditioning_scale=scale, **under) for scale in (1.0, 0.3)]
+    with patched(pipe, "exact", engine="openvino", profile=True) as report:
+        for scale, right in zip((1.0, 0.3), expected, strict=True):
+            assert relative(latents(pipe, controlnet_conditioning_scale=scale, **under), right) <= RELATIVE
+            assert not report.last_run.reasons
+            assert report.programs.kept == 3  # text encoder, ControlNet and UNet
+    assert "ControlNet" in report.last_run.seconds
+    assert not is_swapped(pipe.controlnet)
