@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .engines.conversion import find_missing
 from .engines.engine import ENGINES
@@ -14,10 +14,14 @@ from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
 from .sampling.extension import Extension, Method
+from .sampling.peers import Peers
 from .sampling.prior_noise import PriorNoise
 from .sampling.settings import Settings
 from .target import Target
 from .unet.parts import find_reentry
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: At which steps ControlNet runs.
 CADENCES = ("every step", "key steps")
@@ -38,6 +42,7 @@ class PatchOptions(TypedDict, total=False):
     binding: Method | None
     steering: Method | Sequence[Method]
     controlnet: str | None
+    mesh: DeviceMesh | None
     profile: bool
     force: bool
 
@@ -59,6 +64,7 @@ class Options:
     binding: Method | None = None
     steering: Method | Sequence[Method] = ()
     controlnet: str | None = None
+    mesh: DeviceMesh | None = None
     profile: bool = False
     force: bool = False
 
@@ -167,8 +173,41 @@ class Options:
             extensions=extensions,
         )
         settings.controlnet = self.controlnet or settings.controlnet
+        settings.peers = None if self.mesh is None else self._join_mesh(self.mesh, sharing, target)
         settings.precision, settings.profile = self.precision, self.profile
         return settings
+
+    def _join_mesh(self, mesh: DeviceMesh, sharing: Sharing, target: Target) -> Peers:
+        """Return the other processes of a mesh, once it is known that all of them work alike.
+
+        Raises:
+            TypeError, ValueError: the mesh does not fit, or the processes differ.
+        """
+        from .distributed.peers import MeshPeers
+
+        peers = MeshPeers(mesh)
+        obstacle = target.refuse_cfg_reuse()
+        if peers.divides("cfg") and obstacle:
+            raise ValueError(f"mesh {peers!r} divides guidance's halves, which {target.name} does not have: {obstacle}")
+        if peers.divides("cfg") and self.wanted_cfg is not None:
+            raise ValueError(f"mesh {peers!r} needs both of guidance's halves at every step, got cfg={self.wanted_cfg}")
+        if peers.divides("dec") and not _decodes_ahead(sharing):
+            raise ValueError(
+                f"mesh {peers!r} divides steps that are decoded together, of which {sharing} has none: use "
+                "propagation=EncoderPropagation(...) or the preset 'faster-diffusion'"
+            )
+        asked = {n: v for n, v in self.as_arguments().items() if n not in ("mesh", "binding", "steering")}
+        asked["methods"] = [type(each).__name__ for each in (self.binding, *self.steering) if each is not None]
+        peers.check_equal(target.pipe, ", ".join(f"{name}={value}" for name, value in asked.items()))
+        return peers
+
+
+def _decodes_ahead(sharing: Sharing) -> bool:
+    """Return whether any step is decoded from the features of another."""
+    if isinstance(sharing, Plan):
+        ran = len(sharing.key_steps) + len(sharing.forecasts)
+        return sharing.reuse is None and ran < sharing.total - sharing.start
+    return isinstance(sharing, EncoderPropagation) and sharing.key_steps != 1
 
 
 def _check_switch(name: str, value: Any) -> None:

@@ -96,6 +96,13 @@ def test_operators(run):
     assert max(errors.values()) < 1e-4
 
 
+def test_several_processes(run, capsys):
+    """By two processes: test_distributed.py."""
+    run("several_processes.py", "--steps", "2")
+    assert size("picture.png") == (64, 64)
+    assert "2 key steps" in capsys.readouterr().out
+
+
 def test_own_layer_kind(run):
     names = run("own_layer_kind.py", "--steps", "8")
     assert "transformer norms (11)" in Path("report.txt").read_text()

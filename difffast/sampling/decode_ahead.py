@@ -74,26 +74,33 @@ class DecodeAhead(Strategy):
         known = self._known or [(step.index, self._features)]
         features, *earlier = (each if each.batch == step.rows else each.take_conditional() for _, each in known)
         while outputs is None:
-            together = state.plan.batch(step.index)[: 1 if state.alone else None]
+            together, mine = self._choose_steps(step.index)
             # On the latents' device, as some loops keep the schedule on another, and of the type that the call has.
-            times = state.timesteps()[together.start : together.stop].to(
+            times = state.timesteps()[mine.start : mine.stop].to(
                 step.call["sample"].device, step.call["timestep"].dtype, non_blocking=True
             )
             try:
                 weights = None
                 if earlier:
                     at = [index for index, _ in known]
-                    weights = torch.stack([weigh(at, each, times.device) for each in together])
+                    weights = torch.stack([weigh(at, each, times.device) for each in mine])
                 outputs = split.decode(
                     step.unet, features, step.call, times, earlier=earlier, weights=weights, execute=step.execute
                 )
             except torch.OutOfMemoryError:
-                if len(together) == 1:
-                    raise
+                if len(together) == 1 or state.peers is not None:
+                    raise  # other processes would decode other steps
                 state.plan = replace(state.plan, max_batch=len(together) // 2)
                 size = state.plan.max_batch
                 state.note(f"out of memory decoding {len(together)} steps at once: {size} from now on")
-        state.stats.decode_batches.append(len(together))
+        state.stats.decode_batches.append(len(mine))
         if not state.plan.builds_on(together.stop - 1):
             self._features = None  # the whole segment is decoded
-        return outputs
+        return outputs if state.peers is None else state.peers.join_steps(outputs, together)
+
+    def _choose_steps(self, index: int) -> tuple[range, range]:
+        """Return the steps that are decoded together from a step on, and those of them that this process decodes."""
+        state = self._state
+        plan = state.plan if state.peers is None else state.peers.widen(state.plan)
+        together = plan.batch(index)[: 1 if state.alone else None]
+        return together, together if state.peers is None else state.peers.take_steps(together)

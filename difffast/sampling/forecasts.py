@@ -73,7 +73,7 @@ class Forecasts:
 
     def _heed_errors(self) -> None:
         """Turn half of the forecasts that are left into key steps where an error that has arrived is too large."""
-        while self._errors and (self._errors[0][2] is None or self._errors[0][2].query()):
+        while self._errors and self._has_arrived(self._errors[0][2]):
             index, error, _ = self._errors.pop(0)
             wrong, state = float(error), self._state
             state.stats.forecast_errors[index] = wrong
@@ -85,3 +85,8 @@ class Forecasts:
                     f"{len(left) - len(kept)} of {len(left)} forecasts became key steps: the one before step {index} "
                     f"was off by {wrong:.3f}, more than guard={state.plan.guard:g}"
                 )
+
+    def _has_arrived(self, arrived: torch.cuda.Event | None) -> bool:
+        if arrived is not None and self._state.peers is not None:
+            arrived.synchronize()  # all processes have to change their plans at the same step
+        return arrived is None or arrived.query()

@@ -26,6 +26,7 @@ from .decode_ahead import DecodeAhead
 from .execution import Engine, Execution, keep_freed_memory
 from .extension import RunInfo
 from .forecasts import Forecasts
+from .memory import keep_freed_memory
 from .outer_layers import OuterLayers
 from .position import count_steps, find_step, is_element
 from .settings import Settings
@@ -67,6 +68,7 @@ class SamplingRun:
         if self.fused and unforced:
             self.state.record(unforced)
         info = RunInfo(len(timesteps), self.fused, self.state.note)
+        self.state.peers = None if first.peers is None else first.peers.begin(info, self.state.stats.exchanged)
         began = [extension.begin(info) for each in settings for extension in each.extensions]
         self._extensions = [each for each in began if each is not None]
         if device.type == "cpu":
@@ -286,13 +288,18 @@ class SamplingRun:
                 return self._finish(index, False, known, given)
         ahead = self._strategy.recall(index)
         if ahead is not None:
-            return self._finish(index, *ahead, given)
+            return self._finish(index, ahead[0], self.state.join(ahead[1]), given)
         forecast = self._forecasts.answer(index)
         if forecast is not None:
             return self._end(index, forecast)
         half = self._cfg.runs_half(index, call)
         if half:
             call = self._cfg.prepare(call)
+        if self.state.peers is not None:
+            reason = self._refuse_halves(call) or self._name_watch() or None
+            call, changed = self.state.peers.take_half(call, index, reason)
+            if changed:
+                self._strategy.forget()  # features and outputs of other rows
 
         def run_stock() -> Tensor:
             return stock(**{**call, "return_dict": False})[0]
@@ -304,7 +311,7 @@ class SamplingRun:
             follows = self._execution.follows_user
             predict = self.show_layers(self._strategy.predict)
             output = predict(Step(index, unet, prepared, execute, run_stock, half, follows))
-        return self._finish(index, half, output, given)
+        return self._finish(index, half, self.state.join(output), given)
 
     def _compare(self, call: Mapping[str, Any], index: int) -> None:
         """Forget what belongs to other conditioning, or to a step that is not the one before."""

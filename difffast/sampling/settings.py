@@ -30,6 +30,7 @@ from ..support import Support
 from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .calls import find_pipeline_call
 from .extension import Extension
+from .peers import Peers
 from .schedule import read_schedule
 from .scheduler_step import override_step
 from .stats import RunStats
@@ -64,6 +65,8 @@ class Settings:
         self.pipe = weakref.ref(pipe)
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
         self.engine, self.force = engine, force
+        #: Other processes that take part, or None.
+        self.peers: Peers | None = None
         #: Of OpenVINO's models; None: the pipeline's own.
         self.precision: str | None = None
         #: Whether the seconds of every part of a call are counted.
@@ -90,7 +93,7 @@ class Settings:
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        names = ("propagation", "cfg", "fused", "engine", "precision", "controlnet")
+        names = ("propagation", "cfg", "fused", "engine", "precision", "controlnet", "peers")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -24,6 +24,7 @@ class RunStats:
         unshared: up-resnets whose skip parts were computed at every step, with the reason.
         text_kv: how often a cross-attention layer's text keys and values were "computed" and "reused".
         controlnet: how often ControlNet's outputs were "computed" and "reused".
+        exchanged: "calls" of collectives with other processes, and "bytes" that this one has received.
         seconds: of each part of the pipeline's call, with ``profile=True``; on a GPU, parts are waited for.
         reasons: what fell back, or was forced, and why.
     """
@@ -41,6 +42,7 @@ class RunStats:
     unshared: dict[str, str] = field(default_factory=dict)
     text_kv: Counter[str] = field(default_factory=Counter)
     controlnet: Counter[str] = field(default_factory=Counter)
+    exchanged: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
@@ -57,6 +59,12 @@ class RunStats:
             text += f"; {self.forecast} forecast without the UNet"
         if self.halves:
             text += f"; guidance's conditional half alone {self.halves} times"
+        if self.exchanged:
+            calls, received = self.exchanged["calls"], self.exchanged["bytes"]
+            text += (
+                f"; exchanged with other processes: {calls} calls, {received} bytes received "
+                f"({calls / self.total:.2f} calls and {received / self.total:.0f} bytes a step)"
+            )
         if self.seconds:
             text += "; seconds: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.seconds.items())
         unshared = (f"{name} does not share its skip: {reason}" for name, reason in self.unshared.items())

@@ -26,13 +26,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def take_second_half(value: Any, batch: int) -> Any:
-    """Take the second half of all tensors with rows for a batch of ``batch`` samples; others stay as they are.
+    """Take the second half, as :func:`take_half` does."""
+    return take_half(value, batch, 1)
 
-    With classifier-free guidance a UNet's batch is [unconditional, conditional]: the second half is conditional.
+
+def take_half(value: Any, batch: int, half: int) -> Any:
+    """Take one half of all tensors with rows for a batch of ``batch`` samples; others stay as they are.
+
+    With classifier-free guidance a UNet's batch is [unconditional, conditional]: half 1 is conditional.
     """
 
     def take(tensor: Tensor) -> Tensor:
         rows = tensor.shape[0] if tensor.ndim else 1
-        return tensor[rows // 2 :] if rows % batch == 0 else tensor
+        if rows % batch:
+            return tensor
+        return tensor[rows // 2 :] if half else tensor[: rows // 2]
 
     return map_tensors(take, value)

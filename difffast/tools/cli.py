@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ..files import check_writable, write_whole
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
-from . import editing, erasing, proving, terminal
+from . import editing, erasing, many_prompts, proving, terminal
 from .arguments import choose_device, positive
 from .info import show_info
 from .terminal import say
@@ -61,15 +60,18 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="images from your own checkpoint")
     generate.add_argument("--model", required=True, help="folder in Diffusers format, or a hub id")
-    generate.add_argument("--prompt", required=True)
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, each with the next seed; resumable")
     generate.add_argument("--negative-prompt")
     generate.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
-    generate.add_argument("--out", type=Path, default=Path("image.png"))
+    generate.add_argument("--out", type=Path, help="default: image.png; with --prompts a folder, out/pictures")
     generate.add_argument("--steps", type=positive, default=50)
     generate.add_argument("--guidance-scale", type=float, default=7.5)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
     generate.add_argument("--device", help="default: cuda where there is one, else cpu")
+    many_prompts.add_arguments(generate)
     generate.set_defaults(run=_generate)
 
     editing.add_parsers(commands)
@@ -93,17 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=terminal.console,
-    )
-
-
 def _demo(arguments: argparse.Namespace) -> int:
     from .. import models
     from . import demo
@@ -118,7 +109,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     pipe.set_progress_bar_config(disable=True)
     seeds = range(arguments.seeds)
     images = 1 + 2 * len(demo.PROMPTS) * len(seeds)
-    with _progress() as progress:
+    with terminal.make_progress() as progress:
         task = progress.add_task(f"{images} images, {arguments.steps} steps each", total=images * arguments.steps)
         results, report = demo.compare(
             pipe,
@@ -149,7 +140,7 @@ def _binding_demo(arguments: argparse.Namespace) -> int:
     pipe.set_progress_bar_config(disable=True)
     seeds = range(arguments.seeds)
     images = 2 * len(binding_demo.PROMPTS) * len(seeds)
-    with _progress() as progress:
+    with terminal.make_progress() as progress:
         task = progress.add_task(f"{images} images, {arguments.steps} steps each", total=images * arguments.steps)
         results = binding_demo.compare(
             pipe,
@@ -183,12 +174,20 @@ def _comparison_table(results: Sequence[Any]) -> Table:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.prompts is not None:
+        return many_prompts.generate_many(arguments)
+    if arguments.mesh is not None:
+        raise ValueError(f"--mesh {arguments.mesh} is for --prompts: one prompt is made by one process")
+    return _generate_one(arguments, arguments.out or Path("image.png"))
+
+
+def _generate_one(arguments: argparse.Namespace, out: Path) -> int:
     import torch
     from diffusers import DiffusionPipeline
 
     from ..patch import patch
 
-    _check_picture(arguments.out)
+    _check_picture(out)
     device = choose_device(arguments.device)
     dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
     # Cast after loading: the name of from_pretrained's dtype argument differs between Diffusers versions.
@@ -206,11 +205,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         generator=torch.Generator("cpu").manual_seed(arguments.seed),
     ).images[0]
     seconds = time.perf_counter() - start
-    with write_whole(arguments.out) as part:
+    with write_whole(out) as part:
         image.save(part)
     if report is not None:
         say(report.last_run)
-    say(f"{seconds:.2f} s, written: {arguments.out}")
+    say(f"{seconds:.2f} s, written: {out}")
     return 0
 
 

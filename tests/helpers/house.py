@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unet",),
     ("engines", "proofs"),
     ("sampling", "target"),
+    ("distributed",),
     ("steering", "erase", "options"),
     ("report", "sites"),
     ("patch",),

@@ -1,0 +1,273 @@
+"""Pictures by several processes on gloo are those of one process."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import ranks_mesh
+import torch
+from bench_distributed import Link, predict_speedup
+from ranks_mesh import PROMPTS, Case
+
+import difffast
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, OutputForecast
+from difffast.distributed.decoders import Decoders
+from difffast.distributed.meshes import check_mesh, parse_mesh
+from difffast.distributed.weights import sum_bits
+from difffast.plan import Plan
+
+#: Windows of 4, 3 and 2 steps, which two processes cannot divide evenly.
+UNEVEN = EncoderPropagation(key_steps=(0, 1, 5, 8), prior_noise=None)
+
+CFG, DEC, DP = {"cfg": 2}, {"dec": 2}, {"dp": 2}
+TWO = {
+    "cfg exact": Case(CFG, {"preset": "exact"}, 4),
+    "cfg, two images": Case(CFG, {"preset": "exact"}, 3, {"num_images_per_prompt": 2}),
+    "cfg, guidance off": Case(CFG, {"preset": "exact"}, 3, {"guidance_scale": 1.0}),
+    "cfg, forecasts": Case(CFG, {"preset": "turbo"}, 14),
+    "cfg, reuse": Case(CFG, {"propagation": FeatureReuse(interval=3)}),
+    "cfg, propagation": Case(CFG, {"propagation": UNEVEN}),
+    "dec, uneven": Case(DEC, {"propagation": UNEVEN}),
+    "dec, two images": Case(DEC, {"propagation": UNEVEN}, 10, {"num_images_per_prompt": 2}),
+    "dec, extrapolated": Case(DEC, {"propagation": EncoderPropagation(key_steps=(0, 1, 4, 7), extrapolate=1)}),
+    "dec, guidance reused": Case(DEC, {"propagation": UNEVEN, "cfg": CfgReuse()}),
+    "dp, balanced": Case(DP, {"preset": "balanced"}, 12),
+}
+FOUR = {
+    "cfg and dec": Case({"cfg": 2, "dec": 2}, {"propagation": UNEVEN}),
+    "dec and cfg, prior noise": Case({"dec": 2, "cfg": 2}, {"preset": "faster-diffusion"}, 12),
+    "dec of four": Case({"dec": 4}, {"propagation": UNEVEN}, 10, {"num_images_per_prompt": 2}),
+    "dp and cfg": Case({"dp": 2, "cfg": 2}, {"preset": "turbo"}, 12),
+    "dp and dec": Case({"dp": 2, "dec": 2}, {"propagation": UNEVEN}),
+}
+
+
+def check(cases, count, timeout_s=300.0):
+    """Compare every case in every process with one process; returns what they gave by name."""
+    results = ranks.run(count, ranks_mesh.draw_all, list(cases.values()), timeout_s=timeout_s)
+    found = {}
+    for number, (name, case) in enumerate(cases.items()):
+        expected = {prompt: ranks_mesh.draw_alone(case, prompt) for prompt in PROMPTS[: case.mesh.get("dp", 1)]}
+        for rank, result in enumerate(results):
+            # "dp" comes first in a mesh: its place is the first one of the rank's coordinates.
+            place = rank // (count // 2) if "dp" in case.mesh else 0
+            assert np.abs(result[number][0] - expected[PROMPTS[place]]).max() < 1e-5, (name, rank)
+        found[name] = [result[number] for result in results]
+    return found
+
+
+@pytest.fixture(scope="module")
+def two():
+    return check(TWO, 2)
+
+
+def test_two_processes_make_the_pictures_of_one(two):
+    assert len(two) == len(TWO)
+
+
+def test_guidance_is_one_exchange_a_step(two):
+    """Each process receives the other's half: one image of 4 channels of 8x8 numbers of 4 bytes; and two comparisons of
+    11 numbers of 8 bytes at the first two steps that run."""
+    for _, exchanged, _, text in two["cfg exact"]:
+        assert exchanged == {"calls": 4 + 2, "bytes": 4 * 4 * 8 * 8 * 4 + 2 * 11 * 8}
+        assert "exchanged with other processes: 6 calls, 4272 bytes received (1.50 calls and 1068 bytes a step)" in text
+    for _, exchanged, _, _ in two["cfg, two images"]:
+        assert exchanged == {"calls": 3 + 2, "bytes": 3 * 2 * 4 * 8 * 8 * 4 + 2 * 11 * 8}
+    halves = [re.search(r"^mesh .*", text, re.M)[0].split(": ", 1)[1] for *_, text in two["cfg exact"]]
+    assert halves == ["this process is guidance's unconditional half", "this process is guidance's conditional half"]
+
+
+def test_steps_that_are_forecast_exchange_nothing(two):
+    for _, exchanged, _, text in two["cfg, forecasts"]:
+        forecast = int(re.search(r"(\d+) forecast without the UNet", text)[1])
+        assert forecast >= 4
+        assert exchanged["calls"] == 14 - forecast + 2
+
+
+def test_without_guidance_every_process_runs_everything(two):
+    for _, exchanged, _, text in two["cfg, guidance off"]:
+        assert exchanged["calls"] == 2, "the comparisons alone"
+        assert "every process runs both of guidance's halves: guidance is off" in text
+
+
+def test_decoded_steps_are_divided(two):
+    """Windows of 4, 3 and 2 steps: the second process decodes one step less of the second one."""
+    (_, exchanged, first, _), (_, _, second, _) = two["dec, uneven"]
+    assert (first, second) == ([2, 2, 1], [2, 1, 1])
+    # A step is a batch of two halves; parts of 2, 2 and 1 steps are received.
+    assert exchanged == {"calls": 3 + 2, "bytes": 5 * 2 * 4 * 8 * 8 * 4 + 2 * 11 * 8}
+
+
+def test_replicas_exchange_nothing(two):
+    for rank, (_, exchanged, _, text) in enumerate(two["dp, balanced"]):
+        assert exchanged == {}
+        assert f"dp 2: this process is replica {rank + 1} of 2" in text
+
+
+@pytest.mark.slow
+def test_four_processes_make_the_pictures_of_one():
+    found = check(FOUR, 4)
+    for _, exchanged, sizes, _ in found["dec of four"]:
+        assert sizes == [1, 1, 1]
+        assert exchanged["calls"] == 3 + 2
+    for _, exchanged, _, _ in found["cfg and dec"]:  # an exchange a step, one a window of several, and comparisons
+        assert exchanged["calls"] == 10 + 3 + 2 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["inductor", "openvino"])
+def test_engines_run_the_parts_of_two_processes(engine):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    options = {"engine": engine, "propagation": UNEVEN}
+    check({"cfg": Case(CFG, options), "dec": Case(DEC, options)}, 2, timeout_s=550.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ("weights", ("process 1 has other weights, first in unet.conv_out.bias", "process 0 has other weights")),
+        ("order", ("process 1 has other weights, first in vae.decoder.conv_in.bias", "first in vae.decoder")),
+        ("channels", ("process 1 has modules of other names, shapes or dtypes", "process 0 has modules of other")),
+        ("options", ("process 1 has other options", "here: preset=turbo")),
+        ("seed", ("must have the same latents at step 0",) * 2),
+        ("nothing", ("nothing",) * 2),
+    ],
+)
+def test_processes_that_are_not_alike_are_refused_by_all_of_them(change, reasons):
+    results = ranks.run(2, ranks_mesh.patch_unlike, change)
+    for reason, result in zip(reasons, results, strict=True):
+        assert reason in result
+
+
+@pytest.mark.slow
+def test_a_difference_is_told_to_processes_that_do_not_see_it():
+    results = ranks.run(4, ranks_mesh.patch_unlike_in_a_grid)
+    assert all("must load the same pipeline and patch it alike" in result for result in results), results
+    assert sum("others of them differ" in result for result in results) >= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "preset", "options", "reason"),
+    [
+        ({"tp": 2}, "exact", {}, "the dimensions of a mesh must be named"),
+        ({"dec": 2}, "balanced", {}, "divides steps that are decoded together, of which"),
+        ({"dec": 2}, "exact", {}, "use propagation=EncoderPropagation"),
+        ({"dec": 2}, "exact", {"propagation": FeatureReuse()}, "divides steps that are decoded together"),
+        ({"dec": 2}, "exact", {"propagation": OutputForecast()}, "divides steps that are decoded together"),
+        ({"cfg": 2}, "exact", {"cfg": CfgReuse()}, "needs both of guidance's halves at every step"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, preset, options, reason):
+    for result in ranks.run(2, ranks_mesh.refuse, sizes, preset, options):
+        assert result.startswith("ValueError: ")
+        assert reason in result
+
+
+@pytest.mark.slow
+def test_guidance_has_two_halves():
+    for result in ranks.run(3, ranks_mesh.refuse, {"cfg": 3}, "exact", {}):
+        assert 'dimension "cfg" must have 2 processes, one for each half, got 3' in result
+
+
+def test_what_is_no_mesh_is_refused(pipe):
+    with pytest.raises(TypeError, match=r"mesh must be a .*DeviceMesh, got int"):
+        difffast.patch(pipe, mesh=2)
+    with pytest.raises(TypeError, match="got list"):
+        check_mesh([2])
+    assert not difffast.unpatch(pipe)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other_with_an_error_within_the_timeout():
+    (text, seconds), killed = ranks.run(2, ranks_mesh.draw_killed)
+    assert isinstance(killed, ranks.Killed)
+    assert "process 0 could not exchange guidance's halves with processes [1]: one of them has ended" in text
+    assert seconds < 20
+
+
+def test_without_a_mesh_nothing_distributed_is_imported():
+    script = """
+import sys
+import difffast
+pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8)
+report = difffast.patch(pipe, "exact")
+pipe.set_progress_bar_config(disable=True)
+pipe("a", num_inference_steps=2, output_type="latent")
+assert report.last_run.key == 2
+print([name for name in sys.modules if name.startswith("difffast.distributed")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.slow
+def test_the_example_under_torchrun(tmp_path):
+    script = Path(__file__).resolve().parents[1] / "examples" / "several_processes.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, "--steps", "4", "--out", str(tmp_path / "a.png")], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cfg 2: this process is guidance's unconditional half" in done.stdout
+    assert "6 calls" in done.stdout
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "parts"),
+    [
+        (2, 1, [[0], [0]]),
+        (2, 7, [[0, 1, 2, 3], [4, 5, 6]]),
+        (4, 5, [[0, 1], [2, 3], [4], [4]]),
+        (3, 3, [[0], [1], [2]]),
+        (4, 2, [[0], [1], [1], [1]]),
+    ],
+)
+def test_steps_of_a_window(count, steps, parts):
+    decoders = [Decoders(None, place, count, None) for place in range(count)]
+    assert [[*each.take(range(10, 10 + steps))] for each in decoders] == [[10 + i for i in part] for part in parts]
+
+
+def test_decoders_together_take_larger_windows():
+    plan = Plan(total=40, key_steps=(0, 1), max_batch=4, batches=(1, 2, 4))
+    wide = Decoders(None, 0, 3, None).widen(plan)
+    assert (wide.max_batch, wide.batches) == (12, (1, 3, 6, 12))
+    assert wide.batch(1) == range(1, 13)
+    assert Decoders(None, 0, 1, None).widen(plan) is plan
+
+
+def test_checksums_see_every_bit():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
+        tensor = values.to(dtype)
+        expected = sum_bits(tensor)
+        assert torch.equal(expected, sum_bits(tensor.clone()))
+        other = tensor.clone()
+        other[17] = ~other[17] if dtype == torch.bool else other[17] + 1
+        assert not torch.equal(expected, sum_bits(other)), dtype
+    assert not torch.equal(sum_bits(values), sum_bits(values.flip(0)))
+    assert torch.equal(sum_bits(values[:0]), torch.zeros(2, dtype=torch.int64))
+    # By hand: bits 1, 2, 3 weigh 1 + 4 + 9.
+    assert sum_bits(torch.tensor([1, 2, 3], dtype=torch.int32)).tolist() == [6, 14]
+
+
+def test_the_model_of_speed_up():
+    """By hand: 10 s of which 8 are divided in two are 2 + 4; 100 calls of 1 ms and 1 GB at 2 GB/s are 0.6 s more."""
+    assert predict_speedup(10.0, 8.0, 0.5) == pytest.approx(10 / 6)
+    assert Link(1e-3, 2e9).cost(100, 10**9) == pytest.approx(0.6)
+    assert predict_speedup(10.0, 8.0, 0.5, 0.6) == pytest.approx(10 / 6.6)
+
+
+def test_a_mesh_as_it_is_written():
+    assert parse_mesh(None, 3) == {"dp": 3}
+    assert parse_mesh("dp=2, cfg=2", 4) == {"dp": 2, "cfg": 2}
+    for text in ("tp=2", "dp=2,dp=2", "dp", "dp=x", "dp=0", ""):
+        with pytest.raises(ValueError, match="a mesh is written as"):
+            parse_mesh(text, 4)
+    with pytest.raises(ValueError, match="must have as many processes as there are, 3, and has 4"):
+        parse_mesh("dp=2,cfg=2", 3)
