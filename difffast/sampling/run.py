@@ -23,7 +23,7 @@ from .cfg_reuse import CfgHalves
 from .conditioning import Conditioning
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
-from .execution import Engine, Execution, keep_freed_memory
+from .execution import Engine, Execution
 from .extension import RunInfo
 from .forecasts import Forecasts
 from .memory import keep_freed_memory
