@@ -69,6 +69,14 @@ def test_fitted_plans_reach_no_further_than_measured_ones(row, total, name, bend
         assert far <= reach + 1e-9
 
 
+def test_the_page_names_what_was_measured():
+    by_solver = {}
+    for row in ROWS:
+        by_solver.setdefault(row.solver, []).append(str(row.steps))
+    page = " ".join((measure_plans.OUT.parents[2] / "docs" / "presets.md").read_text().split())
+    assert ", ".join(f"{solver} ({', '.join(steps)})" for solver, steps in by_solver.items()) + ". Other numbers" in page
+
+
 def test_no_preset_is_dominated_by_as_many_steps_of_stock():
     """As it was measured: at the same number of UNet calls, which for stock is the number of steps."""
     rows = json.loads((Path(table.__file__).parent / "measured.json").read_text())["rows"]
