@@ -74,7 +74,8 @@ def test_the_page_names_what_was_measured():
     for row in ROWS:
         by_solver.setdefault(row.solver, []).append(str(row.steps))
     page = " ".join((measure_plans.OUT.parents[2] / "docs" / "presets.md").read_text().split())
-    assert ", ".join(f"{solver} ({', '.join(steps)})" for solver, steps in by_solver.items()) + ". Other numbers" in page
+    named = ", ".join(f"{solver} ({', '.join(steps)})" for solver, steps in by_solver.items())
+    assert f"{named}. Other numbers" in page
 
 
 def test_no_preset_is_dominated_by_as_many_steps_of_stock():
