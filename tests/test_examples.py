@@ -61,7 +61,7 @@ def test_presets_and_plans(run):
 def test_tune_for_a_budget(run):
     names = run("tune_for_a_budget.py", "--steps", "8", "--budget", "0", "--repeats", "1")
     assert names["tuning"].candidate == names["tuning"].rows[0].candidate  # the fastest one of all
-    assert len(names["tuning"].rows) == 4
+    assert len(names["tuning"].rows) == 6
     assert size("tuning/front.png")[0] > 500
     assert json.loads(Path("tuning/measurements.json").read_text())
 

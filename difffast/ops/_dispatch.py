@@ -80,8 +80,15 @@ def remember(decide: Callable[..., Answer]) -> Callable[..., Answer]:
 
     @functools.wraps(decide)
     def recall(*signature: Any, **named: Any) -> Answer:
-        # torch.compile can guard what decides, but not what a cache holds.
-        if torch.compiler.is_compiling() or _local.watch is not None or is_transformed():
+        # torch.compile can guard what decides, but not what a cache holds.  The last three are is_transformed(), which
+        # would be a call more at every operator.
+        if (
+            torch.compiler.is_compiling()
+            or _local.watch is not None
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or torch._C._get_tracing_state() is not None
+        ):
             return decide(forced_backends, *signature, **named)
         try:
             return remembered(forced_backends, _local.state, *signature, **named)
