@@ -5,7 +5,8 @@ graph is static, and operators run as their definitions, in plain PyTorch, which
 
 Measured, in seconds of the processor, for a UNet (32, 64) of 1528 nodes: trace 0.9, conversion 0.9 (1.8 by
 ``openvino.convert_model``, which prepares what is not needed here), compilation 0.7; from a file 0.3.  By way of
-``torch.export`` a UNet (128, 256, 512, 512) takes 1.4 times as long as by a trace, and its model is no faster.
+``torch.export`` it took 1.1 (wide UNet) to 1.6 times (narrow) as long as by a trace, in one noisy run; the model is no
+faster.
 """
 
 from __future__ import annotations
