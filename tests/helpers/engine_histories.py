@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import torch
 import zoo
+from lora_changes import LORA_CHANGES
 from sampling import scheduler
 from torch import Tensor, nn
 
@@ -66,29 +66,6 @@ def _replace(pipe: Any) -> None:
     layer.weight = nn.Parameter(layer.weight.detach() * 1.25)
 
 
-def _load(pipe: Any) -> None:
-    if not getattr(pipe.unet, "peft_config", None):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
-            pipe.unet.add_adapter(config, adapter_name="style")
-            pipe.unet.to(pipe.unet.conv_in.weight.dtype)
-
-
-def _with_lora(change: Callable[[Any], None]) -> Callable[[Any], None]:
-    def changed(pipe: Any) -> None:
-        _load(pipe)
-        change(pipe)
-
-    return changed
-
-
-def _unload(pipe: Any) -> None:
-    if getattr(pipe.unet, "peft_config", None):
-        pipe.unet.unfuse_lora()
-        pipe.unet.delete_adapters(["style"])
-
-
 def _invert_text(pipe: Any) -> None:
     # As load_textual_inversion does, which writes to the data of the embeddings.
     pipe.text_encoder.get_input_embeddings().weight.data[:40] *= 1.3
@@ -104,12 +81,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "edit .data": _edit_behind_the_counter,
     "negate .data": _edit_text_behind_the_counter,
     "replace": _replace,
-    "load a LoRA": _load,
-    "scale it": _with_lora(lambda pipe: pipe.unet.set_adapters(["style"], [0.4])),
-    "scale it back": _with_lora(lambda pipe: pipe.unet.set_adapters(["style"], [1.0])),
-    "fuse it": _with_lora(lambda pipe: (pipe.unet.unfuse_lora(), pipe.unet.fuse_lora(), None)[-1]),
-    "unfuse it": _with_lora(lambda pipe: pipe.unet.unfuse_lora()),
-    "unload it": _unload,
+    **LORA_CHANGES,
     "textual inversion": _invert_text,
     "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
     "no FreeU": lambda pipe: pipe.disable_freeu(),

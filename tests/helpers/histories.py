@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import peft
 import torch
 import zoo
 from diffusers.models.attention_processor import AttnProcessor2_0
+from lora_changes import LORA_CHANGES
 from others import FadingOut
 from sampling import largest, scheduler
 from torch import Tensor
@@ -69,29 +69,6 @@ def _processors(pipe: Any) -> None:
     pipe.unet.set_attn_processor({name: FadingOut([]) for name in pipe.unet.attn_processors})
 
 
-def _load(pipe: Any) -> None:
-    if "peft_config" not in vars(pipe.unet) or "style" not in pipe.unet.peft_config:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "conv1"], init_lora_weights=False)
-            pipe.unet.add_adapter(config, adapter_name="style")
-            pipe.unet.to(pipe.unet.conv_in.weight.dtype)
-
-
-def _with_lora(change: Callable[[Any], None]) -> Callable[[Any], None]:
-    def changed(pipe: Any) -> None:
-        _load(pipe)
-        change(pipe)
-
-    return changed
-
-
-def _unload(pipe: Any) -> None:
-    if getattr(pipe.unet, "peft_config", None):
-        pipe.unet.unfuse_lora()
-        pipe.unet.delete_adapters(["style"])
-
-
 def _replace_unet(pipe: Any) -> None:
     other = copy.deepcopy(_built().unet).to(pipe.unet.dtype)
     with torch.no_grad():
@@ -116,12 +93,7 @@ def _edit_weights(pipe: Any) -> None:
 
 #: What is done to a pipeline between runs; all but the last few also by callbacks in the middle of one.
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "load a LoRA": _load,
-    "scale it": _with_lora(lambda pipe: pipe.unet.set_adapters(["style"], [0.4])),
-    "scale it back": _with_lora(lambda pipe: pipe.unet.set_adapters(["style"], [1.0])),
-    "fuse it": _with_lora(lambda pipe: (pipe.unet.unfuse_lora(), pipe.unet.fuse_lora())),
-    "unfuse it": _with_lora(lambda pipe: pipe.unet.unfuse_lora()),
-    "unload it": _unload,
+    **LORA_CHANGES,
     "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
     "no FreeU": lambda pipe: pipe.disable_freeu(),
     "others' processors": lambda pipe: pipe.unet.set_attn_processor(

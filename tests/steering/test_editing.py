@@ -1,10 +1,9 @@
 """Edits by prompt against Prompt-to-Prompt with explicit maps, in stock pipelines by processors."""
 
-import math
-
 import pytest
 import torch
 import zoo
+from attention_by_hand import attend
 from sampling import largest, latents, scheduler
 from tolerances import EXACT_FLOAT64
 from torch.nn import functional
@@ -52,24 +51,21 @@ class Explicit:
         self.step, self.seen = 0, []
 
     def __call__(self, layer, hidden, encoder_hidden_states=None, **_):
-        text = hidden if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            to(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-            for to, x in ((layer.to_q, hidden), (layer.to_k, text), (layer.to_v, text))
-        )
-        p = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-        if encoder_hidden_states is None:
-            if self.step < self.itself and hidden.shape[1] <= 64 * 64 // 16 // 64:
-                p = torch.cat([p[:-1], p[-2:-1]])
-            if self.step < self.uncond and hidden.shape[1] <= 64 // 4:
-                p = torch.cat([p[:1], p[:1], p[2:]])
-        else:
+        def edit(p):
+            if encoder_hidden_states is None:
+                if self.step < self.itself and hidden.shape[1] <= 4:
+                    p = torch.cat([p[:-1], p[-2:-1]])
+                if self.step < self.uncond and hidden.shape[1] <= 16:
+                    p = torch.cat([p[:1], p[:1], p[2:]])
+                return p
             edited = self.factors * (self.keep * (p[-2:-1] @ self.mix) + (1 - self.keep) * p[-1:])
             if self.step < self.cross:
                 p = torch.cat([p[:-1], edited])
-            if hidden.shape[1] == 64 // 16:
+            if hidden.shape[1] == 4:
                 self.seen.append(p[-2:].mean(1))
-        return layer.to_out[0]((p @ v).transpose(1, 2).flatten(2))
+            return p
+
+        return attend(layer, hidden, encoder_hidden_states, edit)
 
 
 def by_hand(pipe, target, explicit, blend=None, steps=STEPS, **options):

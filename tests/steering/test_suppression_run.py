@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import zoo
+from attention_by_hand import attend
 from sampling import largest, latents, scheduler
 from torch.nn import functional
 
@@ -29,14 +30,11 @@ class Seeing:
         self.maps = None
 
     def __call__(self, layer, hidden, encoder_hidden_states=None, **_):
-        text = hidden if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            to(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-            for to, x in ((layer.to_q, hidden), (layer.to_k, text), (layer.to_v, text))
-        )
-        p = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-        self.maps = p.mean(1)
-        return layer.to_out[0]((p @ v).transpose(1, 2).flatten(2))
+        def see(maps):
+            self.maps = maps.mean(1)
+            return maps
+
+        return attend(layer, hidden, encoder_hidden_states, see)
 
 
 def by_svd(rows, alpha):
