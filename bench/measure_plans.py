@@ -101,7 +101,7 @@ class Cell:
             "log_snr": [round(each, 4) for each in read_schedule(self.pipe.scheduler, self.total).log_snr],
         }
         chosen = {name: self._choose(by_calls, target) for name, target in TARGETS.items()}
-        plans = {name: table.write_steps(plan) for name, (plan, _) in chosen.items()}
+        plans = {name: write_steps(plan) for name, (plan, _) in chosen.items()}
         return {**row, "plans": plans, "measured": {name: figures for name, (_, figures) in chosen.items()}}
 
     def _profile(self) -> Profile:
@@ -195,6 +195,17 @@ def draw_captions(seed: int, count: int) -> list[str]:
     return list(found)
 
 
+def write_steps(plan: Plan) -> str:
+    """Return which steps of a plan run and which are forecast, as the table has it."""
+    return "".join("-" if plan.is_forecast(step) else "K" for step in range(plan.total))
+
+
+def to_json(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Return the table as it is shipped: a row a line."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    return json.dumps(about, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
+
+
 def write(folder: Path) -> None:
     """Write the table of all cells."""
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -208,7 +219,7 @@ def write(folder: Path) -> None:
         "device": device_name(),
         "torch": torch.__version__,
     }
-    OUT.write_text(table.to_json(rows, about))
+    OUT.write_text(to_json(rows, about))
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def reaches(forecasts, log_snr):
 @pytest.mark.parametrize("name", table.NAMES)
 def test_a_schedule_that_was_measured_has_its_plan(row, name):
     plan = MeasuredPlan(name).plan(len(row.log_snr), schedule=Schedule(row.solver, row.log_snr))
-    assert table.write_steps(plan) == row.plans[name]
+    assert measure_plans.write_steps(plan) == row.plans[name]
     assert plan.key_steps[0] == 0
     assert len(row.plans[name]) == len(row.log_snr)
     assert list(row.log_snr) == sorted(row.log_snr)
@@ -95,7 +95,7 @@ def test_other_noise_schedules_of_a_solver_take_its_plans():
     other = Schedule(f"{row.solver} Karras", tuple(value + 0.01 for value in row.log_snr))
     assert not any(each.solver == other.solver for each in ROWS if row.solver == "DDIM")
     plan = MeasuredPlan().plan(len(row.log_snr), schedule=other)
-    assert table.write_steps(plan) == row.plans["balanced"]
+    assert measure_plans.write_steps(plan) == row.plans["balanced"]
 
 
 def test_without_a_row_the_first_two_fifths_run_and_then_every_other_step():
@@ -133,8 +133,8 @@ def test_bad_values(make, message):
 
 def test_the_table_is_written_as_it_is_read():
     rows = [{"solver": row.solver, "steps": row.steps, "log_snr": row.log_snr, "plans": row.plans} for row in ROWS]
-    assert json.loads(table.to_json(rows, {"a": 1}))["a"] == 1
-    again = json.loads(table.to_json(rows, {"a": 1}))["rows"]
+    assert json.loads(measure_plans.to_json(rows, {"a": 1}))["a"] == 1
+    again = json.loads(measure_plans.to_json(rows, {"a": 1}))["rows"]
     assert [tuple(row["log_snr"]) for row in again] == [row.log_snr for row in ROWS]
 
 

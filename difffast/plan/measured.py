@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 from .key_steps import check_int
 from .steps import Plan, check_guard
@@ -17,8 +16,8 @@ from .steps import Plan, check_guard
 NAMES = ("balanced", "turbo")
 #: With fewer UNet calls every step is too different from its neighbours.
 LEAST_CALLS = 12
-#: Where nothing was measured: the share of the log-SNR's range that runs in full, and the forecasts in a row after it.
-_FULL_SHARE, _LONGEST = 0.4, 1
+#: Where nothing was measured: the share of the log-SNR's range that runs in full.
+_FULL_SHARE = 0.4
 #: Log-SNR by which measured steps and others may differ and still count as the same.
 _SAME = 0.05
 
@@ -160,15 +159,4 @@ def _choose_without_row(log_snr: Sequence[float]) -> tuple[int, ...]:
     """Return the steps that are forecast where nothing was measured."""
     full = min(log_snr) + _FULL_SHARE * (max(log_snr) - min(log_snr))
     first = next((step for step, value in enumerate(log_snr) if value >= full), len(log_snr))
-    return tuple(step for step in range(max(first, 1), len(log_snr) - 1) if (step - first) % (_LONGEST + 1) == 1)
-
-
-def write_steps(plan: Plan) -> str:
-    """Return which steps of a plan run and which are forecast, as :class:`MeasuredRow` has it."""
-    return "".join("-" if plan.is_forecast(step) else "K" for step in range(plan.total))
-
-
-def to_json(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return the table as it is shipped: a row a line."""
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    return json.dumps(about, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    return tuple(step for step in range(max(first, 1), len(log_snr) - 1) if (step - first) % 2 == 1)
