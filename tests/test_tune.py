@@ -237,6 +237,10 @@ def test_advice():
         "the preset 'balanced' is as good a choice: no plan that was found beats it in both time and error"
     ]
     assert advise(shipped) == []
+    assert mine.label == "a plan: 11 full, 1 forecast"
+    halves = Plan(total=12, key_steps=(0, *range(2, 12)), max_batch=1, halves=(1, 3), forecasts=())
+    assert Candidate(halves).label == "a plan: 10 full, 2 half"
+    assert list(Tuning(mine, rows, (4.0,), "psnr_db", 32.0, 12).advice()) == []  # the preset is outside that budget
     assert advise(EXACT) == ["nothing that approximates is inside the budget"]
 
 

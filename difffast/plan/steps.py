@@ -272,7 +272,8 @@ class Plan:
                 together = f"forecast, degree {self.forecast_degree(row.step)}"
             more = ", optimised" if row.full else ", conditional half" if row.half else ""
             lines.append(f"{row.step:4d}  {'key' if row.key else '   '}  {together}{more}")
-        what = "encoder" if self.reuse is None else "whole UNet"
+        ahead = self.reuse is None and len(self.key_steps) + len(self.forecasts) < self.total - self.start
+        what = "encoder" if ahead else "whole UNet"
         lines.append(f"{len(self.key_steps)} of {self.total - self.start} steps run the {what}")
         if self.forecasts:
             lines.append(f"{len(self.forecasts)} run nothing: their output is forecast")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -51,10 +52,28 @@ class Candidate:
 def _name_choices(config: Sharing | CfgReuse) -> str:
     """Return a configuration as text: its first field, the branch, and what is not at its default."""
     if isinstance(config, Plan):
-        return f"a plan with {len(config.key_steps)} key steps of {config.total - config.start}"
+        return _describe_plan(config)
     first, *others = fields(config)
     chosen = [first, *(each for each in others if each.name == "branch" or getattr(config, each.name) != each.default)]
     return f"{type(config).__name__}({', '.join(f'{each.name}={getattr(config, each.name)!r}' for each in chosen)})"
+
+
+def _describe_plan(plan: Plan) -> str:
+    """Return how many steps of a plan run what, as in "a plan: 18 full, 2 half, 5 forecast"."""
+    counts = Counter(
+        "forecast"
+        if row.forecast
+        else "half"
+        if row.half
+        else "full"
+        if row.key
+        else "outer"
+        if row.reuse
+        else "decoder"
+        for row in plan.steps()
+    )
+    kinds = ("full", "half", "outer", "decoder", "forecast")
+    return "a plan: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
 
 
 #: Everything at every step: what is chosen where nothing else is inside the budget.
@@ -167,7 +186,8 @@ class Tuning:
         chosen = next((row for row in self.rows if row.candidate == self.candidate), None)
         for name in PRESETS if chosen is not None and isinstance(self.candidate.propagation, Plan) else ():
             shipped = best.get(name)
-            if name != "exact" and shipped is not None and shipped in self.front:
+            good = shipped is not None and shipped.inside(self.metric, self.budget, self.worst)
+            if name != "exact" and good and shipped in self.front:
                 yield f"the preset {name!r} is as good a choice: no plan that was found beats it in both time and error"
 
     def picture(self, path: str | Path) -> None:

@@ -24,7 +24,7 @@ def by_svd(rows, strengthen=False, alpha=1.0):
 @pytest.mark.parametrize("offset", [0.0, 3.0], ids=["centred", "uncentred"])
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 28.0])
 @pytest.mark.parametrize(("strengthen", "alpha"), [(False, 1.0), (False, 0.05), (True, 1.0)])
-def test_the_gram_matrix_gives_what_the_svd_gives(offset, scale, strengthen, alpha):
+def test_a_small_decomposition_gives_what_the_full_svd_gives(offset, scale, strengthen, alpha):
     rows = scale * (torch.randn(66, 768, dtype=torch.float64) / 28 + offset)
     rows[40:] = rows[40]  # end tokens that are all alike: the matrix has no full rank
     found = regularise(rows, strengthen=strengthen, alpha=alpha)
