@@ -23,7 +23,7 @@ _GPU_BARS = (
 
 _ENGINES = "the engines' issue"
 #: Of whole pictures, text encoder and VAE included.
-_FEW_STEPS = (
+FEW_STEPS = (
     Bar("difffast exact", registry.STOCK, 0.75, source=_ENGINES),
     Bar("difffast exact OpenVINO f32", registry.STOCK, 0.55, source=_ENGINES),
     Bar("difffast exact OpenVINO f32", f"{registry.PLAIN_OPENVINO} f32", 0.97, source=_ENGINES),
@@ -158,15 +158,12 @@ def _resolution(latent: int) -> Case:
 
 def _engines(steps: int, guidance: float) -> Case:
     """Whole pictures by every engine of a CPU: text encoder, UNet and VAE."""
-    shapes = {"pipeline": "SD1.5", "steps": steps, "batch": 1, "latent": 32}
-    return Case(
-        group="pipelines",
-        name=f"engines, {steps} steps, guidance {guidance:g}",
-        shapes=shapes,
-        dtype="float32",
-        device="cpu",
-        build=lambda: Images([_guided(workloads.tiny((64, 128, 192), 32), guidance)], steps),
-        providers=(
+    return engines(
+        f"engines, {steps} steps, guidance {guidance:g}",
+        lambda: workloads.tiny((64, 128, 192), 32),
+        {"pipeline": "SD1.5", "steps": steps, "batch": 1, "latent": 32},
+        guidance,
+        (
             registry.stock(),
             *registry.presets(),
             registry.plain_openvino("f32"),
@@ -175,11 +172,32 @@ def _engines(steps: int, guidance: float) -> Case:
             registry.stock_bfloat16(),
             registry.stock_frozen(),
         ),
-        timed="seconds a batch",
-        headline="difffast exact",
         rounds=(2, 11),
         weight=60.0,
-        bars=_OPENVINO.get(steps, _FEW_STEPS),
+        bars=_OPENVINO.get(steps, FEW_STEPS),
+    )
+
+
+def engines(
+    name: str,
+    build: Callable[[], Stage],
+    shapes: dict[str, Any],
+    guidance: float,
+    providers: Sequence[Provider],
+    **options: Any,
+) -> Case:
+    """Return the case of whole pictures by engines; ``options`` are rounds, weight and bars."""
+    return Case(
+        group="pipelines",
+        name=name,
+        shapes=shapes,
+        dtype="float32",
+        device="cpu",
+        build=lambda: Images([_guided(build(), guidance)], shapes["steps"]),
+        providers=tuple(providers),
+        timed="seconds a batch",
+        headline="difffast exact",
+        **options,
     )
 
 

@@ -146,7 +146,7 @@ def note_exceptions(target: Target, settings: Settings, options: Options) -> Ite
             "the UNet stays compiled: whole calls run your own program of it, and its parts are compiled with the "
             "settings that you gave to torch.compile"
         )
-    elif has_compiled_parts(target.unet):
+    elif has_compiled_parts(target.unet.modules()):
         yield "the UNet's compiled blocks stay compiled, and run stock inside; what is around them is fused"
     if not settings.support.parallel:
         yield f"steps are decoded one at a time: {settings.support.note}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from .watch import Watch
 #: Attributes of a module that say nothing of what it computes.
 _BOOKKEEPING = ("_parameters", "_buffers", "_modules", "training")
 _PLAIN = (str, int, float, bool, type(None), torch.dtype)
+#: Bytes below which a copy of a weight is compared faster than the sum over it.
+_SMALL = 1 << 16
 
 
 class Constants:
@@ -37,7 +39,7 @@ class Constants:
         self._watch = Watch(module)
         self._weights = [weight for _, weight in _list_weights(module)]
         self._versions = self._read_versions()
-        self._sums, self._config = sum_bits(module), _read_config(module)
+        self._bits, self._config = _Bits(self._weights), _read_config(module)
         self._mark: str | None = None
         self._distrusted = False
 
@@ -47,7 +49,7 @@ class Constants:
             return False
         if self._distrusted:
             self._distrusted = False
-            return _read_config(module) == self._config and sum_bits(module) == self._sums
+            return _read_config(module) == self._config and self._bits.are_unchanged()
         return True
 
     def _read_versions(self) -> list[int | None]:
@@ -60,7 +62,7 @@ class Constants:
     def mark(self, module: nn.Module) -> str:
         """Return a hash of the weights and of the structure, the same in every process."""
         if self._mark is None:
-            found = hashlib.sha256(f"{self._sums} {self._config}".encode())
+            found = hashlib.sha256(self._config.encode())
             for name, weight in _list_weights(module):
                 found.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_check_bits(weight)}\n".encode())
             for line in describe_structure(module):
@@ -119,10 +121,38 @@ def _read_config(module: nn.Module) -> str:
     return "" if read is None else repr({**read(), "_name_or_path": None})
 
 
-def sum_bits(module: nn.Module) -> list[int]:
-    """Return the sum over the bits of every weight, read as integers: as fast as memory can be read."""
-    sums = [bits.sum() for _, weight in _list_weights(module) for bits in _split_bits(weight)]
-    return [int(each) for each in sums]
+class _Bits:
+    """The bits of weights, as of now: copies of the small ones, sums over those of the large ones.
+
+    Views of the weights' memory are held, so that looking again takes a few calls and as long as memory can be read.
+    They are of no use once a weight lies elsewhere, which :mod:`.watch` sees.
+
+    Args:
+        weights: the weights.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._small, self._large, self._scattered = [], [], []
+        for weight in weights:
+            parts = _split_bits(weight)
+            if weight.numel() and parts[0].data_ptr() != weight.data_ptr():
+                self._scattered.append(weight)  # in memory it has gaps, or an order of its own
+            elif weight.nbytes < _SMALL:
+                self._small.extend(part.view(torch.uint8) for part in parts)
+            else:
+                self._large.extend(parts)
+        self._copy, self._sums = self._read()
+
+    def are_unchanged(self) -> bool:
+        """Return whether they are what they were; two numbers that change places in a large weight are not seen."""
+        copy, sums = self._read()
+        return torch.equal(copy, self._copy) and torch.equal(sums, self._sums)
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        scattered = [part for weight in self._scattered for part in _split_bits(weight)]
+        sums = [part.sum() for part in (*self._large, *scattered)]
+        empty = torch.empty(0, dtype=torch.uint8)
+        return torch.cat([*self._small, empty]), torch.stack(sums) if sums else empty
 
 
 def _check_bits(weight: Tensor) -> int:

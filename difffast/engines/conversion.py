@@ -16,7 +16,7 @@ import importlib.metadata
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,6 +68,9 @@ class Model:
     seconds: float = 0.0
     cached: bool = False
     _request: Any = None
+    #: By index: which tensor the request reads an input from, and what keeps its memory.
+    _given: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -78,9 +81,12 @@ class Model:
         """Return what the function returns for these tensors; calls must come one after another."""
         if self._request is None:
             self._request = self.compiled.create_infer_request()
-        held = tuple([tensor.detach().contiguous() for tensor in tensors])
-        for index, tensor in enumerate(held):
-            self._request.set_input_tensor(index, _share(tensor))
+        for index, tensor in enumerate(tensors):
+            # Text keys and values are the same tensors at every step: OpenVINO reads them where they are.
+            if self._given.get(index) != (id(tensor), tensor.data_ptr()) or not tensor.is_contiguous():
+                held = tensor.detach().contiguous()
+                self._request.set_input_tensor(index, _share(held))
+                self._given[index], self._held[index] = (id(tensor), tensor.data_ptr()), (tensor, held)
         outputs = []
         for index, port in enumerate(self.compiled.outputs):
             outputs.append(torch.empty(tuple(port.shape), dtype=_DTYPES[port.element_type.get_type_name()]))

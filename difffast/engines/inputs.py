@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..layers.kind import ProgramCall
 from ..layers.registry import LAYERS
 from ..surgery.facade import get_descendant, replace_descendants
+from ..unet.contents import contents_of
 
 #: Per kind of layers (:data:`difffast.layers.registry.LAYERS`, by name) and name of a layer, what it takes; under
 #: ``LORA_SCALES`` the scales of LoRA layers' adapters.
@@ -45,18 +47,49 @@ def describe_shapes(value: Any) -> Any:
     return type(value)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The layers of a UNet that programs take something from.
+
+    Attributes:
+        changes: those of the UNet's contents that they were looked for after.
+        kinds: of layers, that were looked for.
+        layers: by kind and name.
+        adapted: the LoRA layers by name.
+    """
+
+    changes: int
+    kinds: tuple[str, ...]
+    layers: dict[str, dict[str, nn.Module]]
+    adapted: dict[str, Any]
+
+
+#: Looking for layers walks the UNet once for every kind, which is a good part of a picture of few steps.
+_found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+
+
+def _find_layers(unet: nn.Module) -> _Found:
+    kinds, changes = tuple(kind.name for kind in LAYERS), contents_of(unet).changes
+    found = _found.get(unet)
+    if found is None or found.changes != changes or found.kinds != kinds:
+        layers = {kind.name: kind.find(unet) for kind in LAYERS}
+        adapted = {
+            name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
+        }
+        found = _found[unet] = _Found(changes, kinds, layers, adapted)
+    return found
+
+
 class InputReader:
     """Reads what programs take from a UNet's layers.
 
-    Layers are looked for once a run.  One that is added later is part of the program as it is, which is right, but
-    compiles it anew.
+    Layers are those that were there when the run began.  One that is added later is part of the program as it is, which
+    is right, but compiles it anew.
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self._layers = {kind.name: kind.find(unet) for kind in LAYERS}
-        self._adapted = {
-            name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
-        }
+        found = _find_layers(unet)
+        self._layers, self._adapted = found.layers, found.adapted
         self._latest = ProgramInputs({}, ())
         #: Of each LoRA layer and adapter: the scale, and the tensor that holds it.
         self._scales: dict[tuple[str, str], tuple[float, Tensor]] = {}

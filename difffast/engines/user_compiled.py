@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,6 @@ def unwrap(module: Any) -> Any:
     return module._orig_mod if is_compiled_wrapper(module) else module
 
 
-def has_compiled_parts(unet: nn.Module) -> bool:
-    """Return whether ``compile()`` was called for a UNet or for any of its blocks."""
-    return any(module._compiled_call_impl is not None for module in unet.modules())
+def has_compiled_parts(modules: Iterable[nn.Module]) -> bool:
+    """Return whether ``compile()`` was called for any of a UNet's modules."""
+    return any(module._compiled_call_impl is not None for module in modules)

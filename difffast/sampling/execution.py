@@ -17,6 +17,7 @@ from ..engines.openvino import OpenVino
 from ..engines.programs import Programs
 from ..engines.user_compiled import UserCompile, has_compiled_parts
 from ..layers.kind import ProgramCall
+from ..unet.contents import contents_of
 from ..unet.parts import Execute, execute_eagerly
 from .state import RunState
 
@@ -50,7 +51,7 @@ class Execution:
         device: torch.device,
     ) -> None:
         self._following, self._precision = following, precision
-        self._has_compiled_parts = following is not None or has_compiled_parts(unet)
+        self._has_compiled_parts = following is not None or has_compiled_parts(contents_of(unet).modules)
         #: Whether whole calls run the user's own compiled UNet.
         self.follows_user = following is not None and asked is None
         #: Who is told that it cannot: whoever has asked for it is warned.

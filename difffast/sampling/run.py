@@ -60,6 +60,8 @@ class SamplingRun:
         self.fused = first.fused
         self.thread = threading.get_ident()
         user = first.find_user_compile()
+        self._contents = contents_of(unet)
+        self._looks = self._contents.look()
         self._execution = Execution(self.state, first.engine, first.precision, user, engines, unet, device)
         for each in settings:
             each.last_run = self.state.stats
@@ -76,15 +78,13 @@ class SamplingRun:
         self._last: int | None = None  # step that was answered
         self._seen: int | None = None  # step, answered or run stock
         self._fingerprint: Fingerprint | None = None
-        self._contents = contents_of(unet)
-        self._looks = self._contents.look()
         remakes = first.support.remakes
         self._conditioning, self._controlled = Conditioning(remakes), Conditioning(remakes)
         self._text = denoiser_of(type(unet)).text
         self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
         self._edit: AttentionEdit | None = None  # of the call that is being answered
         self._kv: TextKV | None = None  # of the call that is being answered
-        self._dropouts = [m for m in unet.modules() if type(m) is nn.Dropout and m.p > 0]
+        self._dropouts = [m for m in self._contents.modules if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
         self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
         guarded = self.state.plan.guard is not None

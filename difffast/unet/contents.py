@@ -46,6 +46,7 @@ class Contents:
         replaced: which known class's ``forward`` or ``__call__`` has been replaced, for which no operator can stand
             in, as a sentence; or None.
         coupled: the name of a processor of Diffusers' that may mix the samples of a batch; or None.
+        modules: all modules of the UNet, itself among them.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -89,7 +90,7 @@ class Contents:
     def _collect(self) -> None:
         unet = self._unet()
         modules = list(unet.modules())
-        self._modules = modules
+        self.modules = modules
         own = [vars(module) for module in modules]
         # Children and hooks, by identity.  What must stay empty is asked for that alone.
         held = [each[kind] for each in own for kind in (*_HOOKS, "_modules")]
@@ -118,7 +119,7 @@ class Contents:
     def _read_structure(self) -> list[Any]:
         """Return what a change of makes it necessary to look for everything anew."""
         return [
-            [*map(type, self._modules)],
+            [*map(type, self.modules)],
             [tuple(each.values()) for each in self._held],
             [tuple(each.values()) for each in self._attributes],
             [*map(len, self._sizes)],
