@@ -47,8 +47,14 @@ def answered_by_hand(pipe, forecasts, extrapolate=0):
     assert count[0] > max(forecasts)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("extrapolate", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "extrapolate"),
+    [
+        pytest.param(name, degree, marks=() if (index + degree) % 2 else pytest.mark.slow)
+        for index, name in enumerate(SCHEDULERS)
+        for degree in (0, 1)
+    ],
+)
 def test_it_is_the_stock_loop_with_answers_made_by_hand(pipe, name, extrapolate):
     pipe.scheduler, steps = scheduler(name), SCHEDULERS[name][2]
     stock = latents(pipe, steps=steps)

@@ -33,6 +33,11 @@ COMBINED = {
     *(f"StableDiffusion{XL}PAG{kind}Pipeline" for XL in ("", "XL") for kind in ("Inpaint", "Img2Img")),
     *(f"AnimateDiff{kind}ControlNetPipeline" for kind in ("VideoToVideo", "Sparse")),
     *("KolorsImg2ImgPipeline", "KolorsPAGPipeline", "IFInpaintingPipeline", "IFImg2ImgSuperResolutionPipeline"),
+    *(f"AnimateDiff{kind}Pipeline" for kind in ("ControlNet", "PAG", "VideoToVideo", "SDXL")),
+    *(f"StableDiffusionControlNet{kind}Pipeline" for kind in ("Img2Img", "Inpaint")),
+    *(f"StableDiffusionXL{kind}Pipeline" for kind in ("ControlNetUnion", "InstructPix2Pix", "PAG", "Inpaint")),
+    *("PIAPipeline", "VideoToVideoSDPipeline", "KandinskyV22ControlnetPipeline", "TextToVideoZeroSDXLPipeline"),
+    *("IFInpaintingSuperResolutionPipeline", "KandinskyV22Img2ImgPipeline"),
 }
 
 #: Half of the steps share features, in segments of different lengths.

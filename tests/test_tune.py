@@ -317,8 +317,21 @@ def _recorded(name, monkeypatch):
     return pipe, call, steps
 
 
+#: One of each kind of denoiser and of loop.
+OF_EACH_KIND = {
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionXLPipeline", "IFPipeline"),
+    *("StableDiffusionControlNetPipeline", "AnimateDiffPipeline", "KandinskyV22Pipeline", "TextToVideoSDPipeline"),
+}
+
+
 #: KolorsImg2ImgPipeline forgets to pass the embeddings on that it is given; its text encoder is not to be had offline.
-@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow)
+        for name in sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"})
+    ],
+)
 @pytest.mark.usefixtures("_one_thread")
 def test_every_supported_pipeline(name, monkeypatch):
     """What a pipeline of the support table is called with, tune can be called with as well."""
@@ -338,7 +351,13 @@ def test_every_supported_pipeline(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow)
+        for name in sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"})
+    ],
+)
 @pytest.mark.usefixtures("_one_thread")
 def test_plans_for_every_supported_pipeline(name, monkeypatch):
     pipe, call, steps = _recorded(name, monkeypatch)

@@ -232,11 +232,17 @@ def test_empty_queries():
 @pytest.mark.parametrize(
     ("backend", "shape", "layout"),
     [
-        pytest.param(kernel.values[0], shape, layout, marks=kernel.marks, id=f"{kernel.values[0]}-{shape}-{layout}")
+        pytest.param(
+            kernel.values[0],
+            shape,
+            layout,
+            # The interpreter takes half a minute for each of these.
+            marks=kernel.marks if kernel.values[0] == "cpp" else [*kernel.marks, pytest.mark.slow],
+            id=f"{kernel.values[0]}-{shape}-{layout}",
+        )
         for kernel in KERNELS
         for shape in ((4, 2, 3, 5, 7, 6), (2, 2, 1, 65, 77, 40))
         for layout in LAYOUTS
-        # The interpreter takes a minute for each of these.
         if kernel.values[0] == "cpp" or (shape[-1], layout) == (6, "sliced")
     ],
 )

@@ -251,7 +251,12 @@ def test_second_derivatives(backend):
 
 @pytest.mark.parametrize(
     ("pixels", "layout", "channels"),
-    [((5,), "NCHW", (4, 4)), ((2, 3), "NCHW", (5, 3)), ((2, 3), "NHWC", (5, 3)), ((2, 3), "NHWC", (7, 1))],
+    [
+        ((5,), "NCHW", (4, 4)),
+        pytest.param((2, 3), "NCHW", (5, 3), marks=pytest.mark.slow),
+        ((2, 3), "NHWC", (5, 3)),
+        pytest.param((2, 3), "NHWC", (7, 1), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("backend", KERNELS)
 def test_opcheck(backend, pixels, layout, channels):

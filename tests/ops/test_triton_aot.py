@@ -22,7 +22,7 @@ def _compile(*arguments):
 
 
 def test_usual_kernels_compile_without_spills():
-    _compile("--quick", "--capability", "80", "90")
+    _compile("--quick", "--capability", "90")
 
 
 @pytest.mark.slow

@@ -1,0 +1,52 @@
+"""The table of whole pictures by engine, from ``engines.json``."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from interleaved import ratio
+from records import RESULTS, Record, load, measured_on
+
+#: What somebody has without this library, by precision.
+_PLAIN = "plain OpenVINO"
+_TITLES = {"balanced, stock layers": "difffast balanced, stock layers"}
+
+
+def engines_table(results: Path = RESULTS) -> str:
+    """Seconds a picture, and shares of stock and of plain OpenVINO in the same precision."""
+    found = load(results / "engines.json")
+    heads = [f" {_name_case(info)} | of stock | of plain OpenVINO |" for info in found]
+    rows = ["| |" + "".join(heads), "|" + "---|" * (1 + 3 * len(found))]
+    for name in dict.fromkeys(name for info in found for name in info["seconds"]):
+        cells = [_TITLES.get(name, name)]
+        for info in found:
+            cells += _describe(info, name) if name in info["seconds"] else ["", "", ""]
+        rows.append(f"| {' | '.join(cells)} |")
+    rounds = sorted({len(seconds) for info in found for seconds in info["seconds"].values()})
+    note = f"{measured_on(found[0])}; {' or '.join(map(str, rounds))} interleaved rounds, medians of ratios."
+    return "\n".join([*rows, "", note, *_list_bars(found)])
+
+
+def _describe(info: Record, name: str) -> list[str]:
+    seconds = info["seconds"]
+    plain = f"{_PLAIN} {'bf16' if name.endswith(('bf16', 'bfloat16')) else 'f32'}"
+    shares = [ratio(seconds, name, "stock")[1], ratio(seconds, name, plain)[1] if plain in seconds else None]
+    return [f"{statistics.median(seconds[name]):.2f} s", *("" if each is None else f"{each:.2f}" for each in shares)]
+
+
+def _name_case(info: Record) -> str:
+    return str(info["case"]).removeprefix("engines, ")
+
+
+def _list_bars(found: list[Record]) -> list[str]:
+    lines = [""]
+    for info in found:
+        for bar in info["bars"]:
+            if bar["met"] is not None:
+                verdict = "met" if bar["met"] else "**missed**"
+                lines.append(
+                    f"- {_name_case(info)}: {bar['provider']} takes {bar['ratio']:.2f} of {bar['against']}, "
+                    f"promised at most {bar['at_most']:.2f}: {verdict}"
+                )
+    return lines
