@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +36,31 @@ TWO = {
     "dec, two images": Case(DEC, {"propagation": UNEVEN}, 10, {"num_images_per_prompt": 2}),
     "dec, extrapolated": Case(DEC, {"propagation": EncoderPropagation(key_steps=(0, 1, 4, 7), extrapolate=1)}),
     "dec, guidance reused": Case(DEC, {"propagation": UNEVEN, "cfg": CfgReuse()}),
+    "dec, one encodes": Case(DEC, {"propagation": UNEVEN}, shared={"encoder": "one process"}),
+    "dec, all encode": Case(DEC, {"propagation": UNEVEN}, shared={"encoder": "every process"}),
+    "dec, measured": Case(DEC, {"propagation": EncoderPropagation(key_steps=2, prior_noise=None)}, 17),
+    "dp, exact": Case(DP, {"preset": "exact"}, 3),
     "dp, balanced": Case(DP, {"preset": "balanced"}, 12),
+    "dp, forecasts": Case(DP, {"preset": "turbo"}, 12),
+    "dp, reuse": Case(DP, {"propagation": FeatureReuse(interval=3)}),
 }
 FOUR = {
     "cfg and dec": Case({"cfg": 2, "dec": 2}, {"propagation": UNEVEN}),
     "dec and cfg, prior noise": Case({"dec": 2, "cfg": 2}, {"preset": "faster-diffusion"}, 12),
-    "dec of four": Case({"dec": 4}, {"propagation": UNEVEN}, 10, {"num_images_per_prompt": 2}),
+    "dec of four": Case(
+        {"dec": 4}, {"propagation": UNEVEN}, 10, {"num_images_per_prompt": 2}, {"encoder": "every process"}
+    ),
     "dp and cfg": Case({"dp": 2, "cfg": 2}, {"preset": "turbo"}, 12),
     "dp and dec": Case({"dp": 2, "dec": 2}, {"propagation": UNEVEN}),
+    "cfg and dec, one encodes": Case({"cfg": 2, "dec": 2}, {"propagation": UNEVEN}, shared={"encoder": "one process"}),
 }
+OPENVINO = {
+    "cfg": Case(CFG, {"preset": "exact", "engine": "openvino"}, 3),
+    "cfg, forecasts": Case(CFG, {"preset": "turbo", "engine": "openvino"}, 12),
+    "dec": Case(DEC, {"propagation": UNEVEN, "engine": "openvino"}),
+    "dp": Case(DP, {"preset": "exact", "engine": "openvino"}, 3),
+}
+INDUCTOR = {name: replace(case, options={**case.options, "engine": "inductor"}) for name, case in OPENVINO.items()}
 
 
 def check(cases, count):
@@ -98,8 +115,31 @@ def test_decoded_steps_are_divided(two):
     """Windows of 4, 3 and 2 steps: the second process decodes one step less of the second one."""
     (_, exchanged, first, _), (_, _, second, _) = two["dec, uneven"]
     assert (first, second) == ([2, 2, 1], [2, 1, 1])
-    # A step is a batch of two halves; parts of 2, 2 and 1 steps are received.
-    assert exchanged == {"calls": 3 + 2, "bytes": 5 * 2 * 4 * 8 * 8 * 4 + 2 * 11 * 8}
+    # A step is a batch of two halves; parts of 2, 2 and 1 steps are received.  The third key step's features are sent,
+    # to see how long that takes; the first ones show what they are like, the second ones how long encoding takes.
+    assert exchanged == {"calls": 3 + 2 + 1, "bytes": 5 * 2 * 4 * 8 * 8 * 4 + 2 * 11 * 8}, "by the one who sends"
+
+
+def test_the_encoder_runs_where_the_user_says(two):
+    """Channels 32 and 64, latents of 8x8, two halves: conv_in and a resnet leave 32 channels of 8x8 each, the
+    downsampler 32 of 4x4, the second block's resnet 64 of 4x4, as often as the mid block.  The shared parts come
+    besides."""
+    sender, receiver = (exchanged for _, exchanged, _, _ in two["dec, one encodes"])
+    steps = 5 * 2 * 4 * 8 * 8 * 4 + 2 * 11 * 8
+    assert sender == {"calls": 3 + 2 + 2, "bytes": steps}
+    assert receiver["calls"] == 3 + 2 + 2
+    at_least = 4 * 2 * (2 * 32 * 8 * 8 + 32 * 4 * 4 + 2 * 64 * 4 * 4)
+    assert receiver["bytes"] - steps >= 2 * at_least
+    for _, exchanged, _, _ in two["dec, all encode"]:
+        assert exchanged == {"calls": 3 + 2, "bytes": steps}
+
+
+def test_where_the_encoder_runs_is_measured_and_all_processes_choose_alike(two):
+    """Eight key steps: the first one shows the features' shapes, three of each kind are timed, and the last is chosen."""
+    pattern = r"the encoder runs in (\w+ process) from now on: features are there after [\d.e-]+ ms where every process"
+    found = [re.findall(pattern, text) for *_, text in two["dec, measured"]]
+    assert found[0] == found[1]
+    assert found[0] in (["every process"], ["one process"])
 
 
 def test_replicas_exchange_nothing(two):
@@ -109,13 +149,23 @@ def test_replicas_exchange_nothing(two):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", [OPENVINO, INDUCTOR], ids=["openvino", "inductor"])
+def test_engines_compose_with_a_mesh(engine):
+    found = check(engine, 2)
+    for name, texts in found.items():
+        for *_, text in texts:
+            assert "no programs" not in text, name
+            assert "no OpenVINO" not in text, name
+
+
 def test_four_processes_make_the_pictures_of_one():
     found = check(FOUR, 4)
     for _, exchanged, sizes, _ in found["dec of four"]:
         assert sizes == [1, 1, 1]
         assert exchanged["calls"] == 3 + 2
-    for _, exchanged, _, _ in found["cfg and dec"]:  # an exchange a step, one a window of several, and comparisons
-        assert exchanged["calls"] == 10 + 3 + 2 * 2
+    # An exchange a step, one a window of several, comparisons, and features that are sent to see how long that takes.
+    for _, exchanged, _, _ in found["cfg and dec"]:
+        assert exchanged["calls"] == 10 + 3 + 2 * 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -135,7 +185,6 @@ def test_processes_that_are_not_alike_are_refused_by_all_of_them(change, reasons
         assert reason in result
 
 
-@pytest.mark.slow
 def test_a_difference_is_told_to_processes_that_do_not_see_it():
     results = ranks.run(4, ranks_mesh.patch_unlike_in_a_grid)
     assert all("must load the same pipeline and patch it alike" in result for result in results), results
@@ -151,6 +200,7 @@ def test_a_difference_is_told_to_processes_that_do_not_see_it():
         ({"dec": 2}, "exact", {"propagation": FeatureReuse()}, "divides steps that are decoded together"),
         ({"dec": 2}, "exact", {"propagation": OutputForecast()}, "divides steps that are decoded together"),
         ({"cfg": 2}, "exact", {"cfg": CfgReuse()}, "needs both of guidance's halves at every step"),
+        ({"cfg": 2}, "exact", {"encoder": "one process"}, 'needs a mesh with several processes along "dec", got cfg 2'),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes, preset, options, reason):
@@ -159,7 +209,6 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, preset, options, reason):
         assert reason in result
 
 
-@pytest.mark.slow
 def test_guidance_has_two_halves():
     for result in ranks.run(3, ranks_mesh.refuse, {"cfg": 3}, "exact", {}):
         assert 'dimension "cfg" must have 2 processes, one for each half, got 3' in result
@@ -170,15 +219,30 @@ def test_what_is_no_mesh_is_refused(pipe):
         difffast.patch(pipe, mesh=2)
     with pytest.raises(TypeError, match="got list"):
         check_mesh([2])
+    with pytest.raises(ValueError, match=r"encoder='one process' needs a mesh"):
+        difffast.patch(pipe, encoder="one process")
+    with pytest.raises(ValueError, match=r"encoder must be one of 'every process', 'one process', None, got 'mine'"):
+        difffast.patch(pipe, encoder="mine")
     assert not difffast.unpatch(pipe)
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_other_with_an_error_within_the_timeout():
-    (text, seconds), killed = ranks.run(2, ranks_mesh.draw_killed)
-    assert isinstance(killed, ranks.Killed)
+@pytest.mark.parametrize("ranks_off", [(0, 1), (1,)])
+def test_latents_that_change_their_shape_are_refused(ranks_off):
+    """Guidance ends on the way: the batch is two rows up to step 2, and then one."""
+    results = ranks.run(2, ranks_mesh.draw_with_guidance_to_step, 2, ranks_off)
+    for rank, result in enumerate(results):
+        if rank in ranks_off:
+            assert "got (2, 4, 8, 8) at step 2 and (1, 4, 8, 8) at step 3: leave guidance on to the end" in result
+        else:
+            assert "process 0 could not exchange guidance's halves with processes [1]" in result
+
+
+@pytest.mark.parametrize(("how", "timeout_s"), [("killed", 20.0), pytest.param("hangs", 5.0, marks=pytest.mark.slow)])
+def test_a_process_that_is_lost_ends_the_other_with_an_error_within_the_timeout(how, timeout_s):
+    (text, seconds), lost = ranks.run(2, ranks_mesh.draw_lost, how, timeout_s)
+    assert isinstance(lost, ranks.Killed) == (how == "killed")
     assert "process 0 could not exchange guidance's halves with processes [1]: one of them has ended" in text
-    assert seconds < 20
+    assert seconds < timeout_s + 1
 
 
 def test_without_a_mesh_nothing_distributed_is_imported():
