@@ -22,6 +22,7 @@ from ..unet.features import Features
 from .exchange import gather, name_loss
 
 EVERY, ONE = ENCODERS
+
 #: Key steps that are timed of each way.
 TIMED = 3
 
@@ -84,9 +85,8 @@ class Encoders:
     def __init__(self, group: Any, times: EncoderTimes, counts: Counter[str], record: Callable[[str], object]) -> None:
         self._group, self._times, self._counts, self._record = group, times, counts, record
         self._sender = dist.get_process_group_ranks(group)[0]
-        self._known: dict[
-            int, Features
-        ] = {}  # by the rows of the batch: without values, of the structure of the next ones
+        #: What features are like, by the rows of the batch: without values.
+        self._known: dict[int, Features] = {}
         self._device = torch.device("cpu")
 
     def encode(self, encode: Callable[[], Features], rows: int) -> Features:
