@@ -120,10 +120,12 @@ class _Ways:
     Args:
         pipe: the pipeline.
         steps: of a picture.
+        pixels: its height and width.
     """
 
-    def __init__(self, pipe: Any, steps: int) -> None:
-        self._pipe, self._steps, self._rank = pipe, steps, dist.get_rank()
+    def __init__(self, pipe: Any, steps: int, pixels: int) -> None:
+        self._pipe, self._steps, self._pixels, self._rank = pipe, steps, pixels, dist.get_rank()
+        self._size = pixels // pipe.vae_scale_factor
         self._meshes = {name: init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in ("dp", "cfg", "dec")}
         self._pictures: dict[str, Any] = {}
         #: What this process has seen, by way: seconds by the clock and of its processor in every round, those of the
@@ -143,8 +145,7 @@ class _Ways:
 
     def measure_link(self) -> Link:
         """Return what exchanges cost."""
-        size = self._pipe.unet.config.sample_size
-        return measure_link(self._meshes["cfg"].get_group("cfg"), (4, size, size))
+        return measure_link(self._meshes["cfg"].get_group("cfg"), (4, self._size, self._size))
 
     def find_errors(self) -> dict[str, float]:
         """Return how far the pictures of two processes are from those of one, in 0 .. 1."""
@@ -166,14 +167,14 @@ class _Ways:
 
     def _draw(self, name: str, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        pictures = self._pipe(PROMPT, num_inference_steps=self._steps, generator=generator, output_type="np").images
-        self._pictures[name] = pictures
+        size = {"height": self._pixels, "width": self._pixels}
+        done = self._pipe(PROMPT, num_inference_steps=self._steps, generator=generator, output_type="np", **size)
+        self._pictures[name] = done.images
 
     def _call(self, name: str, rows: int, *, alone: bool) -> None:
         """Call the UNet as often as a picture does, on both of guidance's halves or on one of them."""
         text = torch.zeros(rows, 77, self._pipe.unet.config.cross_attention_dim)
-        size = self._pipe.unet.config.sample_size
-        sample = torch.zeros(rows, 4, size, size)
+        sample = torch.zeros(rows, 4, self._size, self._size)
         with torch.no_grad(), difffast.patched(self._pipe, "exact"), self._note(name):
             self._pipe.scheduler.set_timesteps(self._steps)
             for moment in () if alone and self._rank else self._pipe.scheduler.timesteps:
@@ -194,7 +195,7 @@ class _Ways:
             self.seen[name].update(report.last_run.exchanged)
 
 
-def _work(rank: int, port: int, steps: int, rounds: int, found: Any) -> None:
+def _work(rank: int, port: int, steps: int, pixels: int, rounds: int, found: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -202,7 +203,7 @@ def _work(rank: int, port: int, steps: int, rounds: int, found: Any) -> None:
     with join_processes("cpu", 600.0):
         pipe = difffast.models.embedded_pipeline()
         pipe.set_progress_bar_config(disable=True)
-        ways = _Ways(pipe, steps)
+        ways = _Ways(pipe, steps, pixels)
         link = ways.measure_link()
         for number in range(rounds + 1):
             for way in ways.all.values():
@@ -273,7 +274,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pixels", type=int, default=128, help="of a side of the pictures")
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -281,9 +283,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     load = os.getloadavg()[0]
     ours, theirs = context.Pipe(duplex=False)
-    processes = [
-        context.Process(target=_work, args=(rank, port, arguments.steps, arguments.rounds, theirs)) for rank in range(2)
-    ]
+    asked = (arguments.steps, arguments.pixels, arguments.rounds)
+    processes = [context.Process(target=_work, args=(rank, port, *asked, theirs)) for rank in range(2)]
     for process in processes:
         process.start()
     theirs.close()
@@ -294,6 +295,7 @@ def main() -> None:
     record = {
         "model": "the embedded model",
         "steps": arguments.steps,
+        "pixels": arguments.pixels,
         "device": device_name(),
         "threads": 1,
         "load": load,

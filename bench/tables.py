@@ -157,7 +157,8 @@ def distributed_table(results: Path = RESULTS) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
-        f"{record['model'].capitalize()}, {record['steps']} steps, {record['device']}, a thread a process, float32, "
+        f"{record['model'].capitalize()}, {record['steps']} steps, {record['pixels']} x {record['pixels']} pixels, "
+        f"{record['device']}, a thread a process, float32, "
         f"torch {record['versions']['torch']}; {record['rounds']} rounds, all in turn; load of the machine before: "
         f"{record['load']:.1f}."
     )

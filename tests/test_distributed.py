@@ -339,7 +339,7 @@ def test_steps_of_a_window(count, steps, parts):
 
 
 def test_the_encoder_runs_where_the_slowest_process_has_features_earlier():
-    """Process 1 has half the speed: features are there after 4 s where both encode, and after 3 s where 0 sends them."""
+    """Process 1 is half as fast: it has features after 4 s if it encodes, and after 3 s if process 0 sends them."""
     times = EncoderTimes(None)
     ways = []
     for _ in range(6):
