@@ -2,14 +2,16 @@
 
     python bench/bench_distributed.py --out bench/results/distributed.json
 
-The ways run in turn, in the same two processes: for one process, the other one waits.  The model knows the times of one
-process, what each way divides, and how long an exchange takes; docs/distributed.md has it in words.  Needs two idle
-cores.
+All ways in turn, in the same two processes: where one works alone, the other one waits.  Needs two idle cores, which
+"load" tells; how busy the processes' own processors were is measured besides, and depends little on others.  The model
+knows the time of one process, the part of it that a way divides, the slowest process's share of that part, and what an
+exchange costs: docs/distributed.md has it in words.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -17,8 +19,9 @@ import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,23 @@ from difffast.distributed.exchange import gather
 from difffast.distributed.launch import join_processes
 from difffast.files import write_whole
 from difffast.tools.demo import device_name
+from difffast.unet import split
 
 PROMPT = "a red triangle above a dotted purple circle"
 #: Gaps of up to 5 steps: the windows of decoded steps.
 WINDOWS = difffast.EncoderPropagation(key_steps=5, prior_noise=None)
+
+#: Way of two processes -> the way of one that it is compared with.
+BASES = {
+    "cfg": "one",
+    "dp": "one",
+    "dec": "one, decoding ahead",
+    "dec, one encodes": "one, decoding ahead",
+}
+#: How far pictures may be from those of one process, in 0 .. 1.
+TOLERANCE = 1e-4
+#: Speed-ups that are promised, by way.
+BARS = {"cfg": 1.7, "dp": 1.9}
 
 
 @dataclass(frozen=True)
@@ -61,19 +77,23 @@ def predict_speedup(image_s: float, divided_s: float, share: float, exchange_s: 
     return image_s / (image_s - divided_s + share * divided_s + exchange_s)
 
 
-class _Timed:
-    """A pipeline whose UNet calls are timed."""
+@contextlib.contextmanager
+def _time_decoders() -> Iterator[list[float]]:
+    """Note the processor's seconds of every decoder batch in the block."""
+    plain, seconds = split.decode, []
 
-    def __init__(self, pipe: Any, steps: int) -> None:
-        self._pipe, self._steps = pipe, steps
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            seconds.append(time.process_time() - start)
 
-    def draw(self, seed: int = 0, pictures: int = 1) -> float:
-        """Return the seconds of some pictures."""
-        start = time.perf_counter()
-        for number in range(pictures):
-            generator = torch.Generator().manual_seed(seed + number)
-            self._pipe(PROMPT, num_inference_steps=self._steps, generator=generator)
-        return time.perf_counter() - start
+    split.decode = decode
+    try:
+        yield seconds
+    finally:
+        split.decode = plain
 
 
 def measure_link(group: Any, shape: tuple[int, ...]) -> Link:
@@ -94,103 +114,156 @@ def measure_link(group: Any, shape: tuple[int, ...]) -> Link:
     return Link(latency, size / max(median(large) - latency, 1e-9))
 
 
-def _measure_shares(pipe: Any, steps: int) -> dict[str, float]:
-    """Return seconds of a UNet call with both halves and with one, and of decoding several steps and one part."""
-    times: dict[str, list[float]] = {"both": [], "half": []}
-    text = torch.zeros(2, 77, pipe.unet.config.cross_attention_dim)
-    size = pipe.unet.config.sample_size
-    sample = torch.randn(2, 4, size, size)
-    with torch.no_grad(), difffast.patched(pipe, "exact"):
-        pipe.scheduler.set_timesteps(steps)
-        for _ in range(5):
-            for name, rows in (("both", 2), ("half", 1)):
-                start = time.perf_counter()
-                for moment in pipe.scheduler.timesteps[:2]:
-                    pipe.unet(sample[:rows], moment, text[:rows])
-                times[name].append((time.perf_counter() - start) / 2)
-    return {name: statistics.median(values) for name, values in times.items()}
+class _Ways:
+    """The ways to make a picture, by one process or by both; both of them go through all ways.
+
+    Args:
+        pipe: the pipeline.
+        steps: of a picture.
+        pixels: its height and width.
+    """
+
+    def __init__(self, pipe: Any, steps: int, pixels: int) -> None:
+        self._pipe, self._steps, self._pixels, self._rank = pipe, steps, pixels, dist.get_rank()
+        self._size = pixels // pipe.vae_scale_factor
+        self._meshes = {name: init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in ("dp", "cfg", "dec")}
+        self._pictures: dict[str, Any] = {}
+        #: What this process has seen, by way: seconds by the clock and of its processor in every round, those of the
+        #: processor in the decoder, and what a picture has exchanged.
+        self.seen: dict[str, dict[str, Any]] = {}
+        ahead = {"propagation": WINDOWS}
+        self.all: dict[str, Callable[[], None]] = {
+            "a call": partial(self._call, "a call", 2, alone=True),
+            "half a call": partial(self._call, "half a call", 1, alone=False),
+            "one": partial(self._alone, "one", preset="exact"),
+            "cfg": partial(self._together, "cfg", "cfg", preset="exact"),
+            "dp": partial(self._together, "dp", "dp", preset="exact"),
+            "one, decoding ahead": partial(self._alone, "one, decoding ahead", **ahead),
+            "dec": partial(self._together, "dec", "dec", encoder="every process", **ahead),
+            "dec, one encodes": partial(self._together, "dec, one encodes", "dec", encoder="one process", **ahead),
+        }
+
+    def measure_link(self) -> Link:
+        """Return what exchanges cost."""
+        return measure_link(self._meshes["cfg"].get_group("cfg"), (4, self._size, self._size))
+
+    def find_errors(self) -> dict[str, float]:
+        """Return how far the pictures of two processes are from those of one, in 0 .. 1."""
+        ours = {name: self._pictures[name] for name in BASES if name != "dp" or self._rank == 0}
+        return {name: float(abs(image - self._pictures[BASES[name]]).max()) for name, image in ours.items()}
+
+    @contextlib.contextmanager
+    def _note(self, name: str) -> Iterator[None]:
+        dist.barrier()
+        start, used = time.perf_counter(), time.process_time()
+        with _time_decoders() as decoding:
+            yield
+        used = time.process_time() - used
+        dist.barrier()
+        seen = self.seen.setdefault(name, {"seconds": [], "cpu": [], "decoding": [], "calls": 0, "bytes": 0})
+        seen["seconds"].append(time.perf_counter() - start)
+        seen["cpu"].append(used)
+        seen["decoding"].append(sum(decoding))
+
+    def _draw(self, name: str, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        size = {"height": self._pixels, "width": self._pixels}
+        done = self._pipe(PROMPT, num_inference_steps=self._steps, generator=generator, output_type="np", **size)
+        self._pictures[name] = done.images
+
+    def _call(self, name: str, rows: int, *, alone: bool) -> None:
+        """Call the UNet as often as a picture does, on both of guidance's halves or on one of them."""
+        text = torch.zeros(rows, 77, self._pipe.unet.config.cross_attention_dim)
+        sample = torch.zeros(rows, 4, self._size, self._size)
+        with torch.no_grad(), difffast.patched(self._pipe, "exact"), self._note(name):
+            self._pipe.scheduler.set_timesteps(self._steps)
+            for moment in () if alone and self._rank else self._pipe.scheduler.timesteps:
+                self._pipe.unet(sample, moment, text)
+
+    def _alone(self, name: str, **options: Any) -> None:
+        with difffast.patched(self._pipe, **options), self._note(name):
+            if self._rank == 0:
+                self._draw(name)
+        everybody: list[Any] = [self._pictures.get(name)]
+        dist.broadcast_object_list(everybody)
+        self._pictures[name] = everybody[0]
+
+    def _together(self, name: str, dimension: str, **options: Any) -> None:
+        with difffast.patched(self._pipe, mesh=self._meshes[dimension], **options) as report:
+            with self._note(name):
+                self._draw(name, self._rank if dimension == "dp" else 0)
+            self.seen[name].update(report.last_run.exchanged)
 
 
-def _work(rank: int, port: int, steps: int, rounds: int, found: Any) -> None:
+def _work(rank: int, port: int, steps: int, pixels: int, rounds: int, found: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     with join_processes("cpu", 600.0):
-        meshes = {name: init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in ("dp", "cfg", "dec")}
         pipe = difffast.models.embedded_pipeline()
         pipe.set_progress_bar_config(disable=True)
-        timed = _Timed(pipe, steps)
-        size = pipe.unet.config.sample_size
-        link = measure_link(meshes["cfg"].get_group("cfg"), (4, size, size))
-        shares = _measure_shares(pipe, steps) if rank == 0 else {}
-        dist.barrier()
-
-        def alone(**options: Any) -> float:
-            seconds = 0.0
-            if rank == 0:
-                with difffast.patched(pipe, **options):
-                    seconds = timed.draw()
-            dist.barrier()
-            return seconds
-
-        exchanged: dict[str, dict[str, int]] = {}
-
-        def together(name: str, **options: Any) -> float:
-            with difffast.patched(pipe, mesh=meshes[name], **options) as report:
-                dist.barrier()
-                seconds = timed.draw(0 if name != "dp" else rank)
-                dist.barrier()
-                exchanged[name] = dict(report.last_run.exchanged)
-            return seconds / 2 if name == "dp" else seconds
-
-        ways: dict[str, Callable[[], float]] = {
-            "one": lambda: alone(preset="exact"),
-            "cfg": lambda: together("cfg", preset="exact"),
-            "dp": lambda: together("dp", preset="exact"),
-            "one, decoding ahead": lambda: alone(propagation=WINDOWS),
-            "dec": lambda: together("dec", propagation=WINDOWS),
-        }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        ways = _Ways(pipe, steps, pixels)
+        link = ways.measure_link()
         for number in range(rounds + 1):
-            for name, way in ways.items():
-                seconds = way()
-                if number:  # the first round warms up
-                    times[name].append(seconds)
+            for way in ways.all.values():
+                way()
+            if number == 0:  # it warms up
+                errors = ways.find_errors()
+                wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
+                if wrong:
+                    raise ValueError(f"pictures must be those of one process, within {TOLERANCE}, got {wrong}")
+                ways.seen.clear()
+        everybody: list[Any] = [None, None]
+        dist.all_gather_object(everybody, ways.seen)
     if rank == 0:
-        found.send((times, exchanged, asdict(link), shares))
+        found.send({"link": asdict(link), "errors": errors, "processes": everybody})
 
 
-def summarise(
-    times: dict[str, list[float]],
-    exchanged: dict[str, dict[str, int]],
-    link: Link,
-    shares: dict[str, float],
-    steps: int,
-) -> list[dict[str, Any]]:
-    """Return a row for each way: seconds, measured and predicted speed-up, calls and bytes a picture."""
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    half = shares["half"] / shares["both"]
+def summarise(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each way of two processes.
+
+    Args:
+        found: the "link"; and of each of the "processes" what it has seen, by way: "seconds" by the clock and "cpu"
+            seconds of its processor in every round, of which "decoding" in decoders; "calls" and "bytes" of a picture.
+
+    Returns:
+        of each way: seconds of one process and of two, the median speed-up over the rounds; what it would be if every
+        process had a processor of its own and exchanges took no time ("cpu_speedup"); what the model says ("predicted")
+        from the part of the time that is "divided" and the slowest process's "share" of it; "calls", "bytes".
+    """
+    first, _ = processes = found["processes"]
+
+    def busiest(name: str, what: str = "cpu") -> float:
+        return max(statistics.median(each[name][what]) for each in processes)
+
     rows = []
-    for name, base in (("cfg", "one"), ("dp", "one"), ("dec", "one, decoding ahead")):
-        counts = exchanged[name]
-        cost = link.cost(counts.get("calls", 0), counts.get("bytes", 0))
-        predicted = None
+    for name, base in BASES.items():
+        pictures = 2 if name == "dp" else 1
+        calls, received = (max(each[name][key] for each in processes) for key in ("calls", "bytes"))
+        cost, whole = Link(**found["link"]).cost(calls, received), busiest(base)
         if name == "cfg":
-            predicted = predict_speedup(medians["one"], steps * shares["both"], half, cost)
+            divided, part = busiest("a call"), busiest("half a call")
         elif name == "dp":
-            predicted = predict_speedup(medians["one"], medians["one"], 0.5)
-        ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
+            divided, part = whole, whole / 2
+        else:
+            divided, part = busiest(base, "decoding"), busiest(name, "decoding")
+        pairs = zip(first[base]["seconds"], first[name]["seconds"], strict=True)
         rows.append(
             {
                 "way": name,
-                "one_s": medians[base],
-                "two_s": medians[name],
-                "speedup": statistics.median(ratios),
-                "predicted": predicted,
-                "calls": counts.get("calls", 0),
-                "bytes": counts.get("bytes", 0),
+                "against": base,
+                "one_s": statistics.median(first[base]["seconds"]),
+                "two_s": statistics.median(first[name]["seconds"]) / pictures,
+                "speedup": statistics.median(pictures * one / two for one, two in pairs),
+                "cpu_speedup": pictures * whole / busiest(name),
+                "predicted": predict_speedup(whole, divided, part / divided, cost),
+                "divided": divided / whole,
+                "share": part / divided,
+                "calls": calls,
+                "bytes": received,
                 "exchange_s": cost,
+                "bar": BARS.get(name),
             }
         )
     return rows
@@ -201,41 +274,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pixels", type=int, default=128, help="of a side of the pictures")
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
+    load = os.getloadavg()[0]
     ours, theirs = context.Pipe(duplex=False)
-    processes = [
-        context.Process(target=_work, args=(rank, port, arguments.steps, arguments.rounds, theirs)) for rank in range(2)
-    ]
+    asked = (arguments.steps, arguments.pixels, arguments.rounds)
+    processes = [context.Process(target=_work, args=(rank, port, *asked, theirs)) for rank in range(2)]
     for process in processes:
         process.start()
     theirs.close()
-    times, exchanged, link, shares = ours.recv()
+    found = ours.recv()
     for process in processes:
         process.join()
-    rows = summarise(times, exchanged, Link(**link), shares, arguments.steps)
+    rows = summarise(found)
     record = {
         "model": "the embedded model",
         "steps": arguments.steps,
+        "pixels": arguments.pixels,
         "device": device_name(),
         "threads": 1,
-        "load": os.getloadavg()[1],
+        "load": load,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "link": link,
-        "unet_call_s": shares,
-        "times": times,
+        "rounds": arguments.rounds,
         "rows": rows,
+        **found,
     }
     with write_whole(arguments.out) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
     for row in rows:
-        said = "" if row["predicted"] is None else f", predicted {row['predicted']:.2f}x"
+        bar = "" if row["bar"] is None else f" (promised: {row['bar']}x)"
         print(
-            f"{row['way']}: {row['one_s']:.3f} -> {row['two_s']:.3f} s a picture, {row['speedup']:.2f}x{said}; "
+            f"{row['way']}: {row['one_s']:.3f} -> {row['two_s']:.3f} s a picture, {row['speedup']:.2f}x{bar}, "
+            f"by the processors' seconds {row['cpu_speedup']:.2f}x, predicted {row['predicted']:.2f}x; "
             f"{row['calls'] / arguments.steps:.2f} calls and {row['bytes'] / arguments.steps:.0f} bytes a step"
         )
 

@@ -137,6 +137,35 @@ def guidance_table(results: Path = RESULTS) -> str:
     return "\n".join([*lines, "", note])
 
 
+def distributed_table(results: Path = RESULTS) -> str:
+    """What two processes gain, from ``distributed.json`` (``bench/bench_distributed.py``)."""
+    record = json.loads((results / "distributed.json").read_text())
+    heads = ["two processes", "against", "seconds a picture", "speed-up", "by the processors' seconds", "the model"]
+    heads += ["divided", "calls a step", "bytes a step"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in record["rows"]:
+        promised = "" if row["bar"] is None else f" (promised: {row['bar']}x)"
+        cells = [
+            row["way"],
+            row["against"],
+            f"{row['one_s']:.2f} to {row['two_s']:.2f}",
+            f"{row['speedup']:.2f}x{promised}",
+            f"{row['cpu_speedup']:.2f}x",
+            f"{row['predicted']:.2f}x",
+            f"{row['divided']:.0%}",
+            f"{row['calls'] / record['steps']:.2f}",
+            f"{row['bytes'] / record['steps']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"{record['model'].capitalize()}, {record['steps']} steps, {record['pixels']} x {record['pixels']} pixels, "
+        f"{record['device']}, a thread a process, float32, "
+        f"torch {record['versions']['torch']}; {record['rounds']} rounds, all in turn; load of the machine before: "
+        f"{record['load']:.1f}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def _quartiles(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
     low, middle, high = ratio(seconds, slow, fast)
     return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
@@ -221,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {"faster than eager": ("eager", "cpp"), "than torch.compile": ("compiled", "cpp")},
         unit="us",
     ),
+    "distributed": distributed_table,
     "flops": flops_table,
     "guidance": guidance_table,
     "binding": binding_table,

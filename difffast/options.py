@@ -13,8 +13,8 @@ from .engines.openvino import PRECISIONS
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, Plan, Sharing
 from .presets import PRESETS
 from .renamed import warn_renamed
+from .sampling.division import ENCODERS, Division
 from .sampling.extension import Extension, Method
-from .sampling.peers import Peers
 from .sampling.prior_noise import PriorNoise
 from .sampling.settings import Settings
 from .target import Target
@@ -43,6 +43,7 @@ class PatchOptions(TypedDict, total=False):
     steering: Method | Sequence[Method]
     controlnet: str | None
     mesh: DeviceMesh | None
+    encoder: str | None
     profile: bool
     force: bool
 
@@ -65,6 +66,7 @@ class Options:
     steering: Method | Sequence[Method] = ()
     controlnet: str | None = None
     mesh: DeviceMesh | None = None
+    encoder: str | None = None
     profile: bool = False
     force: bool = False
 
@@ -97,6 +99,11 @@ class Options:
         if self.controlnet not in (None, *CADENCES):
             names = ", ".join(map(repr, CADENCES))
             raise ValueError(f"controlnet must be one of {names}, None, got {self.controlnet!r}")
+        if self.encoder not in (None, *ENCODERS):
+            names = ", ".join(map(repr, ENCODERS))
+            raise ValueError(f"encoder must be one of {names}, None, got {self.encoder!r}")
+        if self.encoder is not None and self.mesh is None:
+            raise ValueError(f"encoder={self.encoder!r} needs a mesh, which says who the processes are, got mesh=None")
 
     @classmethod
     def of(cls, preset: str = "balanced", **replaced: Any) -> Options:
@@ -173,33 +180,37 @@ class Options:
             extensions=extensions,
         )
         settings.controlnet = self.controlnet or settings.controlnet
-        settings.peers = None if self.mesh is None else self._join_mesh(self.mesh, sharing, target)
+        settings.division = None if self.mesh is None else self._join_mesh(self.mesh, sharing, target)
         settings.precision, settings.profile = self.precision, self.profile
         return settings
 
-    def _join_mesh(self, mesh: DeviceMesh, sharing: Sharing, target: Target) -> Peers:
+    def _join_mesh(self, mesh: DeviceMesh, sharing: Sharing, target: Target) -> Division:
         """Return the other processes of a mesh, once it is known that all of them work alike.
 
         Raises:
             TypeError, ValueError: the mesh does not fit, or the processes differ.
         """
-        from .distributed.peers import MeshPeers
+        from .distributed.division import MeshDivision
 
-        peers = MeshPeers(mesh)
+        division = MeshDivision(mesh, self.encoder)
         obstacle = target.refuse_cfg_reuse()
-        if peers.divides("cfg") and obstacle:
-            raise ValueError(f"mesh {peers!r} divides guidance's halves, which {target.name} does not have: {obstacle}")
-        if peers.divides("cfg") and self.wanted_cfg is not None:
-            raise ValueError(f"mesh {peers!r} needs both of guidance's halves at every step, got cfg={self.wanted_cfg}")
-        if peers.divides("dec") and not _decodes_ahead(sharing):
+        if division.divides("cfg") and obstacle:
             raise ValueError(
-                f"mesh {peers!r} divides steps that are decoded together, of which {sharing} has none: use "
+                f"mesh {division!r} divides guidance's halves, which {target.name} does not have: {obstacle}"
+            )
+        if division.divides("cfg") and self.wanted_cfg is not None:
+            raise ValueError(
+                f"mesh {division!r} needs both of guidance's halves at every step, got cfg={self.wanted_cfg}"
+            )
+        if division.divides("dec") and not _decodes_ahead(sharing):
+            raise ValueError(
+                f"mesh {division!r} divides steps that are decoded together, of which {sharing} has none: use "
                 "propagation=EncoderPropagation(...) or the preset 'faster-diffusion'"
             )
         asked = {n: v for n, v in self.as_arguments().items() if n not in ("mesh", "binding", "steering")}
         asked["methods"] = [type(each).__name__ for each in (self.binding, *self.steering) if each is not None]
-        peers.check_equal(target.pipe, ", ".join(f"{name}={value}" for name, value in asked.items()))
-        return peers
+        division.check_equal(target.pipe, ", ".join(f"{name}={value}" for name, value in asked.items()))
+        return division
 
 
 def _decodes_ahead(sharing: Sharing) -> bool:

@@ -60,7 +60,8 @@ def patch(
         more: ``compile``; ``precision``, in which OpenVINO runs: "f32", "bf16" or None, which is the pipeline's own;
             ``profile``, whether ``report.last_run`` tells the seconds of every part; ``steering``, one method or more
             that change pictures on purpose (docs/editing.md); ``controlnet``, whether ControlNet runs at "every step",
-            the default where steps reuse outer layers, or at "key steps"; and old names, each of which gives a warning.
+            the default where steps reuse outer layers, or at "key steps"; ``mesh`` and ``encoder``, for several
+            processes (docs/distributed.md); and old names, each of which gives a warning.
 
     Returns:
         A report of what was replaced; for several pipelines a tuple of reports.

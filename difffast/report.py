@@ -126,8 +126,8 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
         yield "engine", f"OpenVINO in {precision}, one model per shape; it also runs {others or 'nothing else'}"
     for kind in LAYERS if settings.fused and settings.engine != "openvino" else ():
         yield from kind.describe(kind.find(unet), weight, compiled=settings.compiled)
-    if settings.peers is not None:
-        yield from settings.peers.describe()
+    if settings.division is not None:
+        yield from settings.division.describe()
     for extension in settings.extensions:
         yield from extension.describe()
 

@@ -2,6 +2,9 @@
 
 import json
 import re
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,23 +117,43 @@ def test_a_prompt_that_fails_is_reported_and_the_rest_goes_on(model, tmp_path, e
     )
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "what", "made"),
+    [("dp=2", "which pictures failed", [1, 2, 3, 5]), ("cfg=2", "the latents of a run", [1, 2, 3])],
+)
 def test_a_process_that_is_killed_ends_the_others_with_an_error_and_a_later_run_makes_the_rest(
-    model, tmp_path, expected
+    model, tmp_path, expected, mesh, what, made
 ):
-    arguments = options(model, tmp_path, "--timeout", "60"), 1, PROMPTS[3]
+    """Process 1 ends at the fourth prompt; along "cfg", process 0 is then in the middle of the same picture."""
+    arguments = options(model, tmp_path, "--mesh", mesh, "--timeout", "60"), 1, PROMPTS[3]
     first, second = ranks.run(2, ranks_prompts.generate_killed, *arguments)
     assert isinstance(second, ranks.Killed)
     assert first[0] == 2
-    assert "error: process 0 could not exchange which pictures failed with processes [1]" in first[1]
-    check_pictures(tmp_path, expected, [1, 2, 3, 5])
+    assert f"error: process 0 could not exchange {what} with processes [1]" in first[1]
+    check_pictures(tmp_path, expected, made)
     results = ranks.run(4, ranks_prompts.generate, *options(model, tmp_path))
     assert [status for status, _ in results] == [0] * 4
-    assert "1 pictures made, 0 failed, 4 were there" in results[0][1]
+    assert f"{5 - len(made)} pictures made, 0 failed, {len(made)} were there" in results[0][1]
     check_pictures(tmp_path, expected)
 
 
 @pytest.mark.slow
+def test_two_nodes_make_the_same_pictures(model, tmp_path, expected):
+    """Two launchers with a process each, as on two machines: both processes are the first ones of their node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+    command = ["difffast.tools.cli", "generate", *options(model, tmp_path), "--steps", "2", "--device", "cpu"]
+    start = [sys.executable, "-m", *launcher, "-m", *command, "--preset", "exact"]
+    nodes = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    texts = [node.communicate(timeout=500)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert sum("5 pictures made, 0 failed, 0 were there" in text for text in texts) == 1
+    check_pictures(tmp_path, expected)
+
+
 def test_commands_that_know_nothing_of_each_other_leave_every_file_whole(model, tmp_path, expected):
     results = ranks.run(3, ranks_prompts.generate_alone, *options(model, tmp_path))
     assert [status for status, _ in results] == [0] * 3

@@ -3,7 +3,8 @@
 - ``meshes``: what a DeviceMesh must be, and what its dimensions mean.
 - ``exchange``: collectives that are counted, and that end in a clear error when a process is lost.
 - ``weights``: whether all processes hold the same weights.
-- ``branches``, ``decoders``: guidance's halves, and the steps decoded together, divided among processes.
-- ``peers``: what a patched pipeline knows of the other processes.
+- ``branches``, ``encoders``, ``decoders``: guidance's halves, the encoder at key steps, and the steps decoded together:
+  what is whose.
+- ``division``: which parts of a patched pipeline's runs are whose.
 - ``launch``: what torchrun or accelerate has started.
 """

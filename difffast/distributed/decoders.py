@@ -1,8 +1,5 @@
 """The steps that are decoded together, on several processes: each decodes a part of them and gets all outputs.
 
-Every process runs the encoder at key steps.  Were the features of one process sent to the others, these would wait as
-long for its encoder, and for the bytes besides.
-
 Source: the independence of propagated steps in Faster Diffusion (arXiv 2312.09608), section 3.2.
 """
 

@@ -5,6 +5,7 @@ Source: Faster Diffusion (arXiv 2312.09608), section 3.2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,7 +48,7 @@ class DecodeAhead(Strategy):
             self._state.count_key(step.index)
             if not plan.builds_on(step.index):
                 return step.run_whole()
-            self._features = split.encode(step.unet, step.call, share=self._share, execute=step.execute)
+            self._features = self._encode(step)
             self._remember(step.index)
             stats.unshared.update(self._features.unshared)
         else:
@@ -60,6 +61,12 @@ class DecodeAhead(Strategy):
         self._features = None
         self._queue.clear()
         self._known.clear()
+        if self._state.division is not None:
+            self._state.division.forget()
+
+    def _encode(self, step: Step) -> Features:
+        encode = functools.partial(split.encode, step.unet, step.call, share=self._share, execute=step.execute)
+        return encode() if self._state.division is None else self._state.division.encode(encode, step.rows)
 
     def _remember(self, index: int) -> None:
         """Keep the features, and those of as many key steps before as the degree asks for."""
@@ -88,7 +95,7 @@ class DecodeAhead(Strategy):
                     step.unet, features, step.call, times, earlier=earlier, weights=weights, execute=step.execute
                 )
             except torch.OutOfMemoryError:
-                if len(together) == 1 or state.peers is not None:
+                if len(together) == 1 or state.division is not None:
                     raise  # other processes would decode other steps
                 state.plan = replace(state.plan, max_batch=len(together) // 2)
                 size = state.plan.max_batch
@@ -96,11 +103,11 @@ class DecodeAhead(Strategy):
         state.stats.decode_batches.append(len(mine))
         if not state.plan.builds_on(together.stop - 1):
             self._features = None  # the whole segment is decoded
-        return outputs if state.peers is None else state.peers.join_steps(outputs, together)
+        return outputs if state.division is None else state.division.join_steps(outputs, together)
 
     def _choose_steps(self, index: int) -> tuple[range, range]:
         """Return the steps that are decoded together from a step on, and those of them that this process decodes."""
         state = self._state
-        plan = state.plan if state.peers is None else state.peers.widen(state.plan)
+        plan = state.plan if state.division is None else state.division.widen(state.plan)
         together = plan.batch(index)[: 1 if state.alone else None]
-        return together, together if state.peers is None else state.peers.take_steps(together)
+        return together, together if state.division is None else state.division.take_steps(together)

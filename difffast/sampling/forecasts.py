@@ -87,6 +87,6 @@ class Forecasts:
                 )
 
     def _has_arrived(self, arrived: torch.cuda.Event | None) -> bool:
-        if arrived is not None and self._state.peers is not None:
+        if arrived is not None and self._state.division is not None:
             arrived.synchronize()  # all processes have to change their plans at the same step
         return arrived is None or arrived.query()

@@ -70,7 +70,8 @@ class SamplingRun:
         if self.fused and unforced:
             self.state.record(unforced)
         info = RunInfo(len(timesteps), self.fused, self.state.note)
-        self.state.peers = None if first.peers is None else first.peers.begin(info, self.state.stats.exchanged)
+        if first.division is not None:
+            self.state.division = first.division.begin(info, self.state.stats.exchanged, self.state.record)
         began = [extension.begin(info) for each in settings for extension in each.extensions]
         self._extensions = [each for each in began if each is not None]
         if device.type == "cpu":
@@ -295,9 +296,10 @@ class SamplingRun:
         half = self._cfg.runs_half(index, call)
         if half:
             call = self._cfg.prepare(call)
-        if self.state.peers is not None:
+        if self.state.division is not None:
             reason = self._refuse_halves(call) or self._name_watch() or None
-            call, changed = self.state.peers.take_half(call, index, reason)
+            self.state.division.compare(given["sample"], index)
+            call, changed = self.state.division.take_half(call, reason)
             if changed:
                 self._strategy.forget()  # features and outputs of other rows
 

@@ -29,8 +29,8 @@ from ..plan import (
 from ..support import Support
 from ..surgery.subclass import is_swapped, swap_in, swap_out
 from .calls import find_pipeline_call
+from .division import Division
 from .extension import Extension
-from .peers import Peers
 from .schedule import read_schedule
 from .scheduler_step import override_step
 from .stats import RunStats
@@ -66,7 +66,7 @@ class Settings:
         self.support, self.propagation, self.cfg, self.fused = support, propagation, cfg, fused
         self.engine, self.force = engine, force
         #: Other processes that take part, or None.
-        self.peers: Peers | None = None
+        self.division: Division | None = None
         #: Of OpenVINO's models; None: the pipeline's own.
         self.precision: str | None = None
         #: Whether the seconds of every part of a call are counted.
@@ -93,7 +93,7 @@ class Settings:
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
-        names = ("propagation", "cfg", "fused", "engine", "precision", "controlnet", "peers")
+        names = ("propagation", "cfg", "fused", "engine", "precision", "controlnet", "division")
         return {name: getattr(self, name) for name in names}
 
     @property

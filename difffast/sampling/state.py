@@ -12,7 +12,7 @@ from torch.utils.weak import TensorWeakRef
 
 from ..plan import Plan
 from ..unet.parts import Execute, execute_eagerly, run_whole
-from .peers import PeersRun
+from .division import RunDivision
 from .stats import RunStats
 
 
@@ -66,7 +66,7 @@ class RunState:
         #: Whether what follows this step may be conditioned on something else.
         self.alone = False
         #: The other processes that compute parts of this run's calls, or None.
-        self.peers: PeersRun | None = None
+        self.division: RunDivision | None = None
         self._timesteps = TensorWeakRef(timesteps)
 
     def timesteps(self) -> Tensor | None:
@@ -87,7 +87,7 @@ class RunState:
 
     def join(self, output: Tensor) -> Tensor:
         """Return the whole output of a call of which other processes may have computed parts."""
-        return output if self.peers is None else self.peers.join_halves(output)
+        return output if self.division is None else self.division.join_halves(output)
 
     def count_key(self, index: int) -> None:
         """Count a key step, and whether the plan did not ask for it."""

@@ -37,6 +37,22 @@ class Features:
         outputs, parts = (take_second_half(each, self.batch) for each in (self.outputs, self.parts))
         return replace(self, outputs=outputs, parts=parts, batch=self.batch // 2)
 
+    def list_tensors(self) -> list[Tensor]:
+        """Return all tensors of outputs and parts, each once: a down block returns its last skip twice."""
+        found: dict[int, Tensor] = {}
+        map_tensors(lambda tensor: found.setdefault(id(tensor), tensor), (self.outputs, self.parts))
+        return list(found.values())
+
+    def fill(self, tensors: Sequence[Tensor]) -> Features:
+        """Return features of the same structure and memory layout, with other tensors for :meth:`list_tensors`."""
+        ours = self.list_tensors()
+        filled = {
+            id(old): new if new.stride() == old.stride() else torch.empty_like(old, device=new.device).copy_(new)
+            for old, new in zip(ours, tensors, strict=True)
+        }
+        outputs, parts = map_tensors(lambda tensor: filled[id(tensor)], (self.outputs, self.parts))
+        return replace(self, outputs=outputs, parts=parts)
+
     def refresh(self, unet: nn.Module) -> None:
         """Make the parts anew if the weights that they depend on have changed since."""
         weights = shared_skips.read_weights(unet, tuple(self.parts))

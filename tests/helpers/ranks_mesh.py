@@ -29,12 +29,14 @@ class Case:
         options: of difffast.patch.
         steps: how many.
         more: arguments of the call.
+        shared: options of difffast.patch that need a mesh.
     """
 
     mesh: Mapping[str, int]
     options: Mapping[str, Any]
     steps: int = 10
     more: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build() -> Any:
@@ -80,7 +82,7 @@ def draw_all(cases: Sequence[Case]) -> list[tuple[np.ndarray, dict[str, int], li
         for case in cases:
             mesh = make_mesh(case.mesh)
             prompt = PROMPTS[mesh.get_local_rank("dp")] if "dp" in case.mesh else PROMPTS[0]
-            with difffast.patched(pipe, mesh=mesh, **case.options) as report:
+            with difffast.patched(pipe, mesh=mesh, **case.options, **case.shared) as report:
                 images = draw(pipe, prompt, case.steps, **case.more)
                 run = report.last_run
                 found.append((images, dict(run.exchanged), run.decode_batches, f"{report}\n{run}"))
@@ -123,9 +125,9 @@ def refuse(sizes: Mapping[str, int], preset: str, options: Mapping[str, Any]) ->
         return "nothing"
 
 
-def draw_killed() -> tuple[str, float]:
-    """Return how a run ends whose other process is killed at step 3, and after how many seconds."""
-    with joined(timeout_s=20.0):
+def draw_lost(how: str, timeout_s: float) -> tuple[str, float]:
+    """Return how a run ends whose other process is killed at step 3, or hangs, and after how many seconds."""
+    with joined(timeout_s):
         pipe = build()
         difffast.patch(pipe, "exact", mesh=make_mesh({"cfg": 2}))
         times = []
@@ -133,7 +135,9 @@ def draw_killed() -> tuple[str, float]:
         def stop(_pipe: Any, step: int, _time: Any, tensors: Any) -> Any:
             if step == 3:
                 if torch.distributed.get_rank() == 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    if how == "killed":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    time.sleep(2 * timeout_s)
                 times.append(time.monotonic())
             return tensors
 
@@ -142,6 +146,26 @@ def draw_killed() -> tuple[str, float]:
         except ConnectionError as error:
             return str(error), time.monotonic() - times[0]
     return "nothing", 0.0
+
+
+def draw_with_guidance_to_step(last: int, ranks: Sequence[int]) -> str:
+    """Return how a run ends in which guidance is on up to a step alone, in some processes."""
+    with joined():
+        pipe = build()
+        difffast.patch(pipe, "exact", mesh=make_mesh({"cfg": 2}))
+
+        def turn_off(pipe: Any, step: int, _time: Any, tensors: Any) -> Any:
+            if step == last and torch.distributed.get_rank() in ranks:
+                pipe._guidance_scale = 1.0
+                return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+            return tensors
+
+        watch = {"callback_on_step_end": turn_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        try:
+            draw(pipe, PROMPTS[0], 6, **watch)
+        except (ValueError, ConnectionError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
 
 
 def patch_unlike_in_a_grid() -> str:
