@@ -1,4 +1,4 @@
-"""The table of whole pictures by engine, from ``engines.json``."""
+"""The tables of whole pictures by engine, from ``engines.json``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import statistics
 from pathlib import Path
 
 from interleaved import ratio
-from records import RESULTS, Record, load, measured_on
+from records import RESULTS, Record, load, machine, measured_on
 
 #: What somebody has without this library, by precision.
 _PLAIN = "plain OpenVINO"
+PRESETS = ("exact", "balanced", "turbo")
 _TITLES = {"balanced, stock layers": "difffast balanced, stock layers"}
 
 
@@ -26,6 +27,20 @@ def engines_table(results: Path = RESULTS) -> str:
     rounds = sorted({len(seconds) for info in found for seconds in info["seconds"].values()})
     note = f"{measured_on(found[0])}; {' or '.join(map(str, rounds))} interleaved rounds, medians of ratios."
     return "\n".join([*rows, "", note, *_list_bars(found)])
+
+
+def openvino_table(results: Path = RESULTS) -> str:
+    """How many times as fast as stock pictures are with OpenVINO, in float32: plain, and with the presets."""
+    found = load(results / "engines.json")
+    rows = ["| |" + "".join(f" {_name_case(info)} |" for info in found), "|" + "---|" * (1 + len(found))]
+    names = {f"{_PLAIN} f32": f"{_PLAIN}, by hand"}
+    names |= {f"difffast {each} OpenVINO f32": f"`{each}`, `engine=\"openvino\"`" for each in PRESETS}
+    for name, title in names.items():
+        cells = [f"{ratio(info['seconds'], 'stock', name)[1]:.1f}x" for info in found]
+        rows.append(f"| {' | '.join([title, *cells])} |")
+    latent, rounds = found[0]["shapes"]["latent"], sorted({len(info["seconds"]["stock"]) for info in found})
+    note = f"A UNet of (64, 128, 192) channels, latents of {latent}x{latent}, text encoder and VAE included; "
+    return "\n".join([*rows, "", f"{note}{machine(found[0])}; {' or '.join(map(str, rounds))} rounds."])
 
 
 def _describe(info: Record, name: str) -> list[str]:
