@@ -21,6 +21,7 @@ from torch import Tensor
 
 from difffast import Inversion, models
 from difffast.layers.cross_attention import CrossAttention
+from difffast.steering.inversion.prefix import compute_once, find_prefix
 from difffast.steering.inversion.style import StyleFit
 
 UNET = "sd15"
@@ -63,9 +64,19 @@ def costs() -> dict[str, Cost]:
         maps = fit._look(latents, 0)
         once = cost(unet, look, [])
         whole = cost(unet, lambda: fit._moves.predict_text(latents, 0), [])
-    iteration = cost(unet, lambda: fit.compute_loss(latents, latents[0], 0, latents, maps), weights)
+
+    def iterate() -> Tensor:
+        return fit.compute_loss(latents, latents[0], 0, latents, maps)
+
+    with compute_once(find_prefix(unet)):
+        first, later = cost(unet, iterate, weights), cost(unet, iterate, weights)
     CrossAttention().take_out(unet)
-    return {"prediction": whole, "maps of the picture, once a step": once, "iteration": iteration}
+    return {
+        "prediction": whole,
+        "maps of the picture, once a step": once,
+        "first iteration of a step": first,
+        "iteration": later,
+    }
 
 
 def main() -> None:

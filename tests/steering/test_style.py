@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import adapter_zoo
 import pytest
@@ -17,6 +18,7 @@ from difffast import Inversion, invert, patched
 from difffast.steering.inversion import style as module
 from difffast.steering.inversion.moves import Moves
 from difffast.steering.inversion.networks import make_network, read_features
+from difffast.steering.inversion.prefix import compute_once, find_prefix
 from difffast.steering.inversion.style import StyleFit, use_text_layers
 from difffast.surgery.freezing import freeze
 
@@ -311,6 +313,26 @@ def test_features_are_the_image_encoders_tokens_or_cells_of_the_latents(ready):
     expected = encoder.vision_model(pixels).last_hidden_state[0].detach().double()
     assert tokens.shape == (5, 64)  # 32 channels of its own
     assert largest(tokens, torch.nn.functional.interpolate(expected[None], 64, mode="linear")[0]) <= 1e-6
+
+
+def test_what_does_not_depend_on_the_text_is_computed_once_and_in_this_thread_alone(ready):
+    prefix = find_prefix(ready.unet)
+    down = ready.unet.down_blocks[0]
+    assert prefix == (ready.unet.conv_in, down.resnets[0], down.attentions[0].transformer_blocks[0].attn1)
+    z, text = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64), torch.randn(2, 1, 77, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected, other = (ready.unet(z[i], 500, text[1]).sample for i in (0, 1))
+        with compute_once(prefix):
+            ready.unet(z[0], 500, text[0])
+            assert torch.equal(ready.unet(z[0], 500, text[1]).sample, expected)
+            assert not torch.equal(ready.unet(z[1], 500, text[1]).sample, other)  # it is not computed again
+            with ThreadPoolExecutor(1) as pool:
+                assert torch.equal(pool.submit(torch.no_grad()(ready.unet), z[1], 500, text[1]).result().sample, other)
+        assert torch.equal(ready.unet(z[1], 500, text[1]).sample, other)
+    names = [name for name, _ in zoo.xl("StableDiffusionXLPipeline")().unet.named_modules()]
+    xl = zoo.xl("StableDiffusionXLPipeline")().unet
+    assert "down_blocks.0.attentions.0" not in names
+    assert find_prefix(xl)[:3] == (xl.conv_in, xl.down_blocks[0], xl.down_blocks[1].resnets[0])
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_networks(ready, monkeypatch):

@@ -31,6 +31,7 @@ from .inversion import Inversion
 from .moves import Moves
 from .networks import make_network
 from .null_text import is_enough, rate_at
+from .prefix import compute_once, find_prefix
 
 #: Updates of the first step's network; later ones have fewer, by e every ten steps.
 _UPDATES = 100
@@ -87,7 +88,7 @@ class StyleFit:
 
     def __init__(self, moves: Moves, unet: nn.Module, found: Inversion) -> None:
         self._moves, self._found = moves, found
-        self._layers = choose_map_layers(unet, None)
+        self._layers, self._prefix = choose_map_layers(unet, None), find_prefix(unet)
         self._network = make_network(found.features, moves.text.shape[1])
         self._done: list[dict[str, Tensor]] = []
 
@@ -105,6 +106,16 @@ class StyleFit:
         with torch.no_grad():
             maps = self._look(self._found.trajectory[step : step + 1], step)
             nothing = None if self._found.guidance == 1 else self._moves.predict_null(latents, step)
+        with compute_once(self._prefix):
+            best, least = self._descend(latents, wanted, step, nothing, maps)
+        self._network.load_state_dict(best)
+        self._done.append(best)
+        return least
+
+    def _descend(
+        self, latents: Tensor, wanted: Tensor, step: int, nothing: Tensor | None, maps: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the best parameters of a step, and their loss; takes the arguments of :meth:`compute_loss`."""
         weights = list(self._network.parameters())
         optimiser = torch.optim.Adam(weights, lr=rate_at(step))
         scale = LOSS_SCALES.get(self._moves.text.dtype, 1.0)
@@ -113,7 +124,7 @@ class StyleFit:
             with torch.enable_grad():
                 loss = self.compute_loss(latents, wanted, step, nothing, maps)
             if not math.isfinite(loss.item()):
-                warnings.warn(f"difffast: the values of step {step} diverged; the best ones are kept", stacklevel=4)
+                warnings.warn(f"difffast: the values of step {step} diverged; the best ones are kept", stacklevel=5)
                 break
             if loss.item() < least:
                 best, least = _copy(self._network), loss.item()
@@ -122,9 +133,7 @@ class StyleFit:
             for weight, gradient in zip(weights, torch.autograd.grad(loss * scale, weights), strict=True):
                 weight.grad = gradient / scale
             optimiser.step()
-        self._network.load_state_dict(best)
-        self._done.append(best)
-        return least
+        return best, least
 
     def compute_loss(
         self, latents: Tensor, wanted: Tensor, step: int, nothing: Tensor | None, maps: Mapping[str, Tensor]
