@@ -27,7 +27,6 @@ def edit(
     reweight: Mapping[str, float] | None = None,
     blend: tuple[str, str] | None = None,
     inversion: Inversion | None = None,
-    values: float | None = None,
     **more: Any,
 ) -> Iterator[PromptEdit]:
     """Change the picture of one prompt into that of another while the block lasts: Prompt-to-Prompt.
@@ -42,8 +41,7 @@ def edit(
         pipe: a pipeline that :func:`difffast.patch` supports, with attention to the text alone.
         source, target, cross, self_, reweight, blend: see :class:`~difffast.steering.editing.config.EditConfig`.
         inversion: of a real picture, whose prompt ``source`` is; call the pipeline with ``**inversion.arguments`` then.
-        values: with an inversion by "style", the share of the steps at which the target has the picture's values.
-        more: its other fields: ``kind``, ``uncond_self``, ``blend_threshold``, ``blend_from``, ``mode``.
+        more: its other fields: ``kind``, ``uncond_self``, ``values``, ``blend_threshold``, ``blend_from``, ``mode``.
 
     Yields:
         The edit, with its ``prompts``.
@@ -53,7 +51,7 @@ def edit(
         ValueError: a value out of range, prompts that cannot be mapped, or a pipeline that cannot be edited; while the
             pipeline runs, other prompts than the edit's.
     """
-    method = PromptEdit(source, target, cross=cross, self_=self_, reweight=reweight, blend=blend, values=values, **more)
+    method = PromptEdit(source, target, cross=cross, self_=self_, reweight=reweight, blend=blend, **more)
     if inversion is not None and inversion.prompt != source:
         raise ValueError(f"the inversion is of {inversion.prompt!r}, and the source of the edit is {source!r}")
     methods: tuple[Method, ...] = (method,)

@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_text(plain64, monkeypatch
 
 def test_what_cannot_be_inverted_is_said(plain64):
     for options, error in (
-        ({"method": "ddpm"}, "method must be one of ddim, direct, npi, null, edict, style, got 'ddpm'"),
+        ({"method": "ddpm"}, "method must be one of ddim, direct, npi, null, edict, style, ddcm, got 'ddpm'"),
         ({"image": picture((30, 32))}, "sides must be multiples of 4, got 32 x 30"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"guidance": 0.5}, "guidance must be finite and at least 1"),

@@ -280,7 +280,7 @@ def test_an_interrupted_inversion_goes_on_and_files_hold_all_of_it(ready, tmp_pa
     assert not any(type(module).__name__.startswith("Difffast") for module in ready.unet.modules())
 
 
-@pytest.mark.parametrize("kind", ["noise", "velocity", "two encoders"])
+@pytest.mark.parametrize("kind", [pytest.param("noise", marks=pytest.mark.slow), "velocity", "two encoders"])
 def test_reconstructions_are_nearer_than_those_of_ddim(kind, pipe64, monkeypatch):
     monkeypatch.setattr(module, "_UPDATES", 12)
     pipe = zoo.xl("StableDiffusionXLPipeline")() if kind == "two encoders" else pipe64
@@ -362,6 +362,9 @@ def test_what_cannot_be_done_is_said_and_the_pipeline_is_as_before(ready, tmp_pa
     other = dataclasses.replace(found, features=found.features[:, :32])
     with patched(ready, "exact", steering=other), pytest.raises(ValueError, match=r"for texts of \(77, 32\), got"):
         ready(PROMPT, output_type="latent", **other.arguments)
+    dataclasses.replace(found, losses=found.losses[:2]).save(tmp_path / "torn")
+    with pytest.raises(ValueError, match="torn is damaged: it has not what each of its 2 steps has found"):
+        Inversion.load(tmp_path / "torn")
     found.save(tmp_path / "file")
     with pytest.raises(ValueError, match="is of another picture"):
         invert(

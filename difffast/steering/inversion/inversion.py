@@ -17,10 +17,11 @@ from ...sampling.extension import Extension, ExtensionRun, Method, RunInfo
 from ...sampling.position import find_step, is_element
 from ...sampling.scheduler_step import Result
 from ..negative_attention import refuse_attention_edits
+from .ddcm import VirtualReplay
 from .moves import check_scheduler
-from .values import StyleReplay, check_steps
+from .values import StyleReplay, ValueTexts, check_steps
 
-METHODS = ("ddim", "direct", "npi", "null", "edict", "style")
+METHODS = ("ddim", "direct", "npi", "null", "edict", "style", "ddcm")
 #: What files of inversions say that they are.
 _FORMAT = "difffast inversion 1"
 #: Fields that are tensors, and what the names of the networks' parameters begin with.
@@ -40,7 +41,7 @@ class Inversion(Method):
         guidance: the guidance scale to which it belongs.
         size: (height, width) of the picture in pixels.
         trajectory: [steps + 1, C, h, w], latents before each step from noise to picture; for "edict" [2, C, h, w], the
-            coupled noises.
+            coupled noises; for "ddcm" [1, C, h, w], the picture.
         steps: denoising steps.
         null: for "null", [done, T, D]: texts in place of the empty prompt, as many as steps are done.
         features: for "style", [P, D]: tokens of the picture.
@@ -70,7 +71,7 @@ class Inversion(Method):
             raise ValueError("EDICT has a loop of its own: use difffast.steering.generate_edict(pipe, inversion)")
         height, width = self.size
         given = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "height": height, "width": width}
-        return {"latents": self.trajectory[:1], **given}
+        return given if self.method == "ddcm" else {"latents": self.trajectory[:1], **given}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, as a whole or not at all."""
@@ -107,13 +108,18 @@ class Inversion(Method):
         known = json.loads(said["inversion"])
         known |= {"size": tuple(known["size"]), "losses": tuple(known["losses"])}
         networks = {name.removeprefix(_NETWORKS): each for name, each in tensors.items() if name.startswith(_NETWORKS)}
+        found = [*networks.values(), *(tensors[name] for name in ("null",) if name in tensors)]
+        if any(len(each) != len(known["losses"]) for each in found) or (known["method"] == "style") != bool(networks):
+            raise ValueError(f"{path} is damaged: it has not what each of its {len(known['losses'])} steps has found")
         return cls(**{name: tensors.get(name) for name in _TENSORS}, networks=networks or None, **known)
 
-    def attach(self, pipe: Any, unet: nn.Module) -> Replay | StyleReplay:
+    def attach(self, pipe: Any, unet: nn.Module) -> Replay | StyleReplay | VirtualReplay:
         self.check(pipe, unet)
+        if self.method == "ddcm":
+            return VirtualReplay(self.trajectory, self.steps, pipe)
         if self.method == "style":
             refuse_attention_edits(pipe, unet)
-            return StyleReplay(self)
+            return StyleReplay(ValueTexts(self.features, self.networks), self.guidance)
         return Replay(self, pipe)
 
     def check(self, pipe: Any, unet: nn.Module) -> None:
@@ -122,7 +128,7 @@ class Inversion(Method):
         Raises:
             ValueError: another scheduler or UNet, an inversion by EDICT, or one that is not complete.
         """
-        check_scheduler(pipe.scheduler)
+        check_scheduler(pipe.scheduler, noised=self.method == "ddcm")
         self.arguments  # noqa: B018 - refuses EDICT
         if self.method in ("null", "style") and len(self.losses) < self.steps:
             raise ValueError(f"the inversion is not complete: {len(self.losses)} of {self.steps} steps are done")

@@ -1,7 +1,8 @@
 """invert: find the noise, and what else it takes, from which a pipeline makes a given picture.
 
 Sources: DDIM (arXiv 2010.02502); null-text inversion (2211.09794); negative-prompt inversion, NPI (2305.16807); direct
-inversion (2310.01506); EDICT (2211.12446); StyleDiffusion (2303.15649).
+inversion (2310.01506); EDICT (2211.12446); StyleDiffusion (2303.15649); InfEdit
+(2312.04965).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ...target import Target
 from ..negative_attention import refuse_attention_edits
 from .edict import invert_edict
 from .inversion import METHODS, Inversion
-from .moves import Moves
+from .moves import Moves, check_scheduler
 from .networks import read_features
 from .null_text import NullFit
 from .style import StyleFit, use_text_layers
@@ -44,14 +45,15 @@ def invert(
     """Find the noise, and what else it takes, from which a pipeline makes a picture.
 
     Args:
-        pipe: a pipeline of Stable Diffusion's kind, with a DDIMScheduler.
+        pipe: a pipeline of Stable Diffusion's kind, with a DDIMScheduler; for "ddcm" an LCMScheduler will do as well.
         image: the picture, its sides multiples of the autoencoder's factor.
         prompt: what it shows.
         method: "ddim" keeps the noise alone; "direct" also the way, which the source's latents are put back to at every
             step, so that it comes out exactly; "npi" has the prompt in place of the empty one; "null" optimises a text
             in place of the empty one, at every step; "edict" couples two noises, which is exact without a memory;
             "style" optimises networks that make other values of the prompt (StyleDiffusion), from the tokens of the
-            pipeline's ``image_encoder``, or from the latents where it has none.
+            pipeline's ``image_encoder``, or from the latents where it has none; "ddcm" inverts nothing (InfEdit): it
+            keeps the picture, which is noised anew at every step.
         steps: denoising steps.
         guidance: the guidance scale of the reconstruction.
         checkpoint: a file to which "null" and "style" write after every step, and from which they go on if it is there.
@@ -75,6 +77,9 @@ def invert(
     size = (image.height, image.width)
     with torch.no_grad():
         start = encode_image(pipe, image)
+        if method == "ddcm":
+            check_scheduler(pipe.scheduler, noised=True)
+            return Inversion(method, prompt, guidance, size, start, steps)
         moves = Moves(pipe, target.unet, prompt, steps, size)
         if method == "edict":
             return Inversion(method, prompt, guidance, size, invert_edict(pipe, moves, start, guidance), steps)

@@ -28,6 +28,11 @@ def is_enough(loss: float, step: int) -> bool:
     return loss < ENOUGH * (1 + 2 * step)
 
 
+def measure_error(moved: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean square error of latents, in float32 at least: half precision has no squares this small."""
+    return (moved - wanted).to(torch.promote_types(moved.dtype, torch.float32)).square().mean()
+
+
 class NullFit:
     """Null texts, step by step.
 
@@ -84,7 +89,7 @@ def optimise_null_text(
         with torch.enable_grad():
             nothing = moves.predict_null(latents, step, text[None].to(null.dtype))
             moved = moves.forwards(latents, nothing + guidance * (own - nothing), step)
-            loss = (moved - wanted).square().mean()
+            loss = measure_error(moved, wanted)
         if not math.isfinite(loss.item()):
             warnings.warn(f"difffast: the null text of step {step} diverged; the best one is kept", stacklevel=5)
             break

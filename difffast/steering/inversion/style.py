@@ -30,7 +30,7 @@ from ..descent import LOSS_SCALES
 from .inversion import Inversion
 from .moves import Moves
 from .networks import make_network
-from .null_text import is_enough, rate_at
+from .null_text import is_enough, measure_error, rate_at
 from .prefix import compute_once, find_prefix
 
 #: Updates of the first step's network; later ones have fewer, by e every ten steps.
@@ -148,7 +148,7 @@ class StyleFit:
         """
         noise, own = self._predict(latents, step)
         moved = self._moves.forwards(latents, _guide(nothing, noise, self._found.guidance), step)
-        return (moved - wanted).square().mean() + sum((own[name] - maps[name]).square().mean() for name in maps)
+        return measure_error(moved, wanted) + sum((own[name] - maps[name]).square().mean() for name in maps)
 
     def predict(self, latents: Tensor, step: int) -> Tensor:
         """Return a done step's guided noise."""

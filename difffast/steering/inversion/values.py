@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +15,23 @@ from ...layers.text_kv import TextKV
 from ...sampling.extension import Extension, ExtensionRun, RunInfo
 from .networks import make_network
 
-if TYPE_CHECKING:
-    from .inversion import Inversion
-
 
 class ValueTexts:
     """What gives the values in place of a text, at every step of an inversion by "style".
 
     Args:
-        inversion: by "style", and complete.
+        features: [P, D], tokens of the picture.
+        networks: by parameter, [steps, ...].
     """
 
     @torch.no_grad()
-    def __init__(self, inversion: Inversion) -> None:
-        self._steps = inversion.steps
-        networks = inversion.networks
-        network = make_network(inversion.features, networks["last.bias"].shape[1] // 2)
+    def __init__(self, features: Tensor, networks: Mapping[str, Tensor]) -> None:
+        self._steps, rows = networks["last.bias"].shape
+        network = make_network(features, rows // 2)
         found = []
-        for step in range(inversion.steps):
+        for step in range(self._steps):
             network.load_state_dict({name: each[step] for name, each in networks.items()})
-            found.append(network(inversion.features))
+            found.append(network(features))
         #: gamma and beta [T, D] of every step.
         self._scales = found
 
@@ -83,8 +80,8 @@ class StyleReplay(Extension):
     alone = True
     edits_attention = True
 
-    def __init__(self, inversion: Inversion) -> None:
-        self._texts, self._guidance = ValueTexts(inversion), inversion.guidance
+    def __init__(self, texts: ValueTexts, guidance: float) -> None:
+        self._texts, self._guidance = texts, guidance
 
     def describe(self) -> Iterator[tuple[str, str]]:
         yield "attn2", "values of a picture inverted by 'style'"
