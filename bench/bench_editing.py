@@ -1,9 +1,10 @@
-"""What suppression, edits and negative attention do to pictures of the embedded model, and what they cost.
+"""What suppression, edits, inversions and negative attention do to pictures of the embedded model, and what they cost.
 
-    python bench/bench_editing.py --out bench/results
+    python bench/bench_editing.py --only inversions --out bench/results
 
-Prints the table and writes editing.json and editing.png.  Pictures are judged by bench/drawn/judge.py: an object is
-present where its shape is found.  "First" and "last" say which of the prompt's two objects is suppressed.
+Prints what is found, writes it to editing.json beside what other parts have left there, and draws sheets of pictures.
+Pictures are judged by bench/drawn/judge.py: an object is present where its shape is found.  "First" and "last" say
+which of the prompt's two objects is suppressed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ PAIRS = (
 )
 #: Colours that take the place of the first objects'.
 COLOURS = ("green", "purple", "orange", "red", "yellow", "blue")
+#: Ways to take a picture for a real one, and their guidance; without inversion, a smaller one is usual.
+INVERSIONS = {"direct": 7.5, "null": 7.5, "style": 7.5, "ddcm": 2.0}
+PARTS = ("edits", "suppression", "optimised suppression", "inversions", "negative attention")
 #: The authors' step size is for SD 1.x; here it overshoots.
 STEP_SIZE = 2.0
 Picture = Callable[..., Image.Image]
@@ -53,16 +57,19 @@ def find_shapes(image: Image.Image) -> list[str | None]:
     return [found.shape for found in detect(image)]
 
 
-def suppress_all(pipe: Any, pictures: dict[str, Image.Image]) -> dict[str, dict[str, float]]:
+def suppress_all(pipe: Any, pictures: dict[str, Image.Image], *, optimise: bool) -> dict[str, dict[str, float]]:
     """Suppress either object of every pair; returns the shares of objects that are present, by method."""
-    methods: Mapping[str, Callable[[Picture, str, str], Image.Image]] = {
+    by_embedding: Mapping[str, Callable[[Picture, str, str], Image.Image]] = {
         "embedding alone": lambda picture, prompt, words: picture(**difffast.suppress(pipe, prompt, words)),
+        "re-encoded": lambda picture, prompt, words: picture(**difffast.suppress(pipe, prompt, words, reencode=True)),
+    }
+    by_optimisation: Mapping[str, Callable[[Picture, str, str], Image.Image]] = {
         "optimised": lambda picture, prompt, words: steer(pipe, picture, prompt, words, "paper"),
         "optimised, reference": lambda picture, prompt, words: steer(pipe, picture, prompt, words, "reference"),
     }
     found: dict[str, dict[str, float]] = {}
     for place in ("first", "last"):
-        for name, method in methods.items():
+        for name, method in (by_optimisation if optimise else by_embedding).items():
             counts = dict.fromkeys(("gone before", "gone after", "others before", "others after"), 0)
             for seed, pair in enumerate(PAIRS):
                 prompt = f"a {pair[0]} and a {pair[1]}"
@@ -118,6 +125,44 @@ def edit_all(pipe: Any, pictures: dict[str, Image.Image]) -> dict[str, float]:
     }
 
 
+def invert_all(pipe: Any, pictures: dict[str, Image.Image]) -> dict[str, dict[str, float]]:
+    """Take pictures for real ones, invert them, make them again, and edit them; returns shares and PSNRs, by method."""
+    found: dict[str, dict[str, float]] = {}
+    for method, guidance in INVERSIONS.items():
+        psnr, outside, changed, kept = [], [], 0, 0
+        for seed, (pair, colour) in enumerate(zip(PAIRS, COLOURS, strict=True)):
+            shape = pair[0].split()[1]
+            source, target = (f"a {first} and a {pair[1]}" for first in (pair[0], f"{colour} {shape}"))
+            with difffast.patched(pipe, "exact"):
+                original = make_picture(pipe, seed)(source)
+            inversion = difffast.invert(pipe, original, source, method, steps=STEPS, guidance=guidance)
+            noise = torch.Generator().manual_seed(seed)
+            with difffast.edit(pipe, source, target, inversion=inversion) as edited:
+                again, after = pipe(edited.prompts, generator=noise, **inversion.arguments).images
+            seen = [(each.colour, each.shape) for each in detect(after)]
+            changed += (colour, shape) in seen
+            kept += tuple(pair[1].split()) in seen
+            psnr.append(compute_psnr(original, again))
+            place = next((each for each in detect(original) if each.shape == shape), None)
+            if place is not None:
+                outside.append(outside_psnr(original, after, place))
+            pictures |= {f"{source} | original": original, f"{source} | {method}": again}
+            pictures[f"{source} | {method}, edited"] = after
+        found[method] = {
+            "reconstruction, dB": statistics.median(psnr),
+            "has the new colour": changed / len(PAIRS),
+            "other object as it was": kept / len(PAIRS),
+            "PSNR outside, dB": statistics.median(outside),
+        }
+        print(method, found[method], flush=True)
+    return found
+
+
+def compute_psnr(one: Image.Image, other: Image.Image) -> float:
+    difference = (np.asarray(one, np.float64) - np.asarray(other, np.float64)) / 255
+    return float(-10 * np.log10(max((difference**2).mean(), 1e-10)))
+
+
 def outside_psnr(one: Image.Image, other: Image.Image, place: Any) -> float:
     """Return the PSNR of what lies further than 1.5 radii from an object."""
     a, b = (np.asarray(image, np.float64) / 255 for image in (one, other))
@@ -145,8 +190,8 @@ def time_negative(pipe: Any, rounds: int) -> dict[str, float]:
 
 
 def draw(pictures: Mapping[str, Image.Image], path: Path) -> None:
-    """Write a sheet: for three pairs the picture, three suppressions of the last object, the edit, the prompt alone."""
-    titles = ("stock", "embedding alone", "optimised", "reference", "edited", "other prompt")
+    """Write a sheet: for three pairs the picture, four suppressions of the last object, the edit, the prompt alone."""
+    titles = ("stock", "embedding alone", "re-encoded", "optimised", "reference", "edited", "other prompt")
     side, gap, head = 128, 6, 34
     sheet = Image.new("RGB", (len(titles) * (side + gap) + gap, 3 * (side + head) + 20), "white")
     pen = ImageDraw.Draw(sheet)
@@ -154,7 +199,7 @@ def draw(pictures: Mapping[str, Image.Image], path: Path) -> None:
         pen.text((gap + column * (side + gap), 4), title, fill="black")
     for row, (pair, colour) in enumerate(list(zip(PAIRS, COLOURS, strict=True))[:3]):
         prompt, top = f"a {pair[0]} and a {pair[1]}", 20 + row * (side + head)
-        names = ["embedding alone", "optimised", "optimised, reference"]
+        names = ["embedding alone", "re-encoded", "optimised", "optimised, reference"]
         keys = [prompt, *(f"{prompt} | {name} | last" for name in names)]
         keys += [f"{prompt} | edited", f"{prompt} | prompt alone"]
         for column, key in enumerate(keys):
@@ -165,23 +210,55 @@ def draw(pictures: Mapping[str, Image.Image], path: Path) -> None:
     sheet.save(path)
 
 
+def draw_sheet(pictures: Mapping[str, Image.Image], names: Mapping[str, str], path: Path) -> None:
+    """Write a sheet: a row for each pair with the pictures of some names; ``names``: title -> end of the name."""
+    side, gap, head = 112, 6, 18
+    sheet = Image.new("RGB", (len(names) * (side + gap) + gap, len(PAIRS) * (side + gap) + head), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (title, name) in enumerate(names.items()):
+        pen.text((gap + column * (side + gap), 2), title, fill="black")
+        for row, pair in enumerate(PAIRS):
+            image = pictures[f"a {pair[0]} and a {pair[1]}{name}"].resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(image, (gap + column * (side + gap), head + row * (side + gap)))
+    sheet.save(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for editing.json and editing.png")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for editing.json and the sheets")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     arguments = parser.parse_args()
     pipe = difffast.models.embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pictures: dict[str, Image.Image] = {}
-    record: dict[str, Any] = {"steps": STEPS, "pairs": len(PAIRS), "torch": torch.__version__}
-    record["edits"] = edit_all(pipe, pictures)
-    print(record["edits"], flush=True)
-    record["suppression"] = suppress_all(pipe, pictures)
-    record["negative attention"] = time_negative(pipe, arguments.rounds)
-    print(record["negative attention"], flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "editing.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(pictures, arguments.out / "editing.png")
+    path = arguments.out / "editing.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    record |= {"steps": STEPS, "pairs": len(PAIRS), "torch": torch.__version__}
+    parts: dict[str, Callable[[], Any]] = {
+        "edits": lambda: edit_all(pipe, pictures),
+        "suppression": lambda: suppress_all(pipe, pictures, optimise=False),
+        "optimised suppression": lambda: suppress_all(pipe, pictures, optimise=True),
+        "inversions": lambda: invert_all(pipe, pictures),
+        "negative attention": lambda: time_negative(pipe, arguments.rounds),
+    }
+    for name in arguments.only:
+        record[name] = parts[name]()
+        print(name, record[name], flush=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    if {"edits", "suppression", "optimised suppression"} <= set(arguments.only):
+        draw(pictures, arguments.out / "editing-sheet.png")
+    if "suppression" in arguments.only:
+        names = {"stock": ""}
+        for place in ("first", "last"):
+            for name in ("embedding alone", "re-encoded"):
+                names[f"{place}, {name.split()[0]}"] = f" | {name} | {place}"
+        draw_sheet(pictures, names, arguments.out / "suppression.png")
+    if "inversions" in arguments.only:
+        names = {"original": " | original"}
+        names |= {name: f" | {name}" for method in INVERSIONS for name in (method, f"{method}, edited")}
+        draw_sheet(pictures, names, arguments.out / "inversions.png")
 
 
 if __name__ == "__main__":

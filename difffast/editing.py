@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .patch import patched
+from .sampling.extension import Method
 from .sites import find_site
 from .steering.editing.method import PromptEdit
 from .steering.inversion.inversion import Inversion
@@ -40,7 +41,7 @@ def edit(
         pipe: a pipeline that :func:`difffast.patch` supports, with attention to the text alone.
         source, target, cross, self_, reweight, blend: see :class:`~difffast.steering.editing.config.EditConfig`.
         inversion: of a real picture, whose prompt ``source`` is; call the pipeline with ``**inversion.arguments`` then.
-        more: its other fields: ``kind``, ``uncond_self``, ``blend_threshold``, ``blend_from``, ``mode``.
+        more: its other fields: ``kind``, ``uncond_self``, ``values``, ``blend_threshold``, ``blend_from``, ``mode``.
 
     Yields:
         The edit, with its ``prompts``.
@@ -53,7 +54,9 @@ def edit(
     method = PromptEdit(source, target, cross=cross, self_=self_, reweight=reweight, blend=blend, **more)
     if inversion is not None and inversion.prompt != source:
         raise ValueError(f"the inversion is of {inversion.prompt!r}, and the source of the edit is {source!r}")
-    methods = (method,) if inversion is None else (inversion, method)
+    methods: tuple[Method, ...] = (method,)
+    if inversion is not None:  # attention is edited by one method, which then has the other's values as well
+        methods = (method.inject(inversion),) if inversion.method == "style" else (inversion, method)
     site = find_site(pipe)
     options = {"preset": "exact"} if site is None else site.options.as_arguments()
     with patched(pipe, **{**options, "steering": (*options.get("steering", ()), *methods)}):

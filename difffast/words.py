@@ -50,15 +50,20 @@ class Words:
         return tuple(sorted({position for each in found for position in each}))
 
 
-def read_words(tokenizer: Any, text: str) -> Words:
+def read_words(tokenizer: Any, text: str, longest: int | None = None) -> Words:
     """Return the words of a prompt as a tokenizer cuts them; what is too long for the text encoder is left out.
+
+    Args:
+        tokenizer: the pipeline's.
+        text: the prompt.
+        longest: tokens that the pipeline gives its text encoder; None: as many as the tokenizer says.
 
     Raises:
         ValueError: the tokenizer fills short texts up from the left, so that positions depend on the length.
     """
     if tokenizer.padding_side == "left":
         raise ValueError(f"{type(tokenizer).__name__} pads on the left, so that words have no fixed positions")
-    ids = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length).input_ids
+    ids = tokenizer(text, truncation=True, max_length=longest or tokenizer.model_max_length).input_ids
     pieces = tuple(tokenizer.convert_ids_to_tokens(ids))
     spoken = [position for position, each in enumerate(ids) if each not in tokenizer.all_special_ids]
     return Words(text, pieces, _group(pieces, spoken), tokenizer.tokenize)

@@ -64,8 +64,13 @@ class NegativeAttention(Method):
         return NegativeTexts(self, pipe)
 
 
-def refuse_attention_edits(pipe: Any, unet: nn.Module) -> None:
+def refuse_attention_edits(pipe: Any, unet: nn.Module, *, added_keys: bool = False) -> None:
     """Refuse a pipeline whose cross-attention layers cannot be edited.
+
+    Args:
+        pipe: the pipeline.
+        unet: its plain UNet.
+        added_keys: whether layers that attend to pixels as well will do, because their text alone is edited.
 
     Raises:
         ValueError: there are none, they attend to pixels as well, the text does not reach them as it was given, or the
@@ -73,7 +78,7 @@ def refuse_attention_edits(pipe: Any, unet: nn.Module) -> None:
     """
     layers = find_layers(unet)
     support = support_of(plain_class(pipe))
-    if not layers or any(map(has_added_keys, layers.values())):
+    if not layers or (not added_keys and any(map(has_added_keys, layers.values()))):
         raise ValueError(
             f"{type(unet).__name__} has no attention to the text alone, so that it cannot be edited (DeepFloyd IF's "
             "layers attend to text and pixels in one softmax)"

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..surgery.subclass import plain_class
 from ..words import Words, read_words
 
+#: DeepFloyd IF's tokenizer knows no limit, and the pipeline has this one.
+_DEEPFLOYD_TOKENS = 77
+
 
 @dataclass(frozen=True)
 class PromptCall:
@@ -68,6 +71,16 @@ def watch_encode_prompt(pipe: Any, remember: Callable[[Any, PromptCall], None]) 
     return encode_prompt
 
 
+def read_arguments(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of a call of a pipeline by name, with defaults; none where they do not fit."""
+    try:
+        bound = inspect.signature(plain_class(pipe).__call__).bind(pipe, *args, **kwargs)
+    except TypeError:  # which the pipeline will say better
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
+
+
 def encode_alone(pipe: Any, text: str) -> Mapping[str, Tensor]:
     """Return what a pipeline makes of one text, without guidance, as arguments of its call.
 
@@ -101,15 +114,15 @@ def read_prompt_words(pipe: Any, text: str) -> tuple[tuple[Words, int], ...]:
         tokenizer = getattr(pipe, name, None)
         if tokenizer is None:
             continue
-        own = text
+        own, longest = text, None
         if hasattr(pipe, "maybe_convert_prompt"):
             own = pipe.maybe_convert_prompt(own, tokenizer)  # textual inversion: one word may stand for several vectors
         if hasattr(pipe, "_text_preprocessing"):
-            own = pipe._text_preprocessing(own)[0]
+            own, longest = pipe._text_preprocessing(own)[0], _DEEPFLOYD_TOKENS
         encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         config = getattr(encoder, "config", None)
         width = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)
-        found.append((read_words(tokenizer, own), width))
+        found.append((read_words(tokenizer, own, longest), width))
     if not found:
         raise ValueError(f"{type(pipe).__name__} has no tokenizer")
     return tuple(found)

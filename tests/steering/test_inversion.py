@@ -12,7 +12,7 @@ from sampling import largest, picture, scheduler
 import difffast
 from difffast import Inversion, invert, patched
 from difffast.steering import generate_edict
-from difffast.steering.inversion import invert as module
+from difffast.steering.inversion import null_text as module
 from difffast.steering.inversion.edict import follow_edict, invert_edict
 from difffast.steering.inversion.moves import Moves
 
@@ -85,7 +85,7 @@ def test_negative_prompt_inversion_has_the_prompt_twice(plain64):
 
 
 def test_the_null_text_descends_as_adam_does(plain64, monkeypatch):
-    monkeypatch.setattr(module, "_ENOUGH", 0.0)
+    monkeypatch.setattr(module, "ENOUGH", 0.0)
     steps = 3
     found = invert(plain64, picture(32), PROMPT, "null", steps=steps, guidance=3.0)
     way = found.trajectory
@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_text(plain64, monkeypatch
 
 def test_what_cannot_be_inverted_is_said(plain64):
     for options, error in (
-        ({"method": "ddpm"}, "method must be one of ddim, direct, npi, null, edict, got 'ddpm'"),
+        ({"method": "ddpm"}, "method must be one of ddim, direct, npi, null, edict, style, ddcm, got 'ddpm'"),
         ({"image": picture((30, 32))}, "sides must be multiples of 4, got 32 x 30"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"guidance": 0.5}, "guidance must be finite and at least 1"),

@@ -1,6 +1,7 @@
 """Soft-weighted regularisation against its definition by a full SVD, and words found in every kind of prompt."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -78,6 +79,25 @@ def test_two_text_encoders_are_regularised_one_by_one():
     pipe.set_progress_bar_config(disable=True)
     image = pipe(**found, num_inference_steps=2, height=32, width=32, output_type="latent").images
     assert image.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["one encoder", "two encoders"])
+def test_the_other_words_may_come_from_the_prompt_without(kind, pipe64):
+    pipe = zoo.xl("StableDiffusionXLPipeline")().to(dtype=torch.float64) if kind == "two encoders" else pipe64
+    encode = partial(pipe.encode_prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    text, short = (encode(each)[0].detach() for each in (PROMPT, "a by a elk"))  # a=1 by=2 3 a=4 elk=5..7
+    expected = text.clone()
+    expected[0, [1, 7, 8, 9, 10, 11, 12]] = short[0, [1, 2, 3, 4, 5, 6, 7]]
+    rows = [2, 3, 4, 5, 6, *range(13, text.shape[1])]
+    found = difffast.suppress(pipe, PROMPT, "red ox", reencode=True)["prompt_embeds"]
+    widths = [64, 64] if kind == "two encoders" else [64]
+    for part, own in zip(found.split(widths, 2), expected.split(widths, 2), strict=True):
+        own[0, rows] = by_svd(own[0, rows])
+        assert (part - own).abs().max() <= 1e-12 * text.abs().max()
+    assert (found[0, 7] - text[0, 7]).abs().max() > 1e-3
+    assert torch.equal(expected[0, 1], text[0, 1])  # what stands before is not changed by what follows
+    with pytest.raises(ValueError, match="leave out reencode"):
+        difffast.suppress(pipe, PROMPT, "ox", strengthen=True, reencode=True)
 
 
 def test_what_cannot_be_suppressed_is_refused_by_name(pipe):

@@ -145,12 +145,13 @@ def test_a_run_is_the_method_written_out(pipe64, mode):
     assert largest(found, expected) <= 1e-9 * moved
 
 
-def test_without_iterations_it_is_the_regularised_text_from_a_fifth_on(pipe64):
-    method = Suppression("elk", iterations=0)
+@pytest.mark.parametrize("reencode", [False, True])
+def test_without_iterations_it_is_the_regularised_text_from_a_fifth_on(pipe64, reencode):
+    method = Suppression("ox", iterations=0, reencode=reencode)
     with patched(pipe64, "exact", steering=method):
         found = latents(pipe64, PROMPT, steps=10)
     plain = pipe64.encode_prompt(PROMPT, "cpu", 1, False)[0].detach()
-    changed = difffast.suppress(pipe64, PROMPT, "elk")["prompt_embeds"]
+    changed = difffast.suppress(pipe64, PROMPT, "ox", reencode=reencode)["prompt_embeds"]
 
     def swap(pipe, step, timestep, tensors):
         tensors["prompt_embeds"] = torch.cat([tensors["prompt_embeds"][:1], changed if step >= 1 else plain])

@@ -89,13 +89,18 @@ class Binder(Extension):
         self._encoded[threading.get_ident()] = encoded
 
 
-def choose_map_layers(unet: nn.Module, layers: Any) -> tuple[str, ...]:
+def choose_map_layers(unet: nn.Module, layers: Any, *, added_keys: bool = False) -> tuple[str, ...]:
     """Names of the attn2 layers whose maps are used; see :class:`SemanticBinding`.
+
+    Args:
+        unet: the UNet.
+        layers: names or shell-style patterns; None: the default.
+        added_keys: whether layers that attend to text and pixels in one softmax will do (DeepFloyd IF).
 
     Raises:
         ValueError: a pattern that matches none, or a UNet without such layers.
     """
-    if any(map(has_added_keys, find_layers(unet).values())):
+    if not added_keys and any(map(has_added_keys, find_layers(unet).values())):
         raise ValueError(
             f"{type(unet).__name__} has attention with added keys in place of attn2 layers: after its norm and biases "
             "the rows of absorbed tokens are not zero, so that semantic binding cannot leave them out"

@@ -9,6 +9,8 @@ from typing import Literal
 
 KINDS = ("replace", "refine")
 MODES = ("paper", "reference")
+#: The authors' share of steps with values from the picture.
+_VALUES = 0.6
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class EditConfig:
         self_: the same for the pixels' attention to each other, in layers of at most a sixteenth of the latents' size.
         uncond_self: the same for the unconditional half of guidance's batch, up to a quarter of the latents' size
             (P2Plus, StyleDiffusion, arXiv 2303.15649); 0 leaves it alone.
+        values: with an inversion by "style", the share of the steps at which the target's values come from the picture
+            as well; None: 0.6, or 0 without such an inversion.
         reweight: words of the target and by how much their maps are multiplied.
         blend: a word of the source and one of the target: outside of where they are, the picture stays.  None: the
             whole picture may change.
@@ -43,6 +47,7 @@ class EditConfig:
     cross: float = 0.8
     self_: float = 0.4
     uncond_self: float = 0.0
+    values: float | None = None
     reweight: Mapping[str, float] | None = None
     blend: tuple[str, str] | None = None
     blend_threshold: float = 0.3
@@ -57,8 +62,10 @@ class EditConfig:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, None, got {self.kind!r}")
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        for name in ("cross", "self_", "uncond_self", "blend_threshold", "blend_from"):
+        for name in ("cross", "self_", "uncond_self", "values", "blend_threshold", "blend_from"):
             value = getattr(self, name)
+            if value is None and name == "values":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a share, 0 .. 1, got {value!r}")
         for word, factor in dict(self.reweight or {}).items():
@@ -76,6 +83,11 @@ class EditConfig:
     def count_self_steps(self, total: int, *, unconditional: bool = False) -> int:
         """Return at how many steps of ``total`` self-attention is, or that of the unconditional half."""
         share = self.uncond_self if unconditional else self.self_
+        return int(share * total) if self.mode == "reference" else round(share * total)
+
+    def count_value_steps(self, total: int) -> int:
+        """Return at how many steps of ``total`` the target's values come from an inverted picture."""
+        share = _VALUES if self.values is None else self.values
         return int(share * total) if self.mode == "reference" else round(share * total)
 
     def count_edited_steps(self, total: int) -> int:

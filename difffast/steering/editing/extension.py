@@ -14,6 +14,7 @@ from ...sampling.extension import Extension, RunInfo
 from ...sampling.scheduler_step import Result
 from ...surgery.subclass import plain_class
 from ...words import Words
+from ..inversion.values import ValueTexts
 from ..prompt_calls import PromptCall, read_prompt_words, watch_encode_prompt
 from .config import EditConfig
 from .mappers import EditedPrompts, map_refined, map_replaced
@@ -26,6 +27,7 @@ class PromptEditor(Extension):
     Args:
         config: what to do.
         pipe: the pipeline.
+        values: of a picture inverted by "style"; None: the prompts' own.
 
     Raises:
         ValueError: a word that is not in its prompt, or prompts that cannot be mapped.
@@ -34,7 +36,8 @@ class PromptEditor(Extension):
     alone = True
     edits_attention = True
 
-    def __init__(self, config: EditConfig, pipe: Any) -> None:
+    def __init__(self, config: EditConfig, pipe: Any, values: ValueTexts | None = None) -> None:
+        self._values = values
         self.config, self._watch = config, watch_encode_prompt(pipe, self._read)
         self._latents = override_prepare_latents(pipe)
         source, target = (read_prompt_words(pipe, text)[0][0] for text in (config.source, config.target))
@@ -54,21 +57,24 @@ class PromptEditor(Extension):
         return () if self.config.blend is None else (self._blend,)
 
     def full_steps(self, total: int) -> Sequence[int]:
-        return range(min(self.config.count_edited_steps(total) + 1, total))
+        return range(total if self._values is not None else min(self.config.count_edited_steps(total) + 1, total))
 
     def begin(self, info: RunInfo) -> EditRun:
         """Begin a run.
 
         Raises:
-            ValueError: it has other prompts than the edit's.
+            ValueError: it has other prompts than the edit's, or another schedule than the inversion's.
         """
+        if self._values is not None:
+            self._values.check(info)
         thread = threading.get_ident()
         call = self._read_by.pop(thread, None)
         wanted = (self.config.source, self.config.target)
         if call is None or call.prompts != wanted:
             got = "no prompts as text" if call is None or not call.prompts else list(call.prompts)
             raise ValueError(f"inside an edit the pipeline must be called with its prompts, {list(wanted)}, got {got}")
-        self._run_by[thread] = EditRun(self.config, self.prepare(call.embeds.shape[1]), call, info)
+        prompts = self.prepare(call.embeds.shape[1])
+        self._run_by[thread] = EditRun(self.config, prompts, call, info, self._values)
         return self._run_by[thread]
 
     def prepare(self, rows: int) -> EditedPrompts:

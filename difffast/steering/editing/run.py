@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ...layers.context import CrossCall
+from ...layers.text_kv import TextKV
 from ...sampling.extension import ExtensionRun, RunInfo
+from ..inversion.values import ValueTexts, swap_values
 from ..prompt_calls import PromptCall
 from .attention import attend_edited, average_map, weigh
 from .blend import LocalBlend
@@ -32,9 +35,19 @@ class EditRun(ExtensionRun):
         prompts: what is made of the prompts.
         call: of ``encode_prompt``.
         info: what is told of the run.
+        values: of a picture inverted by "style"; None: the prompts' own.
     """
 
-    def __init__(self, config: EditConfig, prompts: EditedPrompts, call: PromptCall, info: RunInfo) -> None:
+    def __init__(
+        self,
+        config: EditConfig,
+        prompts: EditedPrompts,
+        call: PromptCall,
+        info: RunInfo,
+        values: ValueTexts | None = None,
+    ) -> None:
+        self._values = values
+        self._kv: TextKV | None = None
         self._config, self._prompts, self._info = config, prompts, info
         self._images, self._step, self._pixels = len(call.embeds) // 2, 0, 0
         self._blend = LocalBlend(config.blend_threshold)
@@ -57,15 +70,26 @@ class EditRun(ExtensionRun):
         self._step, self._pixels = step, height * width
         alpha = 1.0 if step < self._config.count_cross_steps(self._info.total) else 0.0
         self._weights = weigh(self._prompts.mapper, self._prompts.factors, alpha)
+        if self._values is not None:
+            self._kv = self._make_values(call["encoder_hidden_states"], step)
         return call
 
+    def _make_values(self, text: Tensor, step: int) -> TextKV:
+        """Return what gives the values: the picture's for the source, and for the target as long as it has them."""
+        text = text[-2 * self._images :]
+        changed = self._values.mix(text, step)
+        if step >= self._config.count_value_steps(self._info.total):
+            changed = torch.cat([changed[: self._images], text[self._images :]])
+        return TextKV(changed, Counter())
+
     def attention(self, step: int) -> EditRun | None:
-        return self if step < self._config.count_edited_steps(self._info.total) else None
+        edited = self._values is not None or step < self._config.count_edited_steps(self._info.total)
+        return self if edited else None
 
     def edits_cross(self, name: str) -> bool:
         """Every layer is changed up to the last step of the window, and looked at for the local blend."""
         inside = self._step < self._config.count_cross_steps(self._info.total)
-        return inside or self._prompts.blend is not None
+        return inside or self._prompts.blend is not None or self._kv is not None
 
     def share_rows(self, name: str, rows: int, pixels: int) -> Sequence[int] | None:
         """Give the target's rows the queries and keys of the source's, in small layers."""
@@ -86,9 +110,14 @@ class EditRun(ExtensionRun):
         mix, keep_own = self._weights
         if self._prompts.blend is not None and call.query.shape[2] * _BLEND == self._pixels:
             self._look(call, source, mine)
+        if self._kv is not None:
+            if call.watched:
+                own()  # which hands out the maps; these do not depend on values
+            call = swap_values(call, self._kv)
+        changed = self._kv is not None
         if self._step >= self._config.count_cross_steps(self._info.total):
-            return own()
-        if call.watched:
+            return call.attend(call.query, call.keys, call.values) if changed else own()
+        if call.watched and not changed:
             rest = own()[:-images]
         else:
             rest = call.attend(call.query[:-images], call.keys[:-images], call.values[:-images])

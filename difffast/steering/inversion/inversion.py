@@ -16,11 +16,16 @@ from ...files import write_whole
 from ...sampling.extension import Extension, ExtensionRun, Method, RunInfo
 from ...sampling.position import find_step, is_element
 from ...sampling.scheduler_step import Result
+from ..negative_attention import refuse_attention_edits
+from .ddcm import VirtualReplay
 from .moves import check_scheduler
+from .values import StyleReplay, ValueTexts, check_steps
 
-METHODS = ("ddim", "direct", "npi", "null", "edict")
+METHODS = ("ddim", "direct", "npi", "null", "edict", "style", "ddcm")
 #: What files of inversions say that they are.
 _FORMAT = "difffast inversion 1"
+#: Fields that are tensors, and what the names of the networks' parameters begin with.
+_TENSORS, _NETWORKS = ("trajectory", "null", "features"), "networks."
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,12 @@ class Inversion(Method):
         guidance: the guidance scale to which it belongs.
         size: (height, width) of the picture in pixels.
         trajectory: [steps + 1, C, h, w], latents before each step from noise to picture; for "edict" [2, C, h, w], the
-            coupled noises.
+            coupled noises; for "ddcm" [1, C, h, w], the picture.
         steps: denoising steps.
         null: for "null", [done, T, D]: texts in place of the empty prompt, as many as steps are done.
-        losses: for "null", the error that each step was left with.
+        features: for "style", [P, D]: tokens of the picture.
+        networks: for "style", by parameter, [done, ...]: the networks that make values of texts and features.
+        losses: for "null" and "style", the error that each step was left with.
     """
 
     method: str
@@ -49,6 +56,8 @@ class Inversion(Method):
     trajectory: Tensor
     steps: int
     null: Tensor | None = None
+    features: Tensor | None = None
+    networks: Mapping[str, Tensor] | None = None
     losses: tuple[float, ...] = field(default=())
 
     @property
@@ -62,16 +71,16 @@ class Inversion(Method):
             raise ValueError("EDICT has a loop of its own: use difffast.steering.generate_edict(pipe, inversion)")
         height, width = self.size
         given = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "height": height, "width": width}
-        return {"latents": self.trajectory[:1], **given}
+        return given if self.method == "ddcm" else {"latents": self.trajectory[:1], **given}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, as a whole or not at all."""
         from safetensors.torch import save
 
-        tensors = {"trajectory": self.trajectory.contiguous().cpu()}
-        if self.null is not None:
-            tensors["null"] = self.null.contiguous().cpu()
-        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("trajectory", "null")}
+        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        tensors |= {f"{_NETWORKS}{name}": each for name, each in (self.networks or {}).items()}
+        tensors = {name: each.contiguous().cpu() for name, each in tensors.items()}
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_TENSORS, "networks")}
         with write_whole(Path(path)) as part:
             part.write_bytes(save(tensors, {"format": _FORMAT, "inversion": json.dumps(said)}))
 
@@ -98,16 +107,33 @@ class Inversion(Method):
             raise ValueError(f"{path} is no {_FORMAT}, got {said.get('format', 'no format')!r}")
         known = json.loads(said["inversion"])
         known |= {"size": tuple(known["size"]), "losses": tuple(known["losses"])}
-        return cls(trajectory=tensors["trajectory"], null=tensors.get("null"), **known)
+        networks = {name.removeprefix(_NETWORKS): each for name, each in tensors.items() if name.startswith(_NETWORKS)}
+        found = [*networks.values(), *(tensors[name] for name in ("null",) if name in tensors)]
+        if any(len(each) != len(known["losses"]) for each in found) or (known["method"] == "style") != bool(networks):
+            raise ValueError(f"{path} is damaged: it has not what each of its {len(known['losses'])} steps has found")
+        return cls(**{name: tensors.get(name) for name in _TENSORS}, networks=networks or None, **known)
 
-    def attach(self, pipe: Any, unet: nn.Module) -> Replay:
-        check_scheduler(pipe.scheduler)
+    def attach(self, pipe: Any, unet: nn.Module) -> Replay | StyleReplay | VirtualReplay:
+        self.check(pipe, unet)
+        if self.method == "ddcm":
+            return VirtualReplay(self.trajectory, self.steps, pipe)
+        if self.method == "style":
+            refuse_attention_edits(pipe, unet)
+            return StyleReplay(ValueTexts(self.features, self.networks), self.guidance)
+        return Replay(self, pipe)
+
+    def check(self, pipe: Any, unet: nn.Module) -> None:
+        """Refuse a pipeline in which the picture cannot be made again.
+
+        Raises:
+            ValueError: another scheduler or UNet, an inversion by EDICT, or one that is not complete.
+        """
+        check_scheduler(pipe.scheduler, noised=self.method == "ddcm")
         self.arguments  # noqa: B018 - refuses EDICT
-        if self.null is not None and len(self.null) < self.steps:
-            raise ValueError(f"the inversion is not complete: {len(self.null)} of {self.steps} steps are done")
+        if self.method in ("null", "style") and len(self.losses) < self.steps:
+            raise ValueError(f"the inversion is not complete: {len(self.losses)} of {self.steps} steps are done")
         if unet.config.in_channels != self.trajectory.shape[1]:
             raise ValueError(f"latents must have {unet.config.in_channels} channels, got {self.trajectory.shape[1]}")
-        return Replay(self, pipe)
 
 
 class Replay(Extension):
@@ -133,11 +159,7 @@ class Replay(Extension):
         Raises:
             ValueError: its schedule is not the inversion's.
         """
-        if info.total != self._inversion.steps:
-            raise ValueError(
-                f"a picture inverted in {self._inversion.steps} steps needs as many, got {info.total}: call the "
-                "pipeline with **inversion.arguments"
-            )
+        check_steps(self._inversion.steps, info)
         return ReplayRun(self._inversion)
 
     def _correct(self, scheduler: Any, timestep: Any, latents: Tensor) -> Tensor:

@@ -101,15 +101,19 @@ def move(x: Tensor, noise: Tensor, a: tuple[float, float], b: tuple[float, float
     return b[0] * ((x - a[1] * noise) / a[0]) + b[1] * noise
 
 
-def check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Any, *, noised: bool = False) -> None:
     """Refuse a scheduler whose steps are not DDIM's moves.
+
+    Args:
+        scheduler: the pipeline's.
+        noised: whether pictures are noised instead of inverted, for which that of consistency models will do as well.
 
     Raises:
         ValueError: it is no DDIMScheduler, clips what it predicts, or predicts neither noise nor velocity.
     """
     name = type(scheduler).__name__
     remedy = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
-    if name != "DDIMScheduler":
+    if name != "DDIMScheduler" and not (noised and name == "LCMScheduler"):
         raise ValueError(f"inversion follows DDIM's steps and needs a DDIMScheduler, got {name}: {remedy}")
     config = scheduler.config
     if config.clip_sample or config.thresholding:

@@ -30,6 +30,7 @@ class SuppressionConfig:
             best text where a loss rises or is not finite.  "reference" is what the released code does: cosine distances
             of the maps, and of the self-attention maps at the words' pixels; steps as for 50; no guard.
         alpha: how fast large singular values fall (:func:`difffast.suppress`).
+        reencode: take the other words' rows from the prompt without the words (:func:`difffast.suppress`).
         optimise: the steps that optimise, the first and the one after the last, of 50.
         iterations: updates in such a step; 0 optimises nothing.
         step_size: of the text at the first step; it falls as the root of a line from 1 to 0.1 over the schedule.  For
@@ -45,6 +46,7 @@ class SuppressionConfig:
     words: str | Sequence[str]
     mode: Literal["paper", "reference"] = "paper"
     alpha: float = 1.0
+    reencode: bool = False
     optimise: tuple[int, int] = (10, 20)
     iterations: int = 10
     step_size: float = 20.0

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def suppress(
-    pipe: Pipeline, prompt: str, words: str | Sequence[str], *, strengthen: bool = False, alpha: float = 1.0
+    pipe: Pipeline,
+    prompt: str,
+    words: str | Sequence[str],
+    *,
+    strengthen: bool = False,
+    alpha: float = 1.0,
+    reencode: bool = False,
 ) -> dict[str, Tensor]:
     """Return the embeddings of a prompt from which words are taken out: soft-weighted regularisation, no optimisation.
 
@@ -33,13 +39,17 @@ def suppress(
         strengthen: make the words stronger instead.  The pooled embedding stays.
         alpha: how fast large singular values fall (:func:`.regularise.regularise`).  DeepFloyd IF also reads the text
             through a norm per token, which undoes most of it.
+        reencode: take the rows of the other words from the prompt without the words.  A text encoder puts into each row
+            what stands before it: where words come early, those that follow speak of them as well.  More of the picture
+            changes.
 
     Returns:
         The arguments of ``pipe(...)``, by name: ``prompt_embeds`` [1, T, D], for SDXL ``pooled_prompt_embeds`` as well.
 
     Raises:
         TypeError: ``prompt`` is not one text.
-        ValueError: a word that is not in the prompt, no word at all, ``alpha`` negative or not finite, or a pipeline
+        ValueError: a word that is not in the prompt, no word at all, ``alpha`` negative or not finite, words to be both
+            strengthened and taken out of the others' rows, or a pipeline
             without a tokenizer or with embeddings of another width than its text encoders'.
     """
     if not isinstance(prompt, str):
@@ -47,8 +57,12 @@ def suppress(
     wanted = check_words(words)
     if not (isinstance(alpha, (int, float)) and 0 <= alpha < math.inf):
         raise ValueError(f"alpha must be finite and not negative, got {alpha!r}")
+    if strengthen and reencode:
+        raise ValueError("words that are strengthened must not be taken out of the others' rows: leave out reencode")
     rows = find_suppressed_rows(pipe, prompt, wanted)
     found = dict(encode_alone(pipe, prompt))
+    if reencode:
+        found["prompt_embeds"] = reencode_others(pipe, found["prompt_embeds"], prompt, wanted)
     found["prompt_embeds"] = regularise_text(found["prompt_embeds"], rows, strengthen=strengthen, alpha=alpha)
     if "pooled_prompt_embeds" in found and not strengthen:
         found["pooled_prompt_embeds"] = encode_alone(pipe, drop_words(prompt, wanted))["pooled_prompt_embeds"]
@@ -98,6 +112,29 @@ def regularise_text(
         chosen = [*positions[:-1], *range(positions[-1], text.shape[1])]
         for image in part:
             image[chosen] = regularise(image[chosen], strengthen=strengthen, alpha=alpha)
+    return changed
+
+
+def reencode_others(pipe: Any, text: Tensor, prompt: str, words: Sequence[str]) -> Tensor:
+    """Return a prompt's embeddings [B, T, D] with the rows of all words but some from the prompt without these.
+
+    Raises:
+        ValueError: the prompt without the words is cut into other pieces.
+    """
+    without = drop_words(prompt, words)
+    other, changed = encode_alone(pipe, without)["prompt_embeds"], text.clone()
+    encoders = read_prompt_words(pipe, prompt)
+    widths = [width for _, width in encoders] if len(encoders) > 1 else [text.shape[2]]
+    parts = zip(
+        encoders, read_prompt_words(pipe, without), changed.split(widths, 2), other.split(widths, 2), strict=True
+    )
+    for (read, _), (short, _), part, own in parts:
+        removed = {position for word in words for position in read.find(word)}
+        kept = [each for _, positions in read.words for each in positions if each not in removed]
+        taken = [each for _, positions in short.words for each in positions][: len(kept)]
+        if [read.pieces[each] for each in kept] != [short.pieces[each] for each in taken]:
+            raise ValueError(f"{without!r} is cut into other pieces than the same words of {prompt!r}")
+        part[:, kept] = own[:, taken].to(part)
     return changed
 
 

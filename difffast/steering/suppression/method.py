@@ -16,5 +16,5 @@ class Suppression(SuppressionConfig, Method):
     __doc__ = SuppressionConfig.__doc__
 
     def attach(self, pipe: Any, unet: nn.Module) -> Suppressor:
-        refuse_attention_edits(pipe, unet)
+        refuse_attention_edits(pipe, unet, added_keys=True)
         return Suppressor(self, pipe, unet)

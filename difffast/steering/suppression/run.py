@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..passes import Passes, take_rows
 from ..prompt_calls import PromptCall
 from .config import SuppressionConfig
 from .losses import ImageMaps, compute_self_maps, paper_loss, reference_loss
-from .source import SourceBranch
+from .source import SourceBranch, SourceSampling
 from .trace import Suppressed, SuppressionTrace
 
 
@@ -27,8 +26,8 @@ class SuppressionRun(ExtensionRun):
     Args:
         config: what to do.
         layers: names of the attn2 layers whose maps are used.
-        pipe: the pipeline.
-        unet: its plain UNet.
+        unet: the pipeline's plain UNet.
+        sampling: how it samples.
         prompts: the call of ``encode_prompt``.
         suppressed: what is made of each prompt.
         records: what is told of the run, and where it leaves its record.
@@ -38,13 +37,13 @@ class SuppressionRun(ExtensionRun):
         self,
         config: SuppressionConfig,
         layers: tuple[str, ...],
-        pipe: weakref.ref[Any],
         unet: nn.Module,
+        sampling: SourceSampling,
         prompts: PromptCall,
         suppressed: Sequence[Suppressed],
         records: tuple[RunInfo, SuppressionTrace],
     ) -> None:
-        self._config, self._layers, self._pipe, self._unet = config, layers, pipe, unet
+        self._config, self._layers, self._unet, self._sampling = config, layers, unet, sampling
         self._prompts, (self._info, self._trace) = prompts, records
         copies = len(prompts.embeds) // len(suppressed)
         #: For each image, what is made of its prompt.
@@ -134,12 +133,10 @@ class SuppressionRun(ExtensionRun):
         """Return, per image, the maps that the step would have without suppression."""
         images = len(self._images)
         if self._source is None:
-            self._source = SourceBranch(call, scheduler, images, self._unet.config.out_channels)
-        pipe = self._pipe()
-        guidance, rescale = getattr(pipe, "guidance_scale", 1.0), getattr(pipe, "guidance_rescale", 0.0)
+            self._source = SourceBranch(call, scheduler, images, self._sampling)
         with torch.no_grad(), self._watch_self_attention() as itself:
             last = step == self._end - 1
-            maps = self._source.look(call, passes, guidance, rescale, last=last)
+            maps = self._source.look(call, passes, last=last)
         own = torch.stack(itself).mean(0)[-images:] if itself else None
         return [ImageMaps(maps[i], None if own is None else own[i]) for i in range(images)]
 
