@@ -34,7 +34,7 @@ def openvino_table(results: Path = RESULTS) -> str:
     found = load(results / "engines.json")
     rows = ["| |" + "".join(f" {_name_case(info)} |" for info in found), "|" + "---|" * (1 + len(found))]
     names = {f"{_PLAIN} f32": f"{_PLAIN}, by hand"}
-    names |= {f"difffast {each} OpenVINO f32": f"`{each}`, `engine=\"openvino\"`" for each in PRESETS}
+    names |= {f"difffast {each} OpenVINO f32": f'`{each}`, `engine="openvino"`' for each in PRESETS}
     for name, title in names.items():
         cells = [f"{ratio(info['seconds'], 'stock', name)[1]:.1f}x" for info in found]
         rows.append(f"| {' | '.join([title, *cells])} |")

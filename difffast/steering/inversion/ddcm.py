@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...sampling.extension import Extension, ExtensionRun, RunInfo
@@ -119,6 +118,8 @@ class VirtualRun(ExtensionRun):
             output = root * output + rest * sample
         sources = count // 2 if count % 2 == 0 else count
         shape = (sources, *latents.shape[1:])
+        from diffusers.utils.torch_utils import randn_tensor  # late: importing difffast takes no second
+
         noise = randn_tensor(shape, generator=self._generator, device=latents.device, dtype=precise)
         following = next_root * picture + next_rest * noise
         if sources < count:
