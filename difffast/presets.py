@@ -25,7 +25,7 @@ class Preset:
     cfg: CfgReuse | None = None
 
 
-#: Everything a preset stands for.  "exact" approximates nothing: every step runs the whole UNet.   "balanced" and
+#: Everything a preset stands for.  "exact" approximates nothing: every step runs the whole UNet.  "balanced" and
 #: "turbo" forecast the UNet's output at the steps where that was measured to change pictures least: to a median PSNR of
 #: 40 and 31 dB against stock on the embedded model, or to what a share of the calls can keep (bench/measure_plans.py;
 #: beside fewer steps and others' ways in docs/results.md).  "faster-diffusion" is the paper's published table, with
