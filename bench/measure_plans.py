@@ -7,8 +7,7 @@
 A cell is profiled on some prompts with the embedded model, searched by dynamic programming, and its plans are tried on
 other prompts, beside plans that forecast every second step of the last ones: where errors do not just add up, these can
 be better.  A preset takes the plan with the fewest UNet calls that reaches its PSNR there, in the median and in the
-10th percentile; where none does that has few enough calls, the best of these; and it must be ahead of stock with as
-many calls.  Each cell is a file, so that an interrupted run goes on.
+10th percentile, and is ahead of stock with as many calls.  Each cell is a file, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -42,15 +41,9 @@ from difffast.tuning.profile import Profile, Stopped, Trial
 
 STEPS = (15, 20, 25, 28, 30, 40, 50)
 #: PSNR [dB] against stock that a preset's plan shall reach, in the median and in the 10th percentile.
-TARGETS = {"balanced": (40.0, 30.0), "turbo": (31.0, 18.0)}
-#: The largest share of the UNet's calls that a preset may take for it, by steps.
-MOST = {
-    "balanced": {15: 0.8, 20: 0.7, 25: 0.68, 28: 0.62, 30: 0.6, 40: 0.5, 50: 0.4},
-    "turbo": {15: 0.7, 20: 0.6, 25: 0.56, 28: 0.5, 30: 0.5, 40: 0.4, 50: 0.3},
-}
-#: What it must reach, and by how much [dB] it must be ahead of stock with as many calls, whatever that takes.
-LEAST = {"balanced": (34.0, 22.0), "turbo": (29.0, 16.0)}
-AHEAD = (4.0, 2.0)
+TARGETS = {"balanced": (40.0, 24.0), "turbo": (31.0, 18.0)}
+#: By how much [dB] it must be ahead of stock with as many UNet calls.
+AHEAD = (1.0, 0.0)
 #: Forecasts in a row that plans are searched with, at most: errors of longer rows do not just add up, and which is
 #: better is tried.
 LONGEST = (1, 2, 3)
@@ -124,9 +117,8 @@ class Cell:
 
     def _choose(self, by_calls: dict[int, dict[Any, Plan]], preset: str) -> tuple[Plan, dict[str, float]]:
         """Return a preset's plan, and its figures; bisects for the median, then goes up."""
-        counts, target, most = sorted(by_calls), TARGETS[preset], MOST[preset][self.steps]
-        low, high = 0, max(i for i, count in enumerate(counts) if count <= most * self.total or i == 0)
-        last = counts[high]
+        counts, target = sorted(by_calls), TARGETS[preset]
+        low, high = 0, len(counts) - 1
         while low < high:
             middle = (low + high) // 2
             if self._try_plans(by_calls[counts[middle]])[1][0] >= target[0]:
@@ -136,8 +128,7 @@ class Cell:
         for count in counts[low:]:
             (plan, ours), theirs = self._try_plans(by_calls[count]), self._try_stock(count)
             ahead = all(a - b >= more for a, b, more in zip(ours, theirs, AHEAD, strict=True))
-            wanted = LEAST[preset] if count >= last else target
-            if ahead and all(a >= b for a, b in zip(ours, wanted, strict=True)):
+            if ahead and all(a >= b for a, b in zip(ours, target, strict=True)):
                 break
         figures = {"calls": count, "psnr_db": ours[0], "psnr_db_p10": ours[1]}
         figures |= {"stock_psnr_db": theirs[0], "stock_psnr_db_p10": theirs[1]}
@@ -235,7 +226,6 @@ def write(folder: Path) -> None:
         "model": "the embedded model",
         "images": IMAGES,
         "targets_psnr_db": TARGETS,
-        "largest_share_of_calls": MOST,
         "device": device_name(),
         "torch": torch.__version__,
     }

@@ -27,8 +27,8 @@ class Preset:
 
 #: Everything a preset stands for.  "exact" approximates nothing: every step runs the whole UNet.  "balanced" and
 #: "turbo" forecast the UNet's output at the steps where that was measured to change pictures least: to a median PSNR of
-#: 40 and 31 dB against stock on the embedded model, or to what a share of the calls can keep (bench/measure_plans.py;
-#: beside fewer steps and others' ways in docs/results.md).  "faster-diffusion" is the paper's published table, with
+#: 40 and 31 dB against stock on the embedded model (bench/measure_plans.py; beside fewer steps and others' ways in
+#: docs/results.md).  "faster-diffusion" is the paper's published table, with
 #: gaps of up to 14 of 50, which costs the embedded model half of the colours; for large models its authors report no
 #: such loss.  Their release always injects prior noise, and so does the preset, where it is meant for the pipeline.
 PRESETS: dict[str, Preset] = {
