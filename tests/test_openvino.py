@@ -164,11 +164,11 @@ def test_whoever_is_killed_while_converting_leaves_nothing_wrong(small, folder):
         latents(pipe, steps=2)
         """
     for delay in (0.2, 0.8, 2.0, 3.5):
-        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, env=_env())
-        process.stdout.readline()
-        time.sleep(delay)
-        process.kill()
-        process.wait()
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=_env()) as process:
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
     expected = latents(small, steps=2)
     with patched(small, "exact", engine="openvino") as report:
         assert relative(latents(small, steps=2), expected) <= RELATIVE
