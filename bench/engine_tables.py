@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from interleaved import ratio
-from records import RESULTS, Record, load, machine, measured_on
+from records import RESULTS, Record, describe_bars, load, machine, measured_on
 
 #: What somebody has without this library, by precision.
 _PLAIN = "plain OpenVINO"
@@ -26,7 +26,7 @@ def engines_table(results: Path = RESULTS) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     rounds = sorted({len(seconds) for info in found for seconds in info["seconds"].values()})
     note = f"{measured_on(found[0])}; {' or '.join(map(str, rounds))} interleaved rounds, medians of ratios."
-    return "\n".join([*rows, "", note, *_list_bars(found)])
+    return "\n".join([*rows, "", note, *describe_bars(found)])
 
 
 def openvino_table(results: Path = RESULTS) -> str:
@@ -52,16 +52,3 @@ def _describe(info: Record, name: str) -> list[str]:
 
 def _name_case(info: Record) -> str:
     return str(info["case"]).removeprefix("engines, ")
-
-
-def _list_bars(found: list[Record]) -> list[str]:
-    lines = [""]
-    for info in found:
-        for bar in info["bars"]:
-            if bar["met"] is not None:
-                verdict = "met" if bar["met"] else "**missed**"
-                lines.append(
-                    f"- {_name_case(info)}: {bar['provider']} takes {bar['ratio']:.2f} of {bar['against']}, "
-                    f"promised at most {bar['at_most']:.2f}: {verdict}"
-                )
-    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +38,18 @@ def machine(info: Mapping[str, Any]) -> str:
 def measured_on(info: Mapping[str, Any]) -> str:
     """What images were measured on, and what their baseline is."""
     return f"{machine(info)}, diffusers {info['diffusers']}, baseline: the stock pipeline, eager, in the same run"
+
+
+def describe_bars(found: Sequence[Record]) -> list[str]:
+    """A line for every bar that was measured, met or missed, after an empty one."""
+    lines = []
+    for info in found:
+        case = str(info["case"]).removeprefix("engines, ").split(" at ")[0]
+        for bar in info.get("bars", ()):
+            if bar["met"] is not None:
+                verdict = "met" if bar["met"] else "**missed**"
+                lines.append(
+                    f"- {case}: {bar['provider']} takes {bar['ratio']:.2f} of {bar['against']}, "
+                    f"promised at most {bar['at_most']:.2f}: {verdict}"
+                )
+    return ["", *lines] if lines else []

@@ -26,7 +26,7 @@ from picture_tables import (
     presets_table,
     ways_table,
 )
-from records import RESULTS, ROOT, Record, load, machine, measured, measured_on
+from records import RESULTS, ROOT, Record, describe_bars, load, machine, measured, measured_on
 
 __all__ = ["RESULTS", "TABLES", "Record", "find_pages", "load", "machine", "render"]
 
@@ -51,7 +51,7 @@ def unet_table(results: Path = RESULTS, group: str = "unet") -> str:
     rounds = " and ".join(str(len(info["seconds"]["stock"])) for info in found)
     settings = " and ".join(dict.fromkeys(info["case"].split(" at ")[1] for info in found))
     note = f"At {settings}. {measured_on(found[0])}; {rounds} interleaved rounds, quartiles."
-    return "\n".join([*rows, "", note, *_bars(found)])
+    return "\n".join([*rows, "", note, *describe_bars(found)])
 
 
 def operator_table(
@@ -86,20 +86,6 @@ def operator_table(
     rounds = sorted({len(seconds) for info in found for seconds in info["seconds"].values()})
     setting = f"{machine(found[0])}; {' and '.join(map(str, rounds))} interleaved rounds, quartiles."
     return "\n".join([*rows, "", f"{note} {setting}".lstrip()])
-
-
-def _bars(found: Sequence[Record]) -> list[str]:
-    """A line for every bar that was measured, met or missed."""
-    lines = []
-    for info in found:
-        for bar in info.get("bars", ()):
-            if bar["met"] is not None:
-                case, verdict = info["case"].split(" at ")[0], "met" if bar["met"] else "**missed**"
-                lines.append(
-                    f"- {case}: {bar['provider']} takes {bar['ratio']:.2f} of {bar['against']}, "
-                    f"promised at most {bar['at_most']:.2f}: {verdict}"
-                )
-    return ["", *lines] if lines else []
 
 
 def flops_table(results: Path = RESULTS) -> str:

@@ -1,5 +1,6 @@
 """engine="openvino": what stock gives, never a stale model, and nothing left behind."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_histories_find_a_model_that_is_stale(change, monkeypatch):
         with pytest.raises(AssertionError):
             history.compare(call)
     history.compare(call)
+
+
+def test_a_layer_that_was_replaced_between_two_patches_is_not_remembered(small):
+    """What is known of a UNet's layers ends with the patch."""
+    with patched(small, "exact", engine="openvino"):
+        latents(small, steps=2)
+    name = next(name for name, _ in small.unet.named_modules() if name.endswith("attn2"))
+    other = copy.deepcopy(small.unet.get_submodule(name))
+    torch.nn.init.normal_(other.to_v.weight)
+    small.unet.set_submodule(name, other)
+    expected = latents(small, steps=2)
+    with patched(small, "exact", engine="openvino") as report:
+        assert relative(latents(small, steps=2), expected) <= RELATIVE
+        assert not report.last_run.reasons
 
 
 def test_a_prompt_needs_no_new_model_and_a_size_does(small):

@@ -2,8 +2,9 @@
 
 OpenVINO copies weights into models of its own, so a weight that changes in place is not seen by itself, as it is by
 recorded graphs.  Three things are compared.  At every call: where the weights lie and what is in the module
-(:mod:`.watch`), and how often each weight has been written to.  Once a picture: a sum over the bits of every weight,
-for what writes past PyTorch's counters, as ``weight.data.mul_(2)`` and ``load_textual_inversion`` do.
+(:mod:`.watch`), and how often each weight has been written to.  Once a picture: the bits of small weights, and sums
+over those of large ones, for what writes past PyTorch's counters, as ``weight.data.mul_(2)`` and
+``load_textual_inversion`` do.
 """
 
 from __future__ import annotations

@@ -68,9 +68,8 @@ class Model:
     seconds: float = 0.0
     cached: bool = False
     _request: Any = None
-    #: By index: which tensor the request reads an input from, and what keeps its memory.
-    _given: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    #: By index: the tensor that an input was read from last, its address, and the memory that the request reads.
+    _bound: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -83,10 +82,11 @@ class Model:
             self._request = self.compiled.create_infer_request()
         for index, tensor in enumerate(tensors):
             # Text keys and values are the same tensors at every step: OpenVINO reads them where they are.
-            if self._given.get(index) != (id(tensor), tensor.data_ptr()) or not tensor.is_contiguous():
-                held = tensor.detach().contiguous()
-                self._request.set_input_tensor(index, _share(held))
-                self._given[index], self._held[index] = (id(tensor), tensor.data_ptr()), (tensor, held)
+            bound = self._bound.get(index)
+            if bound is None or bound[0] is not tensor or bound[1] != tensor.data_ptr() or not tensor.is_contiguous():
+                memory = tensor.detach().contiguous()
+                self._request.set_input_tensor(index, _share(memory))
+                self._bound[index] = (tensor, tensor.data_ptr(), memory)
         outputs = []
         for index, port in enumerate(self.compiled.outputs):
             outputs.append(torch.empty(tuple(port.shape), dtype=_DTYPES[port.element_type.get_type_name()]))

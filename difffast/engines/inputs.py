@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,39 +46,6 @@ def describe_shapes(value: Any) -> Any:
     return type(value)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The layers of a UNet that programs take something from.
-
-    Attributes:
-        changes: those of the UNet's contents that they were looked for after.
-        kinds: of layers, that were looked for.
-        layers: by kind and name.
-        adapted: the LoRA layers by name.
-    """
-
-    changes: int
-    kinds: tuple[str, ...]
-    layers: dict[str, dict[str, nn.Module]]
-    adapted: dict[str, Any]
-
-
-#: Looking for layers walks the UNet once for every kind, which is a good part of a picture of few steps.
-_found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
-
-
-def _find_layers(unet: nn.Module) -> _Found:
-    kinds, changes = tuple(kind.name for kind in LAYERS), contents_of(unet).changes
-    found = _found.get(unet)
-    if found is None or found.changes != changes or found.kinds != kinds:
-        layers = {kind.name: kind.find(unet) for kind in LAYERS}
-        adapted = {
-            name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
-        }
-        found = _found[unet] = _Found(changes, kinds, layers, adapted)
-    return found
-
-
 class InputReader:
     """Reads what programs take from a UNet's layers.
 
@@ -88,8 +54,9 @@ class InputReader:
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        found = _find_layers(unet)
-        self._layers, self._adapted = found.layers, found.adapted
+        # Looking walks the UNet once for every kind, which is a good part of a picture of few steps.
+        kinds = tuple(kind.name for kind in LAYERS)
+        self._layers, self._adapted = contents_of(unet).remember(kinds, lambda: _find_layers(unet))
         self._latest = ProgramInputs({}, ())
         #: Of each LoRA layer and adapter: the scale, and the tensor that holds it.
         self._scales: dict[tuple[str, str], tuple[float, Tensor]] = {}
@@ -119,6 +86,14 @@ class InputReader:
             tensor = torch.empty((), device=unet.device) if held is None else held[1]
             held = self._scales[name, adapter] = (scale, tensor.fill_(scale))
         return held[1]
+
+
+def _find_layers(unet: nn.Module) -> tuple[dict[str, dict[str, nn.Module]], dict[str, Any]]:
+    """Return the layers that programs take something from, by kind and name, and LoRA's layers by name."""
+    adapted = {
+        name: layer for name, layer in unet.named_modules() if type(layer).__module__ == "peft.tuners.lora.layer"
+    }
+    return {kind.name: kind.find(unet) for kind in LAYERS}, adapted
 
 
 def read_lora_scales(module: nn.Module) -> ProgramInputs:

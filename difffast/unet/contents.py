@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from torch import nn
@@ -55,6 +55,7 @@ class Contents:
         self._seen = 0  # changes, of values as well
         self._latest: str | None = None
         self._lock = threading.Lock()
+        self._remembered: dict[Hashable, Any] = {}
         self._collect()
 
     def look(self) -> int:
@@ -64,13 +65,22 @@ class Contents:
             if not self._is_same_structure():
                 self._take_note(self._find_change())
                 self.changes += 1
+                self._remembered.clear()
                 self._collect()
             elif not _are_equal(switches, self._switches):
                 self._take_note(self._name_switch(switches))
                 self.changes += 1
+                self._remembered.clear()
                 self._switches = switches
             self._compare_values()
             return self._seen
+
+    def remember(self, key: Hashable, find: Callable[[], Any]) -> Any:
+        """Return what ``find`` returns of the UNet, which is asked for a key once as long as no change is seen."""
+        with self._lock:
+            if key not in self._remembered:
+                self._remembered[key] = find()
+            return self._remembered[key]
 
     def name_change(self, seen: int) -> str | None:
         """Return the latest thing that has changed since :meth:`look` returned ``seen``, or None."""

@@ -104,6 +104,8 @@ class VirtualRun(ExtensionRun):
 
     def advance(self, scheduler: Any, latents: Tensor) -> Tensor:
         """Return the latents of the next step, in place of those that the scheduler has made."""
+        from diffusers.utils.torch_utils import randn_tensor
+
         sample, output, count = self._sample[-len(latents) :], self._output, len(latents)
         if len(output) > count:
             nothing, wanted = output.chunk(2)
@@ -118,8 +120,6 @@ class VirtualRun(ExtensionRun):
             output = root * output + rest * sample
         sources = count // 2 if count % 2 == 0 else count
         shape = (sources, *latents.shape[1:])
-        from diffusers.utils.torch_utils import randn_tensor  # late: importing difffast takes no second
-
         noise = randn_tensor(shape, generator=self._generator, device=latents.device, dtype=precise)
         following = next_root * picture + next_rest * noise
         if sources < count:

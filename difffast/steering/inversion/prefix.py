@@ -16,7 +16,7 @@ from ...layers.cross_attention import find_layers
 def find_prefix(unet: nn.Module) -> tuple[nn.Module, ...]:
     """Return the modules of a UNet that run before its first attention to the text, none of them inside another.
 
-    None is returned where they cannot be told by that layer's name.
+    There are none where they cannot be told by that layer's name.
     """
     for name in find_layers(unet):
         place = re.fullmatch(r"down_blocks\.(\d+)\.attentions\.0\.transformer_blocks\.0\.attn2", name)
