@@ -109,7 +109,7 @@ class Cell:
 
     def _profile(self) -> Profile:
         with patched(self.pipe, "exact"):
-            profile = Profile(self._run, 0, self.total, ("forecast",))
+            profile = Profile(self._run, range(self.total), self.total, ("forecast",))
             for first in range(0, len(self._searched), 8):
                 for _ in profile.measure(tuple(self._searched[first : first + 8])):
                     pass

@@ -187,6 +187,10 @@ def test_key_steps_are_counted_from_the_first_that_is_executed(pipe):
     plan = Plan(STEPS, (0, 1, 2, 7, 11), max_batch=1, forecasts=(3, 4, 5, 6, 8, 9, 10), extrapolate=1)
     assert plan.begin_at(5).key_steps == (5, 6, 7, 11)
     assert plan.begin_at(5).forecasts == (8, 9, 10)
+    # Two forecasts in a row repeat the first step's output: one is enough.
+    repeated = Plan(8, (0, 3, 4, 5, 7), max_batch=1, forecasts=(1, 2, 6), extrapolate=1)
+    assert repeated.begin_at(0) == repeated
+    assert repeated.begin_at(1).forecasts == (6,)
     with patched(img2img, propagation=plan) as report:
         run(img2img, image=picture(32), strength=0.5)
     assert (report.last_run.key, report.last_run.forced, report.last_run.forecast) == (3, 0, 3)

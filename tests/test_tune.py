@@ -350,14 +350,12 @@ def test_every_supported_pipeline(name, monkeypatch):
     assert not is_swapped(pipe.unet)
 
 
+#: They go through parts of the schedule, or all of it, several times.
+WITHOUT_PLANS = {"TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline", "AnimateDiffPipeline:FreeInit"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow)
-        for name in sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"})
-    ],
-)
+@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
 @pytest.mark.usefixtures("_one_thread")
 def test_plans_for_every_supported_pipeline(name, monkeypatch):
     pipe, call, steps = _recorded(name, monkeypatch)
@@ -367,9 +365,12 @@ def test_plans_for_every_supported_pipeline(name, monkeypatch):
         for each in found[:: max(1, len(found) // 2)]:
             with patched(pipe, propagation=each.plan) as report:
                 run_once(pipe, "a red circle", 0, steps, call)
-            assert report.last_run.forecast == len(each.plan.forecasts)
-    assert found
-    assert found[-1].error == 0
+            counts = report.last_run
+            # GLIGEN's layers change on the way: a key step is forced, at a forecast or at another step.
+            assert len(each.plan.forecasts) - counts.forced <= counts.forecast <= len(each.plan.forecasts)
+            assert counts.forced == ("GLIGEN" in name)
+    assert bool(found) == (name not in WITHOUT_PLANS)
+    assert not found or found[-1].error == 0
     assert not is_swapped(pipe.unet)
 
 

@@ -42,8 +42,8 @@ def use(pipe: StableDiffusionPipeline, q: Tensor, k: Tensor, chosen: list[int] |
     assert_type(difffast.erase(pipe, ["red"], guide="blue"), difffast.Erasure)
     trainer = difffast.EraseTrainer(pipe, "red", method="sdd", pool=10)
     assert_type(trainer.train(3), list[float])
-    report = difffast.erase_report(pipe, trainer, lambda image, prompt: 1.0, {"target": ["red"]})
-    assert_type(report, difffast.EraseReport)
+    effects = difffast.erase_report(pipe, trainer, lambda image, prompt: 1.0, {"target": ["red"]})
+    assert_type(effects, difffast.EraseReport)
     difffast.patch(pipe, propogation=None)  # wrong
     difffast.patch(pipe, fused="yes")  # wrong
     difffast.patch("pipe")  # wrong

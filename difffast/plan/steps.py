@@ -152,6 +152,10 @@ class Plan:
         names = ("key_steps", "full_steps", "halves", "forecasts")
         return replace(self, total=total, **{n: tuple(s for s in getattr(self, n) if s < total) for n in names})
 
+    def extend(self, total: int) -> Plan:
+        """Return this plan for a schedule of ``total`` UNet calls, the further ones of which run in full."""
+        return replace(self, total=total, key_steps=(*self.key_steps, *range(self.total, total)))
+
     @property
     def shares(self) -> bool:
         """Whether any step takes from another what it does not compute itself."""
@@ -165,10 +169,14 @@ class Plan:
         """Return this plan for a run that executes the steps from ``start`` on."""
         names = ("key_steps", "full_steps", "halves", "forecasts")
         later = {name: {step for step in getattr(self, name) if step > start} for name in names}
-        # The first step runs in full, and so do those whose forecasts would need more steps before them.
-        full = {start, *(step for step in later["forecasts"] if step <= start + self.extrapolate)}
-        later["key_steps"] |= full
-        later["forecasts"] -= full
+        keys, forecasts = later["key_steps"], later["forecasts"]
+        keys.add(start)
+        forecasts.discard(start)
+        # Forecasts that would need more steps before them run in full.
+        for step in sorted(forecasts) if self.extrapolate else ():
+            if not forecasts & {step - 1, step + 1} and sum(key < step for key in keys) < 2:
+                keys.add(step)
+                forecasts.remove(step)
         if start in self.full_steps:
             later["full_steps"].add(start)
         return replace(self, start=start, **{name: tuple(sorted(steps)) for name, steps in later.items()})

@@ -42,8 +42,10 @@ class Record:
     Attributes:
         samples: the UNet's input by step; behind the last, the final latents.
         outputs: what the UNet returned, by step.
+        calls: the steps in the order in which they were called.
     """
 
+    calls: list[int] = field(default_factory=list)
     samples: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
@@ -55,6 +57,9 @@ class Trial(Extension, ExtensionRun):
         record: what is replayed; None: everything runs, and is recorded.
         replayed: how many steps are.
         stop: the step at whose call the pipeline is stopped; None: it runs to the end.
+
+    Attributes:
+        total: UNet calls in the schedule, whether they are executed or not.
     """
 
     alone = True
@@ -65,14 +70,17 @@ class Trial(Extension, ExtensionRun):
         self.seen: dict[int, Tensor] = {}
         self.seconds: dict[int, float] = {}
         self._began = 0.0
+        self.total = 0
 
     def begin(self, info: RunInfo) -> ExtensionRun:
+        self.total = info.total
         return self
 
     def edit_call(
         self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]
     ) -> Mapping[str, Any]:
         if self._recording:
+            self.record.calls.append(step)
             self.record.samples[step] = call["sample"].clone()
         elif step > self._replayed:
             self.seen[step] = call["sample"].clone()
@@ -103,7 +111,8 @@ class Profile:
     Args:
         run: runs the pipeline once with a plan, or all steps in full, and an extension that takes part, on prompts;
             returns the final latents, or None where the extension has stopped it.
-        start, total: the first UNet call that is executed, and how many there are in the schedule.
+        executed: the UNet calls of the schedule that are executed.
+        total: how many there are in it.
         kinds: the kinds of steps that are tried, of ``difffast.plan.search.KINDS``.
         branch: of outer steps.
     """
@@ -111,12 +120,13 @@ class Profile:
     def __init__(
         self,
         run: Callable[[Plan | EncoderPropagation, Trial, Any], Tensor | None],
-        start: int,
+        executed: range,
         total: int,
         kinds: Sequence[str],
         branch: int = 0,
     ) -> None:
-        self._run, self.start, self.total, self._kinds, self._branch = run, start, total, kinds, branch
+        self._run, self.total, self._kinds, self._branch = run, total, kinds, branch
+        self.start, self.end = executed.start, executed.stop
         #: What was measured, prompt by prompt.
         self.measured: list[PromptCosts] = []
 
@@ -129,7 +139,7 @@ class Profile:
         recorder, costs = Trial(), PromptCosts()
         final = self._run(EncoderPropagation(key_steps=1), recorder, prompt)
         record = recorder.record
-        record.samples[self.total] = final
+        record.samples[self.end] = final
         seconds = defaultdict(list, full=list(recorder.seconds.values()))
         yield
         for kind, key, length, to_end in self._trials():
@@ -137,7 +147,7 @@ class Profile:
             seen, trial = self._try_row(record, prompt, kind, key, length, to_end=to_end)
             images = len(final)
             if to_end:
-                here, there = (_square(seen[at], record.samples[at], images) for at in (end, self.total))
+                here, there = (_square(seen[at], record.samples[at], images) for at in (end, self.end))
                 costs.followed[str(end)] = list(zip(here, there, strict=True))
             else:
                 for behind in range(1, length + 1):
@@ -150,11 +160,11 @@ class Profile:
 
     def _trials(self) -> Iterator[tuple[str, int, int, bool]]:
         """Yield (kind, key step, length of the row, whether the run goes on to the end)."""
-        for key in range(self.start, self.total - 1):
+        for key in range(self.start, self.end - 1):
             for kind in self._kinds:
                 if kind != "line" or key > self.start:
-                    yield kind, key, min(LONGEST[kind], self.total - 1 - key), False
-        last = self.total - 3 - self.start
+                    yield kind, key, min(LONGEST[kind], self.end - 1 - key), False
+        last = self.end - 3 - self.start
         for key in sorted(
             {self.start + round(n * last / (_FOLLOWED - 1)) for n in range(_FOLLOWED)} if last >= 0 else ()
         ):
@@ -165,10 +175,10 @@ class Profile:
     ) -> tuple[dict[int, Tensor], Trial]:
         """Return the latents by step behind a row that was run, and the trial."""
         end = key + 1 + length
-        stop = None if to_end or end == self.total else end
+        stop = None if to_end or end == self.end else end
         trial = Trial(record, key if kind in ("outer", "decoder") else key + 1, stop)
         final = self._run(self._plan(kind, key, length), trial, prompt)
-        return {**trial.seen, **({} if final is None else {self.total: final})}, trial
+        return {**trial.seen, **({} if final is None else {self.end: final})}, trial
 
     def _plan(self, kind: str, key: int, length: int) -> Plan:
         """Return the plan in which one row is of a kind, and all other steps run in full."""
@@ -191,10 +201,10 @@ class Profile:
             kind: statistics.median(each.seconds[kind] for each in self.measured) for kind in ("full", *self._kinds)
         }
         full = seconds["full"]
-        found = [RowCost("full", 0, full, (0.0,) * self.total)]
+        found = [RowCost("full", 0, full, (0.0,) * self.end)]
         for kind in self._kinds:
             for length in range(1, LONGEST[kind] + 1):
-                errors = tuple(self._error(kind, key, length) for key in range(self.total))
+                errors = tuple(self._error(kind, key, length) for key in range(self.end))
                 found.append(RowCost(kind, length, full + length * seconds[kind], errors))
         return found
 
@@ -205,7 +215,7 @@ class Profile:
 
     def _growth(self, at: int) -> float:
         """Return by how much a squared error at a step has grown by the end, between measured steps on a log scale."""
-        known = {self.total: 0.0}
+        known = {self.end: 0.0}
         for step in {step for each in self.measured for step in each.followed}:
             pairs = [pair for each in self.measured for pair in each.followed.get(step, ())]
             here, there = (sum(each) for each in zip(*pairs, strict=True))

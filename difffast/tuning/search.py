@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -65,10 +66,10 @@ class PlanSearch:
         """Return an empty profile, or None where the pipeline's UNet calls do not follow its schedule."""
         seen = Trial()
         self._run(EncoderPropagation(key_steps=1), seen, self._prompts[0])
-        called = sorted(seen.record.samples)
+        called = seen.record.calls
         if not called or called != list(range(called[0], called[-1] + 1)):
             return None
-        return Profile(self._run, called[0], called[-1] + 1, list_kinds(Target.of(self._pipe)))
+        return Profile(self._run, range(called[0], called[-1] + 1), seen.total, list_kinds(Target.of(self._pipe)))
 
     def _run(self, asked: Plan | EncoderPropagation, trial: Trial, prompt: str) -> Tensor | None:
         site = find_site(self._pipe)
@@ -96,12 +97,12 @@ def _search(profile: Profile) -> Iterator[FoundPlan]:
     rows = profile.rows()
     found: list[FoundPlan] = []
     for kinds in _MIXED:
-        found += search_plans(profile.total, [row for row in rows if _is_allowed(row, kinds)], start=profile.start)
+        found += search_plans(profile.end, [row for row in rows if _is_allowed(row, kinds)], start=profile.start)
     least = float("inf")
     for each in sorted(found, key=lambda each: (each.seconds, each.error)):
         if each.error < least:
             least = each.error
-            yield each
+            yield replace(each, plan=each.plan.extend(profile.total))
 
 
 def _is_allowed(row: RowCost, kinds: Sequence[str]) -> bool:
