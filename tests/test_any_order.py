@@ -20,4 +20,4 @@ def test_some_histories(seed):
 @pytest.mark.parametrize("block", range(1, BLOCKS + 1))
 def test_many_histories(block):
     for seed in range(25 * block, 25 * (block + 1)):
-        History(seed).play(actions=6)
+        History(seed).play(actions=4)

@@ -276,7 +276,7 @@ PLANS = st.fixed_dictionaries(
 
 
 @pytest.mark.slow
-@settings(max_examples=5_000, deadline=None)
+@settings(max_examples=2_000, deadline=None)
 @given(PLANS | JSON_VALUES)
 def test_any_json_is_a_plan_that_travels_or_a_value_error(value):
     try:

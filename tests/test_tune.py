@@ -350,14 +350,20 @@ def test_every_supported_pipeline(name, monkeypatch):
     assert not is_swapped(pipe.unet)
 
 
+#: Schedules that begin late or end early, layers that change, latents of other kinds.
+OF_OTHER_LOOPS = {
+    *("StableDiffusionPipeline: v-prediction, zero terminal SNR", "StableDiffusionXLPipeline: denoising_end"),
+    *("StableDiffusionGLIGENPipeline", "StableDiffusionXLControlNetPAGImg2ImgPipeline", "I2VGenXLPipeline"),
+    *("StableVideoDiffusionPipeline", "LEditsPPPipelineStableDiffusion", "StableDiffusionLatentUpscalePipeline"),
+}
 #: They go through parts of the schedule, or all of it, several times.
 WITHOUT_PLANS = {"TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline", "AnimateDiffPipeline:FreeInit"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"KolorsImg2ImgPipeline"}))
+@pytest.mark.parametrize("name", sorted(OF_EACH_KIND | OF_OTHER_LOOPS | WITHOUT_PLANS))
 @pytest.mark.usefixtures("_one_thread")
-def test_plans_for_every_supported_pipeline(name, monkeypatch):
+def test_plans_for_each_kind_of_pipeline(name, monkeypatch):
     pipe, call, steps = _recorded(name, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -66,7 +66,7 @@ def test_smaller_instruction_sets_often(instruction_set, operator):
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice) encountered:RuntimeWarning")
 @pytest.mark.parametrize("operator", [name for name, backends in ops.OPERATORS.items() if "triton" in backends])
 def test_interpreted_kernels(operator):
-    fuzzing.run(operator, 40, ["triton"])
+    fuzzing.run(operator, 20, ["triton"])
 
 
 @pytest.mark.parametrize("layout", hostile.LAYOUTS)

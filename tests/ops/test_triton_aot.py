@@ -26,7 +26,8 @@ def test_usual_kernels_compile_without_spills():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "89", "90", "100"])
+# 8.0 has the instructions of 8.9, and more shared memory.
+@pytest.mark.parametrize("capability", ["89", "90", "100"])
 def test_all_kernels_compile_without_spills(capability):
     _compile("--capability", capability)
 
