@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU of cat([hidden, skip]) without the cat; the kernels are those of ``group_norm_silu.py``.
+"""GroupNorm and SiLU of cat([hidden, skip]) without the cat; the kernels are in ``norm_kernels.py``.
 
 Shapes: hidden [B, Ch, H, W], row b uses row b // k of skip [B / k, Cs, H, W].  The skip is read for its moments once,
 then once more for the channels that all steps share, and k times only in the channels of the group that begins in
@@ -13,7 +13,6 @@ from torch import Tensor
 from .group_norm_silu import (
     OPTIONS,
     apply,
-    coefficients_kernel,
     coefficients_launch,
     moments,
     splits,
@@ -21,6 +20,7 @@ from .group_norm_silu import (
     tiles,
 )
 from .launch import on_device_of
+from .norm_kernels import coefficients_kernel
 
 
 def forward(
