@@ -22,7 +22,9 @@ def test_all_key_is_stock_bit_for_bit(pipe, name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, LATENTS_FLOAT32), (torch.float64, LATENTS_FLOAT64)], ids=str
+    ("dtype", "tolerance"),
+    [pytest.param(torch.float32, LATENTS_FLOAT32, marks=pytest.mark.slow), (torch.float64, LATENTS_FLOAT64)],
+    ids=str,
 )
 def test_look_ahead_is_step_by_step(pipe, name, dtype, tolerance):
     pipe = pipe.to(dtype=dtype)
