@@ -1,7 +1,7 @@
 """The benchmark of two processes against one: how it sums up what it has seen, and the model in docs/distributed.md."""
 
 import pytest
-from bench_distributed import Link, predict_speedup, summarise
+from bench_distributed import Link, add_run, predict_speedup, summarise
 
 
 def test_the_model_of_speed_up():
@@ -12,23 +12,24 @@ def test_the_model_of_speed_up():
 
 
 def test_what_was_measured_is_summarised():
-    """By hand: a picture takes 10 s, of which 8 are in the UNet, and 5 where half of each call is run; 100 exchanges of
-    1 ms and 1 GB at 2 GB/s take 0.6 s.  The decoders take 6 s alone, and 3.5 s in the process with the larger part."""
+    """By hand: a picture takes 10 s, 8 of them in the UNet, half of whose calls take 5/8 of whole ones; 100 exchanges
+    of 1 ms, and 1 GB at 2 GB/s, take 0.6 s.  Decoders take 6 s alone, 3.5 s in the process with the larger part."""
 
-    def way(seconds, cpu, decoding=0.0, calls=0, received=0):
+    def way(seconds, cpu, decoding=0.0, calls=0, received=0, rest=0.0):
         return {
             "seconds": [seconds] * 3,
             "cpu": [cpu] * 3,
             "decoding": [decoding] * 3,
+            "rest": [rest] * 3,
             "calls": calls,
             "bytes": received,
         }
 
     def process(factor, alone):
         return {
-            "a call": way(8.0, 8.0 * alone),
-            "half a call": way(5.0, 5.0 * factor),
-            "one": way(10.0, 10.0 * alone),
+            "a call": way(8.8, 8.8 * alone),
+            "half a call": way(5.5, 5.5 * factor),
+            "one": way(10.0, 10.0 * alone, rest=2.0 * alone),
             "cfg": way(8.0, 7.0 * factor, calls=100, received=10**9),
             "dp": way(11.0, 10.5 * factor),
             "one, decoding ahead": way(10.0, 10.0 * alone, 6.0 * alone),
@@ -51,3 +52,13 @@ def test_what_was_measured_is_summarised():
     assert (rows["cfg"]["two_s"], rows["dp"]["two_s"], rows["cfg"]["divided"], rows["cfg"]["share"]) == pytest.approx(
         (8.0, 5.5, 0.8, 5 / 8)
     )
+
+
+def test_a_run_takes_the_place_of_that_of_its_steps_and_size():
+    runs = [{"pixels": 128, "steps": 50, "way": 1}, {"pixels": 128, "steps": 20, "way": 2}]
+    record = add_run(add_run({}, runs[0]), runs[1])
+    assert record["runs"] == [runs[1], runs[0]]
+    again = add_run(record, {"pixels": 128, "steps": 50, "way": 3})
+    assert [each["way"] for each in again["runs"]] == [2, 3]
+    only = summarise({"link": {"latency_s": 0.0, "bandwidth": 1.0}, "processes": [{}, {}]})
+    assert only == [], "ways that were not asked for"
