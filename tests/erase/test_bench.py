@@ -8,6 +8,9 @@ import erasure_tables
 import pytest
 from drawn.shapes import Scene, Thing, render
 
+import difffast
+from difffast.erase.report import EraseReport, Relearned, Shown
+
 
 def test_questions_are_about_red_and_not_about_red():
     questions = erasure_questions.Questions(neighbours=2, binding=5)
@@ -84,6 +87,36 @@ def test_what_a_report_depends_on():
     assert (closed["pictures"], closed["neighbours"], trained["neighbours"]) == (3, 2, 1)
     assert "steps" not in closed
     assert (trained["steps"], trained["gammas"]) == (7, [1.1, 1.01, 0.01, 1.0, 1.0])
+
+
+def test_the_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """A kind is made once; with other settings it is made again; what is left of training goes with its report."""
+    made = []
+
+    def prepare(kind, steps, rate, folder):
+        made.append((kind, steps))
+        if kind.trained:
+            folder.mkdir(parents=True)
+        return None, None
+
+    rows = tuple(Shown(group, "x", 1.0, 0.0) for group in ("target", "neighbours", "binding"))
+    report = EraseReport(rows, (Relearned("full", 10, 0.5),), 1)
+    monkeypatch.setattr(bench_erasure, "prepare", prepare)
+    monkeypatch.setattr(difffast, "erase_report", lambda *_, **__: report)
+
+    def run(*more):
+        options = ["experiment", "--out", str(tmp_path), "--checkpoints", str(tmp_path / "c"), *more]
+        bench_erasure.experiment(bench_erasure.parse([*options, "--kinds", "orange, ESD", "UCE"]))
+        return json.loads((tmp_path / "erasure.json").read_text())["reports"]
+
+    assert list(run()) == ["UCE", "orange, ESD"]
+    assert len(made) == 2
+    assert run()["orange, ESD"]["settings"]["steps"] == 40
+    assert len(made) == 2
+    assert run("--steps", "7")["orange, ESD"]["settings"]["steps"] == 7
+    assert made[2:] == [(bench_erasure.KINDS["orange, ESD"], 7)]
+    assert (tmp_path / "erasure.png").stat().st_size > 1000
+    assert list((tmp_path / "c").iterdir()) == []
 
 
 def test_no_question_is_preserved():
