@@ -1,7 +1,9 @@
 """Seconds a picture of two processes with one thread each, against one process with one thread; and what a model says.
 
     python bench/bench_distributed.py --out bench/results/distributed.json
+    python bench/bench_distributed.py --out bench/results/distributed.json --steps 50 --ways cfg
 
+Runs of other steps, or of other sizes, stay in the file.
 All ways in turn, in the same two processes: where one works alone, the other one waits.  Needs two idle cores, which
 "load" tells; how busy the processes' own processors were is measured besides, and depends little on others.  The model
 knows the time of one process, the part of it that a way divides, the slowest process's share of that part, and what an
@@ -19,7 +21,7 @@ import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,8 @@ BASES = {
     "dec": "one, decoding ahead",
     "dec, one encodes": "one, decoding ahead",
 }
+#: The UNet alone, on the whole batch and on one of guidance's halves.
+CALLS = ("a call", "half a call")
 #: How far pictures may be from those of one process, in 0 .. 1.
 TOLERANCE = 1e-4
 #: Speed-ups that are promised, by way.
@@ -78,22 +82,25 @@ def predict_speedup(image_s: float, divided_s: float, share: float, exchange_s: 
 
 
 @contextlib.contextmanager
-def _time_decoders() -> Iterator[list[float]]:
-    """Note the processor's seconds of every decoder batch in the block."""
-    plain, seconds = split.decode, []
+def _time_calls(owner: Any, name: str) -> Iterator[list[float]]:
+    """Note the processor's seconds of every call of a function in the block."""
+    plain, own, seconds = getattr(owner, name), vars(owner).get(name), []
 
-    def decode(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         start = time.process_time()
         try:
             return plain(*args, **kwargs)
         finally:
             seconds.append(time.process_time() - start)
 
-    split.decode = decode
+    setattr(owner, name, call)
     try:
         yield seconds
     finally:
-        split.decode = plain
+        if own is None:  # it is the class's
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def measure_link(group: Any, shape: tuple[int, ...]) -> Link:
@@ -121,18 +128,19 @@ class _Ways:
         pipe: the pipeline.
         steps: of a picture.
         pixels: its height and width.
+        names: of the ways of two processes.
     """
 
-    def __init__(self, pipe: Any, steps: int, pixels: int) -> None:
+    def __init__(self, pipe: Any, steps: int, pixels: int, names: Sequence[str]) -> None:
         self._pipe, self._steps, self._pixels, self._rank = pipe, steps, pixels, dist.get_rank()
         self._size = pixels // pipe.vae_scale_factor
         self._meshes = {name: init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in ("dp", "cfg", "dec")}
         self._pictures: dict[str, Any] = {}
         #: What this process has seen, by way: seconds by the clock and of its processor in every round, those of the
-        #: processor in the decoder, and what a picture has exchanged.
+        #: processor in the decoder, and for texts and pixels; and what a picture has exchanged.
         self.seen: dict[str, dict[str, Any]] = {}
         ahead = {"propagation": WINDOWS}
-        self.all: dict[str, Callable[[], None]] = {
+        ways: dict[str, Callable[[], None]] = {
             "a call": partial(self._call, "a call", 2, alone=True),
             "half a call": partial(self._call, "half a call", 1, alone=False),
             "one": partial(self._alone, "one", preset="exact"),
@@ -142,6 +150,8 @@ class _Ways:
             "dec": partial(self._together, "dec", "dec", encoder="every process", **ahead),
             "dec, one encodes": partial(self._together, "dec, one encodes", "dec", encoder="one process", **ahead),
         }
+        wanted = {*names, *(BASES[name] for name in names), *(CALLS if "cfg" in names else ())}
+        self.all = {name: way for name, way in ways.items() if name in wanted}
 
     def measure_link(self) -> Link:
         """Return what exchanges cost."""
@@ -149,21 +159,30 @@ class _Ways:
 
     def find_errors(self) -> dict[str, float]:
         """Return how far the pictures of two processes are from those of one, in 0 .. 1."""
-        ours = {name: self._pictures[name] for name in BASES if name != "dp" or self._rank == 0}
+        shared = [name for name in BASES if name in self._pictures]
+        ours = {name: self._pictures[name] for name in shared if name != "dp" or self._rank == 0}
         return {name: float(abs(image - self._pictures[BASES[name]]).max()) for name, image in ours.items()}
 
     @contextlib.contextmanager
     def _note(self, name: str) -> Iterator[None]:
         dist.barrier()
         start, used = time.perf_counter(), time.process_time()
-        with _time_decoders() as decoding:
+        with contextlib.ExitStack() as stack:
+            decoding = stack.enter_context(_time_calls(split, "decode"))
+            rest = [
+                stack.enter_context(_time_calls(*each))
+                for each in ((self._pipe, "encode_prompt"), (self._pipe.vae, "decode"))
+            ]
             yield
         used = time.process_time() - used
         dist.barrier()
-        seen = self.seen.setdefault(name, {"seconds": [], "cpu": [], "decoding": [], "calls": 0, "bytes": 0})
+        seen = self.seen.setdefault(
+            name, {"seconds": [], "cpu": [], "decoding": [], "rest": [], "calls": 0, "bytes": 0}
+        )
         seen["seconds"].append(time.perf_counter() - start)
         seen["cpu"].append(used)
         seen["decoding"].append(sum(decoding))
+        seen["rest"].append(sum(map(sum, rest)))
 
     def _draw(self, name: str, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -195,7 +214,7 @@ class _Ways:
             self.seen[name].update(report.last_run.exchanged)
 
 
-def _work(rank: int, port: int, steps: int, pixels: int, rounds: int, found: Any) -> None:
+def _work(rank: int, port: int, steps: int, pixels: int, rounds: int, names: Sequence[str], found: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -203,7 +222,7 @@ def _work(rank: int, port: int, steps: int, pixels: int, rounds: int, found: Any
     with join_processes("cpu", 600.0):
         pipe = difffast.models.embedded_pipeline()
         pipe.set_progress_bar_config(disable=True)
-        ways = _Ways(pipe, steps, pixels)
+        ways = _Ways(pipe, steps, pixels, names)
         link = ways.measure_link()
         for number in range(rounds + 1):
             for way in ways.all.values():
@@ -225,7 +244,8 @@ def summarise(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Args:
         found: the "link"; and of each of the "processes" what it has seen, by way: "seconds" by the clock and "cpu"
-            seconds of its processor in every round, of which "decoding" in decoders; "calls" and "bytes" of a picture.
+            seconds of its processor in every round, of which "decoding" in decoders, and "rest" for texts and pixels;
+            "calls" and "bytes" of a picture.
 
     Returns:
         of each way: seconds of one process and of two, the median speed-up over the rounds; what it would be if every
@@ -239,11 +259,14 @@ def summarise(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     rows = []
     for name, base in BASES.items():
+        if name not in first:
+            continue
         pictures = 2 if name == "dp" else 1
         calls, received = (max(each[name][key] for each in processes) for key in ("calls", "bytes"))
         cost, whole = Link(**found["link"]).cost(calls, received), busiest(base)
         if name == "cfg":
-            divided, part = busiest("a call"), busiest("half a call")
+            divided = whole - busiest(base, "rest")
+            part = divided * busiest("half a call") / busiest("a call")
         elif name == "dp":
             divided, part = whole, whole / 2
         else:
@@ -269,21 +292,15 @@ def summarise(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pixels", type=int, default=128, help="of a side of the pictures")
-    parser.add_argument("--rounds", type=int, default=4)
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what two processes have seen, and its summary."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     load = os.getloadavg()[0]
     ours, theirs = context.Pipe(duplex=False)
-    asked = (arguments.steps, arguments.pixels, arguments.rounds)
+    asked = (arguments.steps, arguments.pixels, arguments.rounds, arguments.ways)
     processes = [context.Process(target=_work, args=(rank, port, *asked, theirs)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -291,22 +308,38 @@ def main() -> None:
     found = ours.recv()
     for process in processes:
         process.join()
-    rows = summarise(found)
-    record = {
+    given = {name: getattr(arguments, name) for name in ("steps", "pixels", "rounds")}
+    return {**given, "load": load, "rows": summarise(found), **found}
+
+
+def add_run(record: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with a run in place of those of its steps and size."""
+    place = (run["pixels"], run["steps"])
+    others = [each for each in record.get("runs", ()) if (each["pixels"], each["steps"]) != place]
+    runs = sorted([*others, run], key=lambda each: (each["pixels"], each["steps"]))
+    return {
         "model": "the embedded model",
-        "steps": arguments.steps,
-        "pixels": arguments.pixels,
         "device": device_name(),
         "threads": 1,
-        "load": load,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "rounds": arguments.rounds,
-        "rows": rows,
-        **found,
+        "runs": runs,
     }
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pixels", type=int, default=128, help="of a side of the pictures")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", choices=list(BASES), default=list(BASES))
+    arguments = parser.parse_args()
+    run = measure(arguments)
+    record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     with write_whole(arguments.out) as part:
-        part.write_text(json.dumps(record, indent=2) + "\n")
-    for row in rows:
+        part.write_text(json.dumps(add_run(record, run), indent=2) + "\n")
+    for row in run["rows"]:
         bar = "" if row["bar"] is None else f" (promised: {row['bar']}x)"
         print(
             f"{row['way']}: {row['one_s']:.3f} -> {row['two_s']:.3f} s a picture, {row['speedup']:.2f}x{bar}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,25 @@ BARS = {"esd, pool of 10": 3.0, "meta step": 1.3}
 def erasure_cost_table(results: Path = RESULTS) -> str:
     """What a step of training costs, from ``erasure_cost.json``."""
     record = json.loads((results / "erasure_cost.json").read_text())
-    lines = ["| step | SD 1.5, TFLOP | times less | small, seconds | times faster |", "|---|---|---|---|---|"]
-    for name, row in record["rows"].items():
-        cells = [f"{row['tflop']['sd15']:.1f}", f"{row['times_flop']['sd15']:.2f}x"]
-        cells += [f"{row['seconds']:.2f}", f"{row['times']:.2f}x"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    bars = [
-        f"{name}: {record['rows'][name]['times']:.2f}x against the {bar:.1f}x asked for"
-        + (", met" if record["rows"][name]["times"] >= bar else ", missed")
-        for name, bar in BARS.items()
+    lines = [
+        "| step | SD 1.5, TFLOP | times less | small pipeline | seconds | times faster |",
+        "|---|---|---|---|---|---|",
     ]
+    bars = []
+    for run in record["runs"]:
+        small = f"1/{run['part']} of the channels, {run['pixels']} x {run['pixels']}"
+        for name, row in run["rows"].items():
+            cells = [f"{row['tflop']['sd15']:.1f}", f"{row['times_flop']['sd15']:.2f}x", small]
+            cells += [f"{statistics.mean(row['seconds']):.2f}", f"{row['times']:.2f}x"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+            if name in BARS:
+                verdict = "met" if row["times"] >= BARS[name] else "missed"
+                bars.append(f"{name}, {small}: {row['times']:.2f}x against the {BARS[name]:.1f}x asked for, {verdict}")
+    rounds = " and ".join(str(run["rounds"]) for run in record["runs"])
     note = (
-        f"All weights trained; meta steps without their trajectory. Small: SD 1.5's proportions with an eighth of the "
-        f"channels, 128 x 128 pixels. Seconds: {record['rounds']} interleaved rounds, {machine(record)}. TFLOP: the "
-        f"calls made in these rounds, each counted on the meta device at 512 x 512, not timed. {'; '.join(bars)}."
+        f"All weights trained; meta steps without their trajectory. Small pipelines have SD 1.5's proportions. "
+        f"Seconds: the processor's, {rounds} interleaved rounds, {machine(record)}. TFLOP: the calls made in these "
+        f"rounds, each counted on the meta device at 512 x 512, not timed. {'; '.join(bars)}."
     )
     return "\n".join([*lines, "", note])
 
@@ -38,28 +44,54 @@ def erasure_cost_table(results: Path = RESULTS) -> str:
 def erasure_table(results: Path = RESULTS) -> str:
     """What is drawn before and after erasing, and after an attack, from ``erasure.json``."""
     record = json.loads((results / "erasure.json").read_text())
-    attacks = list(dict.fromkeys((each["attack"], each["steps"]) for each in _first(record)["relearned"]))
-    heads = ["red, asked for", "other colours", "binding", *(f"red after {n}, {attack}" for attack, n in attacks)]
+    reports = record["reports"]
+    attacks = list(dict.fromkeys((each["attack"], each["steps"]) for r in reports.values() for each in r["relearned"]))
+    heads = [
+        "red, asked for",
+        "other colours",
+        "binding",
+        "bars",
+        *(f"red after {n}, {attack}" for attack, n in attacks),
+    ]
     lines = [f"| weights | {' | '.join(heads)} |", "|" + "---|" * (1 + len(heads))]
     groups = ("target", "neighbours", "binding")
-    stock = [_percent(_first(record), group, "before") for group in groups]
-    lines.append(f"| stock | {' | '.join([*stock, *[''] * len(attacks)])} |")
-    for name, report in record["reports"].items():
-        cells = [_percent(report, group, "after") for group in groups]
+    for name, report in reports.items():
+        cells = [f"{_percent(report, group, 'before')} to {_percent(report, group, 'after')}" for group in groups]
         found = {(each["attack"], each["steps"]): each["shown"] for each in report["relearned"]}
-        cells += [f"{100 * found[attack]:.0f}%" if attack in found else "" for attack in attacks]
+        cells += [_decide(report), *(f"{100 * found[attack]:.0f}%" if attack in found else "" for attack in attacks)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    sizes = "; ".join(f"{name}: {_counts(report, groups)}" for name, report in record["reports"].items())
+    sizes = "; ".join(f"{name}: {_counts(report, groups)}" for name, report in reports.items())
+    denoise, rate, steps = (
+        " or ".join(sorted({f"{r['settings'][name]:g}" for r in reports.values() if name in r["settings"]}))
+        for name in ("denoise", "attack_rate", "steps")
+    )
     note = (
-        f"The embedded model, red erased; pictures of the three groups: {sizes}, {record['denoise']} steps each; in "
-        f"brackets: standard error. Attack: one picture a step, learning rate {record['attack_rate']:g}, ten times "
-        f"that for a LoRA of rank 8. {machine(record)}."
+        f"The embedded model, red erased; stock weights to edited ones; in brackets: standard error. "
+        f"Pictures of the three groups: {sizes}, {denoise} steps each. Bars: red in at most 5%, other colours in at "
+        f"least 95% of what stock draws of them, binding at most 3 points below stock. ESD: {steps or 'no'} steps. "
+        f"Attack: one picture a step, learning rate {rate}, ten times that for a LoRA of rank 8. {machine(record)}."
     )
     return "\n".join([*lines, "", note])
 
 
-def _first(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(iter(record["reports"].values()))
+def _share(report: Mapping[str, Any], group: str, when: str) -> float:
+    values = [row[when] for row in report["rows"] if row["group"] == group]
+    return sum(values) / len(values)
+
+
+def _decide(report: Mapping[str, Any]) -> str:
+    """Which of the bars an erasure meets, by the shares as they are."""
+    red, (others, stock_others), (binding, stock_binding) = (
+        _share(report, "target", "after"),
+        *([_share(report, group, when) for when in ("after", "before")] for group in ("neighbours", "binding")),
+    )
+    held = {
+        "red": red <= 0.05,
+        "other colours": others >= 0.95 * stock_others,
+        "binding": stock_binding - binding <= 0.03,
+    }
+    missed = [name for name, met in held.items() if not met]
+    return f"missed: {', '.join(missed)}" if missed else "met"
 
 
 def _counts(report: Mapping[str, Any], groups: Sequence[str]) -> str:
@@ -69,7 +101,7 @@ def _counts(report: Mapping[str, Any], groups: Sequence[str]) -> str:
 
 def _percent(report: Mapping[str, Any], group: str, when: str) -> str:
     """A share with its standard error over pictures of a yes-or-no verdict."""
-    values = [row[when] for row in report["rows"] if row["group"] == group]
-    share = sum(values) / len(values)
-    error = math.sqrt(share * (1 - share) / (len(values) * report["pictures"]))
+    share = _share(report, group, when)
+    count = report["pictures"] * sum(row["group"] == group for row in report["rows"])
+    error = math.sqrt(share * (1 - share) / count)
     return f"{100 * share:.1f}%" + (f" ({100 * error:.1f})" if error else "")

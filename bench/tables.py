@@ -126,28 +126,31 @@ def guidance_table(results: Path = RESULTS) -> str:
 def distributed_table(results: Path = RESULTS) -> str:
     """What two processes gain, from ``distributed.json`` (``bench/bench_distributed.py``)."""
     record = json.loads((results / "distributed.json").read_text())
-    heads = ["two processes", "against", "seconds a picture", "speed-up", "by the processors' seconds", "the model"]
-    heads += ["divided", "calls a step", "bytes a step"]
+    heads = ["two processes", "against", "steps, pixels", "seconds a picture", "speed-up", "by the processors' seconds"]
+    heads += ["the model", "divided", "the slower one's share", "calls a step", "bytes a step"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in record["rows"]:
-        promised = "" if row["bar"] is None else f" (promised: {row['bar']}x)"
-        cells = [
-            row["way"],
-            row["against"],
-            f"{row['one_s']:.2f} to {row['two_s']:.2f}",
-            f"{row['speedup']:.2f}x{promised}",
-            f"{row['cpu_speedup']:.2f}x",
-            f"{row['predicted']:.2f}x",
-            f"{row['divided']:.0%}",
-            f"{row['calls'] / record['steps']:.2f}",
-            f"{row['bytes'] / record['steps']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    for run in record["runs"]:
+        for row in run["rows"]:
+            promised = "" if row["bar"] is None else f" (promised: {row['bar']}x)"
+            cells = [
+                row["way"],
+                row["against"],
+                f"{run['steps']}, {run['pixels']} x {run['pixels']}",
+                f"{row['one_s']:.2f} to {row['two_s']:.2f}",
+                f"{row['speedup']:.2f}x{promised}",
+                f"{row['cpu_speedup']:.2f}x",
+                f"{row['predicted']:.2f}x",
+                f"{row['divided']:.0%}",
+                f"{row['share']:.0%}",
+                f"{row['calls'] / run['steps']:.2f}",
+                f"{row['bytes'] / run['steps']:.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    rounds = " and ".join(str(run["rounds"]) for run in record["runs"])
+    loads = " and ".join(f"{run['load']:.1f}" for run in record["runs"])
     note = (
-        f"{record['model'].capitalize()}, {record['steps']} steps, {record['pixels']} x {record['pixels']} pixels, "
-        f"{record['device']}, a thread a process, float32, "
-        f"torch {record['versions']['torch']}; {record['rounds']} rounds, all in turn; load of the machine before: "
-        f"{record['load']:.1f}."
+        f"{record['model'].capitalize()}, {record['device']}, a thread a process, float32, torch "
+        f"{record['versions']['torch']}; {rounds} rounds, a run's ways in turn; load of the machine before: {loads}."
     )
     return "\n".join([*lines, "", note])
 

@@ -96,8 +96,7 @@ class Attack:
         if trap.second_order:
             self._optimiser = torch.optim.SGD(weights.parameters, lr=trap.learning_rate)
         else:
-            rates = {"lr": trap.learning_rate, "weight_decay": trap.weight_decay}
-            self._optimiser = torch.optim.AdamW(weights.parameters, **rates, foreach=True)
+            self._optimiser = weights.make_adamw(trap.learning_rate, trap.weight_decay)
 
     def add_gradients(self) -> dict[str, float]:
         """Add all gradients but the erasing loss's to the parameters'; returns the losses, by name."""

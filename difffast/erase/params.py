@@ -79,6 +79,10 @@ class Weights:
         """Return a copy of the values."""
         return [parameter.detach().clone() for parameter in self.parameters]
 
+    def make_adamw(self, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+        """Return an AdamW of these parameters that goes once over memory for each of them."""
+        return torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+
     @torch.no_grad()
     def load(self, values: Sequence[Tensor]) -> None:
         """Copy values into the parameters."""

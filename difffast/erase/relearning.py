@@ -66,7 +66,7 @@ def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
 
 
 def _finetune(denoiser: Denoiser, weights: Weights, examples: Examples, attack: Relearning) -> Iterator[int]:
-    optimiser = torch.optim.AdamW(weights.parameters, lr=attack.learning_rate, weight_decay=1e-4)
+    optimiser = weights.make_adamw(attack.learning_rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(attack.seed)
     step = 0
     while True:

@@ -110,10 +110,9 @@ class EraseTrainer:
         self._rate = self._method.rate[wide] if settings.learning_rate is None else settings.learning_rate
         eta = self._method.eta and self._method.eta[wide]
         self._eta = eta if settings.eta is None else settings.eta
-        rates = {"lr": self._rate, "weight_decay": settings.weight_decay}
         self._state = TrainingState(
             weights,
-            torch.optim.AdamW(weights.parameters, **rates, foreach=True),
+            weights.make_adamw(self._rate, settings.weight_decay),
             points,
             torch.Generator().manual_seed(settings.seed + 1_000_003 * self._processes.rank),
             [] if self._method.ema_decay is None else self._teacher,

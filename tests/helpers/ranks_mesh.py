@@ -1,4 +1,4 @@
-"""What the processes do that tests/test_distributed.py starts."""
+"""What the processes do that tests/test_distributed*.py start."""
 
 from __future__ import annotations
 
