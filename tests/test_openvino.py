@@ -83,14 +83,6 @@ def test_some_histories(seed):
     EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="openvino")).play(draws=4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["openvino", "eager"])
-@pytest.mark.parametrize("block", range(10))
-def test_many_histories(engine, block):
-    for seed in range(5 * block, 5 * (block + 1)):
-        EngineHistory(100 + seed, lambda pipe: patch(pipe, "exact", engine=engine)).play(draws=6)
-
-
 @pytest.mark.parametrize(
     "change",
     ["edit .data", *(pytest.param(each, marks=pytest.mark.slow) for each in ("edit", "negate .data", "replace"))],

@@ -12,6 +12,7 @@ from .kind import LayerKind
 from .linear import Linear
 from .resnet import Resnet
 from .self_attention import SelfAttention
+from .widened import Widened
 
 #: From the outermost to the innermost: attention layers and GEGLU contain linear layers.
 LAYERS: list[LayerKind] = [
@@ -22,6 +23,7 @@ LAYERS: list[LayerKind] = [
     TransformerOutput(),
     Geglu(),
     Linear(),
+    Widened(),
 ]
 
 
