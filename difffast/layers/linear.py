@@ -33,7 +33,7 @@ class Linear(LayerKind):
         }
 
     def may_pay(self, weight: Tensor) -> bool:
-        return weight.device.type == "cpu" and weight.dtype == torch.float32
+        return weight.device.type == "cpu"
 
     def wrap(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         """As for any kind, but it is asked first of all whether it pays: of so many layers most are too small."""

@@ -6,13 +6,13 @@ nothing but this list.
 
 from __future__ import annotations
 
+from .convolution import Convolution
 from .cross_attention import CrossAttention
 from .gpu import Geglu, TransformerNorm, TransformerOutput
 from .kind import LayerKind
 from .linear import Linear
 from .resnet import Resnet
 from .self_attention import SelfAttention
-from .widened import Widened
 
 #: From the outermost to the innermost: attention layers and GEGLU contain linear layers.
 LAYERS: list[LayerKind] = [
@@ -23,7 +23,7 @@ LAYERS: list[LayerKind] = [
     TransformerOutput(),
     Geglu(),
     Linear(),
-    Widened(),
+    Convolution(),
 ]
 
 

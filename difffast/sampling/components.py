@@ -20,8 +20,8 @@ from ..engines.inputs import apply_lora_scale, read_lora_scales
 from ..engines.openvino import OpenVino
 from ..engines.programs import ProgramStats
 from ..layers.context import CallContext, use_context
+from ..layers.convolution import Convolution
 from ..layers.resnet import Resnet
-from ..layers.widened import Widened
 from ..surgery.pristine import is_wrapped
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
@@ -34,7 +34,7 @@ _WHOLE = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 #: Arguments by which outputs are multiplied: numbers that a model takes as inputs.
 _FACTORS = ("conditioning_scale",)
 #: What is fused in a VAE.
-_KINDS = (Resnet(), Widened())
+_KINDS = (Resnet(), Convolution())
 
 
 class _Component:

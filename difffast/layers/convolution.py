@@ -1,8 +1,9 @@
-"""Convolutions and linear layers in bfloat16, multiplied in float32 where the processor does that faster.
+"""Convolutions in bfloat16, multiplied in float32 where the processor does that faster.
 
-PyTorch gives both to oneDNN.  Processors with AMX multiply bfloat16 many times as fast as float32; AVX-512 alone takes
+PyTorch gives them to oneDNN.  Processors with AMX multiply bfloat16 many times as fast as float32; AVX-512 alone takes
 up to twice as long for it, and AVX2 has no instruction for it at all.  Each process measures once which of them it is
-on.  Operands are widened, which is exact, and the product is rounded once, as stock's is.
+on.  Operands are widened, which is exact, and the product is rounded once, as stock's is.  Linear layers gain next
+to nothing in a whole UNet: their products are small beside what would have to be widened.
 """
 
 from __future__ import annotations
@@ -16,26 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..ops.linear import WORTH, compare
 from ..surgery.pristine import is_plain
 from ..surgery.subclass import plain_class
 from .kind import LayerKind
 
-#: Rows, and multiply-adds, below which widening costs more than it gains.
-_FEW, _SMALL = 64, 4_000_000
+#: Pixels, and multiply-adds, below which widening costs more than it gains.
+_FEW, _SMALL = 64, 16_000_000
 
 _local = threading.local()
 
 
-class Widened(LayerKind):
-    """Layers with bfloat16 weights on CPUs; those that LoRA wraps among them."""
+class Convolution(LayerKind):
+    """Convolutions with bfloat16 weights on CPUs; those that LoRA wraps among them."""
 
-    name = "bfloat16 layers"
+    name = "bfloat16 convolutions"
     input_name = "input"
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
-        return {n: m for n, m in unet.named_modules() if plain_class(m) in (nn.Conv2d, nn.Linear)}
+        return {n: m for n, m in unet.named_modules() if plain_class(m) is nn.Conv2d}
 
     def may_pay(self, weight: Tensor) -> bool:
         return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and advantage() >= WORTH
@@ -44,9 +44,7 @@ class Widened(LayerKind):
         weight = layer.weight
         if hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
             return False
-        rows = hidden.numel() // weight.shape[1]
-        if weight.ndim == 4:
-            rows //= layer.stride[0] * layer.stride[1]
+        rows = hidden.numel() // hidden.shape[1] // (layer.stride[0] * layer.stride[1])
         return rows >= _FEW and rows * weight.numel() >= _SMALL
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
@@ -56,14 +54,12 @@ class Widened(LayerKind):
             return ""  # the widened weights are not kept for a backward pass
         if torch.is_autocast_enabled("cpu"):
             return "autocast chooses their dtype"
-        if not is_plain(layer, plain_class(layer)):
+        if not is_plain(layer, nn.Conv2d):
             return "one has hooks, a forward of its own, or is quantised or offloaded"
-        return "one pads with other values than zeros" if getattr(layer, "padding_mode", "zeros") != "zeros" else None
+        return None if layer.padding_mode == "zeros" else "one pads with other values than zeros"
 
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = _widen(layer.weight), None if layer.bias is None else layer.bias.float()
-        if weight.ndim == 2:
-            return ops.linear(hidden.float(), weight, bias).to(hidden.dtype)
         settings = layer.stride, layer.padding, layer.dilation, layer.groups
         return F.conv2d(hidden.float(), weight, bias, *settings).to(hidden.dtype)
 

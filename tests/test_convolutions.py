@@ -1,4 +1,4 @@
-"""Layers with bfloat16 weights multiply in float32 where that is faster, and stock where it is not or cannot be."""
+"""Convolutions in bfloat16 multiply in float32 where that is faster, and run stock where it is not or cannot be."""
 
 import copy
 import threading
@@ -10,11 +10,11 @@ from sampling import latents as sampled
 from torch import nn
 
 from difffast import patch, patched
-from difffast.layers import widened
-from difffast.layers.widened import Widened
+from difffast.layers import convolution
+from difffast.layers.convolution import Convolution
 from difffast.surgery.subclass import is_swapped
 
-KIND = Widened()
+KIND = Convolution()
 
 
 def latents(pipe, *args, **options):
@@ -24,9 +24,9 @@ def latents(pipe, *args, **options):
 @pytest.fixture(autouse=True)
 def _pays(monkeypatch):
     """As on a processor without instructions for bfloat16, and for layers as small as these pipelines'."""
-    monkeypatch.setattr(widened, "advantage", lambda: 2.0)
-    monkeypatch.setattr(widened, "_FEW", 8)
-    monkeypatch.setattr(widened, "_SMALL", 0)
+    monkeypatch.setattr(convolution, "advantage", lambda: 2.0)
+    monkeypatch.setattr(convolution, "_FEW", 8)
+    monkeypatch.setattr(convolution, "_SMALL", 0)
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def half(pipe):
 @pytest.fixture
 def counted(monkeypatch):
     """The shapes of weights that have been widened."""
-    shapes, widen = [], widened._widen
-    monkeypatch.setattr(widened, "_widen", lambda weight: shapes.append(tuple(weight.shape)) or widen(weight))
+    shapes, widen = [], convolution._widen
+    monkeypatch.setattr(convolution, "_widen", lambda weight: shapes.append(tuple(weight.shape)) or widen(weight))
     return shapes
 
 
@@ -50,12 +50,12 @@ def test_a_patched_pipeline_is_nearer_to_float32_than_stock(pipe, half, counted)
     right, stock = latents(pipe), latents(half)
     layers = KIND.find(half.unet)
     with patched(half, "exact") as report:
-        assert f"bfloat16 layers ({len(layers)}) products in float32, 2.0 times as fast here" in " ".join(
+        assert f"bfloat16 convolutions ({len(layers)}) products in float32, 2.0 times as fast here" in " ".join(
             str(report).split()
         )
         ours = latents(half)
         assert not report.last_run.reasons
-    assert {len(shape) for shape in counted} == {2, 4}
+    assert len(counted) == 4 * len(layers)
     assert distance(ours, right) <= distance(stock, right)
     assert not any(map(is_swapped, half.unet.modules()))
     counted.clear()
@@ -69,8 +69,7 @@ def test_a_patched_pipeline_is_nearer_to_float32_than_stock(pipe, half, counted)
         (nn.Conv2d(16, 24, 3, padding=1), (2, 16, 9, 7)),
         (nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False), (2, 16, 8, 8)),
         (nn.Conv2d(16, 32, (1, 3), padding=(0, 1), groups=4, dilation=1), (1, 16, 8, 8)),
-        (nn.Linear(33, 17), (2, 40, 33)),
-        (nn.Linear(33, 17, bias=False), (80, 33)),
+        (nn.Conv2d(33, 17, 1), (2, 33, 8, 8)),
     ],
     ids=str,
 )
@@ -87,22 +86,22 @@ def test_a_product_is_rounded_once(layer, shape, offset):
 
 
 def test_memory_is_taken_again_and_results_are_not_in_it(counted):
-    layers = [nn.Linear(64, size).bfloat16() for size in (8, 64, 8)]
-    x = torch.randn(16, 64).bfloat16()
+    layers = [nn.Conv2d(16, size, 3).bfloat16() for size in (8, 64, 8)]
+    x = torch.randn(1, 16, 8, 8).bfloat16()
     with torch.inference_mode():
         first = [KIND.forward(layer, x) for layer in layers]
         kept = [each.clone() for each in first]
     with torch.no_grad():  # the memory is no inference tensor
-        held = widened._local.held
+        held = convolution._local.held
         again = [KIND.forward(layer, x) for layer in reversed(layers)][::-1]
-        assert widened._local.held is held
+        assert convolution._local.held is held
     for result in (kept, again):
         assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
 
 
 def test_threads_have_memory_of_their_own():
-    layers = [nn.Linear(256, 256).bfloat16() for _ in range(2)]
-    x = torch.randn(64, 256).bfloat16()
+    layers = [nn.Conv2d(64, 64, 3).bfloat16() for _ in range(2)]
+    x = torch.randn(1, 64, 16, 16).bfloat16()
     with torch.no_grad():
         right = [KIND.forward(layer, x) for layer in layers]
     wrong = []
@@ -122,7 +121,7 @@ def test_threads_have_memory_of_their_own():
 
 
 def test_what_runs_stock_and_why():
-    x, layer = torch.randn(64, 32).bfloat16(), nn.Linear(32, 32).bfloat16()
+    x, layer = torch.randn(2, 32, 8, 8).bfloat16(), nn.Conv2d(32, 32, 3).bfloat16()
     assert KIND.refuse(layer, x, (), {}) == ""  # a gradient may be wanted
     with torch.no_grad():
         assert KIND.refuse(layer, x, (), {}) is None
@@ -133,18 +132,19 @@ def test_what_runs_stock_and_why():
             assert "autocast" in KIND.refuse(layer, x, (), {})
         layer.register_forward_hook(lambda *_: None)
         assert "hooks" in KIND.refuse(layer, x, (), {})
-    assert not KIND.pays(layer, x[:4])
+    assert KIND.pays(layer, x)
+    assert not KIND.pays(layer, x[:, :, :1, :2])
     assert not KIND.pays(layer, x.float())
-    assert not KIND.pays(nn.Linear(32, 32), x)
+    assert not KIND.pays(nn.Conv2d(32, 32, 3), x)
     assert not KIND.may_pay(torch.empty(1))
     assert not KIND.may_pay(torch.empty(1, dtype=torch.bfloat16, device="meta"))
 
 
 def test_where_bfloat16_is_as_fast_layers_are_left_alone(half, monkeypatch, counted):
-    monkeypatch.setattr(widened, "advantage", lambda: 1.0)
+    monkeypatch.setattr(convolution, "advantage", lambda: 1.0)
     stock = latents(half)
     with patched(half, "exact", fused=True) as report:
-        assert "bfloat16 layers" not in str(report)
+        assert "bfloat16 convolutions" not in str(report)
         assert distance(latents(half), stock) <= 0.05
         assert not any(is_swapped(layer) for layer in KIND.find(half.unet).values())
     assert not counted
@@ -152,12 +152,12 @@ def test_where_bfloat16_is_as_fast_layers_are_left_alone(half, monkeypatch, coun
 
 def test_the_advantage_is_measured(monkeypatch):
     monkeypatch.undo()
-    widened.advantage.cache_clear()
-    assert 0.05 < widened.advantage() < 50
+    convolution.advantage.cache_clear()
+    assert 0.05 < convolution.advantage() < 50
 
 
 def test_lora_around_the_layers(half, counted):
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False)
     half.unet.add_adapter(config)
     half.unet.to(torch.bfloat16)
     stock = latents(half)
