@@ -30,12 +30,12 @@ from ._library import LIBRARY
 _SMALL, _FEW = 6_000_000, 64
 #: Numbers in one image above which PyTorch gives convolutions of it to oneDNN at all.
 _ACCEPTED = 20480
-#: Another way is taken where it is so many times faster than F.linear: less may be noise.
-WORTH = 1.25
+#: oneDNN is used where it is so many times faster than F.linear: less may be noise, and elsewhere they are equal.
+_WORTH = 1.25
 #: Settings of oneDNN's precision that leave float32 as exact as it is.
 _EXACT = ("none", "ieee")
 #: Side of the square matrices that tell: short enough to finish undisturbed now and then, however busy the machine is.
-_SIDE = 320
+SIDE = 320
 #: Most rounds, and seconds, that they are given.
 _ROUNDS, _SECONDS = 100, 0.2
 
@@ -116,24 +116,19 @@ def advantage() -> float:
     """
     if _installed.missing("onednn") is not None:
         return 1.0
-    return compare(F.linear, _convolution, torch.float32)
+    x, weight = torch.ones(2, SIDE, SIDE, dtype=torch.float32, device="cpu")
+    return compare(lambda: F.linear(x, weight), lambda: _convolution(x, weight, None))
 
 
-def compare(one: Callable[..., Tensor], other: Callable[..., Tensor], dtype: torch.dtype) -> float:
-    """Measure how many times faster on a CPU ``other`` multiplies than ``one``.
-
-    Args:
-        one, other: take x, weight and bias, as :func:`linear` does.
-        dtype: of the matrices that they are given.
-    """
-    x, weight = torch.ones(2, _SIDE, _SIDE, dtype=dtype, device="cpu")
+def compare(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> float:
+    """Measure how many times faster ``other`` is than ``one``, both of them products of small matrices on a CPU."""
     best = dict.fromkeys((one, other), float("inf"))
     begin = time.perf_counter()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(_ROUNDS):
             for product in best:
                 start = time.perf_counter()
-                product(x, weight, None)
+                product()
                 best[product] = min(best[product], time.perf_counter() - start)
             if time.perf_counter() - begin > _SECONDS:
                 break
@@ -198,7 +193,7 @@ def _find_setting() -> str | None:
 @_keep_in_graphs
 def _pays() -> bool:
     # Who allows lower precision gets it from F.linear, which is the faster one then.
-    return _allowed_precision("matmul") in _EXACT and advantage() >= WORTH
+    return _allowed_precision("matmul") in _EXACT and advantage() >= _WORTH
 
 
 def _allowed_precision(operation: str) -> str:
