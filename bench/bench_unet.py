@@ -23,7 +23,7 @@ from difffast.unet import split
 from difffast.unet.features import Features
 
 STEPS = 50
-NARROW, WIDE = (64, 128, 192), (128, 256, 512, 512)
+NARROW, WIDE, HALVED = (64, 128, 192), (128, 256, 512, 512), (160, 320, 640, 640)
 SIZE = 32
 _ISSUE_5, _ISSUE_6, _ENGINES = "the decoder's issue", "the planner's issue", "the engines' issue"
 BARS = (
@@ -40,7 +40,8 @@ ENGINE_BARS = tuple(
     Bar(f"difffast exact OpenVINO {each}", f"{registry.PLAIN_OPENVINO} {each}", 1.03, source=_ENGINES)
     for each in ("f32", "bf16")
 )
-EAGER_BARS = (
+_BY_ENGINE = (
+    *ENGINE_BARS,
     Bar("difffast exact", STOCK, 0.72, source=_ENGINES),
     Bar("difffast exact bfloat16", "stock bfloat16", 0.85, source=_ENGINES),
 )
@@ -70,16 +71,26 @@ def cases(size: str, model: str | None) -> list[Case]:
             for channels, weight in ((NARROW, 40), (WIDE, 40))
         ),
         by_engine("embedded model", 16, lambda: [workloads.embedded()], steps=10, weight=10, bars=ENGINE_BARS),
-        *(
-            by_engine(
-                f"UNet {channels}",
-                SIZE,
-                lambda channels=channels: [workloads.tiny(channels, SIZE)],
-                steps=steps,
-                weight=20,
-                bars=(*ENGINE_BARS, *EAGER_BARS),
-            )
-            for channels, steps in ((NARROW, 5), (WIDE, 2))
+        by_engine(f"UNet {NARROW}", SIZE, lambda: [workloads.tiny(NARROW, SIZE)], steps=5, weight=20, bars=_BY_ENGINE),
+        by_engine(
+            f"UNet {WIDE}",
+            SIZE,
+            lambda: [workloads.tiny(WIDE, SIZE)],
+            steps=1,
+            weight=30,
+            rounds=(3, 5),
+            bars=_BY_ENGINE,
+        ),
+        # The published UNet of SD1.5 with half of the channels: whole, its weights' copies do not fit 16 GB.
+        by_engine(
+            f"UNet {HALVED}",
+            64,
+            lambda: [workloads.tiny(HALVED, 64)],
+            steps=1,
+            weight=30,
+            precisions=("f32",),
+            rounds=(2, 3),
+            bars=ENGINE_BARS[:1],
         ),
     ]
 

@@ -48,12 +48,12 @@ def test_many_histories(engine, block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_some_histories_of_compiled_programs(seed, monkeypatch):
+@pytest.mark.parametrize(("seed", "draws"), [(500, 6), (501, 2)])  # 501: a LoRA's scale in float64
+def test_some_histories_of_compiled_programs(seed, draws, monkeypatch):
     """Traced without code for them: what is answered by which program is decided by torch.compile's guards alone."""
     monkeypatch.setattr(programs, "BACKEND", "eager")
     torch._dynamo.reset()
-    EngineHistory(100 + seed, lambda pipe: patch(pipe, "exact", engine="inductor")).play(draws=6)
+    EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="inductor")).play(draws)
 
 
 @pytest.mark.parametrize("engine", ["eager", "openvino", pytest.param("inductor", marks=pytest.mark.slow)])
