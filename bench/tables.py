@@ -185,7 +185,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exact": exact_table,
     "unet": unet_table,
     "engines": engines_table,
-    "engines-unets": engines_unets_table,
+    "engines_unets": engines_unets_table,
     "openvino": openvino_table,
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,
