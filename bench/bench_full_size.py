@@ -25,6 +25,16 @@ def cases(size: str, model: str | None) -> list[Case]:
     shapes = {"pipeline": NAME, "latent": workloads.latent_size(NAME, full=True)}
     return [
         bench_unet.exact_savings(f"{NAME} in full", shapes, _stages, steps=2, rounds=(3, 9), weight=1),
+        bench_unet.by_engine(
+            f"{NAME} in full",
+            shapes["latent"],
+            _stages,
+            steps=2,
+            weight=2,
+            precisions=("f32",),
+            rounds=(2, 5),
+            bars=bench_unet.ENGINE_BARS[:1],
+        ),
         bench_pipelines.engines(
             f"{NAME} in full, 4 steps, guidance 1",
             lambda: _stages()[0],

@@ -25,7 +25,7 @@ from difffast.unet.features import Features
 STEPS = 50
 NARROW, WIDE = (64, 128, 192), (128, 256, 512, 512)
 SIZE = 32
-_ISSUE_5, _ISSUE_6 = "the decoder's issue", "the planner's issue"
+_ISSUE_5, _ISSUE_6, _ENGINES = "the decoder's issue", "the planner's issue", "the engines' issue"
 BARS = (
     Bar("difffast balanced", STOCK, 0.56, source=_ISSUE_5),
     Bar("difffast exact compiled", registry.COMPILED, 1.03, source=_ISSUE_5),
@@ -34,6 +34,16 @@ BARS = (
         Bar(f"difffast, reuse {each}", f"DeepCache {each}", 1 / 1.15, source=_ISSUE_6)
         for each in ("3, branch 0", "5, branch 0")
     ),
+)
+#: Of single UNets, by engine.
+ENGINE_BARS = tuple(
+    Bar(f"difffast exact OpenVINO {each}", f"{registry.PLAIN_OPENVINO} {each}", 1.03, source=_ENGINES)
+    for each in ("f32", "bf16")
+)
+_BY_ENGINE = (
+    *ENGINE_BARS,
+    Bar("difffast exact", STOCK, 0.72, source=_ENGINES),
+    Bar("difffast exact bfloat16", "stock bfloat16", 0.85, source=_ENGINES),
 )
 
 
@@ -59,6 +69,17 @@ def cases(size: str, model: str | None) -> list[Case]:
                 weight=weight,
             )
             for channels, weight in ((NARROW, 40), (WIDE, 40))
+        ),
+        by_engine("embedded model", 16, lambda: [workloads.embedded()], steps=10, weight=10, bars=ENGINE_BARS),
+        by_engine(f"UNet {NARROW}", SIZE, lambda: [workloads.tiny(NARROW, SIZE)], steps=5, weight=20, bars=_BY_ENGINE),
+        by_engine(
+            f"UNet {WIDE}",
+            SIZE,
+            lambda: [workloads.tiny(WIDE, SIZE)],
+            steps=3,
+            weight=30,
+            rounds=(3, 5),
+            bars=_BY_ENGINE,
         ),
     ]
 
@@ -125,6 +146,40 @@ def exact_savings(
         headline="difffast exact",
         rounds=rounds,
         weight=weight,
+    )
+
+
+def by_engine(
+    name: str,
+    latent: int,
+    stages: Callable[[], Sequence[workloads.Stage]],
+    *,
+    steps: int,
+    weight: float,
+    precisions: Sequence[str] = ("f32", "bf16"),
+    rounds: tuple[int, int] = (3, 11),
+    bars: Sequence[Bar],
+) -> Case:
+    """What exact takes of stock and of plain OpenVINO inside the UNet, in float32 and in bfloat16."""
+    by_openvino = {provider.name: provider for provider in registry.openvino_presets()}
+    providers = [registry.stock(), registry.difffast("difffast exact", "exact", Gate())]
+    if "bf16" in precisions:
+        providers += [registry.stock_bfloat16(), registry.exact_bfloat16()]
+    for each in precisions:
+        providers += [registry.plain_openvino(each), by_openvino[f"difffast exact OpenVINO {each}"]]
+    return Case(
+        group="engines",
+        name=f"{name} at {latent}x{latent}, {steps} step{'s' * (steps > 1)}, by engine",
+        shapes={"unet": name, "latent": latent, "steps": steps, "batch": 1},
+        dtype="float32",
+        device="cpu",
+        build=lambda: Images(stages(), steps, latent=True, unet_only=True),
+        providers=tuple(providers),
+        timed="seconds inside the UNet",
+        headline="difffast exact",
+        rounds=rounds,
+        weight=weight,
+        bars=tuple(bars),
     )
 
 

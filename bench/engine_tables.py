@@ -1,8 +1,9 @@
-"""The tables of whole pictures by engine, from ``engines.json``."""
+"""The tables by engine: of whole pictures, from ``engines.json``, and of UNets alone, from ``engines_unets.json``."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from interleaved import ratio
@@ -16,7 +17,15 @@ _TITLES = {"balanced, stock layers": "difffast balanced, stock layers"}
 
 def engines_table(results: Path = RESULTS) -> str:
     """Seconds a picture, and shares of stock and of plain OpenVINO in the same precision."""
-    found = load(results / "engines.json")
+    return _tabulate(load(results / "engines.json"))
+
+
+def engines_unets_table(results: Path = RESULTS) -> str:
+    """The same of the seconds inside the UNet alone."""
+    return _tabulate(load(results / "engines_unets.json"))
+
+
+def _tabulate(found: Sequence[Record]) -> str:
     heads = [f" {_name_case(info)} | of stock | of plain OpenVINO |" for info in found]
     rows = ["| |" + "".join(heads), "|" + "---|" * (1 + 3 * len(found))]
     for name in dict.fromkeys(name for info in found for name in info["seconds"]):
@@ -51,4 +60,4 @@ def _describe(info: Record, name: str) -> list[str]:
 
 
 def _name_case(info: Record) -> str:
-    return str(info["case"]).removeprefix("engines, ")
+    return str(info["case"]).removeprefix("engines, ").removesuffix(", by engine")

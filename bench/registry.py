@@ -278,6 +278,18 @@ def stock_bfloat16() -> Provider:
     )
 
 
+def exact_bfloat16() -> Provider:
+    """``exact`` of a pipeline whose weights and latents are bfloat16."""
+
+    def prepare(images: Images, stack: ExitStack) -> None:
+        images.cast(torch.bfloat16)
+        for stage in images.stages:
+            stack.enter_context(patched(stage.pipe, "exact"))
+
+    gate = Gate("stock bfloat16", tolerance=ROUNDING["bfloat16"])
+    return on_images("difffast exact bfloat16", "difffast", prepare, gate, own_weights=True)
+
+
 def stock_frozen() -> Provider:
     """Inductor with freezing: weights are constants that it may lay out anew."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from engine_tables import engines_table, openvino_table
+from engine_tables import engines_table, engines_unets_table, openvino_table
 from erasure_tables import erasure_cost_table, erasure_table
 from fidelity.tables import cells_table, ways_of_cells_table
 from gpu_tables import gpu_images_table, gpu_kernels_table, gpu_remedies_table
@@ -188,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exact": exact_table,
     "unet": unet_table,
     "engines": engines_table,
+    "engines_unets": engines_unets_table,
     "openvino": openvino_table,
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,

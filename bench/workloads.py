@@ -263,6 +263,11 @@ def tiny(channels: Sequence[int], sample_size: int, *, batch: int = 1) -> Stage:
     return Stage(pipe, {"prompt": [PROMPT] * batch})
 
 
+def embedded() -> Stage:
+    """The embedded model, which is trained."""
+    return Stage(models.embedded_pipeline(), {"prompt": PROMPT})
+
+
 def checkpoint(model: str, *, device: str, dtype: torch.dtype) -> Stage:
     """A user's own pipeline, from a folder in Diffusers format."""
     return Stage(models.load_pipeline(model).to(device, dtype), {"prompt": PROMPT})

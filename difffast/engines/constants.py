@@ -33,7 +33,7 @@ class Constants:
     """The weights and the structure of a module, as of now.
 
     Args:
-        module: the module.
+        module: the module, which :func:`refuse_constants` has not refused.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -53,8 +53,8 @@ class Constants:
             return _read_config(module) == self._config and self._bits.are_unchanged()
         return True
 
-    def _read_versions(self) -> list[int | None]:
-        return [None if weight.is_inference() else weight._version for weight in self._weights]
+    def _read_versions(self) -> list[int]:
+        return [weight._version for weight in self._weights]
 
     def distrust(self) -> None:
         """Compare the weights' bits as well when they are asked for next."""

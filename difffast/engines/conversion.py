@@ -68,8 +68,8 @@ class Model:
     seconds: float = 0.0
     cached: bool = False
     _request: Any = None
-    #: By index: the tensor that an input was read from last, its address, and the memory that the request reads.
-    _bound: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    #: By index: the tensor that an input was read from last, its state, and the memory that the request reads.
+    _bound: dict[int, tuple[Tensor, Any, Tensor]] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -81,12 +81,12 @@ class Model:
         if self._request is None:
             self._request = self.compiled.create_infer_request()
         for index, tensor in enumerate(tensors):
-            # Text keys and values are the same tensors at every step: OpenVINO reads them where they are.
-            bound = self._bound.get(index)
-            if bound is None or bound[0] is not tensor or bound[1] != tensor.data_ptr() or not tensor.is_contiguous():
+            # Text keys and values are the same tensors at every step: OpenVINO reads them where it has read them.
+            state, bound = _find_state(tensor), self._bound.get(index)
+            if bound is None or bound[0] is not tensor or bound[1] != state or state is None:
                 memory = tensor.detach().contiguous()
                 self._request.set_input_tensor(index, _share(memory))
-                self._bound[index] = (tensor, tensor.data_ptr(), memory)
+                self._bound[index] = (tensor, state, memory)
         outputs = []
         for index, port in enumerate(self.compiled.outputs):
             outputs.append(torch.empty(tuple(port.shape), dtype=_DTYPES[port.element_type.get_type_name()]))
@@ -110,6 +110,16 @@ _DTYPES = {
     "u8": torch.uint8,
     "boolean": torch.bool,
 }
+
+
+def _find_state(tensor: Tensor) -> Any:
+    """Return what, while it is the same, lets a request read the memory that it was given for a tensor; None: nothing.
+
+    Of a contiguous tensor it is the tensor's own memory, so that changes in place are seen.  Of others it is a copy.
+    """
+    if tensor.is_contiguous():
+        return tensor.data_ptr()
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
 
 
 def _share(tensor: Tensor) -> Any:

@@ -83,7 +83,9 @@ class InputReader:
             return scale
         held = self._scales.get((name, adapter))
         if held is None or held[0] != scale:
-            tensor = torch.empty((), device=unet.device) if held is None else held[1]
+            # Of a UNet in float64, a scale in float32 would take half of the digits.
+            dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
+            tensor = torch.empty((), dtype=dtype, device=unet.device) if held is None else held[1]
             held = self._scales[name, adapter] = (scale, tensor.fill_(scale))
         return held[1]
 

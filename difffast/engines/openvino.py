@@ -95,7 +95,7 @@ class OpenVino:
             note: told if it cannot be converted, and what became of a damaged file.
             function: of tensors, nested in ``arguments``.
             module: the module.
-            precision: "f32" or "bf16"; None: that of the tensors.
+            precision: "f32" or "bf16"; None: that of the weights.
         """
         tensors: list[torch.Tensor] = []
         try:
@@ -124,8 +124,8 @@ class OpenVino:
     ) -> conversion.Model | None:
         """Load or convert a function; returns None where it cannot be converted."""
         start = time.perf_counter()
-        dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-        precision = precision or ("bf16" if dtypes == {torch.bfloat16} else "f32")
+        # Of the weights: what comes in may be token ids, or a LoRA scale in float32.
+        precision = precision or conversion.PRECISIONS[next(module.parameters()).dtype]
         file = model_files.find_file(_name(function), self._constants.mark(module), structure, tensors, precision)
         model = model_files.read(file, precision, note)
         if model is None:

@@ -6,6 +6,7 @@ nothing but this list.
 
 from __future__ import annotations
 
+from .convolution import Convolution
 from .cross_attention import CrossAttention
 from .gpu import Geglu, TransformerNorm, TransformerOutput
 from .kind import LayerKind
@@ -22,6 +23,7 @@ LAYERS: list[LayerKind] = [
     TransformerOutput(),
     Geglu(),
     Linear(),
+    Convolution(),
 ]
 
 

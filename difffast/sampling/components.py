@@ -20,6 +20,7 @@ from ..engines.inputs import apply_lora_scale, read_lora_scales
 from ..engines.openvino import OpenVino
 from ..engines.programs import ProgramStats
 from ..layers.context import CallContext, use_context
+from ..layers.convolution import Convolution
 from ..layers.resnet import Resnet
 from ..surgery.pristine import is_wrapped
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
@@ -32,7 +33,8 @@ from .settings import Settings
 _WHOLE = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 #: Arguments by which outputs are multiplied: numbers that a model takes as inputs.
 _FACTORS = ("conditioning_scale",)
-_RESNETS = Resnet()
+#: What is fused in a VAE.
+_KINDS = (Resnet(), Convolution())
 
 
 class _Component:
@@ -74,8 +76,8 @@ def put_in_components(pipe: Any, unet: nn.Module, settings: Settings, undo: Undo
             if not is_swapped(module):
                 swap_in(module, _override(module, name), equal=True)
             type(module)._difffast_users.append((settings, fuses))
-            if fuses:
-                _RESNETS.put_in(module)
+            for kind in _KINDS if fuses else ():
+                kind.put_in(module)
 
 
 def take_out(module: nn.Module, user: Settings) -> None:
@@ -86,7 +88,8 @@ def take_out(module: nn.Module, user: Settings) -> None:
         if users:
             return
         swap_out(module)
-    _RESNETS.take_out(module)
+    for kind in _KINDS:
+        kind.take_out(module)
     forget(module)
 
 
