@@ -1,7 +1,7 @@
 """What a pipeline runs besides its UNet: text encoders, the VAE's halves, ControlNet.
 
-Each is a function of tensors.  By engine ``"openvino"`` it is a converted model; eagerly, the VAE's norms are fused.
-Where that cannot be, it runs stock and the report says why.
+Each is a function of tensors.  By engine ``"openvino"`` it is a converted model; eagerly, the VAE's norms are fused,
+and its convolutions as the UNet's.  Where that cannot be, it runs stock and the report says why.
 """
 
 from __future__ import annotations
