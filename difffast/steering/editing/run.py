@@ -51,7 +51,7 @@ class EditRun(ExtensionRun):
         self._config, self._prompts, self._info = config, prompts, info
         self._images, self._step, self._pixels = len(call.embeds) // 2, 0, 0
         self._blend = LocalBlend(config.blend_threshold)
-        self._weights: tuple[Tensor, Tensor] | None = None
+        self._weights: dict[tuple[float, torch.device, torch.dtype], tuple[Tensor, Tensor | None]] = {}
 
     def edit_call(
         self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]
@@ -68,8 +68,6 @@ class EditRun(ExtensionRun):
         if step == 0:
             self._blend = LocalBlend(self._config.blend_threshold)  # a custom loop may start again
         self._step, self._pixels = step, height * width
-        alpha = 1.0 if step < self._config.count_cross_steps(self._info.total) else 0.0
-        self._weights = weigh(self._prompts.mapper, self._prompts.factors, alpha)
         if self._values is not None:
             self._kv = self._make_values(call["encoder_hidden_states"], step)
         return call
@@ -107,7 +105,6 @@ class EditRun(ExtensionRun):
         images = self._images
         source = call.query[-2 * images : -images], call.keys[-2 * images : -images]
         mine = call.query[-images:], call.keys[-images:]
-        mix, keep_own = self._weights
         if self._prompts.blend is not None and call.query.shape[2] * _BLEND == self._pixels:
             self._look(call, source, mine)
         if self._kv is not None:
@@ -121,9 +118,17 @@ class EditRun(ExtensionRun):
             rest = own()[:-images]
         else:
             rest = call.attend(call.query[:-images], call.keys[:-images], call.values[:-images])
-        alone = not bool(keep_own.any())
-        edited = attend_edited(source, mine, call.values[-images:], mix, None if alone else keep_own, call.attend)
+        edited = attend_edited(source, mine, call.values[-images:], *self._weigh(call.values))
         return torch.cat([rest, edited])
+
+    def _weigh(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return S and o of this step, None where o is zero, like a layer's values; they are made once a run."""
+        alpha = 1.0 if self._step < self._config.count_cross_steps(self._info.total) else 0.0
+        key = alpha, values.device, values.dtype
+        if key not in self._weights:
+            mix, keep_own = weigh(self._prompts.mapper, self._prompts.factors, alpha)
+            self._weights[key] = mix.to(values), keep_own.to(values) if bool(keep_own.any()) else None
+        return self._weights[key]
 
     def _look(self, call: CrossCall, source: tuple[Tensor, Tensor], mine: tuple[Tensor, Tensor]) -> None:
         """Add a layer's maps of the blend's words."""
@@ -132,7 +137,7 @@ class EditRun(ExtensionRun):
             (query.to(precise) @ keys.to(precise).transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
             for query, keys in (mine, source)
         )
-        (first, second), (mix, keep_own) = self._prompts.blend, self._weights
+        (first, second), (mix, keep_own) = self._prompts.blend, self._weigh(call.values)
         height = self._height(call)
         self._blend.add(
             (theirs @ first.to(theirs)).unflatten(-1, (height, -1)),
