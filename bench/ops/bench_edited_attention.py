@@ -4,7 +4,8 @@
         --benchmark-json=bench/results/edited_attention.json -s
 
 The bar is 1.2x two plain cross attentions by the same backend, which is what two rows of a batch take anyway.
-"Replaced" has no map of its own, as where words take the place of others.  The table of docs/operators.md comes from
+Values are mixed once a prompt, as their keys are made once; "mixed anew" mixes them in every call.  "Replaced" has no
+map of its own, as where words take the place of others.  The table of docs/operators.md comes from
 this file (bench/editing_tables.py).
 """
 
@@ -17,6 +18,7 @@ import torch
 from interleaved import measure, ratio
 
 from difffast import ops
+from difffast.ops.edited_attention import mix_values
 
 TEXT = 77
 #: name -> (heads, pixels, head_dim): SD 1.5's four levels, and the embedded model's three.
@@ -32,6 +34,7 @@ SHAPES = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 BACKEND = "cpp" if DEVICE == "cpu" else "triton"
+Mixed = tuple[torch.Tensor, torch.Tensor | None]
 #: Most of the time of two plain attentions.
 BAR = 1.2
 
@@ -67,18 +70,21 @@ def test_forward(benchmark, environment, shape, dtype):
             first = ops.cross_attention(made["source_q"], made["source_k"], made["v"])
             return first, ops.cross_attention(made["q"], made["k"], made["v"])
 
-    def edited(operands: list[torch.Tensor]) -> torch.Tensor:
+    def edited(operands: list[torch.Tensor], mixed: Mixed | None = None) -> torch.Tensor:
         with ops.use_backend(BACKEND, "edited_attention"):
-            return ops.edited_attention(*operands)
+            return ops.edited_attention(*operands, mixed=mixed)
+
+    own, alone = mix_values(made["v"], made["mix"], made["keep"]), mix_values(made["v"], made["mix"], None)
 
     exact = explicit(*(x.double() for x in order))
     providers = {
         "explicit maps": lambda: explicit(*order),
-        BACKEND: lambda: edited(order),
-        f"{BACKEND}, replaced": lambda: edited(order[:4]),
+        BACKEND: lambda: edited(order, own),
+        f"{BACKEND}, mixed anew": lambda: edited(order),
+        f"{BACKEND}, replaced": lambda: edited(order[:4], alone),
         "two plain attentions": two_plain,
     }
-    for name in ("explicit maps", BACKEND):
+    for name in ("explicit maps", BACKEND, f"{BACKEND}, mixed anew"):
         error = float((providers[name]() - exact).abs().max())
         assert error <= 10 * torch.finfo(dtype).eps, f"{name}: a wrong result must not be timed"
     seconds: dict[str, list[float]] = {}

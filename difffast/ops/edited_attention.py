@@ -34,6 +34,7 @@ def edited_attention(
     keep: Tensor | None = None,
     *,
     scale: float | None = None,
+    mixed: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Attend with an edited map.
 
@@ -48,6 +49,8 @@ def edited_attention(
         q, k: queries and keys of the map's own, like ``source_q`` and ``v``.
         keep: o [T], what of its own probability each key keeps.  None: nothing; then ``q`` and ``k`` are None as well.
         scale: the factor of the logits; None means 1 / sqrt(d).
+        mixed: what :func:`mix_values` has made of ``v``, ``mix`` and ``keep``, for calls that have these in common.
+            None: it is made anew.
 
     Returns:
         The output [B, H, N, d], stored as [B, N, H, d].
@@ -58,22 +61,22 @@ def edited_attention(
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
     scale = None if scale is None else check_scale(scale)
-    named = (source_q, source_k, v, mix, q, k, keep)
-    backend, factor = _decide(tuple(None if x is None else (x.shape, x.dtype, x.device) for x in named), scale)
+    named = (source_q, source_k, v, mix, q, k, keep, *(mixed or (None, None)))
+    backend, factor = _decide(tuple([None if x is None else (x.shape, x.dtype, x.device) for x in named]), scale)
     if backend == "reference":
         return reference(source_q, source_k, v, mix, q, k, keep, factor)
-    first, second = mix_values(v, mix, keep)
+    first, second = mixed or mix_values(v, mix, keep)
     try:
-        if backend == "triton" and keep is not None:
+        if backend == "triton" and second is not None:
             return torch.ops.difffast.edited_attention.triton(source_q, source_k, first, q, k, second, factor)
         out = _attend(backend, source_q, source_k, first, factor)
-        if keep is None:
+        if second is None:
             return out
         own = _attend(backend, q, k, second, factor)
         return out + own if out.requires_grad or own.requires_grad else out.add_(own)
     except Exception as error:
         _dispatch.strike_out("edited_attention", backend, v.device, error)
-        return edited_attention(source_q, source_k, v, mix, q, k, keep, scale=scale)
+        return edited_attention(source_q, source_k, v, mix, q, k, keep, scale=scale, mixed=mixed)
 
 
 @ignore_autocast
@@ -118,10 +121,11 @@ def _decide(forced: Forced, operands: tuple[Any, ...], scale: float | None) -> t
     """Check the operands; return the backend, and the factor of the logits.
 
     Args:
-        operands: of all operands in their order, :class:`Operand` s as plain tuples, or None.
+        operands: of all operands in their order, then of the mixed values, :class:`Operand` s as plain tuples or None.
         scale: None: the default.
     """
-    source_q, source_k, v, mix, q, k, keep = (None if each is None else Operand(*each) for each in operands)
+    *named, first, second = (None if each is None else Operand(*each) for each in operands)
+    source_q, source_k, v, mix, q, k, keep = named
     check_attention(source_q, source_k, source_k, prefix="source_")
     if (q is None) != (keep is None) or (k is None) != (keep is None):
         raise ValueError("q, k and keep must all be given, or none of them")
@@ -135,12 +139,16 @@ def _decide(forced: Forced, operands: tuple[Any, ...], scale: float | None) -> t
         ("mix", mix, (keys, own)),
         ("q", q, tuple(source_q.shape)),
         ("keep", keep, (own,)),
+        ("mixed[0]", first, tuple(source_k.shape)),
+        ("mixed[1]", second, tuple(v.shape)),
     ):
         if x is not None and tuple(x.shape) != tuple(shape):
             raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
         if x is not None and (x.dtype != source_q.dtype or x.device != source_q.device):
             wanted = f"{source_q.dtype} on {source_q.device}"
             raise ValueError(f"{name} must be {wanted} like source_q, got {x.dtype} on {x.device}")
+    if first is not None and (second is None) != (keep is None):
+        raise ValueError("mixed[1] must be given where keep is, and only there")
     if not 1 <= own <= 128:
         raise ValueError(f"v must have 1 to 128 keys, got {own}")
     backend = _dispatch.choose(

@@ -8,6 +8,7 @@ from attention_operands import LAYOUTS, absent, assert_as_good, with_dtypes
 from triton_interpreter import as_hardware
 
 from difffast import ops
+from difffast.ops.edited_attention import mix_values
 
 needs_triton = pytest.mark.skipif(absent("triton") is not None, reason=str(absent("triton")))
 TRITON = pytest.param("triton", marks=needs_triton)
@@ -23,6 +24,8 @@ SHAPES = [
     (1, 1, 1, 18, 128, 81, 128),
     (3, 1, 2, 9, 17, 128, 33),
 ]
+#: Layouts that -m slow sees alone: each is a part of another one.
+MANY = ("channels_last", "expanded batch", "contiguous")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +92,7 @@ def test_error_is_no_worse_than_eager(backend, dtype, shape):
         assert_as_good(out, theirs, exact)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*(pytest.param(x, marks=[pytest.mark.slow] * (x in MANY)) for x in LAYOUTS)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layout_does_not_matter(backend, layout):
     made = operands((2, 1, 3, 20, 18, 21, 40), torch.float64, layout)
@@ -135,7 +138,7 @@ def test_nothing_attends_to_nothing(backend):
             assert ops.edited_attention(*made).shape == made[0].shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [TRITON, CPP])
 def test_compiles_without_graph_breaks(backend):
     torch._dynamo.reset()
 
@@ -165,6 +168,15 @@ def test_gradients(backend, count):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [7, 4])
+def test_values_may_be_mixed_beforehand(backend, count):
+    made = operands((4, 2, 2, 5, 6, 7, 8), torch.float64)[:count]
+    mixed = mix_values(made[2], made[3], made[6] if count == 7 else None)
+    with ops.use_backend(backend, "edited_attention"):
+        assert torch.equal(ops.edited_attention(*made, mixed=mixed), ops.edited_attention(*made))
+
+
 @needs_triton
 def test_opcheck():
     source_q, source_k, v, mix, q, k, keep = operands((2, 1, 2, 5, 6, 7, 8), torch.float32)
@@ -192,6 +204,12 @@ def test_what_does_not_fit_is_refused():
     for error, given in wrong.items():
         with pytest.raises(ValueError, match=error):
             ops.edited_attention(*given)
+    short = made[2][:, :, :3]
+    for mixed in ((short, made[2]), (made[1], short), (made[1].double(), made[2])):
+        with pytest.raises(ValueError, match=r"mixed\[[01]\] must be"):
+            ops.edited_attention(*made, mixed=mixed)
+    with pytest.raises(ValueError, match=r"mixed\[1\] must be given where keep is"):
+        ops.edited_attention(*made, mixed=(made[1], None))
     with pytest.raises(ValueError, match="scale must be finite"):
         ops.edited_attention(*made, scale=float("nan"))
 

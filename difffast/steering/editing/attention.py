@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops._attention_checks import MAX_KEYS
+from ...ops.edited_attention import mix_values
 from .mappers import Mapper
 
 
@@ -29,7 +30,12 @@ def weigh(mapper: Mapper, factors: Tensor, alpha: float) -> tuple[Tensor, Tensor
 
 
 def attend_edited(
-    source: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], values: Tensor, mix: Tensor, keep_own: Tensor | None
+    source: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    values: Tensor,
+    mix: Tensor,
+    keep_own: Tensor | None,
+    mixed: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Return the attention of an edited map [B, H, N, d].
 
@@ -39,11 +45,14 @@ def attend_edited(
         values: [B, H, T', d] of the edited rows.
         mix: S [T, T'].
         keep_own: o [T']; None: it is zero.  Both are like the values.
+        mixed: what :func:`~difffast.ops.edited_attention.mix_values` has made of these three; None: it is made anew.
     """
+    mixed = mixed or mix_values(values, mix, keep_own)
     if max(mix.shape) <= MAX_KEYS:
-        return ops.edited_attention(*source, values, mix, *((None, None) if keep_own is None else own), keep_own)
-    out = ops.self_attention(*source, mix @ values)  # long prompts
-    return out if keep_own is None else out + ops.self_attention(*own, keep_own[:, None] * values)
+        theirs = (None, None) if keep_own is None else own
+        return ops.edited_attention(*source, values, mix, *theirs, keep_own, mixed=mixed)
+    out = ops.self_attention(*source, mixed[0])  # long prompts
+    return out if mixed[1] is None else out + ops.self_attention(*own, mixed[1])
 
 
 def average_map(source: Tensor, own: Tensor, mix: Tensor, keep_own: Tensor | None, words: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...layers.context import CrossCall
 from ...layers.text_kv import TextKV
+from ...ops.edited_attention import mix_values
 from ...sampling.extension import ExtensionRun, RunInfo
 from ..inversion.values import ValueTexts, swap_values
 from ..prompt_calls import PromptCall
@@ -51,6 +52,7 @@ class EditRun(ExtensionRun):
         self._config, self._prompts, self._info = config, prompts, info
         self._images, self._step, self._pixels = len(call.embeds) // 2, 0, 0
         self._blend = LocalBlend(config.blend_threshold)
+        self._mixed: dict[str, tuple[Tensor, tuple[Tensor, Tensor | None]]] = {}  # by layer: of which values
         self._weights: dict[tuple[float, torch.device, torch.dtype], tuple[Tensor, Tensor | None]] = {}
 
     def edit_call(
@@ -118,8 +120,16 @@ class EditRun(ExtensionRun):
             rest = own()[:-images]
         else:
             rest = call.attend(call.query[:-images], call.keys[:-images], call.values[:-images])
-        edited = attend_edited(source, mine, call.values[-images:], *self._weigh(call.values))
+        edited = attend_edited(source, mine, call.values[-images:], *self._weigh(call.values), self._mix(call))
         return torch.cat([rest, edited])
+
+    def _mix(self, call: CrossCall) -> tuple[Tensor, Tensor | None]:
+        """Return a layer's values as the edit mixes them: once a prompt, as long as the layer keeps its values."""
+        values, mixed = self._mixed.get(call.name, (None, None))
+        if values is not call.values or mixed is None:
+            mixed = mix_values(call.values[-self._images :], *self._weigh(call.values))
+            self._mixed[call.name] = call.values, mixed
+        return mixed
 
     def _weigh(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return S and o of this step, None where o is zero, like a layer's values; they are made once a run."""
