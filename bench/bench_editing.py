@@ -3,8 +3,9 @@
     python bench/bench_editing.py --only inversions --out bench/results
 
 Prints what is found, writes it to editing.json beside what other parts have left there, and draws sheets of pictures.
-Pictures are judged by bench/drawn/judge.py: an object is present where its shape is found.  "First" and "last" say
-which of the prompt's two objects is suppressed.
+The table of docs/editing.md comes from this file (bench/editing_tables.py).  Pictures are judged by
+bench/drawn/judge.py: an object is present where its shape is found.  "First" and "last" say which of the prompt's two
+objects is suppressed.  The PSNR outside leaves out 1.5 radii around the object that an edit is to change.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from drawn.judge import detect
 from PIL import Image, ImageDraw
 
 import difffast
+from difffast.steering.inversion.invert import encode_image
 
 STEPS = 20
 PAIRS = (
@@ -35,8 +37,19 @@ PAIRS = (
 )
 #: Colours that take the place of the first objects'.
 COLOURS = ("green", "purple", "orange", "red", "yellow", "blue")
-#: Ways to take a picture for a real one, and their guidance; without inversion, a smaller one is usual.
-INVERSIONS = {"direct": 7.5, "null": 7.5, "style": 7.5, "ddcm": 2.0}
+#: Seeds of each pair, where pictures are cheap.
+SEEDS = 3
+#: Ways to take a picture for a real one: their guidance, and for how many pairs.  Without inversion a smaller guidance
+#: is usual; "style" takes hundreds of iterations a picture.
+INVERSIONS = {
+    "ddim": (7.5, 6),
+    "npi": (7.5, 6),
+    "direct": (7.5, 6),
+    "null": (7.5, 3),
+    "style": (7.5, 1),
+    "edict": (7.5, 6),
+    "ddcm": (2.0, 6),
+}
 PARTS = ("edits", "suppression", "optimised suppression", "inversions", "negative attention")
 #: The authors' step size is for SD 1.x; here it overshoots.
 STEP_SIZE = 2.0
@@ -57,8 +70,10 @@ def find_shapes(image: Image.Image) -> list[str | None]:
     return [found.shape for found in detect(image)]
 
 
-def suppress_all(pipe: Any, pictures: dict[str, Image.Image], *, optimise: bool) -> dict[str, dict[str, float]]:
-    """Suppress either object of every pair; returns the shares of objects that are present, by method."""
+def suppress_all(
+    pipe: Any, pictures: dict[str, Image.Image], *, optimise: bool
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Suppress either object of every pair; yields in how many pictures objects are, by method."""
     by_embedding: Mapping[str, Callable[[Picture, str, str], Image.Image]] = {
         "embedding alone": lambda picture, prompt, words: picture(**difffast.suppress(pipe, prompt, words)),
         "re-encoded": lambda picture, prompt, words: picture(**difffast.suppress(pipe, prompt, words, reencode=True)),
@@ -67,27 +82,35 @@ def suppress_all(pipe: Any, pictures: dict[str, Image.Image], *, optimise: bool)
         "optimised": lambda picture, prompt, words: steer(pipe, picture, prompt, words, "paper"),
         "optimised, reference": lambda picture, prompt, words: steer(pipe, picture, prompt, words, "reference"),
     }
-    found: dict[str, dict[str, float]] = {}
+    cases = [(pair, seed) for seed in range(1 if optimise else SEEDS) for pair in PAIRS]
     for place in ("first", "last"):
         for name, method in (by_optimisation if optimise else by_embedding).items():
             counts = dict.fromkeys(("gone before", "gone after", "others before", "others after"), 0)
-            for seed, pair in enumerate(PAIRS):
+            for pair, seed in cases:
                 prompt = f"a {pair[0]} and a {pair[1]}"
                 gone, stays = pair if place == "first" else pair[::-1]
-                picture = make_picture(pipe, seed)
-                if prompt not in pictures:
+                picture, title = make_picture(pipe, seed_of(pair, seed)), name_picture(pair, seed)
+                if title not in pictures:
                     with difffast.patched(pipe, "exact"):
-                        pictures[prompt] = picture(prompt)
+                        pictures[title] = picture(prompt)
                 with difffast.patched(pipe, "exact"):
                     changed = method(picture, prompt, gone)
-                pictures[f"{prompt} | {name} | {place}"] = changed
-                for when, image in (("before", pictures[prompt]), ("after", changed)):
+                pictures[f"{title} | {name} | {place}"] = changed
+                for when, image in (("before", pictures[title]), ("after", changed)):
                     shapes = find_shapes(image)
                     counts[f"gone {when}"] += gone.split()[1] in shapes
                     counts[f"others {when}"] += stays.split()[1] in shapes
-            found[f"{name}, {place}"] = {key: value / len(PAIRS) for key, value in counts.items()}
-            print(name, place, found[f"{name}, {place}"], flush=True)
-    return found
+            yield f"{name}, {place}", {"pictures": len(cases), **counts}
+
+
+def seed_of(pair: tuple[str, str], seed: int) -> int:
+    """Return the seed of a pair's noise, of which every pair has its own."""
+    return PAIRS.index(pair) + seed * len(PAIRS)
+
+
+def name_picture(pair: tuple[str, str], seed: int) -> str:
+    """Return what a picture is called; the first of a pair like its prompt."""
+    return f"a {pair[0]} and a {pair[1]}" + (f" ({seed})" if seed else "")
 
 
 def steer(pipe: Any, picture: Picture, prompt: str, words: str, mode: str) -> Image.Image:
@@ -97,19 +120,19 @@ def steer(pipe: Any, picture: Picture, prompt: str, words: str, mode: str) -> Im
         return picture(prompt)
 
 
-def edit_all(pipe: Any, pictures: dict[str, Image.Image]) -> dict[str, float]:
-    """Change the first object's colour; returns the shares that have it, and the PSNR away from the object."""
+def edit_all(pipe: Any, pictures: dict[str, Image.Image]) -> Iterator[tuple[str, float]]:
+    """Change the first object's colour; yields how many have it, and the PSNR away from the object."""
     changed, kept, psnr, psnr_plain = 0, 0, [], []
-    for seed, (pair, colour) in enumerate(zip(PAIRS, COLOURS, strict=True)):
-        shape = pair[0].split()[1]
-        source, target = (f"a {first} and a {pair[1]}" for first in (pair[0], f"{colour} {shape}"))
-        noise = torch.Generator().manual_seed(seed)
+    cases = [(pair, colour, seed) for seed in range(SEEDS) for pair, colour in zip(PAIRS, COLOURS, strict=True)]
+    for pair, colour, seed in cases:
+        source, target, shape = recolour(pair, colour)
+        noise = torch.Generator().manual_seed(seed_of(pair, seed))
         with difffast.edit(pipe, source, target, blend=(shape, shape)) as edited:
             before, after = pipe(edited.prompts, num_inference_steps=STEPS, generator=noise).images
         with difffast.patched(pipe, "exact"):
-            plain = make_picture(pipe, seed)(target)
-        pictures[f"{source} | edited"], pictures[f"{source} | source"] = after, before
-        pictures[f"{source} | prompt alone"] = plain
+            plain = make_picture(pipe, seed_of(pair, seed))(target)
+        title = name_picture(pair, seed)
+        pictures |= {f"{title} | edited": after, f"{title} | source": before, f"{title} | prompt alone": plain}
         seen = [(found.colour, found.shape) for found in detect(after)]
         changed += (colour, shape) in seen
         kept += tuple(pair[1].split()) in seen
@@ -117,45 +140,71 @@ def edit_all(pipe: Any, pictures: dict[str, Image.Image]) -> dict[str, float]:
         if place is not None:
             psnr.append(outside_psnr(before, after, place))
             psnr_plain.append(outside_psnr(before, plain, place))
-    return {
-        "has the new colour": changed / len(PAIRS),
-        "other object as it was": kept / len(PAIRS),
+    yield from {
+        "pictures": len(cases),
+        "has the new colour": changed,
+        "other object as it was": kept,
         "PSNR outside, dB": statistics.median(psnr),
         "PSNR outside, other prompt alone, dB": statistics.median(psnr_plain),
-    }
+    }.items()
 
 
-def invert_all(pipe: Any, pictures: dict[str, Image.Image]) -> dict[str, dict[str, float]]:
-    """Take pictures for real ones, invert them, make them again, and edit them; returns shares and PSNRs, by method."""
-    found: dict[str, dict[str, float]] = {}
-    for method, guidance in INVERSIONS.items():
-        psnr, outside, changed, kept = [], [], 0, 0
-        for seed, (pair, colour) in enumerate(zip(PAIRS, COLOURS, strict=True)):
-            shape = pair[0].split()[1]
-            source, target = (f"a {first} and a {pair[1]}" for first in (pair[0], f"{colour} {shape}"))
+def recolour(pair: tuple[str, str], colour: str) -> tuple[str, str, str]:
+    """Return the prompt of a pair, the one with the first object's colour changed, and that object's shape."""
+    shape = pair[0].split()[1]
+    return f"a {pair[0]} and a {pair[1]}", f"a {colour} {shape} and a {pair[1]}", shape
+
+
+def invert_all(
+    pipe: Any, pictures: dict[str, Image.Image], methods: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Take pictures for real ones, invert them, make them again, and edit them; yields counts and PSNRs, by method."""
+    for method in methods:
+        (guidance, count), psnr, coded, outside, changed, kept = INVERSIONS[method], [], [], [], 0, 0
+        for seed, (pair, colour) in enumerate(list(zip(PAIRS, COLOURS, strict=True))[:count]):
+            source, target, shape = recolour(pair, colour)
             with difffast.patched(pipe, "exact"):
                 original = make_picture(pipe, seed)(source)
             inversion = difffast.invert(pipe, original, source, method, steps=STEPS, guidance=guidance)
-            noise = torch.Generator().manual_seed(seed)
-            with difffast.edit(pipe, source, target, inversion=inversion) as edited:
-                again, after = pipe(edited.prompts, generator=noise, **inversion.arguments).images
+            again, after = follow(pipe, inversion, target, seed)
             seen = [(each.colour, each.shape) for each in detect(after)]
             changed += (colour, shape) in seen
             kept += tuple(pair[1].split()) in seen
             psnr.append(compute_psnr(original, again))
+            coded.append(compute_psnr(original, decode(pipe, original)))
             place = next((each for each in detect(original) if each.shape == shape), None)
             if place is not None:
                 outside.append(outside_psnr(original, after, place))
             pictures |= {f"{source} | original": original, f"{source} | {method}": again}
             pictures[f"{source} | {method}, edited"] = after
-        found[method] = {
-            "reconstruction, dB": statistics.median(psnr),
-            "has the new colour": changed / len(PAIRS),
-            "other object as it was": kept / len(PAIRS),
-            "PSNR outside, dB": statistics.median(outside),
-        }
-        print(method, found[method], flush=True)
-    return found
+        yield (
+            method,
+            {
+                "pictures": count,
+                "guidance": guidance,
+                "reconstruction, dB": statistics.median(psnr),
+                "autoencoder alone, dB": statistics.median(coded),
+                "has the new colour": changed,
+                "other object as it was": kept,
+                "PSNR outside, dB": statistics.median(outside),
+            },
+        )
+
+
+def follow(pipe: Any, inversion: difffast.Inversion, target: str, seed: int) -> list[Image.Image]:
+    """Return an inverted picture made again, and edited; EDICT, which no edit goes with, has the other prompt."""
+    if inversion.method == "edict":
+        return [difffast.steering.generate_edict(pipe, inversion, prompt) for prompt in (inversion.prompt, target)]
+    noise = torch.Generator().manual_seed(seed)
+    with difffast.edit(pipe, inversion.prompt, target, inversion=inversion) as edited:
+        return pipe(edited.prompts, generator=noise, **inversion.arguments).images
+
+
+@torch.inference_mode()
+def decode(pipe: Any, image: Image.Image) -> Image.Image:
+    """Return what the autoencoder makes of a picture."""
+    latents = encode_image(pipe, image) / pipe.vae.config.scaling_factor
+    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pil")[0]
 
 
 def compute_psnr(one: Image.Image, other: Image.Image) -> float:
@@ -171,8 +220,8 @@ def outside_psnr(one: Image.Image, other: Image.Image, place: Any) -> float:
     return float(-10 * np.log10(max(((a - b)[away] ** 2).mean(), 1e-10)))
 
 
-def time_negative(pipe: Any, rounds: int) -> dict[str, float]:
-    """Return the seconds of processor time of ways to a picture, as shares of one without guidance, in turn."""
+def time_negative(pipe: Any, rounds: int) -> Iterator[tuple[str, float]]:
+    """Yield the seconds of processor time of ways to a picture, as shares of one without guidance, in turn."""
     ways = {
         "no guidance": ((), 1.0),
         "negative attention": (difffast.NegativeAttention(), 1.0),
@@ -186,7 +235,7 @@ def time_negative(pipe: Any, rounds: int) -> dict[str, float]:
                 make_picture(pipe, 0)("a red circle and a blue square", negative_prompt="red", guidance_scale=guidance)
                 seconds[name].append(time.process_time() - start)
     base = statistics.median(seconds["no guidance"])
-    return {name: statistics.median(each) / base for name, each in seconds.items()}
+    yield from ((name, statistics.median(each) / base) for name, each in seconds.items())
 
 
 def draw(pictures: Mapping[str, Image.Image], path: Path) -> None:
@@ -210,14 +259,16 @@ def draw(pictures: Mapping[str, Image.Image], path: Path) -> None:
     sheet.save(path)
 
 
-def draw_sheet(pictures: Mapping[str, Image.Image], names: Mapping[str, str], path: Path) -> None:
+def draw_sheet(
+    pictures: Mapping[str, Image.Image], names: Mapping[str, str], path: Path, rows: int = len(PAIRS)
+) -> None:
     """Write a sheet: a row for each pair with the pictures of some names; ``names``: title -> end of the name."""
     side, gap, head = 112, 6, 18
-    sheet = Image.new("RGB", (len(names) * (side + gap) + gap, len(PAIRS) * (side + gap) + head), "white")
+    sheet = Image.new("RGB", (len(names) * (side + gap) + gap, rows * (side + gap) + head), "white")
     pen = ImageDraw.Draw(sheet)
     for column, (title, name) in enumerate(names.items()):
         pen.text((gap + column * (side + gap), 2), title, fill="black")
-        for row, pair in enumerate(PAIRS):
+        for row, pair in enumerate(PAIRS[:rows]):
             image = pictures[f"a {pair[0]} and a {pair[1]}{name}"].resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(image, (gap + column * (side + gap), head + row * (side + gap)))
     sheet.save(path)
@@ -227,6 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for editing.json and the sheets")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run")
+    parser.add_argument("--methods", choices=INVERSIONS, nargs="+", default=list(INVERSIONS), help="of inversion")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     arguments = parser.parse_args()
     pipe = difffast.models.embedded_pipeline()
@@ -236,17 +288,18 @@ def main() -> None:
     path = arguments.out / "editing.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     record |= {"steps": STEPS, "pairs": len(PAIRS), "torch": torch.__version__}
-    parts: dict[str, Callable[[], Any]] = {
-        "edits": lambda: edit_all(pipe, pictures),
-        "suppression": lambda: suppress_all(pipe, pictures, optimise=False),
-        "optimised suppression": lambda: suppress_all(pipe, pictures, optimise=True),
-        "inversions": lambda: invert_all(pipe, pictures),
-        "negative attention": lambda: time_negative(pipe, arguments.rounds),
+    parts: dict[str, Iterator[tuple[str, Any]]] = {
+        "edits": edit_all(pipe, pictures),
+        "suppression": suppress_all(pipe, pictures, optimise=False),
+        "optimised suppression": suppress_all(pipe, pictures, optimise=True),
+        "inversions": invert_all(pipe, pictures, arguments.methods),
+        "negative attention": time_negative(pipe, arguments.rounds),
     }
-    for name in arguments.only:
-        record[name] = parts[name]()
-        print(name, record[name], flush=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    for part in arguments.only:
+        for name, found in parts[part]:
+            record.setdefault(part, {})[name] = found
+            print(part, name, found, flush=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
     if {"edits", "suppression", "optimised suppression"} <= set(arguments.only):
         draw(pictures, arguments.out / "editing-sheet.png")
     if "suppression" in arguments.only:
@@ -255,10 +308,13 @@ def main() -> None:
             for name in ("embedding alone", "re-encoded"):
                 names[f"{place}, {name.split()[0]}"] = f" | {name} | {place}"
         draw_sheet(pictures, names, arguments.out / "suppression.png")
+    if "edits" in arguments.only:
+        names = {"picture": " | source", "edited": " | edited", "other prompt": " | prompt alone"}
+        draw_sheet(pictures, names, arguments.out / "edits.png")
     if "inversions" in arguments.only:
         names = {"original": " | original"}
-        names |= {name: f" | {name}" for method in INVERSIONS for name in (method, f"{method}, edited")}
-        draw_sheet(pictures, names, arguments.out / "inversions.png")
+        names |= {name: f" | {name}" for method in arguments.methods for name in (method, f"{method}, edited")}
+        draw_sheet(pictures, names, arguments.out / "inversions.png", min(INVERSIONS[m][1] for m in arguments.methods))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ tests() {
     within 150 "$python" -m pytest -m gpu $files ${filter:+-k "$filter"} -q -p no:cacheprovider \
       > "$out/tests-$name.txt" 2>&1 & running+=("$!:$name")
   done < <(
-    for operator in cross_attention joint_attention group_norm_silu skip_norm_silu geglu; do
+    for operator in cross_attention edited_attention joint_attention group_norm_silu skip_norm_silu geglu; do
       for backend in triton cuda; do echo "$operator-$backend tests/ops/test_$operator.py $backend"; done
     done
     echo "pipelines tests/test_gpu.py"

@@ -129,6 +129,9 @@ def attention_cases() -> Iterator[Case]:
         "joint_attention", "maps", joint(131, 40), ops.joint_attention, ("triton",), bfloat16,
         options={"map_tokens": [0, 76]},
     )  # fmt: skip
+    edited = {"source_q": (2, 3, 71, 40), "source_k": (1, 3, 77, 40), "v": (1, 3, 19, 40), "mix": (77, 19)}
+    edited |= {"q": (2, 3, 71, 40), "k": (1, 3, 19, 40), "keep": (19,)}
+    yield Case("edited_attention", "maps of two texts", edited, ops.edited_attention, ("triton",))
     yield Case("joint_attention", "float32", joint(35, 80), ops.joint_attention, ("triton",), torch.float32)
 
 

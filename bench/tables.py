@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from editing_tables import edited_attention_table, edits_table, negative_table, suppression_table
 from engine_tables import engines_table, engines_unets_table, openvino_table
 from erasure_tables import erasure_cost_table, erasure_table
 from fidelity.tables import cells_table, ways_of_cells_table
@@ -247,6 +248,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "binding": binding_table,
     "erasure_cost": erasure_cost_table,
     "erasure": erasure_table,
+    "edited_attention": edited_attention_table,
+    "edits": edits_table,
+    "suppression": suppression_table,
+    "negative": negative_table,
     "gpu_images": gpu_images_table,
     "gpu_kernels": gpu_kernels_table,
     "gpu_remedies": gpu_remedies_table,

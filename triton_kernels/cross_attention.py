@@ -199,7 +199,7 @@ def _store_weighted(
 
 
 @triton.jit
-def _logits(s0, s1, scale_log2, T, KEYS: tl.constexpr, KEYS_REST: tl.constexpr):
+def scale_products(s0, s1, scale_log2, T, KEYS: tl.constexpr, KEYS_REST: tl.constexpr):
     """Scaled products [BLOCK, KEYS] and [BLOCK, KEYS_REST], -inf for keys that do not exist."""
     s0 = s0 * scale_log2
     if KEYS_REST > 0:
@@ -316,7 +316,7 @@ def forward_kernel(
             k + (key_b * k_stride_b + h * k_stride_h) * VECTOR, k_stride_t * VECTOR, k_stride_d, T,
             D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, BLOCK, False, DOT, ACC,
         )  # fmt: skip
-        s0, s1 = _logits(s0, s1, scale_log2, T, KEYS, KEYS_REST)
+        s0, s1 = scale_products(s0, s1, scale_log2, T, KEYS, KEYS_REST)
         peak = tl.max(s0, 1)
         if KEYS_REST > 0:
             peak = tl.maximum(peak, tl.max(s1, 1))
@@ -444,7 +444,7 @@ def backward_q_kernel(
                 dp1 += (
                     tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
                 )
-        s0, s1 = _logits(s0, s1, scale_log2, T, KEYS, KEYS_REST)
+        s0, s1 = scale_products(s0, s1, scale_log2, T, KEYS, KEYS_REST)
         peak = tl.max(s0, 1)
         if KEYS_REST > 0:
             peak = tl.maximum(peak, tl.max(s1, 1))

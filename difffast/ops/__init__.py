@@ -28,6 +28,7 @@ from ._installed import BACKENDS, INSTRUCTION_SET, missing
 from ._proofs import PROVED, Proof
 from .attention_entropy import attention_entropy
 from .cross_attention import cross_attention
+from .edited_attention import edited_attention
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .joint_attention import joint_attention
@@ -45,6 +46,7 @@ __all__ = [
     "attention_entropy",
     "cross_attention",
     "default_backend",
+    "edited_attention",
     "geglu",
     "group_norm_silu",
     "joint_attention",

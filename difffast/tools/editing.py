@@ -14,6 +14,9 @@ from .terminal import say
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+#: How a real picture can be inverted to be edited, the default first; EDICT's pictures come from a loop of their own.
+_INVERSIONS = ("direct", "ddim", "npi", "null", "style", "ddcm")
+
 
 def add_parsers(commands: Any) -> None:
     """Add the commands to the command line."""
@@ -23,6 +26,9 @@ def add_parsers(commands: Any) -> None:
     suppress.add_argument("--optimise", action="store_true", help="optimise the text while sampling; slower")
     suppress.add_argument("--step-size", type=float, default=20.0, help="of the optimised text; 20 is for SD 1.x")
     suppress.add_argument("--strengthen", action="store_true", help="make the words stronger instead")
+    suppress.add_argument(
+        "--reencode", action="store_true", help="take the other words' rows from the prompt without these words"
+    )
     suppress.set_defaults(run=_suppress)
     edit = commands.add_parser("edit", help="the picture of a prompt, changed into that of another, side by side")
     edit.add_argument("--source", required=True, help="the prompt of the picture")
@@ -31,6 +37,7 @@ def add_parsers(commands: Any) -> None:
     edit.add_argument("--self", type=float, default=0.4, dest="self_", help="the same among the pixels")
     edit.add_argument("--blend", nargs=2, metavar="WORD", help="change the picture only where these words are")
     edit.add_argument("--image", type=Path, help="a real picture that the source prompt describes")
+    edit.add_argument("--inversion", choices=_INVERSIONS, help="how --image is inverted; default: direct")
     edit.set_defaults(run=_edit)
     for command, name in ((suppress, "suppressed.png"), (edit, "edited.png")):
         command.add_argument("--model", help="folder in Diffusers format, or a hub id; default: the embedded model")
@@ -46,17 +53,20 @@ def _suppress(arguments: argparse.Namespace) -> int:
 
     if arguments.optimise and arguments.strengthen:
         raise ValueError("--optimise suppresses words; it cannot be had with --strengthen")
+    if arguments.strengthen and arguments.reencode:
+        raise ValueError("words that are strengthened stay in the others' rows; leave out --strengthen or --reencode")
     check_writable(arguments.out)
     pipe = _load(arguments)
     with patched(pipe, "exact"):
         before = pipe(arguments.prompt, **_options(arguments)).images[0]
-    method = Suppression(arguments.words, step_size=arguments.step_size) if arguments.optimise else ()
-    with patched(pipe, "exact", steering=method):
-        if arguments.optimise:
+    if arguments.optimise:
+        method = Suppression(arguments.words, step_size=arguments.step_size, reencode=arguments.reencode)
+        with patched(pipe, "exact", steering=method):
             after = pipe(arguments.prompt, **_options(arguments)).images[0]
-        else:
-            embeds = suppress(pipe, arguments.prompt, arguments.words, strengthen=arguments.strengthen)
-            after = pipe(**embeds, **_options(arguments)).images[0]
+    else:
+        how = {"strengthen": arguments.strengthen, "reencode": arguments.reencode}
+        with patched(pipe, "exact"):
+            after = pipe(**suppress(pipe, arguments.prompt, arguments.words, **how), **_options(arguments)).images[0]
     return _write((before, after), arguments.out)
 
 
@@ -65,6 +75,8 @@ def _edit(arguments: argparse.Namespace) -> int:
 
     from .. import edit, invert
 
+    if arguments.inversion is not None and arguments.image is None:
+        raise ValueError(f"--inversion {arguments.inversion} needs a picture to invert: --image")
     check_writable(arguments.out)
     pipe = _load(arguments)
     given, inversion = _options(arguments), None
@@ -73,6 +85,7 @@ def _edit(arguments: argparse.Namespace) -> int:
             pipe,
             Image.open(arguments.image),
             arguments.source,
+            arguments.inversion or _INVERSIONS[0],
             steps=arguments.steps,
             guidance=arguments.guidance_scale,
         )

@@ -62,9 +62,9 @@ class Expected:
         self.exact = compute(self.case.define, self.case.operands, _F64, self.gradient)
         self.eager = compute(self.case.define, self.case.operands, wide, self.gradient)
         self.finite = [a.isfinite() & b.isfinite() for a, b in zip(self.exact, self.eager, strict=True)]
-        if "q" in self.case.operands:  # logits are of base 2 in kernels, and may overflow a little earlier
-            q = self.case.operands["q"]
-            roomy = compute(self.case.define, {**self.case.operands, "q": 1.5 * q}, wide, self.gradient)
+        queries = {name: 1.5 * x for name, x in self.case.operands.items() if name in ("q", "source_q")}
+        if queries:  # logits are of base 2 in kernels, and may overflow a little earlier
+            roomy = compute(self.case.define, {**self.case.operands, **queries}, wide, self.gradient)
             self.finite = [a & b.isfinite() for a, b in zip(self.finite, roomy, strict=True)]
         self.nowhere = [~a.isfinite() & ~b.isfinite() for a, b in zip(self.exact, self.eager, strict=True)]
         self.shifted = None

@@ -346,10 +346,40 @@ def repeat_batch(draw, dtype, kinds):
     return Case("repeat_batch", operands, lambda x: (ops.repeat_batch(x, repeats),), define, (1,), {"repeats": repeats})
 
 
+@st.composite
+def edited_attention(draw, dtype, kinds):
+    rows, repeats, heads, dim = draw(_few), draw(_few), draw(_few), draw(_dims)
+    queries, texts, keys = draw(st.sampled_from([0, 1, 2, 33, 65])), draw(_keys), draw(_keys)
+    scale, keeps = draw(_scales), draw(st.booleans())
+    query, text, own = (rows * repeats, heads, queries, dim), (rows, heads, texts, dim), (rows, heads, keys, dim)
+    shapes = {"source_q": query, "source_k": text, "v": own, "mix": (texts, keys)}
+    shapes |= {"q": query, "k": own, "keep": (keys,)} if keeps else {}
+
+    def call(**operands):
+        return (ops.edited_attention(**operands, scale=scale),)
+
+    def define(source_q, source_k, v, mix, q=None, k=None, keep=None):
+        factor = dim**-0.5 if scale is None else scale
+        source_k, v = (x.repeat_interleave(repeats, 0) for x in (source_k, v))
+        maps = (source_q @ source_k.transpose(-1, -2) * factor).softmax(-1) @ mix
+        if keeps:
+            maps = maps + (q @ k.repeat_interleave(repeats, 0).transpose(-1, -2) * factor).softmax(-1) * keep
+        return (maps @ v,)
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    factor = abs(dim**-0.5 if scale is None else scale)
+    weights = reach(operands["v"], operands["mix"], *([operands["keep"]] if keeps else []))
+    sizes = {name: weights for name in operands}
+    for one, other in (("source_q", "source_k"), ("source_k", "source_q"), ("q", "k"), ("k", "q")):
+        if one in operands:
+            sizes[one] = factor * reach(operands[other]) * weights
+    return Case("edited_attention", operands, call, define, (2,), {"scale": scale}, sizes)
+
+
 OPERATORS = {
     each.__name__: each
     for each in (
-        attention_entropy, cross_attention, geglu, group_norm_silu, joint_attention, linear, repeat_batch,
-        self_attention, skip_norm_silu,
+        attention_entropy, cross_attention, edited_attention, geglu, group_norm_silu, joint_attention, linear,
+        repeat_batch, self_attention, skip_norm_silu,
     )
 }  # fmt: skip

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("attention_entropy", "cross_attention", "geglu", "group_norm_silu", "joint_attention")
+MODULES = ("attention_entropy", "cross_attention", "edited_attention", "geglu", "group_norm_silu", "joint_attention")
 
 #: Shared memory of one block in bytes (CUDA C++ programming guide, table of technical specifications).
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}

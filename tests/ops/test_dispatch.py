@@ -347,7 +347,7 @@ def test_the_public_signature_hides_what_is_forced():
 
 def test_a_backend_forced_for_all_says_whom_it_serves(pipe):
     with ops.use_backend("sdpa") as served:
-        assert served == ("cross_attention", "joint_attention", "self_attention")
+        assert served == ("cross_attention", "edited_attention", "joint_attention", "self_attention")
         with difffast.patched(pipe, "exact") as report:
             pipe("a", num_inference_steps=2, output_type="latent")
     others = "attention_entropy, geglu, group_norm_silu, linear, repeat_batch, skip_norm_silu"

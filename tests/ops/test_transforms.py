@@ -25,6 +25,18 @@ CALLS = {
         (_random(2, 2, 32, 16), _random(1, 2, 77, 16), _random(1, 2, 77, 16)),
         lambda *o: ops.cross_attention(*o, map_tokens=[1, 5]),
     ),
+    "edited_attention": (
+        (
+            _random(2, 2, 32, 16),
+            _random(1, 2, 77, 16),
+            _random(1, 2, 70, 16),
+            _random(77, 70) / 9,
+            _random(2, 2, 32, 16) + 1,
+            _random(1, 2, 70, 16) + 1,
+            _random(70),
+        ),
+        ops.edited_attention,
+    ),
     "geglu": ((_random(3, 5, 32),), ops.geglu),
     "group_norm_silu": (
         (_random(2, 64, 24, 24), _random(64), _random(64), _random(1, 64)),

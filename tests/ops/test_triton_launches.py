@@ -11,7 +11,16 @@ from triton_launches import Recorder
 
 pytest.importorskip("triton")
 
-from difffast.triton_kernels import attention_entropy, cross_attention, group_norm_silu, joint_attention, skip_norm_silu
+from difffast.triton_kernels import (
+    attention_entropy,
+    cross_attention,
+    edited_attention,
+    group_norm_silu,
+    joint_attention,
+    skip_norm_silu,
+)
+
+MODULES = (attention_entropy, cross_attention, edited_attention, group_norm_silu, joint_attention, skip_norm_silu)
 
 #: CUDA C++ programming guide, table of technical specifications: the first dimension of a grid, and the others.
 FIRST, OTHERS = 2**31 - 1, 65535
@@ -22,7 +31,7 @@ ROWS = 70_000
 @pytest.fixture
 def grids(monkeypatch):
     recorded = []
-    for module in (attention_entropy, cross_attention, group_norm_silu, joint_attention, skip_norm_silu):
+    for module in MODULES:
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(recorded))
@@ -70,7 +79,8 @@ def test_attention_of_the_largest_batch(grids, batch, heads):
     out, maps = cross_attention.forward(q, q, q, 1.0, 0, (0, 1))
     cross_attention.backward(out, maps, q, q, q, 1.0, 0, (0, 1))
     joint_attention.forward(q, q, q, q, q, 1.0, (0, 1))
-    assert_fit(grids, 5)
+    edited_attention.forward(q, q, q, q, q, q, 1.0)
+    assert_fit(grids, 6)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import difffast
 from difffast import EncoderPropagation, Suppression, patched
+from difffast.steering.suppression.losses import ImageMaps, paper_loss, reference_loss
 
 PROMPT = "a ox by elk"  # a=1 ox=2 3 by=4 5 elk=6..8, end=9
 REMOVED, KEPT, END = (6, 7, 8), (1, 2, 3, 4, 5), 9
@@ -126,6 +127,38 @@ class ByHand:
                 source = z
         pipe.unet.set_attn_processor(self.before)
         return z, losses
+
+
+def gradient_by_hand(mode, source, own):
+    """Of the loss, in what it is of: the cross maps [N, T], and for the reference the self maps [N, N]."""
+    weight = OPTIONS["weight"]
+    of_cross, of_self = torch.zeros_like(own[0]), torch.zeros_like(own[1])
+
+    def of_distance(x, y):
+        return (x @ y) * y / (x.norm() * y.norm() ** 3) - x / (x.norm() * y.norm())
+
+    for words, factor, share in ((KEPT, 1, 0.95), (REMOVED, -weight, 0.85)):
+        for i in words:
+            x, y = source[0][:, i], own[0][:, i]
+            of_cross[:, i] += factor * (2 * (y - x) if mode == "paper" else of_distance(x, y))
+            for j in own_pixels(x, share).flatten().tolist() if mode == "reference" else ():
+                of_self[:, j] += factor * of_distance(source[1][:, j], own[1][:, j])
+    return of_cross, of_self
+
+
+@pytest.mark.parametrize("offset", [0.0, 4.0], ids=["centred", "uncentred"])
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_loss_and_gradient_are_the_formulas(mode, offset):
+    source, own = ([torch.rand(64, n, dtype=torch.float64) - 0.5 + offset for n in (12, 64)] for _ in "so")
+    leaves = [x.clone().requires_grad_() for x in own]
+    pair, given = (ImageMaps(*source), ImageMaps(*leaves)), (KEPT, REMOVED, OPTIONS["weight"])
+    loss = paper_loss(*pair, *given) if mode == "paper" else reference_loss(*pair, *given, (8, 8))
+    assert abs(loss.item() - float(loss_by_hand(mode, source, own))) <= 1e-12 * max(1, abs(loss.item()))
+    found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    for ours, expected in zip(found, gradient_by_hand(mode, source, own), strict=True):
+        assert largest(ours, expected) <= 1e-12
+    assert found[0].any()
+    assert bool(found[1].any()) is (mode == "reference")
 
 
 @pytest.mark.parametrize("mode", ["paper", "reference"])

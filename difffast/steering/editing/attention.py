@@ -2,20 +2,18 @@
 
     A' = A_source S + A_own diag(o),    out = A' V = A_source (S V) + A_own (diag(o) V)
 
-S [T, T'] and o [T'] change the values, which are small; two fused attentions do the rest, and one where o is zero.  The
-maps of both prompts never exist.  Every edit of Prompt-to-Prompt (arXiv 2208.01626) has this form, see :func:`weigh`.
+The operator :func:`difffast.ops.edited_attention` computes it: the maps of both prompts never exist.  Every edit of
+Prompt-to-Prompt (arXiv 2208.01626) has this form, see :func:`weigh`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
+from ... import ops
+from ...ops._attention_checks import MAX_KEYS
+from ...ops.edited_attention import mix_values
 from .mappers import Mapper
-
-#: Attention [B, H, N, d] of queries to keys and values.
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def weigh(mapper: Mapper, factors: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -37,31 +35,34 @@ def attend_edited(
     values: Tensor,
     mix: Tensor,
     keep_own: Tensor | None,
-    attend: Attend,
+    mixed: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """Return the attention of an edited map [B, H, N, d]; it can be differentiated.
+    """Return the attention of an edited map [B, H, N, d].
 
     Args:
         source: queries [B, H, N, d] and keys [B, H, T, d] of the source.
         own: those of the edited rows; not looked at where ``keep_own`` is None.
         values: [B, H, T', d] of the edited rows.
         mix: S [T, T'].
-        keep_own: o [T']; None: it is zero.
-        attend: fused attention.
+        keep_own: o [T']; None: it is zero.  Both are like the values.
+        mixed: what :func:`~difffast.ops.edited_attention.mix_values` has made of these three; None: it is made anew.
     """
-    out = attend(*source, mix.to(values) @ values)
-    if keep_own is None:
-        return out
-    return out + attend(*own, keep_own.to(values)[:, None] * values)
+    mixed = mixed or mix_values(values, mix, keep_own)
+    if max(mix.shape) <= MAX_KEYS:
+        theirs = (None, None) if keep_own is None else own
+        return ops.edited_attention(*source, values, mix, *theirs, keep_own, mixed=mixed)
+    out = ops.self_attention(*source, mixed[0])  # long prompts
+    return out if mixed[1] is None else out + ops.self_attention(*own, mixed[1])
 
 
-def average_map(source: Tensor, own: Tensor, mix: Tensor, keep_own: Tensor, words: Tensor) -> Tensor:
+def average_map(source: Tensor, own: Tensor, mix: Tensor, keep_own: Tensor | None, words: Tensor) -> Tensor:
     """Return what an edited map gives to some words, summed over them: [B, N].
 
     Args:
         source, own: maps of both prompts [B, N, T], averaged over the heads.
-        mix, keep_own: S and o.
+        mix, keep_own: S and o, or None.
         words: [T'], 1 at the words' tokens.
     """
-    mix, keep_own, words = (x.to(source) for x in (mix, keep_own, words))
-    return source @ (mix @ words) + own @ (keep_own * words)
+    mix, words = mix.to(source), words.to(source)
+    found = source @ (mix @ words)
+    return found if keep_own is None else found + own @ (keep_own.to(source) * words)

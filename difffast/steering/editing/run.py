@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...layers.context import CrossCall
 from ...layers.text_kv import TextKV
+from ...ops.edited_attention import mix_values
 from ...sampling.extension import ExtensionRun, RunInfo
 from ..inversion.values import ValueTexts, swap_values
 from ..prompt_calls import PromptCall
@@ -51,7 +52,8 @@ class EditRun(ExtensionRun):
         self._config, self._prompts, self._info = config, prompts, info
         self._images, self._step, self._pixels = len(call.embeds) // 2, 0, 0
         self._blend = LocalBlend(config.blend_threshold)
-        self._weights: tuple[Tensor, Tensor] | None = None
+        self._mixed: dict[str, tuple[Tensor, tuple[Tensor, Tensor | None]]] = {}  # by layer: of which values
+        self._weights: dict[tuple[float, torch.device, torch.dtype], tuple[Tensor, Tensor | None]] = {}
 
     def edit_call(
         self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]
@@ -68,8 +70,6 @@ class EditRun(ExtensionRun):
         if step == 0:
             self._blend = LocalBlend(self._config.blend_threshold)  # a custom loop may start again
         self._step, self._pixels = step, height * width
-        alpha = 1.0 if step < self._config.count_cross_steps(self._info.total) else 0.0
-        self._weights = weigh(self._prompts.mapper, self._prompts.factors, alpha)
         if self._values is not None:
             self._kv = self._make_values(call["encoder_hidden_states"], step)
         return call
@@ -107,7 +107,6 @@ class EditRun(ExtensionRun):
         images = self._images
         source = call.query[-2 * images : -images], call.keys[-2 * images : -images]
         mine = call.query[-images:], call.keys[-images:]
-        mix, keep_own = self._weights
         if self._prompts.blend is not None and call.query.shape[2] * _BLEND == self._pixels:
             self._look(call, source, mine)
         if self._kv is not None:
@@ -121,9 +120,25 @@ class EditRun(ExtensionRun):
             rest = own()[:-images]
         else:
             rest = call.attend(call.query[:-images], call.keys[:-images], call.values[:-images])
-        alone = not bool(keep_own.any())
-        edited = attend_edited(source, mine, call.values[-images:], mix, None if alone else keep_own, call.attend)
+        edited = attend_edited(source, mine, call.values[-images:], *self._weigh(call.values), self._mix(call))
         return torch.cat([rest, edited])
+
+    def _mix(self, call: CrossCall) -> tuple[Tensor, Tensor | None]:
+        """Return a layer's values as the edit mixes them: once a prompt, as long as the layer keeps its values."""
+        values, mixed = self._mixed.get(call.name, (None, None))
+        if values is not call.values or mixed is None:
+            mixed = mix_values(call.values[-self._images :], *self._weigh(call.values))
+            self._mixed[call.name] = call.values, mixed
+        return mixed
+
+    def _weigh(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return S and o of this step, None where o is zero, like a layer's values; they are made once a run."""
+        alpha = 1.0 if self._step < self._config.count_cross_steps(self._info.total) else 0.0
+        key = alpha, values.device, values.dtype
+        if key not in self._weights:
+            mix, keep_own = weigh(self._prompts.mapper, self._prompts.factors, alpha)
+            self._weights[key] = mix.to(values), keep_own.to(values) if bool(keep_own.any()) else None
+        return self._weights[key]
 
     def _look(self, call: CrossCall, source: tuple[Tensor, Tensor], mine: tuple[Tensor, Tensor]) -> None:
         """Add a layer's maps of the blend's words."""
@@ -132,7 +147,7 @@ class EditRun(ExtensionRun):
             (query.to(precise) @ keys.to(precise).transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
             for query, keys in (mine, source)
         )
-        (first, second), (mix, keep_own) = self._prompts.blend, self._weights
+        (first, second), (mix, keep_own) = self._prompts.blend, self._weigh(call.values)
         height = self._height(call)
         self._blend.add(
             (theirs @ first.to(theirs)).unflatten(-1, (height, -1)),
