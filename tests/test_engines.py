@@ -56,6 +56,17 @@ def test_some_histories_of_compiled_programs(seed, draws, monkeypatch):
     EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="inductor")).play(draws)
 
 
+def test_compiled_programs_see_freeu(monkeypatch):
+    """Its factors are attributes that are not there before, which torch.compile does not guard."""
+    monkeypatch.setattr(programs, "BACKEND", "eager")
+    torch._dynamo.reset()
+    history = EngineHistory(0, lambda pipe: patch(pipe, "exact", engine="inductor"))
+    call = {"prompt": "a cat", "height": 16, "width": 16, "guidance_scale": 1.0}
+    for change in ("nothing", "FreeU", "no FreeU", "FreeU"):
+        history.change(change)
+        history.compare(call)
+
+
 @pytest.mark.parametrize("engine", ["eager", "openvino", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_latents_after_20_steps_are_stocks(engine):
     need(engine)
