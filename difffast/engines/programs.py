@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..surgery.trees import map_tensors
+from ..unet.parts import read_freeu
 from .inputs import LayerInputs, ProgramInputs, describe_shapes, put_inputs
 from .user_compiled import UserCompile
 
@@ -120,7 +121,8 @@ class Programs:
             function: of :mod:`difffast.unet`.
             following: how the user has compiled the UNet, and programs are to be; None: as is best.
         """
-        key = (function, following, inputs.shapes, describe_shapes(arguments))
+        # torch.compile does not guard attributes that are not there, as FreeU's are until it is switched on.
+        key = (function, following, inputs.shapes, describe_shapes(arguments), read_freeu(unet))
         try:
             return self._program(key, function, unet, following)(unet, inputs.values, arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:

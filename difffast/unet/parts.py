@@ -82,11 +82,14 @@ def find_reentry(unet: nn.Module, branch: int) -> tuple[int, int]:
     return places[skips - 1 - branch]
 
 
+def read_freeu(module: nn.Module) -> tuple[Any, ...]:
+    """Return FreeU's factors by up block, None where there are none."""
+    return tuple([getattr(block, name, None) for block in getattr(module, "up_blocks", ()) for name in FREEU])
+
+
 def refuse_freeu(unet: nn.Module) -> str | None:
     """Return why the up blocks' inputs are not what the encoder made, or None."""
-    if any(getattr(block, name, None) for block in unet.up_blocks for name in FREEU):
-        return "FreeU changes the skips"
-    return None
+    return "FreeU changes the skips" if any(read_freeu(unet)) else None
 
 
 def cut_block(block: nn.Module, layers: slice, **children: Any) -> Any:
