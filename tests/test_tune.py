@@ -354,7 +354,7 @@ def test_every_supported_pipeline(name, monkeypatch):
 OF_OTHER_LOOPS = {
     *("StableDiffusionPipeline: v-prediction, zero terminal SNR", "StableDiffusionXLPipeline: denoising_end"),
     *("StableDiffusionGLIGENPipeline", "StableDiffusionXLControlNetPAGImg2ImgPipeline", "I2VGenXLPipeline"),
-    *("StableVideoDiffusionPipeline", "LEditsPPPipelineStableDiffusion", "StableDiffusionLatentUpscalePipeline"),
+    "StableVideoDiffusionPipeline",
 }
 #: They go through parts of the schedule, or all of it, several times.
 WITHOUT_PLANS = {"TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline", "AnimateDiffPipeline:FreeInit"}

@@ -95,11 +95,11 @@ DIFFFAST_INLINE Vec<float> exp2_fraction(Vec<float> f) {
 // 2^x for -126 <= x < 128.  For 128 it is exactly infinity and for -127 exactly zero, as the exponent's field says so;
 // in between a subnormal number, not the right one.
 DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
-  typedef int32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
-  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
+  typedef uint32_t Int __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum. Unsigned: NaN is passed too.
   const Vec<float> shifted = x + 12582912.0f;
   const Vec<float> p = exp2_fraction(x - (shifted - 12582912.0f));
-  return (Vec<float>)((Int)p + (((Int)shifted - 0x4B400000) << 23));
+  return (Vec<float>)((Int)p + (((Int)shifted - 0x4B400000u) << 23));
 }
 
 // 2^x for x <= 0, NaN for NaN; zero below 2^-127 (AVX-512: 2^-125).  Not the smallest number instead: it would count

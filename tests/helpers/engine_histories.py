@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from difffast.models import tiny_pipeline
 
-#: Relative to the largest number of the stock pipeline's latents.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float64: 1e-9}
+#: Relative to the largest number of the stock pipeline's latents.  bfloat16 alone can be off by 0.2 where a LoRA is
+#: strong, stock's too: that nothing is stale is seen there by a pipeline that is patched anew, which is to be the same.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float64: 1e-9}
+ANEW = 1e-2
 
 
 @functools.cache
@@ -101,7 +103,7 @@ class EngineHistory:
 
     def __init__(self, seed: int, patch: Callable[[Any], Any]) -> None:
         self._random = random.Random(seed)
-        self.pipe, self.stock = copy.deepcopy(_built()), copy.deepcopy(_built())
+        self.pipe, self.stock, self._patch = copy.deepcopy(_built()), copy.deepcopy(_built()), patch
         patch(self.pipe)
         self.done: list[Any] = []
 
@@ -123,6 +125,10 @@ class EngineHistory:
         mine, right = _run(self.pipe, call), _run(self.stock, call)
         scale = float(right.abs().max())
         assert float((mine - right).abs().max()) <= TOLERANCES[self.pipe.unet.dtype] * scale, self.done
+        if self.pipe.unet.dtype == torch.bfloat16:
+            anew = copy.deepcopy(self.stock)
+            self._patch(anew)
+            assert float((mine - _run(anew, call)).abs().max()) <= ANEW * scale, self.done
 
     def _draw_call(self) -> dict[str, Any]:
         draw = self._random
