@@ -2,7 +2,7 @@
 
 Shapes: source_q, q [B, H, N, d], source_k, first [B / r, H, Ts, d], k, second [B / r, H, T, d], any strides.  The
 operator's definition is in ``difffast/ops/edited_attention.py``; how heads and keys are cut into tiles, and strides
-passed, in ``cross_attention.py``.  Both maps are normalised before their values, so that one sum serves both.
+passed, in ``attention_tiles.py``.  Both maps are normalised before their values, so that one sum serves both.
 """
 
 # Constants and sizes in kernels are upper case, as in Triton's own code.
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cross_attention
-from .cross_attention import (
+from . import attention_tiles
+from .attention_tiles import (
     DTYPES,
     LOG2_E,
     NAMES,
@@ -209,7 +209,7 @@ def forward_kernel(
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why inputs with these shapes and dtypes, of :func:`forward`, cannot run, or None."""
-    return cross_attention.obstacle(q, k, k, False) or cross_attention.obstacle(q, v, v, False)
+    return attention_tiles.obstacle(q, k, k, False) or attention_tiles.obstacle(q, v, v, False)
 
 
 def forward_launch(d: int, n_source: int, n_keys: int, dtype: torch.dtype) -> tuple[dict, dict]:
@@ -218,7 +218,7 @@ def forward_launch(d: int, n_source: int, n_keys: int, dtype: torch.dtype) -> tu
     # Equal chunks: a rest would take registers of its own, of which the two maps leave few.
     sizes = tile_sizes(d, n_keys, dtype, math.gcd(triton.cdiv(d, 16) * 16, 64 if d <= 64 else 32))
     source, _, source_rest = partition(n_source, 128)
-    # From 64 rows on products are wgmma's, for which the assembler has a bug (see the top of cross_attention.py).
+    # From 64 rows on products are wgmma's, for which the assembler has a bug (see the top of attention_tiles.py).
     tiles = {"SOURCE_KEYS": source, "SOURCE_REST": source_rest, "BLOCK": 16 if exact else 32}
     options = {"num_warps": 8 if exact else 4, "num_stages": 1}
     # Left alone, ptxas stops at 128 registers and spills two; of 168 it spills as many for wide heads.

@@ -10,7 +10,7 @@ anew and divides by the denominators that the first has left: maximum and recipr
 a rounded log-sum-exp.  It sums over the heads in a fixed order without atomics: the same bits in every run.
 
 What a tile is, the strides in units of VECTOR elements, the 32-bit offsets inside a tile and float32 products on the
-FMA units are as in ``cross_attention.py``.
+FMA units are as in ``attention_tiles.py``.
 """
 
 # Constants and sizes in kernels are upper case, as in Triton's own code.
@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cross_attention
-from .cross_attention import (
+from . import attention_tiles
+from .attention_tiles import (
     DTYPES,
     LOG2_E,
     NAMES,
@@ -278,7 +278,7 @@ def obstacle(q: Tensor, text_k: Tensor, text_v: Tensor) -> str | None:
     """Why these inputs (shapes and dtypes as in :func:`forward`) cannot run, or None."""
     if q.shape[3] > MAX_HEAD_DIM:
         return f"heads of at most {MAX_HEAD_DIM} are supported, got d = {q.shape[3]}"
-    return cross_attention.obstacle(q, text_k, text_v)
+    return attention_tiles.obstacle(q, text_k, text_v)
 
 
 def forward_launch(d: int, n_text: int, queries: int, dtype: torch.dtype, statistics: bool) -> tuple[dict, dict]:

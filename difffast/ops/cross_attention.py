@@ -213,9 +213,9 @@ def find_obstacle(
     if backend == "cpp" and q.dtype == torch.float16:
         return "it takes float32, float64 and bfloat16, got float16"
     if backend == "triton":
-        from difffast.triton_kernels import cross_attention as kernels
+        from difffast.triton_kernels import attention_tiles
 
-        return kernels.obstacle(q, k, v, maps)
+        return attention_tiles.obstacle(q, k, v, maps)
     if backend == "cuda":
         if q.dtype not in (torch.float16, torch.bfloat16):
             return f"it takes float16 and bfloat16, got {q.dtype}"

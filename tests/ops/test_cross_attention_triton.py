@@ -12,11 +12,12 @@ from triton_launches import Recorder
 
 pytest.importorskip("triton")
 
+from difffast.triton_kernels import attention_tiles as tiles
 from difffast.triton_kernels import cross_attention as kernels
 
-DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+DEVICE = "cpu" if tiles.INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(
-    not kernels.INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
+    not tiles.INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EMPTY = ()
@@ -85,8 +86,8 @@ def check(q, k, v, grad_out, grad_maps, scale, sink, tokens):
     """Forward and backward, with either gradient left out too, against float64 and against the composition."""
     dtype = q.dtype
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    reason = kernels.obstacle(q, k, v)
-    if reason is not None and not kernels.INTERPRETED:
+    reason = tiles.obstacle(q, k, v)
+    if reason is not None and not tiles.INTERPRETED:
         pytest.skip(reason)
     results = {}
     for name, kind in (("expected", torch.float64), ("composed", dtype)):
@@ -223,9 +224,9 @@ def test_groups_and_splits_depend_on_the_problem_alone():
     assert kernels._split_rows(1, 64) == 64
     assert kernels._split_rows(2 * 8 * 3, 4096) == 384
     assert kernels._split_rows(10**6, 4096) == 4096
-    assert kernels.head_groups(1, 8, 64) == 1
-    assert kernels.head_groups(2, 8, 4096) == 4
-    assert kernels.head_groups(64, 10, 4096) == 10
+    assert tiles.head_groups(1, 8, 64) == 1
+    assert tiles.head_groups(2, 8, 4096) == 4
+    assert tiles.head_groups(64, 10, 4096) == 10
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_float64_gradcheck():
             q, k, v = ctx.saved_tensors
             return kernels.backward(grad_out, grad_maps, q, k, v, 0.4, 2, (1, 4))
 
-    if not kernels.INTERPRETED:
+    if not tiles.INTERPRETED:
         pytest.skip("float64 runs in the interpreter only")
     leaves = [x.requires_grad_() for x in inputs(2, 1, 3, 5, 4, torch.float64, repeats=2)[:3]]
     assert torch.autograd.gradcheck(Attention.apply, leaves, fast_mode=True)
@@ -283,13 +284,13 @@ def test_no_queries():
 
 def test_obstacles():
     x = torch.zeros(1, 1, 2, 8, device=DEVICE)
-    assert kernels.obstacle(x, x, x) is None
-    assert "got torch.int64" in kernels.obstacle(x.long(), x, x)
-    assert "one dtype" in kernels.obstacle(x, x.half(), x)
+    assert tiles.obstacle(x, x, x) is None
+    assert "got torch.int64" in tiles.obstacle(x.long(), x, x)
+    assert "one dtype" in tiles.obstacle(x, x.half(), x)
     many = torch.zeros(1, 1, 129, 8, device=DEVICE)
-    assert "got 129 keys" in kernels.obstacle(x, many, many)
+    assert "got 129 keys" in tiles.obstacle(x, many, many)
     wide = torch.zeros(1, 1, 2, 257, device=DEVICE)
-    assert "d = 257" in kernels.obstacle(wide, wide, wide)
+    assert "d = 257" in tiles.obstacle(wide, wide, wide)
 
 
 @pytest.mark.parametrize(
@@ -310,4 +311,4 @@ def test_obstacles():
     ],
 )
 def test_parts(size, widest, expected):
-    assert kernels.partition(size, widest) == expected
+    assert tiles.partition(size, widest) == expected

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from difffast.triton_kernels import (
     attention_entropy,
+    attention_tiles,
     cross_attention,
     edited_attention,
     group_norm_silu,
@@ -75,7 +76,7 @@ def test_entropies_of_any_batch(grids):
 @pytest.mark.parametrize(("batch", "heads"), [(OTHERS, 1), (1, OTHERS)])
 def test_attention_of_the_largest_batch(grids, batch, heads):
     q = torch.empty(batch, heads, 4, 8, device="meta")
-    assert "65535" in (cross_attention.obstacle(torch.empty(ROWS, 1, 4, 8), q, q) or "")
+    assert "65535" in (attention_tiles.obstacle(torch.empty(ROWS, 1, 4, 8), q, q) or "")
     out, maps = cross_attention.forward(q, q, q, 1.0, 0, (0, 1))
     cross_attention.backward(out, maps, q, q, q, 1.0, 0, (0, 1))
     joint_attention.forward(q, q, q, q, q, 1.0, (0, 1))
@@ -87,6 +88,6 @@ def test_attention_of_the_largest_batch(grids, batch, heads):
     ("d", "refused"), [(40, False), (64, False), (80, False), (96, False), (128, True), (160, True)]
 )
 def test_what_has_failed_on_hopper_is_refused(d, refused):
-    found = cross_attention.refuse_on_hopper(d, 77, torch.float16)
+    found = attention_tiles.refuse_on_hopper(d, 77, torch.float16)
     assert (found is not None) == refused
-    assert cross_attention.refuse_on_hopper(d, 77, torch.float32) is None, "on FMA units"
+    assert attention_tiles.refuse_on_hopper(d, 77, torch.float32) is None, "on FMA units"
