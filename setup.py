@@ -81,7 +81,7 @@ def extension():
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = ["csrc/registration.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    sources = [str(path) for folder in ("registration", "cpu") for path in sorted(Path("csrc", folder).glob("*.cpp"))]
     cuda_sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     target = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
     # They come after CXXFLAGS, whose own optimisation shall win.

@@ -17,6 +17,7 @@ from .engines.engine import choose_engine
 from .engines.programs import BATCHES, ProgramStats
 from .engines.user_compiled import has_compiled_parts
 from .layers.registry import LAYERS
+from .layers.transformed import count_bytes
 from .ops._local import describe_choices, list_struck, table_of
 from .options import Options
 from .plan import LEAST_CALLS, CfgReuse, FeatureReuse, MeasuredPlan, OutputForecast, Plan, Sharing
@@ -87,12 +88,19 @@ class PatchReport:
 
     def _rows(self) -> list[tuple[str, str]]:
         head = [("pipeline", self.pipeline), ("unet", self.unet), ("preset", self.preset)]
+        kept = count_bytes(each for each in _parts_of(self._settings.pipe()) if isinstance(each, nn.Module))
+        memory = [("memory", f"{kept / 2**20:.0f} MiB, convolutions' transformed weights")] if kept else []
         struck = [("failed", f"{operator} ({backend}): {reason}") for operator, backend, reason in list_struck()]
-        return [*head, *self.replaced, *struck, *(("note", note) for note in self.notes)]
+        return [*head, *self.replaced, *memory, *struck, *(("note", note) for note in self.notes)]
 
     def _repr_html_(self) -> str:
         cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows())
         return f"<table>{''.join(cells)}</table>"
+
+
+def _parts_of(pipe: Any) -> Iterator[Any]:
+    """Yield the parts of a pipeline, or of none."""
+    yield from getattr(pipe, "components", {}).values()
 
 
 def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, str]]:

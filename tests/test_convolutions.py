@@ -1,4 +1,7 @@
-"""Convolutions in bfloat16 multiply in float32 where that is faster, and run stock where it is not or cannot be."""
+"""Convolutions in bfloat16 multiply in float32 where that is faster, and run stock where it is not or cannot be.
+
+Those with few products, which come first, are switched off here: tests/test_few_products.py.
+"""
 
 import copy
 import threading
@@ -27,6 +30,7 @@ def _pays(monkeypatch):
     monkeypatch.setattr(convolution, "advantage", lambda: 2.0)
     monkeypatch.setattr(convolution, "_FEW", 8)
     monkeypatch.setattr(convolution, "_SMALL", 0)
+    monkeypatch.setattr(convolution, "_has_few_products", lambda weight: False)
 
 
 @pytest.fixture

@@ -80,6 +80,32 @@ DIFFFAST_INLINE double add_lanes(Vec<T> v) {
   return sum;
 }
 
+// One step of the transposition below: `step` neighbours of every 2 * step lanes change places.
+template <class T, int step, size_t... lane>
+DIFFFAST_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Vec<T> low = __builtin_shufflevector(a, b, (lane & step ? lanes<T> + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? lanes<T> + lane : lane + step)...);
+#else
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  const Vec<T> low = __builtin_shuffle(a, b, Index{(lane & step ? lanes<T> + lane - step : lane)...});
+  b = __builtin_shuffle(a, b, Index{(lane & step ? lanes<T> + lane : lane + step)...});
+#endif
+  a = low;
+}
+
+// In place: lane j of rows[i] -> lane i of rows[j].
+template <class T, int step = 1>
+DIFFFAST_INLINE void transpose(Vec<T>* rows) {
+  if constexpr (step < lanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i) {
+      if (!(i & step)) exchange<T, step>(rows[i], rows[i + step], std::make_index_sequence<lanes<T>>{});
+    }
+    transpose<T, 2 * step>(rows);
+  }
+}
+
 // 2^f for -1/2 <= f <= 1/2: Taylor series of exp(f ln 2) to the seventh power, relative error below 1e-8.
 DIFFFAST_INLINE Vec<float> exp2_fraction(Vec<float> f) {
   Vec<float> p = broadcast(1.525273380405984e-5f);

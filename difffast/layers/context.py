@@ -122,6 +122,8 @@ class CallContext:
         always: whether layers are fused even where that does not pay, to see what they would ask for.
         edit: who changes what attention layers give, or None.
         projected: what the UNet has made of the text, which layers attend to instead (:func:`set_projected_text`).
+        within: what the call is part of, as a pipeline's call: in it, layers compare all weights with what they have
+            made of them once; None: at every call.
     """
 
     fused: bool
@@ -135,6 +137,7 @@ class CallContext:
     always: bool = False
     edit: AttentionEdit | None = None
     projected: Text | None = None
+    within: object | None = None
 
 
 class AllCollected(Exception):  # noqa: N818 - no error: it ends a UNet call of which only the maps are wanted

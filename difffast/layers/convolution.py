@@ -1,9 +1,13 @@
-"""Convolutions in bfloat16, multiplied in float32 where the processor does that faster.
+"""Convolutions on CPUs: of 3x3 pixels with few products, and in bfloat16 with products in float32 where that is faster.
 
-PyTorch gives them to oneDNN.  Processors with AMX multiply bfloat16 many times as fast as float32; AVX-512 alone takes
-up to twice as long for it, and AVX2 has no instruction for it at all.  Each process measures once which of them it is
-on.  Operands are widened, which is exact, and the product is rounded once, as stock's is.  Linear layers gain next
-to nothing in a whole UNet: their products are small beside what would have to be widened.
+**Few products** (:mod:`difffast.ops.convolution`): at most of a UNet's and a VAE's convolutions, in float32 and, where
+float32 is at least half as fast, in bfloat16.
+
+**Products in float32**: of the others.  PyTorch gives them to oneDNN.  Processors with AMX multiply bfloat16 many times
+as fast as float32; AVX-512 alone takes up to twice as long for it, and AVX2 has no instruction for it at all.  Each
+process measures once which of them it is on.  Operands are widened, which is exact, and the product is rounded once, as
+stock's is.  Linear layers gain next to nothing in a whole UNet: their products are small beside what would have to be
+widened.
 """
 
 from __future__ import annotations
@@ -17,43 +21,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.convolution import choose, convolution
 from ..ops.linear import SIDE, compare
 from ..surgery.pristine import is_plain
 from ..surgery.subclass import plain_class
+from .context import CURRENT
 from .kind import LayerKind
+from .transformed import forget, transform
+
+#: Channels below which most of what few products compute would be padding.
+_FEW_INPUTS, _FEW_OUTPUTS = 16, 32
+#: Pixels of an image from which on tiles of 4x4 pixels are filled; or, where their weights stay in a cache, fewer.
+_MANY_PIXELS, _SOME_PIXELS, _CACHED = 576, 256, 1 << 18
+#: Pixels below which even the weights of 2x2 have to stay there; and pairs of channels from which on these, at just so
+#: many pixels, gain too little for their memory.
+_FEW_PIXELS, _SMALL_WEIGHTS, _HEAVY = 64, 1 << 16, 1 << 20
 
 #: Pixels, and multiply-adds, below which widening costs more than it gains.
 _FEW, _SMALL = 64, 16_000_000
 #: They are widened where float32 is so many times faster: widening takes a part of what is gained.
 _WORTH = 1.5
+#: From here on few products gain more than float32 loses.
+_HALF = 0.5
 
 _local = threading.local()
 
 
 class Convolution(LayerKind):
-    """Convolutions with bfloat16 weights on CPUs; those that LoRA wraps among them."""
+    """Convolutions on CPUs; those that LoRA wraps among them."""
 
-    name = "bfloat16 convolutions"
+    name = "convolutions"
     input_name = "input"
 
     def find(self, unet: nn.Module) -> dict[str, nn.Module]:
         return {n: m for n, m in unet.named_modules() if plain_class(m) is nn.Conv2d}
 
     def may_pay(self, weight: Tensor) -> bool:
-        return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and advantage() >= _WORTH
+        return weight.device.type == "cpu" and (_has_few_products(weight) or _is_widened(weight))
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         weight = layer.weight
-        if hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        if hidden.dtype != weight.dtype or hidden.ndim != 4 or hidden.device.type != "cpu":
             return False
-        rows = hidden.numel() // hidden.shape[1] // (layer.stride[0] * layer.stride[1])
-        return rows >= _FEW and rows * weight.numel() >= _SMALL
+        return choose_tile(layer, hidden) > 0 or _pays_to_widen(layer, hidden)
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if args or kwargs:
             return "one was called with more than its input"
         if torch.is_grad_enabled() and (hidden.requires_grad or layer.weight.requires_grad):
-            return ""  # the widened weights are not kept for a backward pass
+            return ""  # what is made of the weights is not kept for a backward pass
         if torch.is_autocast_enabled("cpu"):
             return "autocast chooses their dtype"
         if not is_plain(layer, nn.Conv2d):
@@ -61,13 +77,77 @@ class Convolution(LayerKind):
         return None if layer.padding_mode == "zeros" else "one pads with other values than zeros"
 
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tile = choose_tile(layer, hidden)
+        if tile:
+            context = CURRENT.get()
+            weights = transform(layer, tile, None if context is None else context.within)
+            return convolution(hidden, weights, layer.bias)
         weight, bias = _widen(layer.weight), None if layer.bias is None else layer.bias.float()
         settings = layer.stride, layer.padding, layer.dilation, layer.groups
         return F.conv2d(hidden.float(), weight, bias, *settings).to(hidden.dtype)
 
+    def take_out(self, unet: nn.Module) -> None:
+        for layer in self.find(unet).values():
+            forget(layer)
+        super().take_out(unet)
+
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
-        if layers and not compiled and self.may_pay(weight):
-            yield f"{self.name} ({len(layers)})", f"products in float32, {advantage():.1f} times as fast here"
+        if not layers or compiled or not self.may_pay(weight):
+            return
+        few = [layer for layer in layers.values() if _suits(layer)] if _has_few_products(weight) else []
+        if few:
+            yield f"{self.name} of 3x3 ({len(few)})", "few products (cpp)"
+        if _is_widened(weight) and len(few) < len(layers):
+            rest = len(layers) - len(few)
+            yield f"bfloat16 {self.name} ({rest})", f"products in float32, {advantage():.1f} times as fast here"
+
+
+def choose_tile(layer: Any, hidden: Tensor) -> int:
+    """Return the tile with which few products are taken for a layer's input; 0: none are.
+
+    It depends on the image alone, not on how many there are: what is kept of the weights serves any batch.
+    """
+    weight = layer.weight
+    if not _suits(layer) or not _has_few_products(weight) or not hidden.is_contiguous() or 1 in hidden.shape[2:]:
+        return 0
+    pixels, pairs = hidden.shape[2] * hidden.shape[3], weight.shape[0] * weight.shape[1]
+    if pixels >= _MANY_PIXELS or (pixels >= _SOME_PIXELS and pairs <= _CACHED):
+        return 4
+    if pixels < _FEW_PIXELS:
+        return 2 if pairs <= _SMALL_WEIGHTS else 0
+    return 2 if pixels > _FEW_PIXELS or pairs < _HEAVY else 0
+
+
+def _suits(layer: Any) -> bool:
+    """Whether a layer's convolution is one of 3x3 pixels with as many channels as pay."""
+    return (
+        layer.kernel_size == (3, 3)
+        and layer.stride == (1, 1)
+        and layer.padding in ((1, 1), 1)
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.in_channels >= _FEW_INPUTS
+        and layer.out_channels >= _FEW_OUTPUTS
+        and layer.weight.is_contiguous()
+    )
+
+
+def _has_few_products(weight: Tensor) -> bool:
+    if weight.dtype not in (torch.float32, torch.bfloat16) or choose(weight.dtype, weight.device) == "reference":
+        return False
+    return weight.dtype == torch.float32 or advantage() >= _HALF
+
+
+def _is_widened(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and advantage() >= _WORTH
+
+
+def _pays_to_widen(layer: Any, hidden: Tensor) -> bool:
+    weight = layer.weight
+    if not _is_widened(weight):
+        return False
+    rows = hidden.numel() // hidden.shape[1] // (layer.stride[0] * layer.stride[1])
+    return rows >= _FEW and rows * weight.numel() >= _SMALL
 
 
 @functools.cache

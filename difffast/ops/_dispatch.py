@@ -29,6 +29,7 @@ from ._proofs import is_proved
 OPERATORS: dict[str, tuple[str, ...]] = {
     "attention_entropy": ("cpp", "triton", "reference"),
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference", "flash", "cudnn", "efficient"),
+    "convolution": ("cpp", "reference"),
     "edited_attention": ("triton", "cpp", "sdpa", "reference"),
     "geglu": ("triton", "reference"),
     "group_norm_silu": ("cuda", "cpp", "triton", "reference"),

@@ -123,7 +123,7 @@ def _override(module: nn.Module, name: str) -> dict[str, Any]:
                 return run_model(self, name, settings, stock, args, kwargs)
             if not fuses:
                 return stock()
-            with use_context(CallContext(True, _ignore, _ignore)):
+            with use_context(CallContext(True, _ignore, _ignore, within=running)):
                 return stock()
 
     return {"__call__": call, "_difffast_users": users}

@@ -228,7 +228,9 @@ class SamplingRun:
         if engine is not None:
             text = None  # programs and graphs get text keys and values as inputs
         size = tuple(sample.shape[-2:])
-        return CallContext(fused, self.state.note, self.state.record, text, sinks, size, edit=self._edit)
+        return CallContext(
+            fused, self.state.note, self.state.record, text, sinks, size, edit=self._edit, within=self.state
+        )
 
     def _read_text(self, text: Any, sample: Tensor, *, stock: bool) -> Text | None:
         if not isinstance(text, Tensor) or self._text == "extended":

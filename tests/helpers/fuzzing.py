@@ -49,6 +49,22 @@ def largest(x, dimensions):
     return x.flatten(x.ndim - dimensions).amax(-1) if dimensions and x.numel() else x
 
 
+def multiply_largest(x, weight, bias=None):
+    """Return the size [batch, output channels] of a convolution's terms if every weight met the largest pixel."""
+    pixels, weights = (each.double().nan_to_num(0, 0, 0).abs().amax((2, 3)) for each in (x, weight))
+    return pixels @ weights.T
+
+
+def spread_in_tiles(finite, side):
+    """Return, for images, of which pixels the whole tile is finite."""
+    height, width = finite.shape[-2:]
+    rows, columns = (torch.arange(n) // side for n in (height, width))
+    tiles = (rows[:, None] * width + columns).flatten().expand(*finite.shape[:-2], -1)
+    wrong = torch.zeros(*finite.shape[:-2], height * width, dtype=torch.int64)
+    wrong.scatter_add_(-1, tiles, (~finite).flatten(-2).long())
+    return (wrong.gather(-1, tiles) == 0).unflatten(-1, (height, width))
+
+
 @dataclasses.dataclass
 class Expected:
     """What a case should give: in float64, and as plain PyTorch has it in the dtype of the computation."""
@@ -66,6 +82,9 @@ class Expected:
         if queries:  # logits are of base 2 in kernels, and may overflow a little earlier
             roomy = compute(self.case.define, {**self.case.operands, **queries}, wide, self.gradient)
             self.finite = [a & b.isfinite() for a, b in zip(self.finite, roomy, strict=True)]
+        if self.case.blurs > 1 and not self.gradient and self.exact[0].numel():
+            whole = self.case.operands["weight"].isfinite().flatten(1).all(1)[:, None, None]
+            self.finite = [spread_in_tiles(a, self.case.blurs) & whole for a in self.finite]
         self.nowhere = [~a.isfinite() & ~b.isfinite() for a, b in zip(self.exact, self.eager, strict=True)]
         self.shifted = None
 
@@ -98,6 +117,8 @@ class Expected:
         floor = 8 * eps * largest(keep(exact.abs()), dimensions) + 1e3 * tiny * size
         if self.dtype == _F64:  # where nobody is more exact than the other, and eager is the definition itself
             floor = floor + 1e3 * eps * size * max(self.case.sizes.values(), default=1.0)
+        if self.case.blurs > 1 and not self.gradient and self.exact[0].numel():
+            floor = floor + 8 * eps * multiply_largest(**self.case.operands)
         if self.gradient:
             floor = floor + 64 * eps * [*self.case.sizes.values(), *[1.0] * 9][i]
         if (error <= 4 * eager + floor).all():
@@ -136,7 +157,9 @@ def check(expected, backends):
 @st.composite
 def cases(draw, operator, wild):
     """Draw a case of an operator, finite or not; the maps of attention_entropy are never in half precision."""
-    dtypes = [_F32, _F64] if operator == "attention_entropy" else [_F32, _F32, _F32, _BF16, _F64]
+    # PyTorch's own convolution in bfloat16 lets infinity reach other pixels than its neighbours.
+    narrow = operator == "attention_entropy" or (operator == "convolution" and wild)
+    dtypes = [_F32, _F64] if narrow else [_F32, _F32, _F32, _BF16, _F64]
     gradient = not wild and draw(st.integers(0, 4)) == 4
     beyond = hostile.wild_kinds if "norm" not in operator else st.sampled_from(["one infinite", "one nan"])
     kinds = hostile.kinds

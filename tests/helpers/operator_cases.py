@@ -29,6 +29,7 @@ class Case:
         shares: for each result, how many of its last dimensions belong together: one error is allowed for all.
         about: the other arguments, for messages.
         spread: by how many rounding errors numbers differ that are divided by what they differ by.
+        blurs: side of the tiles of pixels within which what is not finite spreads.
         sizes: for each operand, how large the terms are that cancel in its gradient, some one weight of the results.
     """
 
@@ -40,6 +41,7 @@ class Case:
     about: dict
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)
     spread: float = math.inf
+    blurs: int = 1
 
     def __repr__(self):
         of = {name: (tuple(x.shape), x.stride(), x.storage_offset()) for name, x in self.operands.items()}
@@ -117,6 +119,7 @@ _sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 33, 65])
 _keys = st.sampled_from([1, 2, 7, 15, 16, 17, 64, 76, 77, 80, 128])
 _dims = st.sampled_from([1, 2, 3, 8, 15, 16, 17, 40])
 _few = st.sampled_from([1, 2, 3])
+_tiles = st.sampled_from([2, 4])
 _scales = st.sampled_from([None, 1.0, 0.1, -2.0, 30.0])
 
 
@@ -333,6 +336,33 @@ def linear(draw, dtype, kinds):
 
 
 @st.composite
+def convolution(draw, dtype, kinds):
+    channels, out, batch = draw(_sizes), draw(_sizes), draw(st.sampled_from([1, 2, 3, 0]))
+    pixels, tile = draw(st.sampled_from([(2, 5), (4, 4), (7, 2), (9, 13), (16, 18), (3, 35)])), draw(_tiles)
+    shapes = {"x": (batch, channels, *pixels), "weight": (out, channels, 3, 3)}
+    if draw(st.booleans()):
+        shapes["bias"] = (out,)
+
+    def call(x, weight, bias=None):
+        return (ops.convolution(x, ops.convolution_weights(weight, tile), bias),)
+
+    def define(x, weight, bias=None):
+        def cut(*by):
+            return ..., *(slice(max(0, k), n + min(0, k)) for k, n in zip(by, pixels, strict=True))
+
+        y = x.new_zeros(x.shape[0], out, *pixels)
+        for i in (-1, 0, 1):
+            for j in (-1, 0, 1):  # y[r, c] has x[r + i, c + j]
+                there, here = cut(i, j), cut(-i, -j)
+                part = torch.einsum("bchw,oc->bohw", x[there], weight[:, :, i + 1, j + 1])
+                y[here] = y[here] + part
+        return (y if bias is None else y + bias[:, None, None],)
+
+    operands = draw_operands(draw, shapes, dtype, kinds)
+    return Case("convolution", operands, call, define, (2,), {"tile": tile}, blurs=tile)
+
+
+@st.composite
 def repeat_batch(draw, dtype, kinds):
     shape = draw(st.sampled_from([(1,), (3,), (2, 3), (0, 2), (2, 0), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 4)]))
     repeats = draw(st.integers(1, 4))
@@ -379,7 +409,7 @@ def edited_attention(draw, dtype, kinds):
 OPERATORS = {
     each.__name__: each
     for each in (
-        attention_entropy, cross_attention, edited_attention, geglu, group_norm_silu, joint_attention, linear,
-        repeat_batch, self_attention, skip_norm_silu,
+        attention_entropy, convolution, cross_attention, edited_attention, geglu, group_norm_silu, joint_attention,
+        linear, repeat_batch, self_attention, skip_norm_silu,
     )
 }  # fmt: skip

@@ -497,13 +497,15 @@ def test_nvcc_spills_no_registers(architecture, tmp_path):
     assert cuda_sources.memory_of_kernels("cross_attention", architecture, tmp_path) == [("0", "0", "0")] * 21
 
 
-def test_the_bindings_compile_with_cuda():
-    """The half of registration.cpp that a CPU build of PyTorch leaves out."""
+@pytest.mark.parametrize(
+    "source", sorted((cuda_sources.FOLDER.parent / "registration").glob("*.cpp")), ids=lambda p: p.stem
+)
+def test_the_bindings_compile_with_cuda(source):
+    """What a CPU build of PyTorch leaves out of them."""
     include = Path(torch.__file__).parent / "include"
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     flags = ["-fsyntax-only", "-Wall", "-Werror", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += ["-DDIFFFAST_WITH_CUDA", "-DUSE_CUDA", f"-I{cuda_sources.FOLDER.parent}", f"-isystem{include}"]
-    source = cuda_sources.FOLDER.parent / "registration.cpp"
     result = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

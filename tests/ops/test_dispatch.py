@@ -350,7 +350,7 @@ def test_a_backend_forced_for_all_says_whom_it_serves(pipe):
         assert served == ("cross_attention", "edited_attention", "joint_attention", "self_attention")
         with difffast.patched(pipe, "exact") as report:
             pipe("a", num_inference_steps=2, output_type="latent")
-    others = "attention_entropy, geglu, group_norm_silu, linear, repeat_batch, skip_norm_silu"
+    others = "attention_entropy, convolution, geglu, group_norm_silu, linear, repeat_batch, skip_norm_silu"
     said = f"backend 'sdpa' is forced, but {others} do not have it and keep their own choice"
     assert said in report.last_run.reasons
     assert said in str(report.last_run)

@@ -19,6 +19,10 @@ def _random(*shape):
 
 
 #: name -> (operands, call, dtype of the results); as large as needs be for the kernels to be the default.
+def _convolve(x, weight, bias):
+    return ops.convolution(x, ops.convolution_weights(weight, 4), bias)
+
+
 CALLS = {
     "attention_entropy": ((_random(2, 64, 20).softmax(-1),), lambda maps: ops.attention_entropy(maps, [2, 5], 8)),
     "cross_attention": (
@@ -37,6 +41,7 @@ CALLS = {
         ),
         ops.edited_attention,
     ),
+    "convolution": ((_random(2, 5, 9, 6), _random(3, 5, 3, 3), _random(3)), _convolve),
     "geglu": ((_random(3, 5, 32),), ops.geglu),
     "group_norm_silu": (
         (_random(2, 64, 24, 24), _random(64), _random(64), _random(1, 64)),

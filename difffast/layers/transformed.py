@@ -1,0 +1,64 @@
+"""Weights of convolutions as their operator takes them, kept as long as they are what the layers have.
+
+Users, LoRAs and textual inversions change weights in place, some of them past PyTorch's count of versions
+(``weight.data += ...``).  So whatever is kept is compared with the layer's weights: their identity, place and version
+at every call, and all of their bytes once in every call of a pipeline.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops.convolution import Weights, convolution_weights, fingerprint
+
+
+class _Kept(NamedTuple):
+    weights: Weights
+    place: tuple[int, int | None]
+    fingerprint: int
+    within: weakref.ref[Any] | None
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+
+
+def transform(layer: Any, tile: int, within: object | None) -> Weights:
+    """Return a layer's weights for tiles of a size.
+
+    Args:
+        layer: a convolution of 3x3 pixels.
+        tile: of the operator, as of :func:`difffast.ops.convolution.convolution_weights`.
+        within: what the call is part of; in it, all weights are compared once; None: now.
+    """
+    weight = layer.weight
+    kept = _kept.get(layer)
+    place = weight.data_ptr(), None if weight.is_inference() else weight._version
+    if kept is not None and (kept.weights.original is not weight or kept.weights.tile != tile):
+        kept = None
+    seen = None if kept is None or kept.within is None else kept.within()
+    if kept is not None and kept.place == place and seen is not None and seen is within:
+        return kept.weights
+    found = fingerprint(weight)
+    if kept is None or kept.fingerprint != found:
+        with torch.inference_mode(False):  # others may use them where gradients are wanted
+            weights = convolution_weights(weight, tile)
+    else:
+        weights = kept.weights
+    _kept[layer] = _Kept(weights, place, found, None if within is None else weakref.ref(within))
+    return weights
+
+
+def forget(layer: nn.Module) -> None:
+    """Drop what is kept of a layer."""
+    _kept.pop(layer, None)
+
+
+def count_bytes(modules: Iterable[nn.Module]) -> int:
+    """Return the bytes that are kept of all layers of some modules."""
+    layers = {layer for module in modules for layer in module.modules()}
+    return sum(kept.weights.transformed.nbytes for layer, kept in list(_kept.items()) if layer in layers)
