@@ -38,6 +38,19 @@ def _tabulate(found: Sequence[Record]) -> str:
     return "\n".join([*rows, "", note, *describe_bars(found)])
 
 
+def convolution_table(results: Path = RESULTS) -> str:
+    """Times of convolutions by PyTorch, by oneDNN with packed weights, and by ours, of ``convolution.json``."""
+    found = load(results / "convolution.json")
+    columns = {"PyTorch": "PyTorch", "packed weights": "packed", "few products": "cpp"}
+    rows = [f"| layer | {' | '.join(columns)} | tile | faster than PyTorch | than packed |", "|" + "---|" * 7]
+    for info in found:
+        times = [f"{statistics.median(info['seconds'][name]) * 1e3:.2f} ms" for name in columns.values()]
+        faster = [f"{info['faster'][name]:.2f}x" for name in ("PyTorch", "packed")]
+        rows.append(f"| {' | '.join([info['case'], *times, str(info['tile']), *faster])} |")
+    note = f"{measured_on(found[0])}; {len(found[0]['seconds']['cpp'])} interleaved rounds, medians of ratios."
+    return "\n".join([*rows, "", note])
+
+
 def openvino_table(results: Path = RESULTS) -> str:
     """How many times as fast as stock pictures are with OpenVINO, in float32: plain, and with the presets."""
     found = load(results / "engines.json")

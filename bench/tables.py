@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from editing_tables import edited_attention_table, edits_table, negative_table, suppression_table
-from engine_tables import engines_table, engines_unets_table, openvino_table
+from engine_tables import convolution_table, engines_table, engines_unets_table, openvino_table
 from erasure_tables import erasure_cost_table, erasure_table
 from fidelity.tables import cells_table, ways_of_cells_table
 from gpu_tables import gpu_images_table, gpu_kernels_table, gpu_remedies_table
@@ -248,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "binding": binding_table,
     "erasure_cost": erasure_cost_table,
     "erasure": erasure_table,
+    "convolution": convolution_table,
     "edited_attention": edited_attention_table,
     "edits": edits_table,
     "suppression": suppression_table,

@@ -43,7 +43,7 @@ SHAPES = {
 #: Bytes of the weights that a provider goes through.
 _WEIGHTS = 4e8
 #: Largest error, of the largest number.
-_GATE = 5e-6
+_GATE = 1e-5
 
 
 def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
