@@ -47,7 +47,7 @@ def convolution_table(results: Path = RESULTS) -> str:
         times = [f"{statistics.median(info['seconds'][name]) * 1e3:.2f} ms" for name in columns.values()]
         faster = [f"{info['faster'][name]:.2f}x" for name in ("PyTorch", "packed")]
         rows.append(f"| {' | '.join([info['case'], *times, str(info['tile']), *faster])} |")
-    note = f"{measured_on(found[0])}; {len(found[0]['seconds']['cpp'])} interleaved rounds, medians of ratios."
+    note = f"{machine(found[0])}; {len(found[0]['seconds']['cpp'])} interleaved rounds, medians of ratios."
     return "\n".join([*rows, "", note])
 
 
