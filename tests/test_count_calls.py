@@ -35,7 +35,7 @@ def test_what_is_counted():
 
 
 def test_missed_bars_are_named():
-    over = count_calls.Calls(total=700, changes=1, deciding=100, asking=100)
+    over = count_calls.Calls(total=count_calls.MOST_CALLS, changes=1, deciding=100, asking=100)
     missed = count_calls.complaints(dict.fromkeys(count_calls.KEY_STEPS, over), {"torch": 1.0, "difffast": 1.2})
     assert len(missed) == 2 * len(count_calls.KEY_STEPS) + 1
     assert missed[-1] == "import difffast takes 1.20 times import torch, the bar is 1.15"

@@ -84,7 +84,7 @@ def test_an_error_in_a_layer(pipe, sharing):
     """In the encoder, the decoder, and a layer that an operator computes around it."""
     unet = pipe.unet
     layers = (
-        unet.down_blocks[0].resnets[0].conv2,
+        unet.down_blocks[0].resnets[0].time_emb_proj,
         unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_q,
         unet.conv_out,
     )

@@ -250,6 +250,7 @@ def test_other_processors_run_stock_and_say_so(pipe):
         layer.set_processor(AttnAddedKVProcessor())
     stock = latents(pipe)
     with (
+        ops.use_backend("reference", "convolution"),
         patched(pipe, "exact") as report,
         pytest.warns(UserWarning, match="added-key attention layers run stock: attention processor AttnAddedKVProc"),
     ):

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.convolution import choose, convolution
+from ..ops import _dispatch
+from ..ops import _local as _local_table
+from ..ops.convolution import choose, run
 from ..ops.linear import SIDE, compare
-from ..surgery.pristine import is_plain
+from ..surgery.pristine import HOOKS, is_plain
 from ..surgery.subclass import plain_class
 from .context import CURRENT
 from .kind import LayerKind
@@ -45,6 +47,8 @@ _WORTH = 1.5
 _HALF = 0.5
 
 _local = threading.local()
+_is_autocast = functools.partial(torch.is_autocast_enabled, "cpu")
+_kernel = torch.ops.difffast.winograd_convolution
 
 
 class Convolution(LayerKind):
@@ -58,6 +62,9 @@ class Convolution(LayerKind):
 
     def may_pay(self, weight: Tensor) -> bool:
         return weight.device.type == "cpu" and (_has_few_products(weight) or _is_widened(weight))
+
+    def suits(self, layer: Any) -> bool:
+        return _is_widened(layer.weight) or may_have_few_products(layer)
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         weight = layer.weight
@@ -76,12 +83,37 @@ class Convolution(LayerKind):
             return "one has hooks, a forward of its own, or is quantised or offloaded"
         return None if layer.padding_mode == "zeros" else "one pads with other values than zeros"
 
+    def wrap(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """As for any kind, in fewer calls of Python: of so many layers, each of which is asked at every step."""
+        fused = super().wrap(plain)
+
+        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            context = None if torch.compiler.is_compiling() else CURRENT.get()
+            if context is None or not context.fused or context.only_text:
+                return plain(layer, *args, **kwargs)
+            if kwargs or len(args) != 1 or args[0].dtype != torch.float32:
+                return fused(layer, *args, **kwargs)
+            (hidden,) = args
+            tile = choose_tile(layer, hidden)
+            if tile == 0:
+                return plain(layer, hidden)
+            own = layer.__dict__
+            plainly = (
+                type(layer.weight) is nn.Parameter and "forward" not in own and not any(map(own.__getitem__, HOOKS))
+            )
+            if not plainly or torch.is_grad_enabled() or _is_autocast():
+                return fused(layer, hidden)  # says why it runs stock, if it does
+            weights = transform(layer, tile, context.within)
+            return _kernel(hidden, weights.transformed, layer.bias, weights.original.shape[0], tile)
+
+        return call
+
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tile = choose_tile(layer, hidden)
         if tile:
             context = CURRENT.get()
             weights = transform(layer, tile, None if context is None else context.within)
-            return convolution(hidden, weights, layer.bias)
+            return run(hidden, weights, layer.bias)
         weight, bias = _widen(layer.weight), None if layer.bias is None else layer.bias.float()
         settings = layer.stride, layer.padding, layer.dilation, layer.groups
         return F.conv2d(hidden.float(), weight, bias, *settings).to(hidden.dtype)
@@ -94,7 +126,7 @@ class Convolution(LayerKind):
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
         if not layers or compiled or not self.may_pay(weight):
             return
-        few = [layer for layer in layers.values() if _suits(layer)] if _has_few_products(weight) else []
+        few = [layer for layer in layers.values() if may_have_few_products(layer)] if _has_few_products(weight) else []
         if few:
             yield f"{self.name} of 3x3 ({len(few)})", "few products (cpp)"
         if _is_widened(weight) and len(few) < len(layers):
@@ -107,10 +139,22 @@ def choose_tile(layer: Any, hidden: Tensor) -> int:
 
     It depends on the image alone, not on how many there are: what is kept of the weights serves any batch.
     """
-    weight = layer.weight
-    if not _suits(layer) or not _has_few_products(weight) or not hidden.is_contiguous() or 1 in hidden.shape[2:]:
+    weight, shape = layer.weight, hidden.shape
+    if len(shape) != 4 or not (hidden.is_contiguous() and weight.is_contiguous()):
         return 0
-    pixels, pairs = hidden.shape[2] * hidden.shape[3], weight.shape[0] * weight.shape[1]
+    if weight.dtype == torch.bfloat16 and advantage() < _HALF:
+        return 0
+    settings = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+    known = weight.shape, weight.dtype, weight.device, *settings
+    return _find_tile(_dispatch.forced_backends, _local_table.state, shape[2], shape[3], *known)
+
+
+@functools.lru_cache(_dispatch.REMEMBERED)
+def _find_tile(_forced: Any, _state: Any, height: int, width: int, *layer: Any) -> int:
+    shape, dtype, device = layer[:3]
+    if not _suits(*layer) or min(height, width) < 2 or choose(dtype, device) == "reference":
+        return 0
+    pixels, pairs = height * width, shape[0] * shape[1]
     if pixels >= _MANY_PIXELS or (pixels >= _SOME_PIXELS and pairs <= _CACHED):
         return 4
     if pixels < _FEW_PIXELS:
@@ -118,17 +162,22 @@ def choose_tile(layer: Any, hidden: Tensor) -> int:
     return 2 if pixels > _FEW_PIXELS or pairs < _HEAVY else 0
 
 
-def _suits(layer: Any) -> bool:
-    """Whether a layer's convolution is one of 3x3 pixels with as many channels as pay."""
+def may_have_few_products(layer: Any) -> bool:
+    """Return whether few products can be taken for some input of a layer."""
+    weight, settings = layer.weight, (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    return _suits(weight.shape, weight.dtype, weight.device, *settings)
+
+
+def _suits(shape: Any, dtype: torch.dtype, device: torch.device, *settings: Any) -> bool:
+    """Whether a convolution is one of 3x3 pixels with as many channels as pay."""
+    stride, padding, dilation, groups, mode = settings
     return (
-        layer.kernel_size == (3, 3)
-        and layer.stride == (1, 1)
-        and layer.padding in ((1, 1), 1)
-        and layer.dilation == (1, 1)
-        and layer.groups == 1
-        and layer.in_channels >= _FEW_INPUTS
-        and layer.out_channels >= _FEW_OUTPUTS
-        and layer.weight.is_contiguous()
+        (shape[2:], stride, dilation, groups, mode) == ((3, 3), (1, 1), (1, 1), 1, "zeros")
+        and padding in ((1, 1), 1)
+        and shape[1] >= _FEW_INPUTS
+        and shape[0] >= _FEW_OUTPUTS
+        and dtype in (torch.float32, torch.bfloat16)
+        and device.type == "cpu"
     )
 
 

@@ -72,6 +72,10 @@ class LayerKind(ABC):
         """
         return True
 
+    def suits(self, layer: Any) -> bool:
+        """Return whether a layer can be fused for any input; asked once, when it is patched."""
+        return True
+
     @abstractmethod
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Return why a call of a layer must run stock, or None; an empty reason is not reported.
@@ -151,7 +155,7 @@ class LayerKind(ABC):
             return
         methods = _methods.setdefault(self, {})
         for name, layer in self.find(unet).items():
-            if not is_swapped(layer):
+            if not is_swapped(layer) and self.suits(layer):
                 _names[layer] = name
                 plain = type(layer)
                 if plain not in methods:

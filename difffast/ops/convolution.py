@@ -103,7 +103,16 @@ def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tens
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if weights.tile == 0 or wanted or choose(x.dtype, x.device, 1 in x.shape[2:]) == "reference":
         return reference(x, weight, bias)
-    return torch.ops.difffast.winograd_convolution(x, weights.transformed, bias, weight.shape[0], weights.tile)
+    return run(x, weights, bias)
+
+
+def run(x: Tensor, weights: Weights, bias: Tensor | None) -> Tensor:
+    """Do what :func:`convolution` does, for operands that it would give to the kernel; nothing is checked here."""
+    if weights.tile == 0:
+        return reference(x, weights.original, bias)
+    return torch.ops.difffast.winograd_convolution(
+        x, weights.transformed, bias, weights.original.shape[0], weights.tile
+    )
 
 
 def fingerprint(weight: Tensor) -> int:

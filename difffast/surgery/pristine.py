@@ -8,7 +8,8 @@ from torch import nn
 
 from .subclass import plain_class
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: What a module keeps its hooks under.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -24,4 +25,4 @@ def is_wrapped(module: nn.Module) -> bool:
     own = vars(module)
     # accelerate leaves the class's own method behind on the instance when its hooks go.
     plain = own.get("forward") in (None, types.MethodType(type(module).forward, module))
-    return not plain or "parametrizations" in own["_modules"] or any(own[name] for name in _HOOKS)
+    return not plain or "parametrizations" in own["_modules"] or any(own[name] for name in HOOKS)
