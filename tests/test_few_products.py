@@ -233,11 +233,13 @@ def test_weights_are_compared_once_in_a_pipelines_call(monkeypatch):
 def test_which_layers(layer, side, tile):
     x = torch.randn(1, layer.in_channels, side, side, dtype=layer.weight.dtype)
     assert choose_tile(layer, x) == tile
-    assert choose_tile(layer, x.contiguous(memory_format=torch.channels_last)) in (0, tile)
+    # As a VAE's attention hands it on.
+    assert choose_tile(layer, x.contiguous(memory_format=torch.channels_last)) == tile
     assert KIND.pays(layer, x) == (tile > 0)
     if tile:
         with torch.no_grad():
-            assert distance(KIND.forward(layer, x), layer(x)) < 3e-6
+            for layout in (torch.contiguous_format, torch.channels_last):
+                assert distance(KIND.forward(layer, x.contiguous(memory_format=layout)), layer(x)) < 3e-6
 
 
 def test_what_runs_stock_and_why():
@@ -245,7 +247,7 @@ def test_what_runs_stock_and_why():
     assert KIND.refuse(layer, x, (), {}) == ""  # a gradient may be wanted
     assert not KIND.pays(layer, x.bfloat16())
     assert choose_tile(layer, x[:, :, :1]) == 0
-    assert choose_tile(layer, x[..., ::2]) == 0
+    assert choose_tile(layer, x[0]) == 0
     with torch.no_grad():
         assert KIND.refuse(layer, x, (), {}) is None
         reflecting = nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect")
