@@ -3,8 +3,8 @@
 import pytest
 from histories import History
 
-#: Histories of the slow suite: 25 in each of these blocks.
-BLOCKS = 20
+#: Histories of the slow suite, 300: 25 in each of these blocks.
+BLOCKS = 12
 
 
 @pytest.mark.usefixtures("_one_thread")
