@@ -256,6 +256,21 @@ def test_what_runs_stock_and_why():
         assert "hooks" in KIND.refuse(layer, x, (), {})
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("own", "given"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_other_dtypes_than_the_weights_are_stocks_to_refuse(monkeypatch, own, given, bias):
+    monkeypatch.setattr(convolution, "advantage", lambda: 1.0)
+    layers = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=bias).to(own))
+    x = torch.randn(1, 64, 16, 16, dtype=given)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as stock:
+            layers(x)
+        KIND.put_in(layers)
+        with use_context(CallContext(True, print, print)), pytest.raises(RuntimeError) as ours:
+            layers(x)
+    assert str(ours.value) == str(stock.value)
+
+
 def test_bfloat16_where_its_products_are_much_faster(monkeypatch):
     layer, x = nn.Conv2d(64, 64, 3, padding=1).bfloat16(), torch.randn(1, 64, 16, 16).bfloat16()
     monkeypatch.setattr(convolution, "advantage", lambda: 0.2)

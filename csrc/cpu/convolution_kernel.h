@@ -1,7 +1,7 @@
 // Winograd's convolution for one instruction set; included by convolution.cpp after simd.h, inside a namespace.
 //
-// Points are 0, infinity, and +-1 (m = 2) or +-5/8 and +-3/2 (m = 4).  With the usual +-1 and +-2 rounding errors are 2.5
-// times as large; with these they are those of adding up products one by one.
+// Points are 0, infinity, and +-1 (m = 2) or +-5/8 and +-3/2 (m = 4).  With these, rounding errors are 1.5 times those of
+// adding up products one by one; with the usual +-1 and +-2 3.9 times.
 //
 // Scratch, with P = (m + 2)^2 points, the tiles of a turn, and channels in blocks of `lanes`:
 //   V [P][blocks of input channels][tiles][lanes], the transformed input;

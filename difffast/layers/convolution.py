@@ -140,7 +140,9 @@ def choose_tile(layer: Any, hidden: Tensor) -> int:
     It depends on the image alone, not on how many there are: what is kept of the weights serves any batch.
     """
     weight, shape = layer.weight, hidden.shape
-    if len(shape) != 4 or not weight.is_contiguous():
+    if len(shape) != 4 or hidden.dtype != weight.dtype or hidden.device != weight.device:
+        return 0  # stock says what is wrong
+    if not weight.is_contiguous():
         return 0  # who has laid weights out in channels_last wants results in it
     if weight.dtype == torch.bfloat16 and advantage() < _HALF:
         return 0

@@ -6,8 +6,8 @@ Shapes: x [B, C, H, W]; weight [O, C, 3, 3]; bias [O]; y [B, O, H, W].
 
 A tile of m x m pixels of the result takes (m + 2)^2 products for every pair of channels instead of 9 m^2: a quarter of
 them for m = 4, 4/9 for m = 2.  Libraries for CPUs compute all of them, and are at the limit of the processor's
-multipliers with that.  The points of interpolation, 0, +-5/8, +-3/2 and infinity for m = 4, are such that rounding
-errors stay those of a plain sum; with the usual +-1 and +-2 they are 2.5 times as large.
+multipliers with that.  The points of interpolation for m = 4 are 0, +-5/8, +-3/2 and infinity: rounding errors are
+1.5 times those of adding up products one by one, where the usual +-1 and +-2 have 3.9 times.
 
 Weights are transformed once (:class:`Weights`) and take (m + 2)^2 / 9 of their memory then, in float32 for bfloat16.
 """

@@ -11,8 +11,7 @@ from attention_operands import absent
 from difffast import ops
 
 module = importlib.import_module("difffast.ops.convolution")
-needs_cpp = pytest.mark.skipif(absent("cpp") is not None, reason=str(absent("cpp")))
-pytestmark = needs_cpp
+pytestmark = pytest.mark.skipif(absent("cpp") is not None, reason=str(absent("cpp")))
 
 #: (batch, input channels, output channels, height, width): one of each, tiles that are cut off, several turns.
 SHAPES = [
