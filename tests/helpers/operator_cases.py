@@ -359,7 +359,9 @@ def convolution(draw, dtype, kinds):
         return (y if bias is None else y + bias[:, None, None],)
 
     operands = draw_operands(draw, shapes, dtype, kinds)
-    return Case("convolution", operands, call, define, (2,), {"tile": tile}, blurs=tile)
+    # A bias's gradient is a sum of weights of the results, which no rounding of operands moves: its sums on the way.
+    sizes = {"x": 1.0, "weight": 1.0, "bias": max(1.0, math.sqrt(batch * math.prod(pixels)))}
+    return Case("convolution", operands, call, define, (2,), {"tile": tile}, sizes, blurs=tile)
 
 
 @st.composite
