@@ -189,7 +189,7 @@ def test_a_vae_too(pipe, counted):
 def test_weights_are_compared_once_in_a_pipelines_call(monkeypatch):
     layer, seen = nn.Conv2d(32, 32, 3, padding=1), []
     fingerprint = transformed.fingerprint
-    monkeypatch.setattr(transformed, "fingerprint", lambda weight: seen.append(1) or fingerprint(weight))
+    monkeypatch.setattr(transformed, "fingerprint", lambda weights: seen.append(1) or fingerprint(weights))
 
     class Call:
         pass

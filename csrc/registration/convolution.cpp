@@ -1,7 +1,5 @@
-#include <atomic>
 #include <optional>
 
-#include "cpu/fingerprint.h"
 #include "cpu/convolution.h"
 #include "registration/tensors.h"
 
@@ -70,22 +68,10 @@ Tensor winograd_convolution(const Tensor& input, const Tensor& weights, std::opt
   return out;
 }
 
-int64_t fingerprint_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
-  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
-  const void* data = x.const_data_ptr();
-  std::atomic<uint64_t> sum{0};
-  torch::stable::parallel_for(0, fingerprint_parts(bytes), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) sum += fingerprint(data, bytes, part);
-  });
-  return static_cast<int64_t>(sum.load());
-}
-
 }  // namespace
 }  // namespace difffast
 
 STABLE_TORCH_LIBRARY_IMPL(difffast, CPU, m) {
-  m.impl("fingerprint", TORCH_BOX(&difffast::fingerprint_of));
   m.impl("winograd_weights", TORCH_BOX(&difffast::winograd_weights));
   m.impl("winograd_convolution", TORCH_BOX(&difffast::winograd_convolution));
 }

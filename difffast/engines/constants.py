@@ -2,9 +2,8 @@
 
 OpenVINO copies weights into models of its own, so a weight that changes in place is not seen by itself, as it is by
 recorded graphs.  Three things are compared.  At every call: where the weights lie and what is in the module
-(:mod:`.watch`), and how often each weight has been written to.  Once a picture: the bits of small weights, and sums
-over those of large ones, for what writes past PyTorch's counters, as ``weight.data.mul_(2)`` and
-``load_textual_inversion`` do.
+(:mod:`.watch`), and how often each weight has been written to.  Once a picture: the bits of all weights, for what
+writes past PyTorch's counters, as ``weight.data.mul_(2)`` and ``load_textual_inversion`` do.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._fingerprint import fingerprint
 from ..surgery.subclass import plain_class
 from ..unet.contents import contents_of
 from .watch import Watch
@@ -25,8 +25,6 @@ from .watch import Watch
 #: Attributes of a module that say nothing of what it computes.
 _BOOKKEEPING = ("_parameters", "_buffers", "_modules", "training")
 _PLAIN = (str, int, float, bool, type(None), torch.dtype)
-#: Bytes below which a copy of a weight is compared faster than the sum over it.
-_SMALL = 1 << 16
 
 
 class Constants:
@@ -123,9 +121,9 @@ def _read_config(module: nn.Module) -> str:
 
 
 class _Bits:
-    """The bits of weights, as of now: copies of the small ones, sums over those of the large ones.
+    """The bits of weights, as of now.
 
-    Views of the weights' memory are held, so that looking again takes a few calls and as long as memory can be read.
+    Views of the weights' memory are held, so that looking again takes one call and as long as memory can be read.
     They are of no use once a weight lies elsewhere, which :mod:`.watch` sees.
 
     Args:
@@ -133,47 +131,31 @@ class _Bits:
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._small, self._large, self._scattered = [], [], []
-        for weight in weights:
-            parts = _split_bits(weight)
-            if weight.numel() and parts[0].data_ptr() != weight.data_ptr():
-                self._scattered.append(weight)  # in memory it has gaps, or an order of its own
-            elif weight.nbytes < _SMALL:
-                self._small.extend(part.view(torch.uint8) for part in parts)
-            else:
-                self._large.extend(parts)
-        self._copy, self._sums = self._read()
+        whole = [(weight, _lay_out(weight)) for weight in weights]
+        self._views = [view for weight, view in whole if view.data_ptr() == weight.data_ptr()]
+        # In memory these have gaps, or an order of their own.
+        self._scattered = [weight for weight, view in whole if view.data_ptr() != weight.data_ptr()]
+        self._found = self._read()
 
     def are_unchanged(self) -> bool:
-        """Return whether they are what they were; two numbers that change places in a large weight are not seen."""
-        copy, sums = self._read()
-        return torch.equal(copy, self._copy) and torch.equal(sums, self._sums)
+        """Return whether they are what they were."""
+        return self._read() == self._found
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        scattered = [part for weight in self._scattered for part in _split_bits(weight)]
-        sums = [part.sum() for part in (*self._large, *scattered)]
-        empty = torch.empty(0, dtype=torch.uint8)
-        return torch.cat([*self._small, empty]), torch.stack(sums) if sums else empty
+    def _read(self) -> int:
+        return fingerprint([*self._views, *map(_lay_out, self._scattered)])
 
 
-def _check_bits(weight: Tensor) -> int:
-    """Return a checksum that, unlike the sum, depends on the order."""
-    found = 0
-    for bits in _split_bits(weight):
-        found = zlib.crc32(memoryview(bits.numpy()).cast("B"), found)
-    return found
-
-
-def _split_bits(weight: Tensor) -> tuple[Tensor, ...]:
-    """Return the bits of a weight as integers, up to 7 bytes at the end apart."""
+def _lay_out(weight: Tensor) -> Tensor:
+    """Return a weight as it lies in memory, or else a copy that is contiguous."""
     weight = weight.detach()
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.permute(0, 2, 3, 1)
-    data = weight.contiguous().reshape(-1).view(torch.uint8)
-    whole = data.numel() // 8 * 8
-    if data.data_ptr() % 8 or data.storage_offset() % 8 or not whole:
-        return (data,)
-    return (data[:whole].view(torch.int64), *([data[whole:]] if whole < data.numel() else ()))
+    return weight.contiguous()
+
+
+def _check_bits(weight: Tensor) -> int:
+    """Return a checksum that is the same wherever it is computed."""
+    return zlib.crc32(memoryview(_lay_out(weight).reshape(-1).view(torch.uint8).numpy()))
 
 
 def holds_foreign_code(module: nn.Module) -> str | None:

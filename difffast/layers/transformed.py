@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..ops.convolution import Weights, convolution_weights, fingerprint
+from ..ops._fingerprint import fingerprint
+from ..ops.convolution import Weights, convolution_weights
 
 
 class _Kept(NamedTuple):
@@ -43,7 +44,7 @@ def transform(layer: Any, tile: int, within: object | None) -> Weights:
     seen = None if kept is None or kept.within is None else kept.within()
     if kept is not None and kept.place == place and seen is not None and seen is within:
         return kept.weights
-    found = fingerprint(weight)
+    found = fingerprint([weight])
     if kept is None or kept.fingerprint != found:
         with torch.inference_mode(False):  # others may use them where gradients are wanted
             weights = convolution_weights(weight, tile)

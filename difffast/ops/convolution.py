@@ -115,12 +115,6 @@ def run(x: Tensor, weights: Weights, bias: Tensor | None) -> Tensor:
     )
 
 
-def fingerprint(weight: Tensor) -> int:
-    """Return a number that is another one if any byte of a contiguous weight is, as far as 64 bits can tell."""
-    with torch.no_grad():
-        return torch.ops.difffast.fingerprint(weight)
-
-
 def choose(dtype: torch.dtype, device: torch.device, line: bool = False) -> str:
     """Return the backend for operands of a dtype on a device, for images or for such of one row or column.
 
@@ -159,7 +153,6 @@ def _count_transformed(weight_shape: tuple[int, ...], dtype: torch.dtype, tile: 
     return -(-weight_shape[0] // width) * width * weight_shape[1] * (tile + 2) ** 2
 
 
-LIBRARY.define("fingerprint(Tensor x) -> int")
 LIBRARY.define("winograd_weights(Tensor weight, int tile) -> Tensor")
 LIBRARY.define("winograd_convolution(Tensor x, Tensor weights, Tensor? bias, int out_channels, int tile) -> Tensor")
 
