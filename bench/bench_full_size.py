@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import bench_pipelines
 import bench_unet
+import pipelines
+import providers
 import pytest
-import registry
 import torch
 import workloads
 from registry import Case
@@ -22,7 +23,7 @@ _EXACT = ("difffast exact", "difffast exact OpenVINO f32")
 def cases(size: str, model: str | None) -> list[Case]:
     if model is not None or size != "cpu":
         return []
-    shapes = {"pipeline": NAME, "latent": workloads.latent_size(NAME, full=True)}
+    shapes = {"pipeline": NAME, "latent": pipelines.latent_size(NAME, full=True)}
     return [
         bench_unet.exact_savings(f"{NAME} in full", shapes, _stages, steps=2, rounds=(3, 9), weight=1),
         bench_unet.by_engine(
@@ -41,9 +42,9 @@ def cases(size: str, model: str | None) -> list[Case]:
             {**shapes, "steps": 4, "batch": 1},
             1.0,
             (
-                registry.stock(),
-                registry.plain_openvino("f32"),
-                *(each for each in (*registry.presets(), *registry.openvino_presets()) if each.name in _EXACT),
+                providers.stock(),
+                providers.plain_openvino("f32"),
+                *(each for each in (*providers.presets(), *providers.openvino_presets()) if each.name in _EXACT),
             ),
             rounds=(2, 5),
             weight=2,
@@ -58,4 +59,4 @@ def test_full_size(benchmark, session, case):
 
 
 def _stages() -> tuple[workloads.Stage, ...]:
-    return workloads.stages(NAME, full=True, batch=1, device="cpu", dtype=torch.float32)
+    return pipelines.stages(NAME, full=True, batch=1, device="cpu", dtype=torch.float32)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 
+import pipelines
+import providers
 import pytest
-import registry
 import torch
-import workloads
 from registry import Case, Gate, Missing, Provider
 from session import REPLAY
 from workloads import Images
@@ -31,10 +31,10 @@ def cases(size: str, model: str | None) -> list[Case]:
             shapes={"pipeline": "SD1.5", "steps": STEPS, "batch": 1, "tokens": len(TOKENS)},
             dtype=str(dtype).removeprefix("torch."),
             device=device,
-            build=lambda: Images(workloads.stages("SD1.5", full=full, batch=1, device=device, dtype=dtype), STEPS),
+            build=lambda: Images(pipelines.stages("SD1.5", full=full, batch=1, device=device, dtype=dtype), STEPS),
             providers=(
-                registry.stock(),
-                registry.difffast("difffast exact", "exact", Gate()),
+                providers.stock(),
+                providers.difffast("difffast exact", "exact", Gate()),
                 maps(),
                 binding("object"),
                 binding("attribute"),
@@ -60,7 +60,7 @@ def maps() -> Provider:
             stack.enter_context(difffast.patched(stage.pipe, "exact"))
             stack.enter_context(difffast.collect_maps(stage.pipe, layers="up_blocks.*", tokens=TOKENS))
 
-    return registry.on_images("difffast exact, maps", "difffast", prepare, Gate())
+    return providers.on_images("difffast exact, maps", "difffast", prepare, Gate())
 
 
 def binding(preset: str) -> Provider:
@@ -72,4 +72,4 @@ def binding(preset: str) -> Provider:
         for stage in images.stages:
             stack.enter_context(difffast.patched(stage.pipe, "exact", binding=difffast.SemanticBinding(preset)))
 
-    return registry.on_images(f"binding {preset}", "difffast", prepare, Gate(tolerance=math.inf))
+    return providers.on_images(f"binding {preset}", "difffast", prepare, Gate(tolerance=math.inf))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pipelines
+import providers
 import pytest
-import registry
 import torch
-import workloads
 from registry import STOCK, Bar, Case
 from session import REPLAY
 from workloads import Images
@@ -35,14 +35,14 @@ def _memory(title: str, name: str, *, full: bool) -> Case:
         dtype=str(dtype).removeprefix("torch."),
         device=device,
         build=lambda: Images(
-            workloads.stages(name, full=full, batch=1, device=device, dtype=dtype), STEPS, latent=True, memory=True
+            pipelines.stages(name, full=full, batch=1, device=device, dtype=dtype), STEPS, latent=True, memory=True
         ),
         providers=(
-            registry.stock(),
-            *([registry.stock_compiled()] if full else []),  # what a compiled program holds is only seen on a GPU
-            *registry.presets(),
-            *(registry.presets(compiled=True) if full else ()),
-            *registry.competitors(),
+            providers.stock(),
+            *([providers.stock_compiled()] if full else []),  # what a compiled program holds is only seen on a GPU
+            *providers.presets(),
+            *(providers.presets(compiled=True) if full else ()),
+            *providers.competitors(),
         ),
         timed="peak memory",
         rounds=(0, 0),

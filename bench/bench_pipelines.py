@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pipelines
+import providers
 import pytest
 import registry
 import torch
-import workloads
 from registry import Bar, Case, Provider
 from session import REPLAY
 from workloads import Images, Stage
@@ -44,8 +45,8 @@ def cases(size: str, model: str | None) -> list[Case]:
     def published(name: str, steps: int, batch: int, *, scaling: bool = False, bars: Sequence[Bar] = ()) -> Case:
         return pipeline(
             f"{name}{'' if full else ' (small)'}",
-            lambda: workloads.stages(name, full=full, batch=batch, device=device, dtype=dtype),
-            {"pipeline": name, "steps": steps, "batch": batch, "latent": workloads.latent_size(name, full=full)},
+            lambda: pipelines.stages(name, full=full, batch=batch, device=device, dtype=dtype),
+            {"pipeline": name, "steps": steps, "batch": batch, "latent": pipelines.latent_size(name, full=full)},
             device=device,
             dtype=dtype,
             compiled=full,
@@ -57,7 +58,7 @@ def cases(size: str, model: str | None) -> list[Case]:
         return [
             pipeline(
                 Path(model).name,
-                lambda: (workloads.checkpoint(model, device=device, dtype=dtype),),
+                lambda: (pipelines.checkpoint(model, device=device, dtype=dtype),),
                 {"pipeline": Path(model).name, "steps": steps, "batch": 1},
                 device=device,
                 dtype=dtype,
@@ -69,14 +70,14 @@ def cases(size: str, model: str | None) -> list[Case]:
     if full:
         return [
             published(name, steps, batch, bars=_GPU_BARS if (name, steps, batch) == ("SD1.5", 50, 1) else ())
-            for name in workloads.NAMES
+            for name in pipelines.NAMES
             for steps in (50, 30, 20)
             for batch in (1, 4)
         ]
     return [
         *(published("SD1.5", steps, 1, scaling=steps == 30) for steps in (50, 30, 20)),
         published("SD1.5", 20, 4, scaling=True),
-        *(published(name, 20, 1) for name in workloads.NAMES[1:]),
+        *(published(name, 20, 1) for name in pipelines.NAMES[1:]),
         *(_resolution(latent) for latent in (8, 24)),
         *(_engines(steps, guidance) for steps, guidance in ((4, 1.0), (20, 7.5), (50, 7.5))),
     ]
@@ -109,27 +110,27 @@ def pipeline(
         trained: the weights are: how far an approximation may be from stock is then for its user to judge.
     """
     steps, batch = shapes["steps"], shapes["batch"]
-    providers: tuple[Provider, ...] = (
-        registry.stock(),
-        *registry.presets(),
-        *([registry.stock_compiled(), *registry.presets(compiled=True)] if compiled else []),
-        registry.deepcache(3, 0),
-        registry.deepcache(3, 1),
-        registry.published_key_steps(),
+    compared: tuple[Provider, ...] = (
+        providers.stock(),
+        *providers.presets(),
+        *([providers.stock_compiled(), *providers.presets(compiled=True)] if compiled else []),
+        providers.deepcache(3, 0),
+        providers.deepcache(3, 1),
+        providers.published_key_steps(),
     )
     if not scaling:
-        providers += (
-            registry.token_merging(0.5),
-            registry.pyramid_attention_broadcast(),
-            registry.stock_steps(steps // 2, steps),
-            registry.deepcache(5, 0),
-            registry.deepcache(5, 1),
-            registry.stock_channels_last(),
+        compared += (
+            providers.token_merging(0.5),
+            providers.pyramid_attention_broadcast(),
+            providers.stock_steps(steps // 2, steps),
+            providers.deepcache(5, 0),
+            providers.deepcache(5, 1),
+            providers.stock_channels_last(),
         )
     if trained:
-        providers = tuple(
+        compared = tuple(
             each if each.gate.tolerance is None else replace(each, gate=replace(each.gate, tolerance=1.0))
-            for each in providers
+            for each in compared
         )
     return Case(
         group="pipelines",
@@ -138,7 +139,7 @@ def pipeline(
         dtype=str(dtype).removeprefix("torch."),
         device=device,
         build=lambda: Images(stages(), steps),
-        providers=providers,
+        providers=compared,
         timed="seconds a batch",
         headline="difffast balanced",
         rounds=(2, 15),
@@ -150,7 +151,7 @@ def pipeline(
 def _resolution(latent: int) -> Case:
     return pipeline(
         f"SD1.5 (small), latents {latent}x{latent}",
-        lambda: [workloads.tiny(workloads.TINY, latent)],
+        lambda: [pipelines.tiny(pipelines.TINY, latent)],
         {"pipeline": "SD1.5", "steps": 20, "batch": 1, "latent": latent},
         scaling=True,
     )
@@ -160,17 +161,17 @@ def _engines(steps: int, guidance: float) -> Case:
     """Whole pictures by every engine of a CPU: text encoder, UNet and VAE."""
     return engines(
         f"engines, {steps} steps, guidance {guidance:g}",
-        lambda: workloads.tiny((64, 128, 192), 32),
+        lambda: pipelines.tiny((64, 128, 192), 32),
         {"pipeline": "SD1.5", "steps": steps, "batch": 1, "latent": 32},
         guidance,
         (
-            registry.stock(),
-            *registry.presets(),
-            registry.plain_openvino("f32"),
-            registry.plain_openvino("bf16"),
-            *registry.openvino_presets(),
-            registry.stock_bfloat16(),
-            registry.stock_frozen(),
+            providers.stock(),
+            *providers.presets(),
+            providers.plain_openvino("f32"),
+            providers.plain_openvino("bf16"),
+            *providers.openvino_presets(),
+            providers.stock_bfloat16(),
+            providers.stock_frozen(),
         ),
         rounds=(2, 11),
         weight=60.0,
@@ -183,7 +184,7 @@ def engines(
     build: Callable[[], Stage],
     shapes: dict[str, Any],
     guidance: float,
-    providers: Sequence[Provider],
+    compared: Sequence[Provider],
     **options: Any,
 ) -> Case:
     """Return the case of whole pictures by engines; ``options`` are rounds, weight and bars."""
@@ -194,7 +195,7 @@ def engines(
         dtype="float32",
         device="cpu",
         build=lambda: Images([_guided(build(), guidance)], shapes["steps"]),
-        providers=tuple(providers),
+        providers=tuple(compared),
         timed="seconds a batch",
         headline="difffast exact",
         **options,

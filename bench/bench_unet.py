@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pipelines
+import providers
 import pytest
 import registry
 import torch
@@ -51,7 +53,7 @@ def cases(size: str, model: str | None) -> list[Case]:
     if model is not None:
         return []
     if size == "gpu":
-        return [forward(name, full=True) for name in workloads.NAMES[:5]] + [
+        return [forward(name, full=True) for name in pipelines.NAMES[:5]] + [
             decode(name, k) for name in ("sd15", "sdxl") for k in (1, 2, 4, 8)
         ]
     return [
@@ -63,19 +65,19 @@ def cases(size: str, model: str | None) -> list[Case]:
             exact_savings(
                 f"UNet {channels}",
                 {"channels": list(channels), "latent": SIZE},
-                lambda channels=channels: [workloads.tiny(channels, SIZE)],
+                lambda channels=channels: [pipelines.tiny(channels, SIZE)],
                 steps=10,
                 rounds=(5, 21),
                 weight=weight,
             )
             for channels, weight in ((NARROW, 40), (WIDE, 40))
         ),
-        by_engine("embedded model", 16, lambda: [workloads.embedded()], steps=10, weight=10, bars=ENGINE_BARS),
-        by_engine(f"UNet {NARROW}", SIZE, lambda: [workloads.tiny(NARROW, SIZE)], steps=5, weight=20, bars=_BY_ENGINE),
+        by_engine("embedded model", 16, lambda: [pipelines.embedded()], steps=10, weight=10, bars=ENGINE_BARS),
+        by_engine(f"UNet {NARROW}", SIZE, lambda: [pipelines.tiny(NARROW, SIZE)], steps=5, weight=20, bars=_BY_ENGINE),
         by_engine(
             f"UNet {WIDE}",
             SIZE,
-            lambda: [workloads.tiny(WIDE, SIZE)],
+            lambda: [pipelines.tiny(WIDE, SIZE)],
             steps=3,
             weight=30,
             rounds=(3, 5),
@@ -91,15 +93,15 @@ def test_unet(benchmark, session, case):
 
 def image(channels: tuple[int, ...], weight: float) -> Case:
     """Seconds inside the UNet for one image: what the issues ask for, and what balanced is made of."""
-    providers = (
-        registry.stock(),
-        *registry.presets(),
-        registry.stock_compiled(),
-        *registry.competitors(),
-        *(registry.reuse(interval, branch) for branch in (0, 1) for interval in (3, 5)),
-        *registry.presets(compiled=True),
-        *registry.savings(),
-        registry.stock_steps(25, STEPS),
+    compared = (
+        providers.stock(),
+        *providers.presets(),
+        providers.stock_compiled(),
+        *providers.competitors(),
+        *(providers.reuse(interval, branch) for branch in (0, 1) for interval in (3, 5)),
+        *providers.presets(compiled=True),
+        *providers.savings(),
+        providers.stock_steps(25, STEPS),
     )
     promised = {name for bar in BARS for name in (bar.provider, bar.against)}
     return Case(
@@ -108,9 +110,9 @@ def image(channels: tuple[int, ...], weight: float) -> Case:
         shapes={"channels": list(channels), "latent": SIZE, "steps": STEPS, "batch": 1},
         dtype="float32",
         device="cpu",
-        build=lambda: Images([workloads.tiny(channels, SIZE)], STEPS, latent=True, unet_only=True),
+        build=lambda: Images([pipelines.tiny(channels, SIZE)], STEPS, latent=True, unet_only=True),
         # What was promised comes first, in case the time does not suffice for all.
-        providers=tuple(sorted(providers, key=lambda provider: provider.name not in promised)),
+        providers=tuple(sorted(compared, key=lambda provider: provider.name not in promised)),
         timed="seconds inside the UNet",
         headline="difffast balanced",
         rounds=(2, 11),
@@ -137,10 +139,10 @@ def exact_savings(
         device="cpu",
         build=lambda: Images(stages(), steps, latent=True, unet_only=True),
         providers=(
-            registry.stock(),
-            registry.difffast("difffast exact", "exact", Gate()),
-            *registry.exact_savings(),
-            registry.stock_channels_last(),
+            providers.stock(),
+            providers.difffast("difffast exact", "exact", Gate()),
+            *providers.exact_savings(),
+            providers.stock_channels_last(),
         ),
         timed="seconds inside the UNet",
         headline="difffast exact",
@@ -161,12 +163,12 @@ def by_engine(
     bars: Sequence[Bar],
 ) -> Case:
     """What exact takes of stock and of plain OpenVINO inside the UNet, in float32 and in bfloat16."""
-    by_openvino = {provider.name: provider for provider in registry.openvino_presets()}
-    providers = [registry.stock(), registry.difffast("difffast exact", "exact", Gate())]
+    by_openvino = {provider.name: provider for provider in providers.openvino_presets()}
+    compared = [providers.stock(), providers.difffast("difffast exact", "exact", Gate())]
     if "bf16" in precisions:
-        providers += [registry.stock_bfloat16(), registry.exact_bfloat16()]
+        compared += [providers.stock_bfloat16(), providers.exact_bfloat16()]
     for each in precisions:
-        providers += [registry.plain_openvino(each), by_openvino[f"difffast exact OpenVINO {each}"]]
+        compared += [providers.plain_openvino(each), by_openvino[f"difffast exact OpenVINO {each}"]]
     return Case(
         group="engines",
         name=f"{name} at {latent}x{latent}, {steps} step{'s' * (steps > 1)}, by engine",
@@ -174,7 +176,7 @@ def by_engine(
         dtype="float32",
         device="cpu",
         build=lambda: Images(stages(), steps, latent=True, unet_only=True),
-        providers=tuple(providers),
+        providers=tuple(compared),
         timed="seconds inside the UNet",
         headline="difffast exact",
         rounds=rounds,
@@ -190,7 +192,7 @@ _CALLS = 10
 def forward(name: str, *, full: bool) -> Case:
     """UNet calls of one image, as it is patched: what a run costs once counts as it does in a short run."""
     device, dtype = ("cuda", torch.float16) if full else ("cpu", torch.float32)
-    on_gpu = [registry.stock_compiled()] if full else []  # on a CPU, compiling would take longer than all the rest
+    on_gpu = [providers.stock_compiled()] if full else []  # on a CPU, compiling would take longer than all the rest
     return Case(
         group="forward",
         name=f"{name} UNet, {'full' if full else 'small'}, {_CALLS} forwards",
@@ -198,13 +200,13 @@ def forward(name: str, *, full: bool) -> Case:
         dtype=str(dtype).removeprefix("torch."),
         device=device,
         build=lambda: Images(
-            workloads.stages(name, full=full, batch=1, device=device, dtype=dtype), _CALLS, latent=True, unet_only=True
+            pipelines.stages(name, full=full, batch=1, device=device, dtype=dtype), _CALLS, latent=True, unet_only=True
         ),
         providers=(
-            registry.stock(),
-            registry.stock_channels_last(),
+            providers.stock(),
+            providers.stock_channels_last(),
             *on_gpu,
-            registry.difffast("difffast exact", "exact", Gate()),
+            providers.difffast("difffast exact", "exact", Gate()),
         ),
         timed="seconds inside the UNet",
         headline="difffast exact",

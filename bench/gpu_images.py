@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import peers
+import pipelines
 import torch
-import workloads
 from torch import Tensor
 
 import difffast
@@ -144,7 +144,7 @@ class Measuring:
         self._model, self._record, self._deadline = model, record, deadline
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
-        (stage,) = workloads.stages(MODELS[model], full=not rehearse, batch=1, device=device, dtype=dtype)
+        (stage,) = pipelines.stages(MODELS[model], full=not rehearse, batch=1, device=device, dtype=dtype)
         self._pipe, self._arguments = stage.pipe, stage.arguments
         self._pipe.set_progress_bar_config(disable=True)
         if hasattr(self._pipe, "vae"):

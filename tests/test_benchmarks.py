@@ -7,10 +7,11 @@ import re
 import sys
 
 import peers
+import pipelines
+import providers
 import pytest
 import registry
 import torch
-import workloads
 from interleaved import quartiles
 from peak_memory import PeakMemory
 from registry import Bar, Case, Gate, Missing, Provider, Run
@@ -357,21 +358,21 @@ def images(pipe):
     return Images([Stage(pipe, {"prompt": "a red circle"})], STEPS, latent=True)
 
 
-def real(images, *providers):
-    return case(registry.stock(), *providers, build=lambda: images, rounds=(0, 0))
+def real(images, *others):
+    return case(providers.stock(), *others, build=lambda: images, rounds=(0, 0))
 
 
 def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
     pipe = images.stages[0].pipe
     before = latents(pipe, steps=STEPS)
     everyone = (
-        *registry.presets(),
-        registry.published_key_steps(),
-        *registry.competitors(),
-        *registry.savings(),
-        *registry.exact_savings(),
-        *(registry.reuse(interval, branch) for interval, branch in ((3, 0), (5, 1))),
-        registry.stock_channels_last(),
+        *providers.presets(),
+        providers.published_key_steps(),
+        *providers.competitors(),
+        *providers.savings(),
+        *providers.exact_savings(),
+        *(providers.reuse(interval, branch) for interval, branch in ((3, 0), (5, 1))),
+        providers.stock_channels_last(),
     )
     record = measure(real(images, *everyone), 1e9)
     assert not record["absent"]
@@ -380,7 +381,7 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
     reuse = {"difffast, reuse 3, branch 0", "difffast, reuse 5, branch 1"}
     plain = {"propagation alone, step by step", "propagation alone, parallel", "the same with shared skips"}
     approximate = {"difffast faster-diffusion", "guidance reuse alone", *plain, *reuse}
-    assert changed == {*approximate, *(provider.name for provider in registry.competitors())}
+    assert changed == {*approximate, *(provider.name for provider in providers.competitors())}
     assert not is_swapped(pipe.unet)
     assert torch.equal(latents(pipe, steps=STEPS), before)
 
@@ -388,7 +389,7 @@ def test_every_provider_of_today_passes_its_gate_and_leaves_no_trace(images):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 def test_the_compiled_baseline_is_compiled_and_exact(images):
-    record = measure(dataclasses.replace(real(images, registry.stock_compiled()), rounds=(2, 2)), 1e9)
+    record = measure(dataclasses.replace(real(images, providers.stock_compiled()), rounds=(2, 2)), 1e9)
     assert set(record["seconds"]) == {"stock", "stock compiled"}
     assert 0 < record["gate"]["stock compiled"]["error"] < 1e-5
     assert not hasattr(images.stages[0].pipe.unet, "_orig_mod")
@@ -416,7 +417,7 @@ def test_skipping_every_second_step_is_caught(images, gate):
         pipe = mine.stages[0].pipe
         vars(pipe)["unet"] = FromMemory(pipe.unet)
 
-    record = measure(real(images, registry.on_images("cheat", "difffast", skip, gate)), 1e9)
+    record = measure(real(images, providers.on_images("cheat", "difffast", skip, gate)), 1e9)
     assert record["absent"]["cheat"]["status"] == "failed"
     # As an approximation it is near enough: only the work that it did gives it away.
     reason = "wrong" if gate.tolerance is None else f"skips work: {STEPS} outputs computed, {2 * STEPS} due"
@@ -425,8 +426,8 @@ def test_skipping_every_second_step_is_caught(images, gate):
 
 def test_pipelines_that_difffast_refuses_are_still_measured(monkeypatch):
     monkeypatch.setattr("difffast.support.PIPELINES", {})
-    sdxl = workloads.stages("SDXL", full=False, batch=1, device="cpu", dtype=torch.float32)
-    record = measure(real(Images(sdxl, 3), *registry.presets(), registry.deepcache(3, 1)), 1e9)
+    sdxl = pipelines.stages("SDXL", full=False, batch=1, device="cpu", dtype=torch.float32)
+    record = measure(real(Images(sdxl, 3), *providers.presets(), providers.deepcache(3, 1)), 1e9)
     reasons = {name: (absent["status"], absent["reason"]) for name, absent in record["absent"].items()}
     assert set(reasons) == {"difffast turbo", "difffast balanced", "balanced, stock layers"}
     for status, reason in reasons.values():
@@ -438,10 +439,10 @@ def test_pipelines_that_difffast_refuses_are_still_measured(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor:FutureWarning")  # IF hands on -1 to 1
-@pytest.mark.parametrize("name", workloads.NAMES)
+@pytest.mark.parametrize("name", pipelines.NAMES)
 def test_every_workload_passes_the_gates_of_difffast(name):
-    made = Images(workloads.stages(name, full=False, batch=1, device="cpu", dtype=torch.float32), 40)
-    record = measure(real(made, *registry.presets()), 1e9)
+    made = Images(pipelines.stages(name, full=False, batch=1, device="cpu", dtype=torch.float32), 40)
+    record = measure(real(made, *providers.presets()), 1e9)
     # Reuse is far off where random weights make pixels: that is measured, not promised.
     assert set(record["absent"]) <= {"difffast turbo"}
     assert all(absent["status"] == "failed" for absent in record["absent"].values())
@@ -470,9 +471,9 @@ def test_seconds_inside_the_unet_are_a_part_of_the_call(images):
 
 
 @pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor:FutureWarning")  # IF hands on -1 to 1
-@pytest.mark.parametrize("name", workloads.NAMES)
+@pytest.mark.parametrize("name", pipelines.NAMES)
 def test_every_workload_runs_twice_the_same(name):
-    made = Images(workloads.stages(name, full=False, batch=2, device="cpu", dtype=torch.float32), 2)
+    made = Images(pipelines.stages(name, full=False, batch=2, device="cpu", dtype=torch.float32), 2)
     mine = made.copy(own_weights=False)
     first = mine.run()
     assert first.result.shape[:2] == (2, 3)
@@ -483,13 +484,13 @@ def test_every_workload_runs_twice_the_same(name):
 
 def test_an_unknown_workload():
     with pytest.raises(ValueError, match=r"unknown pipeline 'SD9'; available: SD1\.5"):
-        workloads.stages("SD9", full=False, batch=1, device="cpu", dtype=torch.float32)
+        pipelines.stages("SD9", full=False, batch=1, device="cpu", dtype=torch.float32)
 
 
 def test_the_scaling_curves_know_their_latents():
     for name in ("SD1.5", "SDXL", "IF-II"):
-        stage = workloads.stages(name, full=False, batch=1, device="cpu", dtype=torch.float32)[0]
-        assert stage.pipe.unet.config.sample_size == workloads.latent_size(name, full=False)
+        stage = pipelines.stages(name, full=False, batch=1, device="cpu", dtype=torch.float32)[0]
+        assert stage.pipe.unet.config.sample_size == pipelines.latent_size(name, full=False)
 
 
 def test_pyramid_attention_broadcast_is_removed_again(pipe):
@@ -503,13 +504,13 @@ def test_pyramid_attention_broadcast_is_removed_again(pipe):
 
 def test_a_missing_package_is_a_missing_row(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "tomesd", None)
-    record = measure(real(images, registry.token_merging(0.5)), 1e9)
+    record = measure(real(images, providers.token_merging(0.5)), 1e9)
     assert record["absent"]["tomesd 50%"]["status"] == "missing"
     assert "[bench]" in record["absent"]["tomesd 50%"]["reason"]
 
 
 def test_options_of_tomorrow_are_missing_today(images):
-    fast = registry.difffast("fast", "balanced", Gate(), warp_factor=9)
+    fast = providers.difffast("fast", "balanced", Gate(), warp_factor=9)
     record = measure(real(images, fast), 1e9)
     assert record["absent"]["fast"] == {"status": "missing", "reason": "difffast.patch takes no warp_factor yet"}
 
@@ -535,7 +536,7 @@ def test_memory_of_more_decoders_at_once_is_seen(images):
     def decoding(together):
         propagation = difffast.EncoderPropagation(max_parallel=together)
         gate = Gate(tolerance=registry.APPROXIMATION)
-        return registry.difffast(f"{together}", "faster-diffusion", gate, propagation=propagation)
+        return providers.difffast(f"{together}", "faster-diffusion", gate, propagation=propagation)
 
     record = measure(real(tracked, decoding(1), decoding(4)), 1e9)
     weights = sum(weight.nbytes for weight in images.stages[0].pipe.unet.parameters())
@@ -556,7 +557,7 @@ def test_the_selections(size):
         for bar in each.bars:
             assert {bar.provider, bar.against} <= {provider.name for provider in each.providers}
     published = {each.shapes.get("pipeline") for each in cases}
-    assert set(workloads.NAMES) <= published
+    assert set(pipelines.NAMES) <= published
 
 
 def test_your_own_checkpoint(pipe, tmp_path):
