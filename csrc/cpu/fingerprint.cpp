@@ -36,7 +36,8 @@ void take(State& state, const char* from, int64_t blocks) {
   std::memcpy(keys, state.keys, sizeof(keys));
   std::memcpy(sums, state.sums, sizeof(sums));
   for (int64_t block = 0; block < blocks; ++block) {
-    _mm_prefetch(from + kBlock * block + kAhead, _MM_HINT_T0);
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(kBlock * block + kAhead);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
     for (int i = 0; i < kLanes / 2; ++i) {
       const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + kBlock * block + 16 * i));
       const __m128i hidden = _mm_xor_si128(words, keys[i]);

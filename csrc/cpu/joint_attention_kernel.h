@@ -9,6 +9,9 @@
 
 // Query rows of a block, at most, and keys of a tile.
 constexpr int64_t kRows = 64, kTile = 64;
+// Logits of base 2 may be larger than the running maximum by so much before all that is summed up is scaled anew, which
+// would otherwise happen at nearly every tile.  Exponentials are then at most 2^8 (as in FlashAttention-4).
+constexpr int kGrowth = 8;
 
 // Keys and values of one head as what is computed in: element c of key t is at t * row + c * column.
 template <class T>
@@ -17,41 +20,57 @@ struct Part {
   int64_t keys, k_row, k_column, v_row, v_column;
 };
 
-// Packed, where they are stored as something else: keys [keys][head_dim], then values, of every head and row of the
-// text, then of the pixels.
-template <class T>
-T* packed_part(const JointAttention& p, void* packed, bool text, int64_t row, int64_t h) {
-  const int64_t of_text = p.batch / p.repeats * p.heads * p.text_keys;
-  const int64_t first = text ? (row * p.heads + h) * p.text_keys : of_text + (row * p.heads + h) * p.keys;
-  return static_cast<T*>(packed) + 2 * first * p.head_dim;
-}
-
+// The keys and values of one head, of the text and of the pixels, as a thread reads them.
 template <class S>
-DIFFFAST_TARGET void pack_parts(const JointAttention& p, void* packed, int64_t begin, int64_t end) {
+class Head {
+ public:
   using T = typename Compute<S>::type;
-  const int64_t of_text = p.text_keys > 0 ? p.batch / p.repeats * p.heads : 0;
-  for (int64_t item = begin; item < end; ++item) {
-    const bool text = item < of_text;
-    const int64_t index = text ? item : item - of_text, h = index % p.heads, row = index / p.heads;
-    const int64_t keys = text ? p.text_keys : p.keys;
-    T* to = packed_part<T>(p, packed, text, row, h);
-    copy_rows<S, T>(text ? p.text_k : p.k, row, h, 0, keys, p.head_dim, T{1}, to, p.head_dim);
-    copy_rows<S, T>(text ? p.text_v : p.v, row, h, 0, keys, p.head_dim, T{1}, to + keys * p.head_dim, p.head_dim);
-  }
-}
 
-template <class S, class T>
-Part<T> part_of(const JointAttention& p, void* packed, bool text, int64_t b, int64_t h) {
-  const int64_t keys = text ? p.text_keys : p.keys, row = text ? b / p.repeats : b;
-  if constexpr (std::is_same_v<S, T>) {
-    const View4 &k = text ? p.text_k : p.k, &v = text ? p.text_v : p.v;
-    return {static_cast<const T*>(k.data) + row * k.stride[0] + h * k.stride[1],
-            static_cast<const T*>(v.data) + row * v.stride[0] + h * v.stride[1],
-            keys, k.stride[2], k.stride[3], v.stride[2], v.stride[3]};
-  } else {
-    const T* k = packed_part<T>(p, packed, text, row, h);
-    return {k, k + keys * p.head_dim, keys, p.head_dim, 1, p.head_dim, 1};
+  // lay_out: what is in the type of the sums already is copied as well, row after row.  As it comes, the rows of a head
+  // are as far apart as those of a picture's pixels: in many pages, and in few of the first cache's sets.
+  Head(const JointAttention& p, bool lay_out) : p_(p), copies_(!std::is_same_v<S, T> || lay_out) {
+    if (copies_) memory_.resize(2 * (p.text_keys + p.keys) * p.head_dim);
   }
+
+  DIFFFAST_TARGET void go_to(int64_t b, int64_t h) {
+    if (b == b_ && h == h_) return;
+    b_ = b;
+    h_ = h;
+    T* to = memory_.data();
+    for (const bool text : {true, false}) {
+      const View4 &k = text ? p_.text_k : p_.k, &v = text ? p_.text_v : p_.v;
+      const int64_t keys = text ? p_.text_keys : p_.keys, row = text ? b / p_.repeats : b, dim = p_.head_dim;
+      Part<T>& part = text ? text_ : pixels_;
+      if (keys == 0) {
+        part = {};
+      } else if (copies_) {
+        copy_rows<S, T>(k, row, h, 0, keys, dim, T{1}, to, dim);
+        copy_rows<S, T>(v, row, h, 0, keys, dim, T{1}, to + keys * dim, dim);
+        part = {to, to + keys * dim, keys, dim, 1, dim, 1};
+        to += 2 * keys * dim;
+      } else if constexpr (std::is_same_v<S, T>) {
+        part = {static_cast<const T*>(k.data) + row * k.stride[0] + h * k.stride[1],
+                static_cast<const T*>(v.data) + row * v.stride[0] + h * v.stride[1],
+                keys, k.stride[2], k.stride[3], v.stride[2], v.stride[3]};
+      }
+    }
+  }
+
+  const Part<T>& text() const { return text_; }
+  const Part<T>& pixels() const { return pixels_; }
+
+ private:
+  const JointAttention& p_;
+  const bool copies_;
+  std::vector<T> memory_;
+  int64_t b_ = -1, h_ = -1;
+  Part<T> text_{}, pixels_{};
+};
+
+// Whether laying a head out costs little beside what it spares: it is read by several blocks of query rows.
+inline bool pays_to_lay_out(const JointAttention& p, int64_t blocks) {
+  const auto is_plain = [&](const View4& x) { return x.stride[2] == p.head_dim && x.stride[3] == 1; };
+  return blocks >= 4 && !(is_plain(p.k) && is_plain(p.v));
 }
 
 // What a block of query rows knows so far.
@@ -70,6 +89,8 @@ DIFFFAST_TARGET void add_tile(const Block<T>& block, const Part<T>& part, int64_
     const Vec<T> before = load(block.top + i);
     Vec<T> top = before;
     for (int64_t t = 0; t < keys; ++t) top = maximum<T>(top, load(block.s + t * width + i));
+    const bool grown = exceeds_anywhere<T>(top - before, kGrowth);
+    if (!grown) top = before;
     Vec<T> sum{};
     for (int64_t t = 0; t < keys; ++t) {
       T* at = block.s + t * width + i;
@@ -77,13 +98,18 @@ DIFFFAST_TARGET void add_tile(const Block<T>& block, const Part<T>& part, int64_
       store(at, e);
       sum += e;
     }
-    const Vec<T> shrink = exp2_of(before - top);
-    store(block.top + i, top);
-    store(block.sum + i, load(block.sum + i) * shrink + sum);
-    for (int64_t c = 0; c < head_dim; ++c) {
-      T* at = block.o + c * width + i;
-      store(at, load(at) * shrink);
+    if (grown) {
+      const Vec<T> shrink = exp2_of(before - top);
+      store(block.top + i, top);
+      sum += load(block.sum + i) * shrink;
+      for (int64_t c = 0; c < head_dim; ++c) {
+        T* at = block.o + c * width + i;
+        store(at, load(at) * shrink);
+      }
+    } else {
+      sum += load(block.sum + i);
     }
+    store(block.sum + i, sum);
   }
   matmul(head_dim, width, keys, part.v + first * part.v_row, part.v_column, part.v_row, block.s, width, block.o, width,
          true);
@@ -104,8 +130,7 @@ DIFFFAST_TARGET void add_maps(const JointAttention& p, const Block<T>& block, co
 }
 
 template <class S>
-DIFFFAST_TARGET void forward(const JointAttention& p, void* packed, void* out_data, void* maps_data, int64_t begin,
-                             int64_t end) {
+DIFFFAST_TARGET void forward(const JointAttention& p, void* out_data, void* maps_data, int64_t begin, int64_t end) {
   using T = typename Compute<S>::type;
   S* out = static_cast<S*>(out_data);
   T* maps = static_cast<T*>(maps_data);
@@ -120,6 +145,7 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* packed, void* out_da
   T* mean = block.sum + kRows;
   const T factor = static_cast<T>(p.scale * kLog2E);
   const int64_t blocks = (p.queries + kRows - 1) / kRows, groups = maps ? 1 : p.heads, share = p.heads / groups;
+  Head<S> head(p, !maps && pays_to_lay_out(p, blocks));  // with maps, each block goes through all heads
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t index = item % blocks, group = item / blocks % groups, b = item / blocks / groups;
@@ -140,13 +166,11 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* packed, void* out_da
       std::fill(block.o, block.o + dim * block.width, T{0});
       std::fill(block.sum, block.sum + block.width, T{0});
       std::fill(block.top, block.top + block.width, std::numeric_limits<T>::lowest());
-      const Part<T> parts[] = {part_of<S, T>(p, packed, true, b, h), part_of<S, T>(p, packed, false, b, h)};
-      for (int part = 0; part < 2; ++part) {
-        for (int64_t t = 0; t < parts[part].keys; t += kTile) {
-          add_tile(block, parts[part], t, std::min(kTile, parts[part].keys - t), dim);
-        }
+      head.go_to(b, h);
+      for (const Part<T>& part : {head.text(), head.pixels()}) {
+        for (int64_t t = 0; t < part.keys; t += kTile) add_tile(block, part, t, std::min(kTile, part.keys - t), dim);
       }
-      if (maps) add_maps(p, block, parts[0], mean);
+      if (maps) add_maps(p, block, head.text(), mean);
       for (int64_t row = 0; row < rows; ++row) {
         S* to = out + ((b * p.queries + first + row) * p.heads + h) * dim;
         const T inverse = T{1} / block.sum[row];

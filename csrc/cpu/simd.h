@@ -128,7 +128,7 @@ DIFFFAST_INLINE Vec<float> exp2_within(Vec<float> x) {
   return (Vec<float>)((Int)p + (((Int)shifted - 0x4B400000u) << 23));
 }
 
-// 2^x for x <= 0, NaN for NaN; zero below 2^-127 (AVX-512: 2^-125).  Not the smallest number instead: it would count
+// 2^x for x < 128, NaN for NaN; zero below 2^-127 (AVX-512: 2^-125).  Not the smallest number instead: it would count
 // where a value is huge, or where all logits are minus infinity.
 #if DIFFFAST_VECTOR_BYTES == 64
 DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
@@ -146,6 +146,17 @@ DIFFFAST_INLINE Vec<float> exp2_of(Vec<float> x) {
 DIFFFAST_INLINE Vec<double> exp2_of(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp2(x[i]);
   return x;
+}
+
+// Whether a number of x is larger than the limit, or NaN.
+template <class T>
+DIFFFAST_INLINE bool exceeds_anywhere(Vec<T> x, T limit) {
+#if DIFFFAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(x, broadcast(limit), _CMP_NLE_UQ) != 0;
+#endif
+  bool found = false;
+  for (int i = 0; i < lanes<T>; ++i) found |= !(x[i] <= limit);
+  return found;
 }
 
 // Natural logarithm of positive normal numbers, NaN for NaN.

@@ -132,14 +132,9 @@ std::tuple<Tensor, Tensor> joint_attention_parts(const Tensor& q, const Tensor* 
   Tensor out = empty({p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type(), q);
   Tensor maps = empty({p.batch, p.queries, p.map_count}, sums, q);
   if (out.numel() > 0) {
-    Tensor packed = empty({packed_bytes(p)}, torch::headeronly::ScalarType::Byte, q);
-    void* packed_data = packed.mutable_data_ptr();
-    torch::stable::parallel_for(0, pack_count(p), 4, [&](int64_t begin, int64_t end) {
-      pack_keys(p, packed_data, begin, end);
-    });
     void* maps_data = p.map_count > 0 ? maps.mutable_data_ptr() : nullptr;
     torch::stable::parallel_for(0, forward_count(p), 1, [&](int64_t begin, int64_t end) {
-      forward(p, packed_data, out.mutable_data_ptr(), maps_data, begin, end);
+      forward(p, out.mutable_data_ptr(), maps_data, begin, end);
     });
   }
   return {torch::stable::transpose(out, 1, 2), maps};

@@ -1,0 +1,51 @@
+// Compiles an operator's kernels once per instruction set.  Included by <stem>.cpp inside its anonymous namespace,
+// after instruction_set.h and the headers that simd.h and the kernels need; no include guard.
+// Before: DIFFFAST_KERNELS, the file in quotes.  After: DIFFFAST_BY_SET(call) returns the call's value from the best
+// set.
+
+#define DIFFFAST_TARGET
+#define DIFFFAST_VECTOR_BYTES 16
+#define DIFFFAST_REGISTERS 16
+namespace baseline {
+#include "simd.h"
+#include DIFFFAST_KERNELS
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#undef DIFFFAST_TARGET
+#undef DIFFFAST_VECTOR_BYTES
+#define DIFFFAST_TARGET __attribute__((target("avx2,fma")))
+#define DIFFFAST_VECTOR_BYTES 32
+namespace avx2 {
+#include "simd.h"
+#include DIFFFAST_KERNELS
+}  // namespace avx2
+
+#undef DIFFFAST_TARGET
+#undef DIFFFAST_VECTOR_BYTES
+#undef DIFFFAST_REGISTERS
+#define DIFFFAST_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define DIFFFAST_VECTOR_BYTES 64
+#define DIFFFAST_REGISTERS 32
+// GCC's own intrinsics start from a register that they leave as it is, and GCC 12 warns of it (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+namespace avx512 {
+#include "simd.h"
+#include DIFFFAST_KERNELS
+}  // namespace avx512
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+#define DIFFFAST_BY_SET(call)                           \
+  switch (best_instruction_set()) {                     \
+    case InstructionSet::kAvx512: return avx512::call;  \
+    case InstructionSet::kAvx2: return avx2::call;      \
+    default: return baseline::call;                     \
+  }
+#else
+#define DIFFFAST_BY_SET(call) return baseline::call;
+#endif

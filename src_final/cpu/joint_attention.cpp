@@ -1,0 +1,38 @@
+#include "joint_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "instruction_set.h"
+
+namespace difffast {
+namespace {
+
+#define DIFFFAST_KERNELS "joint_attention_kernel.h"
+#include "every_set.h"
+
+template <class S>
+void run(const JointAttention& p, void* out, void* maps, int64_t begin, int64_t end) {
+  DIFFFAST_BY_SET(forward<S>(p, out, maps, begin, end))
+}
+
+}  // namespace
+
+int64_t forward_count(const JointAttention& p) {
+  return p.batch * ((p.queries + baseline::kRows - 1) / baseline::kRows) * (p.map_count > 0 ? 1 : p.heads);
+}
+
+void forward(const JointAttention& p, void* out, void* maps, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case Scalar::kFloat32: return run<float>(p, out, maps, begin, end);
+    case Scalar::kFloat64: return run<double>(p, out, maps, begin, end);
+    case Scalar::kBFloat16: return run<BFloat16>(p, out, maps, begin, end);
+  }
+}
+
+}  // namespace difffast
