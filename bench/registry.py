@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,23 @@ class Bar:
     at_most: float
     of: str = "seconds"
     source: str = ""
+
+
+def judge_bar(bar: Bar, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return a bar with the ratio that was measured and whether it is met; None where somebody is absent."""
+    measured = None
+    if values.get(bar.provider) and values.get(bar.against):
+        rounds = zip(values[bar.provider], values[bar.against], strict=True)
+        measured = statistics.median(mine / theirs for mine, theirs in rounds)
+    return {
+        "provider": bar.provider,
+        "against": bar.against,
+        "of": bar.of,
+        "at_most": bar.at_most,
+        "source": bar.source,
+        "ratio": measured,
+        "met": None if measured is None else measured <= bar.at_most,
+    }
 
 
 @dataclass(frozen=True)

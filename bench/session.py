@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from interleaved import ratio
-from registry import ROUNDING, Bar, Case, Missing, Provider, Run
+from registry import ROUNDING, Case, Missing, Provider, Run, judge_bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -197,7 +197,7 @@ class _Measurement:
             "absent": self.absent,
             "seconds": {name: taken for name, taken in self.seconds.items() if taken},
             "peak_bytes": self.peaks,
-            "bars": [_judged(bar, values[bar.of]) for bar in case.bars],
+            "bars": [judge_bar(bar, values[bar.of]) for bar in case.bars],
         }
 
 
@@ -272,23 +272,6 @@ def _error(result: torch.Tensor, truth: torch.Tensor) -> float:
         return float("inf")
     difference, size = (result.double() - truth.double()).norm(), truth.double().norm()
     return float((difference / size).nan_to_num(nan=float("inf"))) if difference > 0 or size > 0 else 0.0
-
-
-def _judged(bar: Bar, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """A bar with the ratio that was measured and whether it is met; None where somebody is absent."""
-    measured = None
-    if values.get(bar.provider) and values.get(bar.against):
-        rounds = zip(values[bar.provider], values[bar.against], strict=True)
-        measured = statistics.median(mine / theirs for mine, theirs in rounds)
-    return {
-        "provider": bar.provider,
-        "against": bar.against,
-        "of": bar.of,
-        "at_most": bar.at_most,
-        "source": bar.source,
-        "ratio": measured,
-        "met": None if measured is None else measured <= bar.at_most,
-    }
 
 
 @dataclass

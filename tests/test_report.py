@@ -275,6 +275,16 @@ def test_nothing_is_above_the_roof():
         assert all(record["flops"] / statistics.median(seconds) <= most for seconds in record["seconds"].values())
 
 
+def test_every_committed_result_can_be_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "figures", lambda records: ())
+    files = [file for file in sorted(tables.RESULTS.glob("*.json")) if "benchmarks" in json.loads(file.read_text())]
+    assert {"cpu.json", "edited_attention.json", "engines_unets.json"} <= {file.name for file in files}
+    for file in files:
+        report.write(file, tmp_path, last=tmp_path / "none", history=tmp_path / "none")
+        promised = sum(len(record.get("bars", ())) for record in report.load(file))
+        assert (tmp_path / "report.md").read_text().count("promised at most") >= promised
+
+
 def test_groups_that_a_run_did_not_measure_stay(tmp_path):
     last, run = results(tmp_path / "last.json", 1.5), results(tmp_path / "run.json", 2.0)
     earlier = json.loads(last.read_text())
