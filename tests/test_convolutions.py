@@ -141,7 +141,7 @@ def test_what_runs_stock_and_why():
     assert not KIND.pays(layer, x[:, :, :1, :2])
     assert not KIND.pays(layer, x.float())
     assert not KIND.pays(nn.Conv2d(32, 32, 3), x)
-    assert not KIND.may_pay(torch.empty(1))
+    assert not KIND.may_pay(torch.empty(1, dtype=torch.float64))
     assert not KIND.may_pay(torch.empty(1, dtype=torch.bfloat16, device="meta"))
 
 

@@ -157,3 +157,10 @@ def test_inputs_may_come_by_name(monkeypatch):
             fused = holder["resnet"](input_tensor=hidden, temb=temb)
     assert len(calls) == 2
     torch.testing.assert_close(fused, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_all_resnets_of_a_vae_are_found(pipe):
+    for half in (pipe.vae.encoder, pipe.vae.decoder):
+        resnets = {name for name, module in half.named_modules() if type(module) is ResnetBlock2D}
+        assert set(Resnet().find(half)) == resnets
+        assert len(resnets) >= 4

@@ -47,7 +47,8 @@ class Resnet(LayerKind):
             and type(module.nonlinearity) is nn.SiLU
             and module.upsample is None
             and module.downsample is None
-            and module.time_embedding_norm in ("default", "scale_shift")
+            # A VAE's up blocks have "group" there, which is read where there is a time embedding alone.
+            and module.time_embedding_norm in ("default", "scale_shift", *(["group"] * (module.time_emb_proj is None)))
         }
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
