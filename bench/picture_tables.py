@@ -48,8 +48,8 @@ _WAYS = {
 
 
 def pipelines_table(results: Path = RESULTS, group: str = "pipelines", ways: Mapping[str, str] = _WAYS) -> str:
-    """Seconds of whole images against stock, from ``cpu.json``."""
-    found = measured(results, group)
+    """Seconds of whole images against stock, from ``cpu.json``; those by engine have a table of their own."""
+    found = [info for info in measured(results, group) if not info["case"].startswith("engines, ")]
     lines = [f"| images | stock | {' | '.join(ways)} |", "|" + "---|" * (2 + len(ways))]
     for info in found:
         stock = statistics.median(info["seconds"][info["baseline"]])

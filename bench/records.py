@@ -20,8 +20,17 @@ def load(path: Path) -> list[Record]:
 
 
 def measured(results: Path, group: str) -> list[dict[str, Any]]:
-    """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's."""
-    return [record for record in load(results / "cpu.json") if record["group"] == group]
+    """What the benchmarks of a group recorded, from ``cpu.json``: what ``make bench`` wrote, pytest-benchmark's.
+
+    Cases for which its time did not suffice are left out; its report names them.
+    """
+    found = [record for record in load(results / "cpu.json") if record["group"] == group]
+    return [record for record in found if is_measured(record)]
+
+
+def is_measured(record: Record) -> bool:
+    """Return whether a run's time sufficed for a case: for its baseline, with which everybody is compared."""
+    return "baseline" not in record or any(record["baseline"] in record.get(k, ()) for k in ("seconds", "peak_bytes"))
 
 
 def where(info: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from interleaved import ratio
-from records import where
+from records import is_measured, where
 from rich.console import Console
 from session import complaints
 from tables import RESULTS, Record, load
@@ -317,11 +317,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def in_place_of(source: Path, last: Path) -> dict[str, Any]:
-    """A run's results, and the last ones of the groups that it did not measure; each record names its own commit."""
+    """A run's results, and the last ones of the groups of which it measured none; each record names its own commit."""
     run = json.loads(source.read_text())
     earlier = json.loads(last.read_text())["benchmarks"] if last.is_file() else []
-    groups = {each["group"] for each in run["benchmarks"]}
-    return {**run, "benchmarks": [*run["benchmarks"], *(each for each in earlier if each["group"] not in groups)]}
+    groups = {each["group"] for each in run["benchmarks"] if is_measured(each["extra_info"])}
+    ours = [each for each in run["benchmarks"] if each["group"] in groups]
+    return {**run, "benchmarks": [*ours, *(each for each in earlier if each["group"] not in groups)]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -293,6 +293,14 @@ def test_groups_that_a_run_did_not_measure_stay(tmp_path):
     kept = report.in_place_of(run, last)["benchmarks"]
     assert kept == [*json.loads(run.read_text())["benchmarks"], other]
     assert report.in_place_of(run, tmp_path / "none")["benchmarks"] == kept[:-1]
+    # Of a group for which the time did not suffice, the last results stay; of a case, the tables say nothing.
+    short = json.loads(run.read_text())
+    for each in short["benchmarks"]:
+        each["extra_info"]["seconds"] = {}
+    run.write_text(json.dumps(short))
+    assert report.in_place_of(run, last)["benchmarks"] == json.loads(last.read_text())["benchmarks"]
+    (tmp_path / "cpu.json").write_text(json.dumps(short))
+    assert not tables.measured(tmp_path, short["benchmarks"][0]["group"])
 
 
 def test_the_readme_table_shows_who_is_absent_and_what_is_missed(tmp_path):
