@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import house
 import pytest
 
 ARROWS = house.arrows()
+ROOT = Path(__file__).resolve().parents[1]
+#: What lies at the top, but for dotfiles.
+TOP = (
+    "bench csrc difffast docs examples tests triton_kernels CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile "
+    "README.md constraints-oldest.txt constraints.txt pyproject.toml setup.py"
+).split()
 PACKAGE = {name: path for name, path in house.modules().items() if house.room(name) != "triton_kernels"}
 
 
@@ -26,6 +35,15 @@ def test_arrows_point_downwards():
         if house.room(name) != house.room(target) and house.floor(name) <= house.floor(target)
     ]
     assert upwards == []
+
+
+def test_nothing_else_lies_at_the_top():
+    """What an experiment leaves behind was committed once, with all other changes."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip(f"git: {listed.stderr.strip()}")
+    found = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in found if not name.startswith(".")} == set(TOP)
 
 
 def test_patch_knows_no_method():

@@ -31,6 +31,12 @@ class NormStandIn:
         return self.norm_silu(hidden, False)
 
 
+def _knows_time_as_we_do(resnet: Any) -> bool:
+    """Whether a resnet's second norm is one that is fused; a VAE's up blocks say "group", and have no time to add."""
+    kind = resnet.time_embedding_norm
+    return kind in ("default", "scale_shift") or (kind == "group" and resnet.time_emb_proj is None)
+
+
 class Resnet(LayerKind):
     """ResnetBlock2D; in compiled programs Inductor fuses its norms."""
 
@@ -47,8 +53,7 @@ class Resnet(LayerKind):
             and type(module.nonlinearity) is nn.SiLU
             and module.upsample is None
             and module.downsample is None
-            # A VAE's up blocks have "group" there, which is read where there is a time embedding alone.
-            and module.time_embedding_norm in ("default", "scale_shift", *(["group"] * (module.time_emb_proj is None)))
+            and _knows_time_as_we_do(module)
         }
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
