@@ -11,10 +11,25 @@ import pytest
 ARROWS = house.arrows()
 ROOT = Path(__file__).resolve().parents[1]
 #: What lies at the top, but for dotfiles.
-TOP = (
-    "bench csrc difffast docs examples tests triton_kernels CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile "
-    "README.md constraints-oldest.txt constraints.txt pyproject.toml setup.py"
-).split()
+TOP = [
+    "bench",
+    "csrc",
+    "difffast",
+    "docs",
+    "examples",
+    "tests",
+    "triton_kernels",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "constraints-oldest.txt",
+    "constraints.txt",
+    "pyproject.toml",
+    "setup.py",
+]
 PACKAGE = {name: path for name, path in house.modules().items() if house.room(name) != "triton_kernels"}
 
 

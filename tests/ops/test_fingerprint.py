@@ -8,7 +8,6 @@ import torch
 from difffast.ops import _fingerprint, missing
 from difffast.ops._fingerprint import fingerprint
 
-
 needs_kernel = pytest.mark.skipif(missing("cpp") is not None, reason=str(missing("cpp")))
 
 
