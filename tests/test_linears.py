@@ -27,6 +27,7 @@ def latents(pipe, *args, **options):
 def _pays(monkeypatch):
     """As on a processor on which oneDNN is faster, and for layers as small as these pipelines'."""
     monkeypatch.setattr(operator, "advantage", lambda: 2.0)
+    monkeypatch.setattr(operator, "advantage_if_large", lambda: 2.0)
     monkeypatch.setattr(operator, "_SMALL", 0)
     monkeypatch.setattr(operator, "_FEW", 8)
     monkeypatch.setattr(operator, "_ACCEPTED", 0)
@@ -76,6 +77,7 @@ def test_layers_are_stock_outside_the_pipeline(pipe, counted):
 
 def test_where_pytorchs_product_is_as_fast(pipe, counted, monkeypatch):
     monkeypatch.setattr(operator, "advantage", lambda: 1.0)
+    monkeypatch.setattr(operator, "advantage_if_large", lambda: 1.0)
     with patched(pipe, "exact") as report:
         assert "linear layers" not in str(report)
         latents(pipe)

@@ -1,4 +1,4 @@
-"""Layers that are fused on GPUs alone: transformers' norms and GEGLU.
+"""Layers that are fused on GPUs alone: transformers' norms, and how their results lie in memory.
 
 On a CPU these are a few percent of a UNet call, and asking at every call costs as much as it would save.
 """
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._local import has_kernel
-from ..ops.geglu import choose as choose_geglu
 from ..ops.group_norm_silu import choose as choose_norm
-from ..surgery.pristine import is_plain, is_wrapped
+from ..surgery.pristine import is_plain
 from ..surgery.subclass import is_swapped, plain_class, swap_in
 from .kind import LayerKind
 
 #: Types of devices on which the layers of this file are put in; on the meta device to see what they would ask for.
-_DEVICES = ("cuda", "meta")
+DEVICES = ("cuda", "meta")
 
 
 class TransformerNorm(LayerKind):
@@ -39,7 +38,7 @@ class TransformerNorm(LayerKind):
         }
 
     def may_pay(self, weight: Tensor) -> bool:
-        return weight.device.type in _DEVICES
+        return weight.device.type in DEVICES
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         return hidden.ndim == 4 and choose_norm("group_norm_silu", hidden, _size(layer)) != "reference"
@@ -57,36 +56,6 @@ class TransformerNorm(LayerKind):
             yield f"{self.name} ({len(layers)})", "group_norm_silu (by proof)"
 
 
-class Geglu(LayerKind):
-    """Diffusers' GEGLU: a linear layer, and the gate in one pass."""
-
-    name = "GEGLU layers"
-
-    def find(self, unet: nn.Module) -> dict[str, nn.Module]:
-        from diffusers.models.activations import GEGLU
-
-        return {name: module for name, module in unet.named_modules() if plain_class(module) is GEGLU}
-
-    def may_pay(self, weight: Tensor) -> bool:
-        return weight.device.type in _DEVICES
-
-    def pays(self, layer: Any, hidden: Tensor) -> bool:
-        wide = (*hidden.shape[:-1], layer.proj.out_features) if hasattr(layer.proj, "out_features") else None
-        return wide is not None and choose_geglu(hidden, wide) != "reference"
-
-    def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-        if args or kwargs:
-            return "it was called with other arguments than its input"
-        return "one has hooks, or a forward of its own" if is_wrapped(layer) else None
-
-    def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return ops.geglu(layer.proj(hidden))
-
-    def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
-        if layers and not compiled and has_kernel(weight.device, "geglu", weight.dtype):
-            yield f"{self.name} ({len(layers)})", "geglu (by proof)"
-
-
 class TransformerOutput(LayerKind):
     """The end of a Transformer2DModel: its result goes back to pixels without a copy where its input is channels_last.
 
@@ -101,7 +70,7 @@ class TransformerOutput(LayerKind):
         return {name: module for name, module in unet.named_modules() if plain_class(module) is Transformer2DModel}
 
     def put_in(self, unet: nn.Module, *, always: bool = False) -> None:
-        if next(unet.parameters()).device.type in _DEVICES:
+        if next(unet.parameters()).device.type in DEVICES:
             for layer in self.find(unet).values():
                 if not is_swapped(layer) and hasattr(layer, _OUTPUT):
                     swap_in(layer, {_OUTPUT: _to_pixels})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .convolution import Convolution
 from .cross_attention import CrossAttention
-from .gpu import Geglu, TransformerNorm, TransformerOutput
+from .geglu import Geglu
+from .gpu import TransformerNorm, TransformerOutput
 from .kind import LayerKind
 from .linear import Linear
 from .resnet import Resnet

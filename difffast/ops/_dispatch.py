@@ -31,7 +31,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "cross_attention": ("cuda", "triton", "cpp", "sdpa", "reference", "flash", "cudnn", "efficient"),
     "convolution": ("cpp", "reference"),
     "edited_attention": ("triton", "cpp", "sdpa", "reference"),
-    "geglu": ("triton", "reference"),
+    "geglu": ("cpp", "triton", "reference"),
     "group_norm_silu": ("cuda", "cpp", "triton", "reference"),
     "joint_attention": ("triton", "cpp", "sdpa", "reference", "flash", "cudnn", "efficient"),
     "linear": ("onednn", "reference"),

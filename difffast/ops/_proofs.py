@@ -40,6 +40,7 @@ PROVED: tuple[Proof, ...] = (
     Proof("cross_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
     Proof("convolution", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
     Proof("edited_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
+    Proof("geglu", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
     Proof("group_norm_silu", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
     Proof("joint_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),
     Proof("self_attention", "cpp", "cpu", frozenset({torch.float32, torch.bfloat16, torch.float64}), _ON_CPU),

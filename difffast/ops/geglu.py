@@ -39,7 +39,7 @@ def geglu(x: Tensor) -> Tensor:
     if backend == "reference":
         return reference(x)
     try:
-        return torch.ops.difffast.geglu.triton(x)
+        return torch.ops.difffast.geglu.cpp(x) if backend == "cpp" else torch.ops.difffast.geglu.triton(x)
     except Exception as error:
         _dispatch.strike_out("geglu", backend, x.device, error)
         return geglu(x)
@@ -86,11 +86,13 @@ def _decide(forced: Forced, x: tuple[Any, ...], gradient: bool) -> str:
 
 def find_obstacle(backend: str, dtype: torch.dtype, gradient: bool) -> str | None:
     """Say why a backend that exists here cannot serve these operands, or return None."""
-    if backend != "triton":
+    if backend == "reference":
         return None
-    if dtype == torch.float64 and not _installed.INTERPRETED:
-        return "it takes float64 in the interpreter only"
-    return "it has no backward pass" if gradient else None
+    if gradient:
+        return "it has no backward pass"
+    if backend == "cpp":
+        return "it does not take float16" if dtype == torch.float16 else None
+    return "it takes float64 in the interpreter only" if dtype == torch.float64 and not _installed.INTERPRETED else None
 
 
 def _fake(x: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def _fake(x: Tensor) -> Tensor:
 
 
 def _refuse(_ctx: Any, *_grads: Any) -> None:
-    raise RuntimeError("geglu: the Triton kernel has no backward pass; difffast.ops.geglu takes another")
+    raise RuntimeError("geglu: its kernels have no backward pass; difffast.ops.geglu takes another way")
 
 
 def _triton(x: Tensor) -> Tensor:
@@ -107,8 +109,9 @@ def _triton(x: Tensor) -> Tensor:
     return kernels.forward(x)
 
 
-LIBRARY.define("geglu.triton(Tensor x) -> Tensor")
-torch.library.register_fake("difffast::geglu.triton", _fake, lib=LIBRARY)
-torch.library.register_autograd("difffast::geglu.triton", _refuse, lib=LIBRARY)
+for _name in ("cpp", "triton"):
+    LIBRARY.define(f"geglu.{_name}(Tensor x) -> Tensor")
+    torch.library.register_fake(f"difffast::geglu.{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"difffast::geglu.{_name}", _refuse, lib=LIBRARY)
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("geglu.triton", _triton, _device)

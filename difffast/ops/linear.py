@@ -6,9 +6,10 @@ Shapes: x [..., K]; weight [O, K]; bias [O]; y [..., O].
 
 On a CPU PyTorch multiplies float32 matrices with MKL, which leaves AVX-512 unused on processors that are not Intel's.
 A 1x1 convolution of pixels whose channels lie side by side is the same product of the same memory.  PyTorch gives it to
-oneDNN, which does use AVX-512 and takes half of the time on an AMD EPYC (bench/ops/bench_linear.py).  Each process
-measures once which of the two is faster.  Rounding errors are those of float32, and up to 2.5 times MKL's for thousands
-of columns.
+oneDNN, which does use AVX-512 and takes half of the time on some AMD EPYCs (bench/ops/bench_linear.py).  On others it
+takes no less for small products, but 0.7 to 0.95 of it for large ones, where there are two threads.  Each process
+measures once which of the two is faster, for either.  Rounding errors are those of float32, and up to 2.5 times MKL's
+for thousands of columns.
 """
 
 from __future__ import annotations
@@ -30,12 +31,18 @@ from ._library import LIBRARY
 _SMALL, _FEW = 6_000_000, 64
 #: Numbers in one image above which PyTorch gives convolutions of it to oneDNN at all.
 _ACCEPTED = 20480
+#: Multiply-adds from which on a product is large.
+_LARGE = 400_000_000
 #: oneDNN is used where it is so many times faster than F.linear: less may be noise, and elsewhere they are equal.
 _WORTH = 1.25
+#: The same for large products, which are measured with less noise.
+_WORTH_LARGE = 1.1
 #: Settings of oneDNN's precision that leave float32 as exact as it is.
 _EXACT = ("none", "ieee")
 #: Side of the square matrices that tell: short enough to finish undisturbed now and then, however busy the machine is.
 SIDE = 320
+#: Rows and channels of the product that tells of large ones, as of SD 1.5's first level at 512 x 512 pixels.
+_ROWS, _CHANNELS = 8192, 320
 #: Most rounds, and seconds, that they are given.
 _ROUNDS, _SECONDS = 100, 0.2
 
@@ -92,7 +99,10 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     size = x.numel()
     if size <= _ACCEPTED or size < _FEW * x.shape[-1] or size * weight.shape[0] < _SMALL or x.device.type != "cpu":
         return "reference"
-    return "onednn" if _pays() and _find_obstacle(x, weight, bias) is None else "reference"
+    # Where sizes are symbols, an exported program would hold for one side of the limit alone.
+    large = isinstance(size, int) and size * weight.shape[0] >= _LARGE
+    pays = _pays_if_large() if large else _pays()
+    return "onednn" if pays and _find_obstacle(x, weight, bias) is None else "reference"
 
 
 def backend_of_large(like: Tensor) -> str:
@@ -104,19 +114,31 @@ def backend_of_large(like: Tensor) -> str:
     if like.dtype != torch.float32 or like.device.type != "cpu":
         return "reference"
     return _dispatch.find_forced("linear", _dispatch.forced_backends, like.device) or (
-        "onednn" if _pays() else "reference"
+        "onednn" if _pays() or _pays_if_large() else "reference"
     )
 
 
-@functools.cache
 def advantage() -> float:
     """Measure how many times faster oneDNN is here than F.linear; it is 1 without oneDNN.
 
-    The first call in a process takes some 50 ms, and the others return what it has found.
+    The first call in a process takes some 50 ms, and the others with as many threads return what it has found.
     """
+    return _measure(SIDE, SIDE, torch.get_num_threads())
+
+
+def advantage_if_large() -> float:
+    """Measure the same for large products, of which MKL is slower to make use of several threads.
+
+    The first call in a process takes 0.2 s.
+    """
+    return _measure(_ROWS, _CHANNELS, torch.get_num_threads())
+
+
+@functools.cache
+def _measure(rows: int, channels: int, _threads: int) -> float:
     if _installed.missing("onednn") is not None:
         return 1.0
-    x, weight = torch.ones(2, SIDE, SIDE, dtype=torch.float32, device="cpu")
+    x, weight = (torch.ones(n, channels, dtype=torch.float32, device="cpu") for n in (rows, channels))
     return compare(lambda: F.linear(x, weight), lambda: _convolution(x, weight, None))
 
 
@@ -194,6 +216,11 @@ def _find_setting() -> str | None:
 def _pays() -> bool:
     # Who allows lower precision gets it from F.linear, which is the faster one then.
     return _allowed_precision("matmul") in _EXACT and advantage() >= _WORTH
+
+
+@_keep_in_graphs
+def _pays_if_large() -> bool:
+    return _allowed_precision("matmul") in _EXACT and advantage_if_large() >= _WORTH_LARGE
 
 
 def _allowed_precision(operation: str) -> str:

@@ -153,6 +153,7 @@ def test_another_signature_is_another_decision(call, default, change, around, ot
 @pytest.fixture
 def _pays(monkeypatch):
     monkeypatch.setattr(linear, "advantage", lambda: 2.0)
+    monkeypatch.setattr(linear, "advantage_if_large", lambda: 2.0)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ LARGE = (2, 256, 160), 320
 def _pays(monkeypatch):
     """As on a processor on which oneDNN is faster, whatever this one is."""
     monkeypatch.setattr(module, "advantage", lambda: 2.0)
+    monkeypatch.setattr(module, "advantage_if_large", lambda: 2.0)
 
 
 def operands(shape, rows, bias=True, dtype=torch.float32):
@@ -115,9 +116,20 @@ def test_when_it_runs(monkeypatch):
     assert module.choose(x.to("meta"), weight.to("meta"), None) == "reference"
     assert module.backend_of_large(weight.to("meta")) == "reference"
     monkeypatch.setattr(module, "advantage", lambda: 1.1)
+    monkeypatch.setattr(module, "advantage_if_large", lambda: 1.05)
     assert module.choose(x, weight, None) == module.backend_of_large(weight) == "reference"
     with ops.use_backend("onednn", "linear"):
         assert module.choose(x, weight[:64], None) == module.backend_of_large(weight) == "onednn"
+
+
+@pytest.mark.parametrize(("pays", "if_large"), [(1.0, 2.0), (2.0, 1.0)])
+def test_large_products_are_measured_by_themselves(monkeypatch, pays, if_large):
+    monkeypatch.setattr(module, "advantage", lambda: pays)
+    monkeypatch.setattr(module, "advantage_if_large", lambda: if_large)
+    x = torch.randn(2048, 320)
+    backends = [module.choose(x, torch.randn(rows, 320), None) for rows in (320, 1280)]
+    assert backends == [("onednn" if worth > 1 else "reference") for worth in (pays, if_large)]
+    assert module.backend_of_large(x) == "onednn"
 
 
 def test_before_torch_2_9_one_setting_tells_what_may_be_inexact(monkeypatch):

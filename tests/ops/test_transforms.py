@@ -181,7 +181,7 @@ def test_autocast_makes_no_difference(operator, backend, gradient):
     """Except to linear, whose dtype autocast chooses, as it does that of PyTorch's own."""
     if backend not in (None, *ops.OPERATORS[operator]) or (backend and ops.missing(backend)):
         pytest.skip(f"{operator} has no backend {backend} here")
-    if (operator, backend, gradient) == ("self_attention", "cpp", True):
+    if gradient and backend == "cpp" and operator in ("geglu", "self_attention"):
         pytest.skip("it has no backward pass")
     operands, call = CALLS[operator]
     leaves = [x.clone().requires_grad_(gradient) for x in operands]
