@@ -8,7 +8,7 @@ from sampling import latents as sampled
 from torch import nn
 
 from difffast import ops, patched
-from difffast.layers import convolution
+from difffast.layers import convolution, products
 from difffast.layers.context import CallContext, use_context
 from difffast.layers.convolution import Convolution
 from difffast.surgery.subclass import is_swapped
@@ -19,9 +19,11 @@ KIND = Convolution()
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
     """Shapes of the inputs that were multiplied; it is faster here, whatever this machine says."""
-    shapes, multiply = [], convolution._multiply
-    monkeypatch.setattr(convolution, "product_advantage", lambda: 2.0)
-    monkeypatch.setattr(convolution, "_multiply", lambda layer, x: shapes.append(tuple(x.shape)) or multiply(layer, x))
+    shapes, multiply = [], products.multiply_pixels
+    monkeypatch.setattr(products, "pixel_advantage", lambda: 2.0)
+    monkeypatch.setattr(
+        products, "multiply_pixels", lambda layer, x: shapes.append(tuple(x.shape)) or multiply(layer, x)
+    )
     convolution._find_tile.cache_clear()
     yield shapes
     convolution._find_tile.cache_clear()
@@ -110,7 +112,7 @@ def test_a_pipeline(pipe, counted):
 
 
 def test_where_it_is_no_faster_nothing_changes(pipe, counted, monkeypatch):
-    monkeypatch.setattr(convolution, "product_advantage", lambda: 0.9)
+    monkeypatch.setattr(products, "pixel_advantage", lambda: 0.9)
     convolution._find_tile.cache_clear()
     with patched(pipe, "exact"):
         sampled(pipe, steps=2)
@@ -119,5 +121,5 @@ def test_where_it_is_no_faster_nothing_changes(pipe, counted, monkeypatch):
 
 def test_the_advantage_is_measured(monkeypatch):
     monkeypatch.undo()
-    convolution.product_advantage.cache_clear()
-    assert 0.05 < convolution.product_advantage() < 100
+    products.pixel_advantage.cache_clear()
+    assert 0.05 < products.pixel_advantage() < 100

@@ -1,11 +1,10 @@
-"""Convolutions on CPUs: of 3x3 pixels with few products, of 1x1 as matrix products, in bfloat16 in float32.
+"""Convolutions on CPUs: with few products, or as matrix products of pixels or patches; in bfloat16 in float32.
 
 **Few products** (:mod:`difffast.ops.convolution`): at most of a UNet's and a VAE's convolutions, in float32 and, where
 float32 is at least half as fast, in bfloat16.
 
-**Matrix products**: those of 1x1 pixels, in float32.  Weights times an image as it lies in memory is one product of two
-matrices.  PyTorch's own way goes by oneDNN, which first lays the image out anew: that takes 1.05 to 1.15 times as long
-for SD 1.5's layers, twice for a VAE's at 512 pixels, and two to three times for small ones.
+**Matrix products** (:mod:`difffast.layers.products`): those of 1x1 pixels, and those of many weights where pixels are
+few, in float32.
 
 **Products in float32**: of the others in bfloat16.  PyTorch gives them to oneDNN.  Processors with AMX multiply
 bfloat16 many times as fast as float32; AVX-512 alone takes up to twice as long for it, and AVX2 has no instruction for
@@ -19,7 +18,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +30,13 @@ from ..ops.convolution import choose, run
 from ..ops.linear import SIDE, compare
 from ..surgery.pristine import HOOKS, is_plain
 from ..surgery.subclass import plain_class
+from . import products
 from .context import CURRENT
 from .kind import LayerKind
 from .transformed import forget, transform
 
-#: What is chosen in place of a tile's side for 1x1 pixels.
-_POINTWISE = 1
+#: What is chosen in place of a tile's side, 2 or 4: stock, the product of 1x1 pixels, the product of patches.
+_STOCK, _POINTWISE, _PATCHES = 0, 1, 3
 #: Channels below which most of what few products compute would be padding.
 _FEW_INPUTS, _FEW_OUTPUTS = 16, 32
 #: Pixels of an image from which on tiles of 4x4 pixels are filled; or, where their weights stay in a cache, fewer.
@@ -57,6 +57,23 @@ _is_autocast = functools.partial(torch.is_autocast_enabled, "cpu")
 _kernel = torch.ops.difffast.winograd_convolution
 
 
+class _Weight(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Layer(NamedTuple):
+    """What the choice may know of a layer, under the names that the layer has for it."""
+
+    weight: _Weight
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    padding_mode: str
+
+
 class Convolution(LayerKind):
     """Convolutions on CPUs; those that LoRA wraps among them."""
 
@@ -72,13 +89,13 @@ class Convolution(LayerKind):
         return weight.dtype == torch.float32 or _has_few_products(weight) or _is_widened(weight)
 
     def suits(self, layer: Any) -> bool:
-        return _is_widened(layer.weight) or may_have_few_products(layer) or may_be_product(layer)
+        return _is_widened(layer.weight) or may_have_few_products(layer) or _may_be_product(layer)
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
         weight = layer.weight
         if hidden.dtype != weight.dtype or hidden.ndim != 4 or hidden.device.type != "cpu":
             return False
-        return choose_tile(layer, hidden) > 0 or _pays_to_widen(layer, hidden)
+        return choose_tile(layer, hidden) != _STOCK or _pays_to_widen(layer, hidden)
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if args or kwargs:
@@ -103,7 +120,7 @@ class Convolution(LayerKind):
                 return fused(layer, *args, **kwargs)
             (hidden,) = args
             tile = choose_tile(layer, hidden)
-            if tile == 0:
+            if tile == _STOCK:
                 return plain(layer, hidden)
             own = layer.__dict__
             plainly = (
@@ -112,7 +129,9 @@ class Convolution(LayerKind):
             if not plainly or torch.is_grad_enabled() or _is_autocast():
                 return fused(layer, hidden)  # says why it runs stock, if it does
             if tile == _POINTWISE:
-                return _multiply(layer, hidden)
+                return products.multiply_pixels(layer, hidden)
+            if tile == _PATCHES:
+                return products.multiply_patches(layer, hidden)
             weights = transform(layer, tile, context.within)
             return _kernel(hidden, weights.transformed, layer.bias, weights.original.shape[0], tile)
 
@@ -121,8 +140,10 @@ class Convolution(LayerKind):
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tile = choose_tile(layer, hidden)
         if tile == _POINTWISE:
-            return _multiply(layer, hidden)
-        if tile:
+            return products.multiply_pixels(layer, hidden)
+        if tile == _PATCHES:
+            return products.multiply_patches(layer, hidden)
+        if tile != _STOCK:
             context = CURRENT.get()
             weights = transform(layer, tile, None if context is None else context.within)
             return run(hidden, weights, layer.bias)
@@ -141,18 +162,21 @@ class Convolution(LayerKind):
         few = [layer for layer in layers.values() if may_have_few_products(layer)] if _has_few_products(weight) else []
         if few:
             yield f"{self.name} of 3x3 ({len(few)})", "few products (cpp)"
-        pointwise = sum(map(may_be_product, layers.values()))
+        pointwise = sum(map(products.is_pointwise, layers.values()))
         if pointwise and weight.dtype == torch.float32:
             yield f"{self.name} of 1x1 ({pointwise})", "matrix products"
+        many = sum(map(products.has_many_weights, layers.values()))
+        if many and products.patches_pay():
+            yield f"{self.name} of many weights ({many})", "matrix products, where pixels are few"
         if _is_widened(weight) and len(few) < len(layers):
             rest = len(layers) - len(few)
             yield f"bfloat16 {self.name} ({rest})", f"products in float32, {advantage():.1f} times as fast here"
 
 
 def choose_tile(layer: Any, hidden: Tensor) -> int:
-    """Return the tile with which few products are taken for a layer's input; 1: one matrix product; 0: stock.
+    """Return the tile with which few products are taken for a layer's input, or what is taken in their place.
 
-    It depends on the image alone, not on how many there are: what is kept of the weights serves any batch.
+    A tile depends on the image alone, not on how many there are: what is kept of the weights serves any batch.
     """
     weight, shape = layer.weight, hidden.shape
     if (
@@ -161,31 +185,40 @@ def choose_tile(layer: Any, hidden: Tensor) -> int:
         or hidden.dtype != weight.dtype
         or hidden.device != weight.device
     ):
-        return 0  # stock says what is wrong
+        return _STOCK  # which says what is wrong
     if not weight.is_contiguous():
-        return 0  # who has laid weights out in channels_last wants results in it
+        return _STOCK  # who has laid weights out in channels_last wants results in it
     if weight.dtype == torch.bfloat16 and advantage() < _HALF:
-        return 0
+        return _STOCK
     settings = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
     known = weight.shape, weight.dtype, weight.device, *settings
-    tile = _find_tile(_dispatch.forced_backends, _local_table.state, shape[2], shape[3], *known)
-    return 0 if tile == _POINTWISE and not hidden.is_contiguous() else tile  # channels_last stays as it is
+    tile = _find_tile(_dispatch.forced_backends, _local_table.state, shape, *known)
+    return _STOCK if tile in (_POINTWISE, _PATCHES) and not hidden.is_contiguous() else tile  # channels_last stays
 
 
 @functools.lru_cache(_dispatch.REMEMBERED)
-def _find_tile(forced: Any, _state: Any, height: int, width: int, *layer: Any) -> int:
+def _find_tile(forced: Any, _state: Any, images: torch.Size, *known: Any) -> int:
+    layer = _Layer(_Weight(*known[:3]), *known[3:])
+    if _dispatch.find_forced("convolution", forced, layer.weight.device) == "reference":
+        return _STOCK
+    if products.is_pointwise(layer):
+        return _POINTWISE if products.pixel_advantage() > 1 else _STOCK
+    side = _find_side(*images[2:], *known)
+    few = side == _STOCK and products.has_many_weights(layer) and products.has_few_results(layer, images)
+    return _PATCHES if few and products.patches_pay() else side
+
+
+def _find_side(height: int, width: int, *layer: Any) -> int:
+    """Return the side of the tiles of few products, or 0."""
     shape, dtype, device = layer[:3]
-    if _is_pointwise(*layer):
-        is_stock = _dispatch.find_forced("convolution", forced, device) == "reference"
-        return 0 if is_stock or product_advantage() <= 1 else _POINTWISE
     if not _suits(*layer) or min(height, width) < 2 or choose(dtype, device) == "reference":
-        return 0
+        return _STOCK
     pixels, pairs = height * width, shape[0] * shape[1]
     if pixels >= _MANY_PIXELS or (pixels >= _SOME_PIXELS and pairs <= _CACHED):
         return 4
     if pixels < _FEW_PIXELS:
-        return 2 if pairs <= _SMALL_WEIGHTS else 0
-    return 2 if pixels > _FEW_PIXELS or pairs < _HEAVY else 0
+        return 2 if pairs <= _SMALL_WEIGHTS else _STOCK
+    return 2 if pixels > _FEW_PIXELS or pairs < _HEAVY else _STOCK
 
 
 def may_have_few_products(layer: Any) -> bool:
@@ -194,39 +227,8 @@ def may_have_few_products(layer: Any) -> bool:
     return _suits(weight.shape, weight.dtype, weight.device, *settings)
 
 
-def may_be_product(layer: Any) -> bool:
-    """Return whether a layer can be a product of matrices for some input."""
-    weight, settings = layer.weight, (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    return _is_pointwise(weight.shape, weight.dtype, weight.device, *settings)
-
-
-def _is_pointwise(shape: Any, dtype: torch.dtype, device: torch.device, *settings: Any) -> bool:
-    """Whether a convolution is one of 1x1 pixels in float32 on a CPU."""
-    stride, padding, _dilation, groups, _mode = settings
-    return (
-        (shape[2:], stride, groups) == ((1, 1), (1, 1), 1)
-        and padding in ((0, 0), 0, "valid")
-        and dtype == torch.float32
-        and device.type == "cpu"
-    )
-
-
-def _multiply(layer: Any, hidden: Tensor) -> Tensor:
-    """Compute a convolution of 1x1 pixels; images [B, C, H, W] are matrices [C, H W]."""
-    images, weight = hidden.flatten(2), layer.weight.flatten(1)
-    weights = weight.expand(len(images), *weight.shape)  # torch.matmul would transpose the images instead, by copies
-    bias = layer.bias
-    out = torch.bmm(weights, images) if bias is None else torch.baddbmm(bias[:, None], weights, images)
-    return out.unflatten(2, hidden.shape[2:])
-
-
-@functools.cache
-def product_advantage() -> float:
-    """Measure how many times faster a small convolution of 1x1 pixels is here as a product of matrices."""
-    image, weight = torch.ones(2, 64, 16, 16, device="cpu"), torch.ones(64, 64, 1, 1, device="cpu")
-    return compare(
-        lambda: F.conv2d(image, weight), lambda: torch.bmm(weight.flatten(1).expand(2, 64, 64), image.flatten(2))
-    )
+def _may_be_product(layer: Any) -> bool:
+    return products.is_pointwise(layer) or products.has_many_weights(layer)
 
 
 def _suits(shape: Any, dtype: torch.dtype, device: torch.device, *settings: Any) -> bool:
