@@ -6,7 +6,9 @@ import pytest
 from drawn import judge as judging
 from drawn.judge import accuracy, degrade, detect, judge, summary
 from drawn.likeness import distance, features, frechet
-from drawn.shapes import COLOURS, PARTS, SHAPES, TEXTURES, Scene, Thing, draw_scene, render
+from drawn.rendering import render
+from drawn.shapes import Scene, Thing, draw_scene
+from drawn.vocabulary import RGB, SMALL
 from PIL import Image, ImageDraw
 
 RED = Thing("circle", "red", x=0.25, y=0.5)
@@ -55,7 +57,7 @@ def test_heavy_noise_hides_few_things():
 
 
 @pytest.mark.parametrize("part", [None, "hat"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SMALL.shapes)
 def test_a_squeezed_thing_keeps_its_shape(shape, part):
     picture = render(_scene(Thing(shape, "green", part=part)), 256).resize((64, 52), Image.Resampling.BOX)
     squeezed = Image.new("RGB", (64, 64), (250, 250, 250))
@@ -81,10 +83,12 @@ def test_accuracy_counts_what_is_missed(monkeypatch):
 
 
 @pytest.mark.parametrize("background", ["white", "grey", "gradient"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SMALL.shapes)
 def test_a_thing_is_found_with_all_it_has(shape, background):
-    for i, colour in enumerate(COLOURS):
-        thing = Thing(shape, colour, TEXTURES[i % 3], part=(None, *PARTS)[i // 3], x=0.45, y=0.55, radius=0.17)
+    for i, colour in enumerate(SMALL.colours):
+        thing = Thing(
+            shape, colour, SMALL.textures[i % 3], part=(None, *SMALL.parts)[i // 3], x=0.45, y=0.55, radius=0.17
+        )
         (found,) = detect(render(_scene(thing, background=background)))
         assert (found.shape, found.colour, found.texture, found.part) == (shape, colour, thing.texture, thing.part)
         assert math.hypot(found.x - thing.x, found.y - thing.y) < 0.012
@@ -131,7 +135,7 @@ def test_no_shape_is_found_in_noise():
 def _drawn(*polygons):
     image = Image.new("RGB", (256, 256), (250, 250, 250))
     for colour, corners in polygons:
-        ImageDraw.Draw(image).polygon(corners, fill=COLOURS[colour])
+        ImageDraw.Draw(image).polygon(corners, fill=RGB[colour])
     return image.reduce(4)
 
 
@@ -290,9 +294,9 @@ def test_features_say_what_is_where():
     assert np.allclose(cells[..., 8], 128 / 255)
     assert np.allclose(cells[..., 9], 0)
     picture = np.full((64, 64, 3), 255, np.uint8)
-    picture[16:32, 48:] = COLOURS["cyan"]
+    picture[16:32, 48:] = RGB["cyan"]
     cells = features(picture).reshape(4, 4, 10)
-    cyan = list(COLOURS).index("cyan")
+    cyan = SMALL.colours.index("cyan")
     assert cells[1, 3, cyan] > 0.99
     assert np.delete(cells[..., :8].ravel(), (1 * 4 + 3) * 8 + cyan).max() < 0.01
 

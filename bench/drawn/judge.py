@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .likeness import HUES, LIGHTNESS, STRENGTH, pixels_of
-from .shapes import COLOURS, PARTS, SHAPES, SIDE, Scene, Thing, draw_scene, holds, render
+from .rendering import render
+from .shapes import SIDE, Scene, Thing, draw_scene, holds
+from .vocabulary import SHIPPED
 
 #: The least IoU at which a thing has a shape: more for those that blobs are like, less for those that blurs wear down.
 MIN_SCORE = {"circle": 0.83, "square": 0.83, "triangle": 0.77, "star": 0.72, "cross": 0.74, "ring": 0.72}
@@ -192,7 +194,7 @@ def _fit(layers: _Layers, mask: np.ndarray) -> _Fit:
     planes = np.stack((colour, layers.black[window]))
     y, x = (colour.sum(1 - axis) @ (np.arange(colour.shape[axis]) + 0.5) / colour.sum() for axis in (0, 1))
     fits = []
-    for shape in SHAPES:
+    for shape in SHIPPED.shapes:
         cells = _template(shape)
         radius = math.sqrt(colour.sum() / cells.sum()) / _CELL
         below = (cells.sum(1) @ _edges(_CELLS)[:-1] / cells.sum() + _CELL / 2) * radius
@@ -254,12 +256,12 @@ def _sharp(shares: np.ndarray) -> np.ndarray:
 
 
 def _found(layers: _Layers, mask: np.ndarray, fit: _Fit) -> Found:
-    votes = np.bincount(layers.hue[mask], layers.colour[mask], len(COLOURS))
+    votes = np.bincount(layers.hue[mask], layers.colour[mask], len(SHIPPED.colours))
     x, y, radius = (float(length) / SIDE for length in (fit.x, fit.y, fit.radius))
     known = fit.lead >= 0 and _RADII[0] <= radius <= _RADII[1]
     return Found(
         shape=fit.shape if known else None,
-        colour=list(COLOURS)[votes.argmax()],
+        colour=SHIPPED.colours[votes.argmax()],
         texture=_texture(layers.shade, mask & ~_grown(layers.black > 0.5)),  # a part's soft edge looks like shade
         part=_part(layers.black, fit),
         x=x,
@@ -284,8 +286,10 @@ def _part(black: np.ndarray, fit: _Fit) -> str | None:
     """The part whose place is black, if one's is."""
     rows, columns = (_sampler(np.array([at]), fit.radius, SIDE, _PART_CELLS) for at in (fit.y, fit.x))
     there = rows @ black @ columns.T
-    shares = {part: (there * _template(fit.shape, part)).sum() / _template(fit.shape, part).sum() for part in PARTS}
-    part = max(PARTS, key=lambda part: shares[part])
+    shares = {
+        part: (there * _template(fit.shape, part)).sum() / _template(fit.shape, part).sum() for part in SHIPPED.parts
+    }
+    part = max(SHIPPED.parts, key=lambda part: shares[part])
     return part if shares[part] >= _MIN_PART else None
 
 

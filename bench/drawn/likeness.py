@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from .shapes import COLOURS, SIDE
+from .shapes import SIDE
+from .vocabulary import RGB, SHIPPED
 
 #: Of each colour: how light it is, and the direction and length of what makes it differ from grey.
-_RGB = np.array(list(COLOURS.values())) / 255
+_RGB = np.array([RGB[colour] for colour in SHIPPED.colours]) / 255
 LIGHTNESS = _RGB.mean(1)
 CHROMA = _RGB - LIGHTNESS[:, None]
 STRENGTH = np.linalg.norm(CHROMA, axis=1)
