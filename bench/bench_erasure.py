@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawn.shapes import SHAPES
+from drawn.vocabulary import SHIPPED
 from erasure_costs import WAYS, Small, measure_costs
 from erasure_questions import OTHERS, PRESERVED, TARGET, Questions, pairs, phrase, scenes
 
@@ -109,10 +109,10 @@ def erase_red(pipe: Any, *, orange: bool) -> difffast.Erasure:
 
     The second one's numbers were chosen out of 17 by how far keys and values of prompts move.
     """
-    others = [phrase(colour, shape) for colour in OTHERS for shape in SHAPES]
+    others = [phrase(colour, shape) for colour in OTHERS for shape in SHIPPED.shapes]
     if not orange:
         return difffast.erase(pipe, TARGET, preserve=others)
-    guide = [phrase("orange", shape) for shape in SHAPES]
+    guide = [phrase("orange", shape) for shape in SHIPPED.shapes]
     return difffast.erase(pipe, TARGET, guide=guide, preserve=[*others, *PRESERVED], method=Uce(erase_scale=10.0))
 
 

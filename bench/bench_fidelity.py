@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from drawn.judge import judge, summary
 from drawn.likeness import distance, features, frechet
-from drawn.shapes import Scene, draw_scene, render
+from drawn.rendering import render
+from drawn.shapes import Scene, draw_scene
 from fidelity.cells import CELLS, STOCK, Cell, Way, choose_ways, describe, list_ways
 from fidelity.curve import LIKENESS, find_dominated
 from fidelity.plot import plot_cell

@@ -7,14 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from drawn.judge import detect, judge
-from drawn.shapes import COLOURS, SHAPES, Scene, draw_scene, render
+from drawn.detector import detect
+from drawn.judge import judge
+from drawn.rendering import render
+from drawn.shapes import Scene, draw_scene
+from drawn.vocabulary import SHIPPED
 
 RED = "red"
 #: Of the scenes whose binding is asked for.
 BINDING_SEED = 25
-OTHERS = tuple(colour for colour in COLOURS if colour != RED)
-TARGET = tuple(f"a {RED} {shape}" for shape in SHAPES)
+OTHERS = tuple(colour for colour in SHIPPED.colours if colour != RED)
+TARGET = tuple(f"a {RED} {shape}" for shape in SHIPPED.shapes)
 
 
 def phrase(colour: str, shape: str) -> str:
@@ -46,7 +49,8 @@ class Questions:
     def __init__(self, neighbours: int, binding: int) -> None:
         two = [replace(scene, relation=None) for scene in scenes(binding, BINDING_SEED, 2, red=False)]
         self._scenes = {scene.caption: scene for scene in two}
-        places = [(colour, SHAPES[(i + j) % len(SHAPES)]) for i, colour in enumerate(OTHERS) for j in range(neighbours)]
+        shapes = SHIPPED.shapes
+        places = [(colour, shapes[(i + j) % len(shapes)]) for i, colour in enumerate(OTHERS) for j in range(neighbours)]
         self._colours = {phrase(*each): each[0] for each in places} | dict.fromkeys(TARGET, RED)
         self.prompts = {
             "target": TARGET,

@@ -24,7 +24,9 @@ from accelerate.utils import set_seed
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
-from drawn.shapes import COLOURS, SHAPES, SIDE, TEXTURES, draw_scene, render
+from drawn.rendering import render
+from drawn.shapes import SIDE, draw_scene
+from drawn.vocabulary import SHIPPED
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -369,8 +371,9 @@ with factor 4) that draws captioned shapes, {SIDE} x {SIDE} pixels. It exists so
 judged without a download: `difffast.models.embedded_pipeline()`.
 
 **Data**: {recipe["scenes"]} scenes drawn by `bench/drawn/shapes.py` (no data of others): one to three of
-{len(SHAPES)} shapes ({", ".join(SHAPES)}) in {len(COLOURS)} colours ({", ".join(COLOURS)}) and {len(TEXTURES)} textures
-({", ".join(TEXTURES)}), some wearing a hat or boots, on a white, grey or gradient background; captions such as
+{len(SHIPPED.shapes)} shapes ({", ".join(SHIPPED.shapes)}) in {len(SHIPPED.colours)} colours
+({", ".join(SHIPPED.colours)}) and {len(SHIPPED.textures)} textures
+({", ".join(SHIPPED.textures)}), some wearing a hat or boots, on a white, grey or gradient background; captions such as
 "{PROMPTS[6]}".
 
 **Training**: `bench/train_shapes.py`, from random weights: autoencoder {record["vae_steps"]} steps of

@@ -10,7 +10,7 @@ import bench_fidelity
 import numpy as np
 import pytest
 import torch
-from drawn.shapes import render
+from drawn.rendering import render
 from fidelity import curve
 from fidelity.cells import CELLS, PLAN, PRESET, STOCK, Cell, Way, choose_ways, describe, list_ways
 from fidelity.plot import plot_cell

@@ -6,7 +6,8 @@ import bench_erasure
 import erasure_questions
 import erasure_tables
 import pytest
-from drawn.shapes import Scene, Thing, render
+from drawn.rendering import render
+from drawn.shapes import Scene, Thing
 
 import difffast
 from difffast.erase.report import EraseReport, Relearned, Shown
