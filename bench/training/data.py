@@ -24,7 +24,7 @@ VOCABULARY: Vocabulary = LARGE
 #: What a pair for CLIP differs in, where several alterations are possible: shapes are what it would else tell apart
 #: last.  All others count 1.
 _OFTEN = {"shape": 4.0, "swap": 0.5}
-#: How the UNet is told what is in a picture: rarely in a way that says less than there is, or it would draw more than said.
+#: How the UNet is told what is in a picture: rarely less than there is, or it would draw more than it is told.
 _FORMS = {"caption": 0.52, "reordered": 0.15, "clauses": 0.1, "list": 0.15, "partial": 0.05, "word": 0.03}
 #: Share of CLIP's texts that are captions; the others are paraphrases, which may leave out what a pair differs in.
 CAPTIONED = 0.6
@@ -72,7 +72,7 @@ def load_pairs(recipe: Recipe, out: Path, *, seed: int = DATA_SEED, name: str = 
 
 
 def draw_pair(rng: np.random.Generator, count: int) -> list[tuple[Scene, list[str]]]:
-    """Two scenes that differ in one attribute, with ``count`` texts of each: the caption first, each in the same form."""
+    """Two scenes that differ in one attribute, and ``count`` texts of each: captions first, then in the same forms."""
     scene = draw_scene(rng, vocabulary=VOCABULARY)
     possible = alterations(scene, VOCABULARY)
     often = np.array([_OFTEN.get(what, 1.0) for what in possible])

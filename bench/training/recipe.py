@@ -40,7 +40,7 @@ class Recipe:
     steps: int
     batch: int
     captions: int = 6
-    vae_tune_steps: int = 0
+    vae_tune_steps: int = 800
     learning_rate: float = 5e-4
     warmup: int = 200
     vae_learning_rate: float = 1e-3
@@ -98,6 +98,7 @@ RECIPES = {
         steps=4,
         batch=4,
         captions=2,
+        vae_tune_steps=2,
         warmup=2,
         precision="no",
     ),

@@ -88,7 +88,7 @@ def choose(store: Store, size: int, single: float, rng: np.random.Generator) -> 
     if not single:
         return rng.choice(len(store.things), size, replace=False)
     ones, others = np.flatnonzero(store.things == 1), np.flatnonzero(store.things > 1)
-    alone = int(round(single * size))
+    alone = round(single * size)
     return np.concatenate((rng.choice(ones, alone), rng.choice(others, size - alone)))
 
 

@@ -47,14 +47,12 @@ def train_vae(recipe: Recipe, vae: Any, images: np.ndarray, out: Path, budget: B
         started: whether ``vae`` is a trained one already.
     """
     count = recipe.vae_tune_steps if started else recipe.vae_steps
-    if started and not count:
-        return True
     model = Autoencoding(vae)
     training = Training(
         "vae",
         model,
         out,
-        rate=recipe.vae_learning_rate / (10 if started else 1),
+        rate=recipe.vae_learning_rate / (3 if started else 1),
         count=count,
         warmup=min(recipe.warmup, count),
         decay=recipe.ema_decay,
