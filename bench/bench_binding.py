@@ -23,6 +23,7 @@ import torch
 from bench_fidelity import SEED
 from drawn.judge import judge, summary
 from drawn.shapes import Scene, draw_scene
+from drawn.vocabulary import SHIPPED, Vocabulary
 from tqdm import tqdm
 
 from difffast import SemanticBinding, patched
@@ -72,11 +73,11 @@ def ways() -> dict[str, SemanticBinding | None]:
     }
 
 
-def scenes(count: int) -> list[Scene]:
+def scenes(count: int, vocabulary: Vocabulary = SHIPPED) -> list[Scene]:
     """Of two things that each have at least two words said of them (colour apart, texture, size or part)."""
     found, number = [], 0
     while len(found) < count:
-        scene = draw_scene(np.random.default_rng([SEED, 2, number]), things=2, relation=False)
+        scene = draw_scene(np.random.default_rng([SEED, 2, number]), vocabulary=vocabulary, things=2, relation=False)
         number += 1
         if all(thing.texture != "plain" or thing.part for thing in scene.things):
             found.append(scene)

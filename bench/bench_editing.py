@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawn.judge import detect
+from drawn.detector import detect
 from PIL import Image, ImageDraw
 
 import difffast

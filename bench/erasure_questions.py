@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from drawn.judge import detect, judge
+from drawn.detector import detect
+from drawn.judge import judge
 from drawn.rendering import render
 from drawn.shapes import Scene, draw_scene
 from drawn.vocabulary import SHIPPED

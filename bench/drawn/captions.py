@@ -106,7 +106,7 @@ def alterations(scene: Scene, vocabulary: Vocabulary = SHIPPED) -> tuple[str, ..
         "swap": len({thing.colour for thing in scene.things}) > 1,
         "part": len(scene.things) <= vocabulary.most_dressed,
         "relation": scene.relation is not None,
-        "background": _says_background(scene),
+        "background": scene.says_background,
     }
     return tuple(what for what in ALTERATIONS if possible.get(what, True))
 
@@ -136,12 +136,8 @@ def altered(
         placed = tuple(things) if fits(things, relation) else place(rng, things, relation)
         if placed is not None:
             break
-    said = background if _says_background(scene) else None
+    said = background if scene.says_background else None
     return Scene(placed, background, caption(placed, relation, said, sizes=sizes), relation)
-
-
-def _says_background(scene: Scene) -> bool:
-    return scene.caption.endswith(" background")
 
 
 def _changed(

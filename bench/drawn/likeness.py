@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 from PIL import Image
 
 from .shapes import SIDE
-from .vocabulary import RGB, SHIPPED
+from .vocabulary import RGB, SHIPPED, Vocabulary
 
-#: Of each colour: how light it is, and the direction and length of what makes it differ from grey.
-_RGB = np.array([RGB[colour] for colour in SHIPPED.colours]) / 255
-LIGHTNESS = _RGB.mean(1)
-CHROMA = _RGB - LIGHTNESS[:, None]
-STRENGTH = np.linalg.norm(CHROMA, axis=1)
-HUES = CHROMA / STRENGTH[:, None]
+
+@dataclass(frozen=True)
+class Palette:
+    """Of each colour: how light it is, [n], and the direction, [n, 3], and length, [n], of how it differs from grey."""
+
+    lightness: np.ndarray
+    hues: np.ndarray
+    strength: np.ndarray
+
+
+@lru_cache(maxsize=4)
+def palette(vocabulary: Vocabulary) -> Palette:
+    """The colours of a vocabulary, in its order."""
+    rgb = np.array([RGB[colour] for colour in vocabulary.colours]) / 255
+    lightness = rgb.mean(1)
+    chroma = rgb - lightness[:, None]
+    strength = np.linalg.norm(chroma, axis=1)
+    return Palette(lightness, chroma / strength[:, None], strength)
 
 
 def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -38,31 +53,31 @@ def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.asarray(image.convert("RGB")) / 255
 
 
-def features(image: Image.Image | np.ndarray) -> np.ndarray:
-    """What is where, roughly: float64 [160], each 0 to 1, for :func:`distance` and :func:`frechet`.
+def features(image: Image.Image | np.ndarray, vocabulary: Vocabulary = SHIPPED) -> np.ndarray:
+    """What is where, roughly: float64 [16 * (colours + 2)], each 0 to 1, for :func:`distance` and :func:`frechet`.
 
     In each of 4x4 cells: the share of each colour, softly assigned, and the lightness' mean and standard deviation.
 
     Raises:
         ValueError: see :func:`pixels_of`.
     """
-    pixels = pixels_of(image)
+    pixels, colours = pixels_of(image), palette(vocabulary)
     lightness = pixels.mean(2, keepdims=True)
     chroma = pixels - lightness
     strength = np.linalg.norm(chroma, axis=2, keepdims=True)
-    alike = np.exp(30 * (chroma @ HUES.T / np.maximum(strength, 1e-9) - 1))  # 1/10 for orange and yellow
-    shares = alike / alike.sum(2, keepdims=True) * np.minimum(strength / STRENGTH, 1)
+    alike = np.exp(30 * (chroma @ colours.hues.T / np.maximum(strength, 1e-9) - 1))  # 1/10 for orange and yellow
+    shares = alike / alike.sum(2, keepdims=True) * np.minimum(strength / colours.strength, 1)
     cells = np.concatenate((shares, lightness), 2).reshape(4, SIDE // 4, 4, SIDE // 4, -1)
     return np.concatenate((cells.mean((1, 3)), cells[..., -1:].std((1, 3))), 2).ravel()
 
 
-def distance(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> float:
+def distance(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray, vocabulary: Vocabulary = SHIPPED) -> float:
     """How unlike two pictures look: the root mean square difference of their features, 0 (identical) to 1.
 
     Raises:
         ValueError: see :func:`pixels_of`.
     """
-    return float(np.sqrt(np.mean((features(a) - features(b)) ** 2)))
+    return float(np.sqrt(np.mean((features(a, vocabulary) - features(b, vocabulary)) ** 2)))
 
 
 def frechet(features_a: np.ndarray, features_b: np.ndarray) -> float:

@@ -73,7 +73,8 @@ EXTENT = {
 _EYES: dict[str, Point] = {
     "triangle": (0.0, 0.25),
     "heart": (0.0, -0.3),
-    "crescent": (-0.25, 0.0),
+    "crescent": (-0.3, 0.0),
+    "arrow": (0.2, 0.0),
     "hourglass": (0.0, -0.6),
     "drop": (0.0, 0.3),
 }
@@ -93,5 +94,5 @@ def part_boxes(shape: str, part: str) -> list[Box]:
         feet = [sorted((side * 0.15, side * 0.65)) for side in (-1, 1)]
         return [(left, bottom - 0.1, right, bottom + 0.4) for left, right in feet]
     x, y = _EYES.get(shape, (0.0, 0.0))
-    lenses = [(x + side - 0.27, y - 0.2, x + side + 0.27, y + 0.26) for side in (-0.38, 0.38)]
-    return [*lenses, (x - 0.75, y - 0.2, x + 0.75, y - 0.06)]
+    lenses = [(x + side - 0.24, y - 0.18, x + side + 0.24, y + 0.22) for side in (-0.34, 0.34)]
+    return [*lenses, (x - 0.64, y - 0.18, x + 0.64, y - 0.05)]

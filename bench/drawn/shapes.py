@@ -78,6 +78,11 @@ class Scene:
     caption: str
     relation: str | None = None
 
+    @property
+    def says_background(self) -> bool:
+        """Whether the caption says what the background is."""
+        return self.caption.endswith(" background")
+
 
 def draw_scene(
     rng: np.random.Generator,
