@@ -65,7 +65,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace, budget: Budget) -> None:
         return
     latents = latents_of(pipe.vae, store.pictures, out)
     whitening = find_whitening(pipe, store.captions, out)
-    if start:
+    if start and not (out / "unet-checkpoint.pt").is_file():
         print(f"the start's text rows are explained to {start_from(pipe, whitening, start):.3f}", flush=True)
     train_unet(recipe, pipe, whitening, latents, store, out, budget)
     if arguments.export:

@@ -40,6 +40,9 @@ def test_an_interrupted_training_goes_on_where_it_stopped(tmp_path):
         np.testing.assert_allclose(losses(parts, name), losses(whole, name), rtol=1e-4)
         assert (parts / f"{name}-loss.png").is_file()
     assert (parts / "vae.png").is_file()
+    assert (parts / "samples" / "000004.png").is_file()
+    for log in ("clip-checks.json", "unet-checks.json"):
+        assert [check["step"] for check in json.loads((parts / log).read_text())][-2:] == [2, 4]
 
     pipe = models.embedded_pipeline(parts / "model")
     pipe.set_progress_bar_config(disable=True)

@@ -24,7 +24,6 @@ PATCH = 8
 TOKEN_SPREAD = 0.1
 #: The logits' scale is kept below this, as CLIP's is.
 MOST_SCALE = 100.0
-CHECK_EVERY = 200
 _CHECKED = 4  # batches
 
 
@@ -126,7 +125,7 @@ def train_clip(recipe: Recipe, tokenizer: Any, store: Store, out: Path, budget: 
             seen, read = embed(clip, pictures.to(training.device), ids)
         same = torch.tensor([[a == b for b in texts] for a in texts], device=training.device)
         training.step(contrast(seen, read, clip.logit_scale.exp().clamp(max=MOST_SCALE), same))
-        if len(training.losses) % CHECK_EVERY == 0:
+        if len(training.losses) % recipe.clip_check_every == 0:
             check(recipe, training, tokenizer, out)
     if not training.finished:
         return None

@@ -24,6 +24,8 @@ class Recipe:
         vae_steps: from random weights; a start keeps its autoencoder, but for ``vae_tune_steps``.
         steps, batch: of the UNet.
         single: share of pictures with one thing during the first half of the UNet's steps.
+        clip_check_every, check_every: steps after which fresh scenes are retrieved, and drawn and judged.
+        checked: pictures of one thing, and of two, that are then drawn.
     """
 
     channels: tuple[int, ...]
@@ -49,6 +51,9 @@ class Recipe:
     snr_gamma: float = 5.0
     ema_decay: float = 0.999
     single: float = 0.55
+    clip_check_every: int = 200
+    check_every: int = 500
+    checked: int = 48
     precision: str = "bf16"
 
 
@@ -100,6 +105,9 @@ RECIPES = {
         captions=2,
         vae_tune_steps=2,
         warmup=2,
+        clip_check_every=2,
+        check_every=2,
+        checked=2,
         precision="no",
     ),
 }

@@ -23,9 +23,6 @@ from .loop import Budget, Training, load_checkpoint, write_json
 from .recipe import DATA_SEED, Recipe
 from .text_rows import Affine, Whitening, feed, fit_affine, fit_whitening, ids_of, rows_of, weights_of
 
-CHECK_EVERY = 500
-#: Pictures of one thing, and of two, in a check.
-CHECKED = 48
 _FITTED = 1536  # captions
 
 
@@ -114,8 +111,8 @@ def train_unet(
         # PyTorch's fused attention has a slow backward pass there.
         unet.set_attn_processor(AttnProcessor())
     shares = timestep_shares(pipe.scheduler, recipe.snr_gamma)
-    if not training.losses and recipe.precision != "no":
-        check(training, pipe, whitening, out)
+    if not training.losses:
+        check(recipe, training, pipe, whitening, out)
     for step in training.steps(budget):
         rng = np.random.default_rng([DATA_SEED, 5, step])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -130,24 +127,24 @@ def train_unet(
             rows = whitening(rows_of(tower, ids_of(pipe.tokenizer, texts)).float())
             guess = unet(noisy.to(device), timesteps.to(device), rows).sample
         training.step((guess.float() - noise.to(device)).square().mean())
-        if len(training.losses) % CHECK_EVERY == 0:
-            check(training, pipe, whitening, out)
+        if len(training.losses) % recipe.check_every == 0:
+            check(recipe, training, pipe, whitening, out)
     training.averaged()
     unet.set_default_attn_processor()
     return training
 
 
-def check(training: Training, pipe: Any, whitening: Whitening, out: Path) -> None:
+def check(recipe: Recipe, training: Training, pipe: Any, whitening: Whitening, out: Path) -> None:
     """Append to unet-checks.json what the judge says of pictures by the averaged weights, and keep some of them."""
     log, step = out / "unet-checks.json", len(training.losses)
     training.average.swap(pipe.unet)
     pipe.unet.eval()
     with training.autocast():
-        result, images = measure(pipe, whitening, CHECKED)
+        result, images = measure(pipe, whitening, recipe.checked)
     pipe.unet.train()
     training.average.swap(pipe.unet)
     write_json(log, [*read_log(log, before=step), {"step": step, **result}])
     print(f"\nunet {step} {result}", flush=True)
-    shown = [*images[:16], *images[CHECKED : CHECKED + 16]]
-    (out / "samples").mkdir(exist_ok=True)
-    make_image_grid(shown, rows=4, cols=8).resize((1024, 512)).save(out / "samples" / f"{step:06d}.png")
+    shown = [*images[:16], *images[recipe.checked : recipe.checked + 16]]
+    with write_whole(out / "samples" / f"{step:06d}.png") as part:
+        make_image_grid(shown, rows=4, cols=len(shown) // 4, resize=128).save(part)
