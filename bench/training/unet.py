@@ -145,6 +145,6 @@ def check(recipe: Recipe, training: Training, pipe: Any, whitening: Whitening, o
     training.average.swap(pipe.unet)
     write_json(log, [*read_log(log, before=step), {"step": step, **result}])
     print(f"\nunet {step} {result}", flush=True)
-    shown = [*images[:16], *images[recipe.checked : recipe.checked + 16]]
+    shown = [*images[: min(16, recipe.checked)], *images[recipe.checked : recipe.checked + 16]]
     with write_whole(out / "samples" / f"{step:06d}.png") as part:
         make_image_grid(shown, rows=4, cols=len(shown) // 4, resize=128).save(part)
