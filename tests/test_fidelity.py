@@ -220,9 +220,11 @@ def test_the_judged_scenes_are_mixed_and_not_those_trained_on():
     assert [counts.count(n) for n in (1, 2, 3)] == [80, 80, 40]
     assert wanted == bench_fidelity.scenes(200)
     assert wanted[:50] == bench_fidelity.scenes(50)
-    import train_shapes
+    import text_space
+    from training import recipe
 
-    assert train_shapes.DATA_SEED != bench_fidelity.SEED
+    seeds = {recipe.DATA_SEED, recipe.CHECK_SEED, text_space.SEED, bench_fidelity.SEED}
+    assert len(seeds) == 4
 
 
 def test_pictures_of_the_truth_are_judged_right_and_wrong_ones_are_not():
