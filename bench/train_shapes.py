@@ -18,6 +18,7 @@ from drawn.shapes import SIDE
 from training.clip import train_clip
 from training.data import VOCABULARY, load_pairs, load_scenes
 from training.export import export
+from training.kept import keep, take_up
 from training.loop import Budget
 from training.recipe import RECIPES, Recipe
 from training.unet import find_whitening, start_from, train_unet
@@ -86,11 +87,17 @@ def main() -> None:
         help=f"model of the recipe's sizes whose autoencoder and UNet are the start, such as {FOLDER.name}; else none",
     )
     parser.add_argument("--export", type=Path, help="write the pipeline (float16) here once the UNet is begun")
+    parser.add_argument("--take-up", type=Path, help="go on from what --keep has written, where --out has nothing yet")
+    parser.add_argument("--keep", type=Path, help="at the end, write what another machine can go on from, in float16")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.take_up:
+        take_up(arguments.take_up, arguments.out)
     budget = Budget(arguments.minutes, arguments.stop_after, arguments.out / "minutes.json")
     budget.stop_on_terminate()
     run(RECIPES[arguments.preset], arguments, budget)
+    if arguments.keep:
+        keep(arguments.out, arguments.keep)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from training.clip import contrast
+from training.kept import keep, take_up
 from training.loop import Average, Budget, Training, rate_at
 from training.text_rows import (
     Whitening,
@@ -224,3 +225,52 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
         file.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=r"line-checkpoint\.pt is damaged or of another recipe .* remove it"):
         _train(tmp_path, Budget(None, 3, tmp_path / "minutes.json"))
+
+
+class _Linear(nn.Linear):
+    """A model whose steps anybody can take."""
+
+
+def _train_toy(out, steps, count=40):
+    torch.manual_seed(0)
+    training = Training("toy", _Linear(3, 2), out, rate=0.1, count=count, warmup=2, decay=0.9, precision="no")
+    for step in training.steps(Budget(None, steps, out / "minutes.json")):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        training.step((training.model(x) - x[:, :2]).square().mean())
+    return training
+
+
+def test_what_is_kept_goes_on_elsewhere_from_the_averaged_weights(tmp_path):
+    here, kept, there = tmp_path / "here", tmp_path / "kept", tmp_path / "there"
+    here.mkdir()
+    first = _train_toy(here, 30)
+    (here / "pairs.json").write_text("{}")
+    names = sorted(path.name for path in keep(here, kept))
+    assert names == ["minutes.json", "toy-checkpoint.pt", "toy-losses.json"]
+    assert (kept / "toy-checkpoint.pt").stat().st_size < (here / "toy-checkpoint.pt").stat().st_size
+    take_up(kept, there)
+    second = _train_toy(there, 0)
+    assert second.losses == first.losses
+    averaged = first.averaged()
+    for own, weight in zip(second.model.parameters(), averaged.parameters(), strict=True):
+        torch.testing.assert_close(own, weight.half().float(), rtol=0, atol=0)
+    # Half of the last fifth lies before it.
+    assert second._optimiser.param_groups[0]["lr"] == pytest.approx(0.1 * rate_at(30, 40, 2))
+    assert _train_toy(there, None).finished
+    assert len(json.loads((there / "toy-losses.json").read_text())) == 40
+
+
+def test_nothing_of_a_training_is_overwritten_by_what_was_kept(tmp_path):
+    here, kept = tmp_path / "here", tmp_path / "kept"
+    here.mkdir()
+    _train_toy(here, 10)
+    keep(here, kept)
+    further = _train_toy(here, 10)
+    assert take_up(kept, here) == []
+    assert _train_toy(here, 0).losses == further.losses
+
+
+@pytest.mark.parametrize("function", [keep, take_up])
+def test_a_folder_without_checkpoints_is_named(function, tmp_path):
+    with pytest.raises(ValueError, match=r"must hold .*-checkpoint\.pt.*, found none"):
+        function(tmp_path, tmp_path / "other")

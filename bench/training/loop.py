@@ -98,6 +98,11 @@ class Average:
             weight.copy_(own)
             own.copy_(kept)
 
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        for own, weight in zip(self._weights, model.parameters(), strict=True):
+            weight.copy_(own)
+
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self._steps, "weights": self._weights}
 
@@ -161,9 +166,19 @@ class Training:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        """Go on from a checkpoint, or from what :mod:`training.kept` has left of one: its averaged weights."""
         self.losses = list(state["losses"])
+        if "optimiser" in state:
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+            return
+        self.average.load_state_dict(state["average"])
+        self.average.copy_to(self.model)
+        self._schedule.last_epoch = len(self.losses)
+        for group, rate, share in zip(
+            self._optimiser.param_groups, self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * share(len(self.losses))
 
     @property
     def finished(self) -> bool:
