@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from interleaved import ratio
@@ -49,6 +49,34 @@ def convolution_table(results: Path = RESULTS) -> str:
         rows.append(f"| {' | '.join([info['case'], *times, str(info['tile']), *faster])} |")
     note = f"{machine(found[0])}; {len(found[0]['seconds']['cpp'])} interleaved rounds, medians of ratios."
     return "\n".join([*rows, "", note])
+
+
+def recorded_table(file: str, first: str, columns: Mapping[str, str], *, ours: str, results: Path = RESULTS) -> str:
+    """Times of an operator by several providers, a row for each case of a record of its own.
+
+    Args:
+        file: the record, pytest-benchmark's.
+        first: title of the column of cases.
+        columns: title of a column -> provider.
+        ours: the provider that the others are compared with.
+    """
+    found = load(results / file)
+    others = {title: name for title, name in columns.items() if name != ours}
+    heads = [first, *columns, *(f"faster than {title}" for title in others)]
+    rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for info in found:
+        seconds = info["seconds"]
+        times = [f"{statistics.median(seconds[name]) * 1e3:.2f} ms" for name in columns.values()]
+        faster = [f"{ratio(seconds, name, ours)[1]:.2f}x" for name in others.values()]
+        rows.append(f"| {' | '.join([_name_record(info, found), *times, *faster])} |")
+    note = f"{machine(found[0])}; {len(found[0]['seconds'][ours])} interleaved rounds, medians of ratios."
+    return "\n".join([*rows, "", note])
+
+
+def _name_record(info: Record, found: Sequence[Record]) -> str:
+    """The case, and its dtype where the record has several."""
+    several = len({each["dtype"] for each in found}) > 1
+    return info["case"].split(":")[0] + (f", {info['dtype']}" if several else "")
 
 
 def openvino_table(results: Path = RESULTS) -> str:

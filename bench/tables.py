@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from editing_tables import edited_attention_table, edits_table, negative_table, suppression_table
-from engine_tables import convolution_table, engines_table, engines_unets_table, openvino_table
+from engine_tables import convolution_table, engines_table, engines_unets_table, openvino_table, recorded_table
 from erasure_tables import erasure_cost_table, erasure_table
 from fidelity.tables import cells_table, ways_of_cells_table
 from gpu_tables import gpu_images_table, gpu_kernels_table, gpu_remedies_table
@@ -249,6 +249,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "erasure_cost": erasure_cost_table,
     "erasure": erasure_table,
     "convolution": convolution_table,
+    "patch_products": partial(
+        recorded_table,
+        "patch_products.json",
+        "layer",
+        {"PyTorch": "PyTorch", "packed weights": "packed", "product of patches": "patches"},
+        ours="patches",
+    ),
+    "geglu": partial(
+        recorded_table,
+        "geglu.json",
+        "gate",
+        {"PyTorch": "eager", "torch.compile": "compiled", "C++": "cpp"},
+        ours="cpp",
+    ),
     "edited_attention": edited_attention_table,
     "edits": edits_table,
     "suppression": suppression_table,
