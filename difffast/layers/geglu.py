@@ -17,7 +17,7 @@ from .. import ops
 from ..ops import _dispatch
 from ..ops import _local as _local_table
 from ..ops._local import has_kernel
-from ..ops.geglu import choose, find_obstacle
+from ..ops.geglu import choose
 from ..ops.linear import choose as choose_linear
 from ..ops.linear import through_onednn
 from ..surgery.pristine import HOOKS, is_wrapped
@@ -57,16 +57,15 @@ class Geglu(LayerKind):
             linear = layer.proj
             if torch.is_grad_enabled() or _is_autocast() or not _is_linear(type(linear)):
                 return fused(layer, hidden)
-            weight = linear.weight
-            if (
-                type(weight) is not nn.Parameter
-                or hidden.dtype != weight.dtype
-                or "forward" in layer.__dict__
-                or "forward" in linear.__dict__
-                or any(map(layer.__dict__.__getitem__, HOOKS))
-                or any(map(linear.__dict__.__getitem__, HOOKS))
-                or _find_backend(_dispatch.forced_backends, _local_table.state, weight.dtype, weight.device) != "cpp"
-            ):
+            weight, own, inner = linear.weight, layer.__dict__, linear.__dict__
+            plainly = (
+                type(weight) is nn.Parameter
+                and hidden.dtype == weight.dtype
+                and not ("forward" in own or "forward" in inner)
+                and not (any(map(own.__getitem__, HOOKS)) or any(map(inner.__getitem__, HOOKS)))
+            )
+            operand = hidden.shape, len(weight), weight.dtype, weight.device
+            if not plainly or _find_backend(_dispatch.forced_backends, _local_table.state, *operand) != "cpp":
                 return fused(layer, hidden)
             multiply = through_onednn if choose_linear(hidden, weight, linear.bias) == "onednn" else F.linear
             return _kernel(multiply(hidden, weight, linear.bias))
@@ -96,17 +95,15 @@ class Geglu(LayerKind):
 
 def _is_fused(weight: Tensor) -> bool:
     """Whether the operator's kernel runs on a CPU for weights like this one."""
-    if weight.device.type != "cpu":
-        return False
-    return _find_backend(_dispatch.forced_backends, _local_table.state, weight.dtype, weight.device) == "cpp"
+    return weight.device.type == "cpu" and choose(weight.detach(), (1, 2)) == "cpp"
 
 
 @functools.lru_cache(_dispatch.REMEMBERED)
-def _find_backend(_forced: Any, _state: Any, dtype: torch.dtype, device: torch.device) -> str:
-    """Return the backend for a call that no gradient is wanted of."""
-    backend = ops.default_backend("geglu", device, dtype)
-    obstacle = find_obstacle(backend, dtype, gradient=False)
-    return backend if obstacle is None else "reference"
+def _find_backend(
+    _forced: Any, _state: Any, shape: torch.Size, columns: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Return the backend for a call that no gradient is wanted of: what :func:`choose` says, without a call of it."""
+    return choose(torch.empty(0, dtype=dtype, device=device), (*shape[:-1], columns))
 
 
 @functools.lru_cache(_dispatch.REMEMBERED)
