@@ -23,7 +23,8 @@ from ..surgery.subclass import plain_class
 from ..unet.features import Features
 from ..unet.shared_skips import read_weights
 from ..unet.split import decode, encode, run_encoder
-from .problems import KINDS, is_slow
+from .parts import is_slow
+from .problems import KINDS
 
 #: Time steps that are decoded at once.
 DECODERS = (1, 2, 4)
