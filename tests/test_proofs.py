@@ -371,6 +371,9 @@ class FakeChild:
         self.events = iter(type(self).scripts.pop(0))
         self.asked = []
 
+    def wait(self):
+        pass
+
     def ask(self, request):
         self.asked.append(request)
 

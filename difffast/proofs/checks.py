@@ -16,8 +16,6 @@ from .problems import KINDS, Problem
 
 #: Most of a candidate's error, as multiples of that of PyTorch's own way: root mean square, and largest.
 RMS, LARGEST = 1.2, 3.0
-#: The same for the root mean square of data in which a few rows make nearly all of the error, whose rounding is luck.
-RMS_OF_FEW = 2.0
 #: Bytes above which a C library gives a tensor pages of its own, which have no neighbours to write into.
 _MAPPED = 1 << 25
 
@@ -68,7 +66,7 @@ class _Error:
         return math.sqrt(self._squares / max(1, self._count)), self._largest
 
 
-def expect(problem: Problem, default: Candidate, differentiate: bool = False, rms_factor: float = RMS) -> Expected:
+def expect(problem: Problem, default: Candidate, differentiate: bool = False) -> Expected:
     """Compute the definition in float64, and the error of PyTorch's own ways in the problem's dtype.
 
     Those are the eager composition and the default; a result that is not finite is no measure.  Wherever both are
@@ -76,7 +74,6 @@ def expect(problem: Problem, default: Candidate, differentiate: bool = False, rm
 
     Args:
         differentiate: take gradients for outputs.
-        rms_factor: :data:`RMS` or :data:`RMS_OF_FEW`.
     """
     kind, key, tensors = KINDS[problem.key.operator], problem.key, problem.tensors
     with default.around():
@@ -104,7 +101,7 @@ def expect(problem: Problem, default: Candidate, differentiate: bool = False, rm
     for i, size in enumerate(sizes):
         finite = [way[i].pair for way in ways if way[i].pair[1] < float("inf")]
         rms, largest = (max((pair[j] for pair in finite), default=0.0) for j in (0, 1))
-        allowed.append((max(rms_factor * rms, eps / 2 * size.pair[0]), max(LARGEST * largest, eps * size.pair[1])))
+        allowed.append((max(RMS * rms, eps / 2 * size.pair[0]), max(LARGEST * largest, eps * size.pair[1])))
         apart.append((allowed[i][0] + rms, (allowed[i][1] + largest) * _grow(plain[i], size.pair[1])))
     return Expected(tuple(pieces), plain, whole, tuple(allowed), tuple(apart))
 

@@ -23,9 +23,9 @@ from ..ops._dispatch import CannotRunError
 from ..ops._keys import Key
 from . import timing
 from .candidates import Candidate, find_candidates, find_default
-from .checks import RMS, RMS_OF_FEW, Expected, RefutedError, check, expect
+from .checks import Expected, RefutedError, check, expect
 from .parts import shorten
-from .problems import DATA, Problem, make_problem, vary
+from .problems import Problem, make_problem, repeat, vary
 
 #: What has to be won to be chosen, by kind of device: a part of the time, and microseconds.
 GAIN = {"cuda": (0.05, 1.0), "cpu": (0.03, 0.0)}
@@ -131,7 +131,8 @@ class Prover:
             The problem of the key itself.
         """
         small = vary(key, 0)
-        cases = [(key, "normal"), *((small, data) for data in DATA[1:]), *((vary(key, i), "normal") for i in (-1, 1))]
+        cases = [(key, "normal"), (small, "uncentred"), (repeat(small), "spike")]
+        cases += [(vary(key, i), "normal") for i in (-1, 1)]
         gradients = [False] * len(cases)
         if key.option("gradient"):
             cases, gradients = [*cases, (small, "normal")], [*gradients, True]
@@ -145,7 +146,7 @@ class Prover:
             if waiting:
                 self.say(at=plain.name, what="the definition")
                 problem = own if not number else make_problem(each, data, self.device, number)
-                expected = expect(problem, plain, differentiate, RMS if data == "normal" else RMS_OF_FEW)
+                expected = expect(problem, plain, differentiate)
             for candidate in waiting:  # PyTorch's own way is what the others are measured by
                 self.say(at=candidate.name, what=f"{data} data, shapes {each.text().split(' ')[2]}")
                 known[candidate.name] = self._check(candidate, problem, expected, differentiate)

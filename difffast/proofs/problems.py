@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,12 @@ from ..ops.joint_attention import reference as define_joint
 from ..ops.skip_norm_silu import reference as define_skip_norm
 
 #: What the numbers of a problem are like: around 0; far from it (logits with a deviation of 20, pixels with a mean of
-#: 100 deviations); with one huge element in each operand.
+#: 100 deviations); with one huge element in each sample of each operand.
 DATA = ("normal", "uncentred", "spike")
 #: Most maps that a problem asks for.
 _MAPS = 12
+#: How often small problems are repeated where a few elements make nearly all of the error, and up to which size.
+_REPEATED, _REPEATED_SIZE = 16, 1 << 20
 #: Most rows of pixels of a norm that varies with all its channels.
 _ROWS = 16
 #: Elements of NaN before and behind each operand; a multiple of what kernels want operands to be aligned to.
@@ -200,7 +203,7 @@ def make_problem(key: Key, data: str, device: torch.device, seed: int = 0) -> Pr
         if data == "uncentred":
             values = values + 100 if norm and index == 0 else values * 20 if not norm and index == 0 else values + 1
         elif data == "spike" and len(shape) > 1:
-            values.view(-1)[values.numel() // 3] = 300.0
+            values.flatten(1)[:, values[0].numel() // 3] = 300.0
         strides = find_strides(shape, layout)
         length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         arena = torch.full((length + 2 * GUARD,), float("nan"), device=device, dtype=key.dtype)
@@ -243,3 +246,13 @@ def vary(key: Key, step: int) -> Key | None:
         return None
     layouts = tuple(each if each[0].isalpha() else "rows" for each in key.layouts)
     return key._replace(shapes=tuple(map(tuple, shapes)), layouts=layouts, options=tuple(named.items()))
+
+
+def repeat(key: Key) -> Key:
+    """Return a small key for more samples, so that an error's root mean square is no matter of luck."""
+    repeats = max(1, min(_REPEATED, _REPEATED_SIZE // max(1, sum(map(math.prod, key.shapes)))))
+    named = dict(key.options)
+    if named.get("addends"):
+        named["addends"] *= repeats
+    shapes = tuple((shape[0] * repeats, *shape[1:]) for shape in key.shapes)
+    return key._replace(shapes=shapes, options=tuple(named.items()))
