@@ -22,7 +22,7 @@ CALLS = 20
 #: Least and most rounds.
 _FEWEST, _MOST = 4, 24
 #: Seconds for all rounds, by kind of device.
-_SECONDS = {"cuda": 0.4, "cpu": 0.1}
+_SECONDS = {"cuda": 0.4, "cpu": 0.06}
 #: Products of an attention that a CPU times; of more samples than that, the first ones are.
 MOST_ON_CPU = 1 << 25
 
