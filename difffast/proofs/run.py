@@ -39,7 +39,8 @@ def prove(
     stays PyTorch's, and is proved at the next call.
 
     Args:
-        pipe: a pipeline, whose UNet, device and dtype count.
+        pipe: a pipeline, whose UNet, device and dtype count.  Its VAE's decoder, and calls whose maps are collected or
+            that are differentiated, are proved last.
         model: instead, the name of a published UNet: "sd15", "sdxl", "if-i-xl" and so on.
         device: None means the pipeline's; without one, cuda where there is one, else cpu.
         dtype: None means the pipeline's; without one, float16 on cuda, else float32.
@@ -63,7 +64,7 @@ def prove(
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
     from .candidates import find_candidates  # not before they are needed: everybody imports this file
-    from .collect import collect, make_dry
+    from .collect import collect, collect_decoder, collect_other_uses, make_call, make_dry
 
     unet = model if pipe is None else find_unet(pipe)
     device = complete_device(device or find_device(unet))
@@ -74,7 +75,12 @@ def prove(
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     child = _begin(device) if refresh or not _local.table_of(device).proofs else None
     try:
-        keys = collect(make_dry(unet, dtype, device), 2 * batch, device)
+        dry = make_dry(unet, dtype, device)
+        keys = collect(dry, 2 * batch, device)
+        if pipe is not None:
+            latents = (batch, *make_call(dry, batch)["sample"].shape[1:])
+            of_decoder = collect_decoder(getattr(pipe, "vae", None), dtype, device, latents)
+            keys += [*of_decoder, *collect_other_uses(keys, device)]
     except BaseException:
         if child is not None:
             child.kill()
