@@ -69,7 +69,9 @@ def test_all_parts_run_and_each_leaves_its_json(rehearse):
     parts = load(out)
     assert parts["sanitizer"]["last"]["sanitizer-memcheck-cuda.txt"] == "24 cases, 0 failed"
     assert parts["tests"]["last"]["tests-pipelines.txt"] == "3 passed"
-    order = [asked.index(word) for word in ("pip install", "-m pytest", "gpu_sanitizer_cases", "cli prove", "gpu_images.py")]
+    order = [
+        asked.index(word) for word in ("pip install", "-m pytest", "gpu_sanitizer_cases", "cli prove", "gpu_images.py")
+    ]
     assert order == sorted(order)
     assert asked.count("gpu_sanitizer_cases") == 8, "four tools, two backends"
     assert "--device cuda --dtype float16" in asked
