@@ -1,9 +1,10 @@
 """Measure what a GPU user's UNet call costs the host, without a GPU: launches, and milliseconds of Python.
 
 ``python bench/host_cost.py sd15`` runs a UNet with that one's layers, but 32 channels and a few pixels, so that next to
-nothing is computed: stock, ``exact`` eagerly, one decoded step, and the replay of a recorded graph with all that is
-looked at before it.  ``--check`` exits with 1 where ``exact`` or the decoded step costs more than :data:`MOST` times
-stock's time, or makes more launches.
+nothing is computed: stock, ``exact`` eagerly, one decoded step, and replays of recorded graphs with all that is looked
+at before them and copied around them.  ``--check`` exits with 1 where ``exact`` or the decoded step costs more than
+:data:`MOST` times stock's time, or makes more launches, or where a replay copies more bytes than the latents, the time
+and the text have.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from difffast.layers.registry import LAYERS
 from difffast.layers.text_kv import TextKV
 from difffast.models.configs import UNET_CONFIGS
 from difffast.unet import split
+from difffast.unet.outer_layers import run_recording, run_reuse
 from difffast.unet.parts import run_whole
 
 #: Most that a call may cost, as a multiple of stock's.
@@ -52,6 +54,19 @@ class CountLaunches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class CountCopies(TorchDispatchMode):
+    """Counts the bytes that are copied from one tensor to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.name in ("aten::copy_", "aten::clone", "aten::_foreach_copy_"):
+            self.bytes += args[0].nbytes
+        return function(*args, **(kwargs or {}))
+
+
 class NoRecorder:
     """Replays nothing: what is left is what comes before a replay."""
 
@@ -67,7 +82,7 @@ class NoRecorder:
     def warm_up(self, function: Callable[[], Any]) -> Any:
         return function()
 
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(self, function: Callable[[], Any], alone: bool = False) -> tuple[Any, Callable[[], None]]:
         return function(), lambda: None
 
 
@@ -116,12 +131,55 @@ def cases(model: nn.Module) -> dict[str, Callable[[], object]]:
         with use_context(context):
             return split.decode(model, features, call, call["timestep"][None])
 
-    def replay() -> object:
+    def execute(function: Callable[..., Any], *arguments: Any) -> Any:
         engine.refuse(model)
-        inputs = reader.read(ProgramCall(model, call, True, kv))
-        return engine.run(inputs, _ignore, run_whole, model, call)
+        return engine.run(reader.read(ProgramCall(model, call, True, kv)), _ignore, function, *arguments)
 
-    return {"stock": stock, "exact, eager": exact, "decoded step, eager": decode, "replayed graph": replay}
+    # What a pipeline holds: the features of the latest key step, until the next one's are there.
+    held = {"features": features, "deep": None}
+
+    def replay_encoder() -> None:
+        held["features"] = split.encode(model, call, share=True, execute=execute)
+
+    def replay_decoder() -> object:
+        return split.decode(model, held["features"], call, call["timestep"][None], execute=execute)
+
+    def replay_recording() -> object:
+        out, held["deep"] = execute(run_recording, model, call, 2)
+        return out
+
+    weights = torch.ones(1)
+    return {
+        "stock": stock,
+        "exact, eager": exact,
+        "decoded step, eager": decode,
+        "replayed graph": lambda: execute(run_whole, model, call),
+        "replayed encoder": replay_encoder,
+        "replayed decoder": replay_decoder,
+        "replayed key step": replay_recording,
+        "replayed reuse": lambda: execute(run_reuse, model, call, [held["deep"]], weights, 2),
+    }
+
+
+def count_copies(calls: dict[str, Callable[[], object]]) -> dict[str, int]:
+    """Return the bytes that each replay copies, once everything has been recorded."""
+    replays = {name: call for name, call in calls.items() if name.startswith("replayed")}
+    for _ in range(8):  # every function is recorded at two places
+        for call in replays.values():
+            call()
+    found = {}
+    for name, call in replays.items():
+        with CountCopies() as counted:
+            call()
+        found[name] = counted.bytes
+    return found
+
+
+def count_own_bytes(model: nn.Module) -> int:
+    """Return how many bytes the latents, the time and the text of a call have, and SDXL's conditions."""
+    call = make_call(model)
+    more = call.pop("added_cond_kwargs", {})
+    return sum(each.nbytes for each in (*call.values(), *more.values()))
 
 
 def count_launches(call: Callable[[], object]) -> int:
@@ -157,17 +215,23 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        calls = cases(make_narrow(options.unet))
+        model = make_narrow(options.unet)
+        calls = cases(model)
+        copied = count_copies(calls)
         launches = {name: count_launches(call) for name, call in calls.items()}
         seconds = measure(calls)
     for name, taken in seconds.items():
         ratio = taken / seconds["stock"]
         print(f"{name:<22}{launches[name]:6} launches{taken * 1e3:9.2f} ms{ratio:8.2f} of stock")
+    own = count_own_bytes(model)
+    for name, count in copied.items():
+        print(f"{name:<22}{count:10} bytes copied; latents, time and text have {own}")
     fails = [
         name
         for name in ("exact, eager", "decoded step, eager")
         if seconds[name] > MOST * seconds["stock"] or launches[name] > launches["stock"]
     ]
+    fails += [name for name, count in copied.items() if count > own]
     return int(options.check and bool(fails))
 
 

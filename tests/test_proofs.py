@@ -371,6 +371,9 @@ class FakeChild:
         self.events = iter(type(self).scripts.pop(0))
         self.asked = []
 
+    def wait(self):
+        pass
+
     def ask(self, request):
         self.asked.append(request)
 
@@ -518,6 +521,39 @@ def test_keys_of_a_pipeline_are_those_that_its_run_asks_for(pipe):
     assert tokens == {77}
     assert set(asked) <= set(keys)
     assert {key.operator for key in keys} == {"cross_attention", "geglu", "group_norm_silu", "self_attention"}
+
+
+def test_keys_of_a_vae_are_those_that_its_decoder_asks_for(pipe, monkeypatch):
+    size = pipe.unet.config.sample_size
+    keys = collect.collect_decoder(pipe.vae, torch.float32, CPU, (1, pipe.unet.config.in_channels, size, size))
+    asked = []
+    original = _dispatch.choose
+
+    def listen(operator, forced, device, dtype, obstacle, loses=None, case=None):
+        if case is not None and "norm" in operator:
+            asked.append(Key.of(operator, dtype, *case))
+        return original(operator, forced, device, dtype, obstacle, loses or (lambda _: False), case)
+
+    _dispatch.forget()
+    monkeypatch.setattr(_dispatch, "choose", listen)
+    with difffast.patched(pipe, "exact"), ops.use_backend("reference"):
+        pipe.vae.decode(torch.zeros(1, pipe.unet.config.in_channels, size, size))
+    assert {key.operator for key in keys} == {"group_norm_silu"}
+    assert set(asked) <= set(keys)
+    assert collect.collect_decoder(None, torch.float32, CPU, (1, 4, 8, 8)) == []
+
+
+def test_maps_and_gradients_are_keys_of_their_own(sd15):
+    keys = collect.collect_other_uses(sd15, torch.device("cuda"))
+    texts = [key.text() for key in keys]
+    attention = "cross_attention float16 2x8x4096x40,2x8x77x40,2x8x77x40 rows,rows,rows sink=0"
+    assert f"{attention},maps=1,gradient=0" in texts
+    assert f"{attention},maps=1,gradient=1" in texts, "what semantic binding asks for"
+    assert f"{attention},maps=0,gradient=1" in texts
+    assert not set(keys) & set(sd15)
+    maps = [key for key in keys if key.option("maps")]
+    assert {key.shapes[0][0] for key in maps} == {2}, "of whole calls alone"
+    assert not any(key.option("gradient") for key in collect.collect_other_uses(sd15, CPU))
 
 
 @pytest.mark.parametrize(

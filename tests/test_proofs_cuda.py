@@ -185,7 +185,7 @@ def test_a_key_is_proved_in_both_modes(monkeypatch, text):
         return [plain, Candidate("ours", True, plain.around, plain.call)]
 
     monkeypatch.setattr(child, "find_candidates", find)
-    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_SECONDS", {"cuda": 0.0})
     prover.prove(Key.parse(text), {}, ["eager", "graph"])
     done = json.loads(events[-1])
     assert done["done"] == text

@@ -204,6 +204,23 @@ def scale_products(s0, s1, scale_log2, T, KEYS: tl.constexpr, KEYS_REST: tl.cons
 
 
 @triton.jit
+def exponentials(s0, s1, sink, KEYS_REST: tl.constexpr):
+    """Largest logit of each row, 2 ** (logit - largest) for both parts, and their sum with ``sink`` logits of zero."""
+    peak = tl.max(s0, 1)
+    if KEYS_REST > 0:
+        peak = tl.maximum(peak, tl.max(s1, 1))
+    peak = tl.where(sink > 0, tl.maximum(peak, 0.0), peak)
+    p0 = tl.exp2(s0 - peak[:, None])
+    # With a sink peak >= 0; without, 2 ** -peak may be infinite.
+    total = tl.sum(p0, 1) + sink * tl.exp2(-tl.maximum(peak, 0.0))
+    p1 = s1
+    if KEYS_REST > 0:
+        p1 = tl.exp2(s1 - peak[:, None])
+        total += tl.sum(p1, 1)
+    return peak, p0, p1, total
+
+
+@triton.jit
 def chosen_keys(low, high, first, KEYS: tl.constexpr):
     """Which of the keys first .. first + KEYS - 1 are chosen, int32 [KEYS] of 0 and 1: bits of two 64-bit words."""
     t = first + tl.arange(0, KEYS)

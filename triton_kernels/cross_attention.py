@@ -23,6 +23,7 @@ from .attention_tiles import (
     DTYPES,
     LOG2_E,
     NAMES,
+    exponentials,
     head_groups,
     near,
     products,
@@ -112,17 +113,7 @@ def forward_kernel(
             D, CHUNK, CHUNKS, REST, KEYS, KEYS_REST, BLOCK, False, DOT, ACC,
         )  # fmt: skip
         s0, s1 = scale_products(s0, s1, scale_log2, T, KEYS, KEYS_REST)
-        peak = tl.max(s0, 1)
-        if KEYS_REST > 0:
-            peak = tl.maximum(peak, tl.max(s1, 1))
-        peak = tl.where(sink > 0, tl.maximum(peak, 0.0), peak)
-        p0 = tl.exp2(s0 - peak[:, None])
-        # With a sink peak >= 0; without, 2 ** -peak may be infinite.
-        total = tl.sum(p0, 1) + sink * tl.exp2(-tl.maximum(peak, 0.0))
-        p1 = s1
-        if KEYS_REST > 0:
-            p1 = tl.exp2(s1 - peak[:, None])
-            total += tl.sum(p1, 1)
+        _, p0, p1, total = exponentials(s0, s1, sink, KEYS_REST)
         inverse = 1.0 / total
         store_weighted(
             p0, p1, inverse,

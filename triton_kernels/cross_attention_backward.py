@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .attention_tiles import (
     chosen_keys,
+    exponentials,
     load_columns,
     partition,
     products,
@@ -125,16 +126,7 @@ def backward_q_kernel(
                     tl.load(source + (map_rows + (slots * gm_stride_m)[None, :]), mask=mask, other=0.0).to(ACC) * share
                 )
         s0, s1 = scale_products(s0, s1, scale_log2, T, KEYS, KEYS_REST)
-        peak = tl.max(s0, 1)
-        if KEYS_REST > 0:
-            peak = tl.maximum(peak, tl.max(s1, 1))
-        peak = tl.where(sink > 0, tl.maximum(peak, 0.0), peak)
-        p0 = tl.exp2(s0 - peak[:, None])
-        total = tl.sum(p0, 1) + sink * tl.exp2(-tl.maximum(peak, 0.0))
-        p1 = s1
-        if KEYS_REST > 0:
-            p1 = tl.exp2(s1 - peak[:, None])
-            total += tl.sum(p1, 1)
+        peak, p0, p1, total = exponentials(s0, s1, sink, KEYS_REST)
         inverse = 1.0 / total
         p0 *= inverse[:, None]
         dot = tl.sum(p0 * dp0, 1)

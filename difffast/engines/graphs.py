@@ -6,18 +6,17 @@ would run eagerly, the operators of fused layers among it, so the numbers are th
 nothing but one eager call.
 
 A graph reads from buffers of its own: inputs are copied there before a replay, text keys and values only when the
-prompt has changed.  Outputs are copied out.
+prompt has changed.  Outputs are copied out, but for what a step leaves for others: they read it where its graph has
+written it (:mod:`.handed_out`).
 """
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,93 +25,40 @@ from torch.utils.weak import TensorWeakRef
 
 from ..ops import _dispatch, _local
 from ..surgery.unchanged import read_version
+from ..unet.outer_layers import run_recording
+from ..unet.split import run_encoder
+from .handed_out import HandedOut, find_owner
 from .inputs import LayerInputs, ProgramInputs, put_inputs
 from .programs import MAX_PROGRAMS, ProgramStats, count_graph_bytes
+from .recorders import CudaRecorder, Recorder
 from .watch import Watch, refuse_recording
 
-
-class Recorder(Protocol):
-    """What records calls so that they can be replayed."""
-
-    def refuse(self, device: torch.device) -> str | None:
-        """Return why nothing can be recorded on a device, or None."""
-        ...
-
-    def on(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return a block in which calls run on a device."""
-        ...
-
-    def warm_up(self, function: Callable[[], Any]) -> Any:
-        """Run a function that is recorded later, so that nothing is initialised or compiled while it is."""
-        ...
-
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        """Record a function; returns its outputs, into which every call of the second value writes anew."""
-        ...
-
-    def place(self) -> Hashable:
-        """Return where calls run now: calls at one place run one after another."""
-        ...
-
-
-class CudaRecorder:
-    """Records into CUDA graphs that share one pool of memory for each stream on which they are replayed."""
-
-    def __init__(self) -> None:
-        self._pools: dict[Hashable, Any] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def refuse(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" else f"the UNet is on {device.type!r}"
-
-    def on(self, device: torch.device) -> AbstractContextManager[object]:
-        return torch.cuda.device(device)  # the current one need not be the UNet's
-
-    def place(self) -> Hashable:
-        stream = torch.cuda.current_stream()
-        return stream.device, stream.cuda_stream
-
-    def _side_stream(self) -> torch.cuda.Stream:
-        """Return the stream of this device on which graphs are recorded; recording is refused on the default one."""
-        device = torch.cuda.current_stream().device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
-
-    def warm_up(self, function: Callable[[], Any]) -> Any:
-        # On the stream of the recording: cuBLAS has a workspace for each, which must not be the graph's.
-        current, side = torch.cuda.current_stream(), self._side_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            result = function()
-        current.wait_stream(side)
-        return result
-
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        pool = self._pools.setdefault(self.place(), torch.cuda.graph_pool_handle())
-        graph = torch.cuda.CUDAGraph()
-        collects = gc.isenabled()
-        gc.disable()  # a graph that is collected while another is recorded would spoil the recording
-        try:
-            # Other threads may go on to allocate meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=self._side_stream(), capture_error_mode="thread_local"):
-                outputs = function()
-        finally:
-            if collects:
-                gc.enable()
-        return outputs, graph.replay
+#: Functions whose outputs other functions read, time step after time step.
+_LEFT_FOR_OTHERS = (run_encoder, run_recording)
+#: How many steps' outputs may be out at once before copies are.  A step's are held until the next step's are there.
+_PLACES = 2
 
 
 @dataclass
 class _Buffer:
-    """Memory that a graph reads from, and whose values it holds now."""
+    """Memory that a graph reads from, and whose values it holds now.
+
+    Attributes:
+        memory: where the graph reads.
+        source: the tensor that was copied last.
+        version: how often it had been written to.
+        given: whether it is memory of another graph, into which nothing is copied.
+    """
 
     memory: Tensor
     source: TensorWeakRef | None = None
     version: int | None = None
+    given: bool = False
 
     def fill(self, value: Tensor) -> None:
         """Copy a tensor into the buffer, unless that very tensor, unchanged, was copied last."""
+        if self.given:
+            return
         version = read_version(value)
         if version is not None and self.source is not None and self.source() is value and self.version == version:
             return
@@ -129,12 +75,23 @@ class _Recording:
         outputs: what the graph writes.
         replay: runs it; None before it is recorded.
         refused: whether it runs eagerly for good.
+        handed_out: which of its outputs are out; None: copies are.
     """
 
     buffers: list[_Buffer] = field(default_factory=list)
     outputs: Any = None
     replay: Callable[[], object] | None = None
     refused: bool = False
+    handed_out: HandedOut | None = None
+
+    def read_outputs(self) -> Any:
+        """Return what the latest replay has written."""
+        if self.handed_out is None:
+            return copy_once(self.outputs)
+        distinct: dict[int, Tensor] = {}
+        _map(lambda tensor: distinct.setdefault(id(tensor), tensor), self.outputs)
+        out = dict(zip(distinct, self.handed_out.hand_out(list(distinct.values())), strict=True))
+        return _map(lambda tensor: out[id(tensor)], self.outputs)
 
 
 @dataclass(frozen=True)
@@ -170,6 +127,8 @@ class Graphs:
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder = recorder or CudaRecorder()
         self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
+        #: What has been warmed up.
+        self._met: OrderedDict[Any, None] = OrderedDict()
         #: Buffers of layers' state, such as text keys and values, that all graphs of one place read.
         self._shared: WeakValueDictionary[Any, _Buffer] = WeakValueDictionary()
         #: The latest inputs of layers, what they are chosen by, and their tensors.
@@ -228,42 +187,75 @@ class Graphs:
             except _Unrecordable as reason:
                 note(f"no CUDA graphs: {reason}")
                 return call.run()
-            key = (function, shape, self._recorder.place(), _read_surroundings())
-            recording = self._recordings.get(key)
-            if recording is None:
-                self._keep(key, _Recording())
+            values = [value for _, _, value in tensors.values()]
+            met = (function, shape, self._recorder.place(), _read_surroundings())
+            if met not in self._met:
+                self._keep(met)
                 with _local.use_mode("graph"):  # what is recorded later
                     return self._recorder.warm_up(call.run)
-            self._recordings.move_to_end(key)
+            owner = find_owner([each.handed_out for each in self._recordings.values() if each.handed_out], values)
+            recording = self._choose(met, values, owner)
             if recording.replay is None and not recording.refused:
-                self._record(recording, call, tensors, note)
+                self._record(recording, call, tensors, owner, note)
             if recording.refused:
                 return call.run()
-            for buffer, (_, _, value) in zip(recording.buffers, tensors.values(), strict=True):
+            for buffer, value in zip(recording.buffers, values, strict=True):
                 buffer.fill(value)
             recording.replay()
-            return copy_once(recording.outputs)
+            return recording.read_outputs()
+
+    def _choose(self, met: Any, values: Sequence[Tensor], owner: HandedOut | None) -> _Recording:
+        """Return the recording that reads what ``owner`` has handed out, and whose outputs nobody holds any more."""
+        key = met if owner is None else (met, *[value.data_ptr() if owner.owns(value) else None for value in values])
+        for number in range(_PLACES if met[0] in _LEFT_FOR_OTHERS else 0):
+            recording = self._recordings.setdefault((key, number), _Recording(handed_out=HandedOut()))
+            if not recording.handed_out.is_held():
+                return self._use((key, number))
+        self._recordings.setdefault((key, None), _Recording())
+        return self._use((key, None))
+
+    def _use(self, key: Any) -> _Recording:
+        """Return a recording, which is the last to be dropped."""
+        self._recordings.move_to_end(key)
+        recording = self._recordings[key]
+        while len(self._recordings) > MAX_PROGRAMS:
+            self._recordings.popitem(last=False)
+        return recording
 
     def forget(self) -> None:
         """Drop all graphs and their memory."""
         with self._lock:
             self._recordings.clear()
+            self._met.clear()
             self._described = self._watch = None
 
-    def _keep(self, key: Any, recording: _Recording) -> None:
-        self._recordings[key] = recording
-        while len(self._recordings) > MAX_PROGRAMS:
-            self._recordings.popitem(last=False)
+    def _keep(self, met: Any) -> None:
+        """Remember what has been met, of the latest calls."""
+        self._met[met] = None
+        while len(self._met) > 4 * MAX_PROGRAMS:
+            self._met.popitem(last=False)
 
-    def _record(self, recording: _Recording, call: _Call, tensors: Tensors, note: Callable[[str], Any]) -> None:
-        """Record a call on buffers in place of its tensors."""
-        buffers = [self._make_buffer(path, value) for _, path, value in tensors.values()]
+    def _record(
+        self,
+        recording: _Recording,
+        call: _Call,
+        tensors: Tensors,
+        owner: HandedOut | None,
+        note: Callable[[str], Any],
+    ) -> None:
+        """Record a call on buffers in place of its tensors, or where their owner has written them."""
+        buffers = []
+        for _, path, value in tensors.values():
+            place = None if owner is None else owner.locate(value)
+            buffers.append(self._make_buffer(path, value) if place is None else _Buffer(place, given=True))
         for buffer, (_, _, value) in zip(buffers, tensors.values(), strict=True):
             buffer.fill(value)
         static = call.on([buffer.memory for buffer in buffers])
         try:
             with _local.use_mode("graph"):
-                recording.outputs, recording.replay = self._recorder.record(static.run)
+                recording.outputs, recording.replay = self._recorder.record(
+                    static.run, alone=recording.handed_out is not None
+                )
             recording.buffers = buffers
         except torch.OutOfMemoryError:
             raise  # the strategy may ask for less at once

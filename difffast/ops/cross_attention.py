@@ -233,7 +233,9 @@ def find_obstacle(
 
 
 def _find_layout(*operands: Tensor) -> tuple[_Layout, ...]:
-    """Return how the operands lie in memory."""
+    """Return how the operands lie in memory; while a call is traced, what is not known counts as unfit."""
+    if torch.compiler.is_compiling():  # no trace knows a storage's offset
+        return tuple((x.stride(), 1) for x in operands)
     return tuple((x.stride(), x.storage_offset() % 8) for x in operands)
 
 

@@ -23,8 +23,9 @@ from ..ops._dispatch import CannotRunError
 from ..ops._keys import Key
 from . import timing
 from .candidates import Candidate, find_candidates, find_default
-from .checks import RMS, RMS_OF_FEW, Expected, RefutedError, check, expect
-from .problems import DATA, Problem, make_problem, vary
+from .checks import Expected, RefutedError, check, expect
+from .parts import shorten
+from .problems import Problem, make_problem, repeat, vary
 
 #: What has to be won to be chosen, by kind of device: a part of the time, and microseconds.
 GAIN = {"cuda": (0.05, 1.0), "cpu": (0.03, 0.0)}
@@ -46,6 +47,8 @@ class Prover:
     def __init__(self, device: torch.device, extras: Sequence[str], out: TextIO) -> None:
         self.device, self.extras, self._out = device, extras, out
         self._clock = timing.Clock(device)
+        self._timed: dict[tuple[Key, str, tuple[str, ...]], tuple[dict[str, timing.Times], dict[str, str]]] = {}
+        self._known: dict[tuple[Key, str, int], dict[str, float | str]] = {}
 
     def say(self, **event: Any) -> None:
         """Tell the parent."""
@@ -93,13 +96,15 @@ class Prover:
         for each in candidates:
             if each.name not in refused:
                 right[each.name] = 0.0
-        self._check_all(key, candidates, plain, right, refused)
-        problem = make_problem(key, "normal", self.device)
+        problem = self._check_all(key, candidates, plain, right, refused)
+        if self.device.type == "cpu":
+            short = shorten(key, timing.MOST_ON_CPU)
+            problem = problem if short == key else make_problem(short, "normal", self.device)
         sets = [problem, *(problem.copy() for _ in range(timing.count_sets(problem) - 1))]
         gain, least = GAIN[self.device.type]
         entries = {}
         for mode in modes:
-            times, lost = self._time(key, [each for each in candidates if each.name in right], sets, mode)
+            times, lost = self._time_once(key, [each for each in candidates if each.name in right], sets, mode)
             ours = [each.name for each in candidates if each.ours and each.name in times]
             entries[mode] = {
                 "choice": timing.pick(times, ours, default, gain, least) if default in times else default,
@@ -119,47 +124,59 @@ class Prover:
         plain: Candidate,
         right: dict[str, float],
         refused: dict[str, str],
-    ) -> None:
-        """Check all candidates in ``right`` on every problem of a key; those that are not right go to ``refused``."""
+    ) -> Problem:
+        """Check all candidates in ``right`` on every problem of a key; those that are not right go to ``refused``.
+
+        Returns:
+            The problem of the key itself.
+        """
         small = vary(key, 0)
-        cases = [(key, "normal"), *((small, data) for data in DATA[1:]), *((vary(key, i), "normal") for i in (-1, 1))]
+        cases = [(key, "normal"), (small, "uncentred"), (repeat(small), "spike")]
+        cases += [(vary(key, i), "normal") for i in (-1, 1)]
         gradients = [False] * len(cases)
         if key.option("gradient"):
             cases, gradients = [*cases, (small, "normal")], [*gradients, True]
+        own = make_problem(key, "normal", self.device)
         for number, ((each, data), differentiate) in enumerate(zip(cases, gradients, strict=True)):
             if each is None:
                 continue
-            self.say(at=plain.name, what="the definition")
-            problem = make_problem(each, data, self.device, number)
-            expected = expect(problem, plain, differentiate, RMS if data == "normal" else RMS_OF_FEW)
-            for candidate in candidates:
-                if candidate.name in right and candidate is not plain:  # by which the others are measured
-                    self.say(at=candidate.name, what=f"{data} data, shapes {each.text().split(' ')[2]}")
-                    reason = self._check(candidate, problem, expected, differentiate, right)
-                    if reason is not None and number and reason.startswith(OBSTACLE):
-                        continue  # dispatch asks for this shape as well
-                    if reason is not None:
-                        refused[candidate.name] = f"{reason} ({data} data, shapes {each.text().split(' ')[2]})"
-                        del right[candidate.name]
+            # Keys with other numbers of samples have the same small problems.
+            known = self._known.setdefault((each, data, number), {}) if number else {}
+            waiting = [c for c in candidates if c.name in right and c is not plain and c.name not in known]
+            if waiting:
+                self.say(at=plain.name, what="the definition")
+                problem = own if not number else make_problem(each, data, self.device, number)
+                expected = expect(problem, plain, differentiate)
+            for candidate in waiting:  # PyTorch's own way is what the others are measured by
+                self.say(at=candidate.name, what=f"{data} data, shapes {each.text().split(' ')[2]}")
+                known[candidate.name] = self._check(candidate, problem, expected, differentiate)
+            for name in [name for name in right if name in known]:
+                verdict = known[name]
+                if not isinstance(verdict, str):
+                    right[name] = max(right[name], verdict)
+                elif not (number and verdict.startswith(OBSTACLE)):  # for which dispatch asks as well
+                    refused[name] = f"{verdict} ({data} data, shapes {each.text().split(' ')[2]})"
+                    del right[name]
+        return own
 
-    def _check(
-        self,
-        candidate: Candidate,
-        problem: Problem,
-        expected: Expected,
-        differentiate: bool,
-        right: dict[str, float],
-    ) -> str | None:
-        """Check one candidate; return why it is refused, or None."""
+    def _check(self, candidate: Candidate, problem: Problem, expected: Expected, differentiate: bool) -> float | str:
+        """Check one candidate; return its error (:func:`.checks.check`), or why it is refused."""
         try:
-            worst = check(candidate, problem, expected, differentiate)
+            return check(candidate, problem, expected, differentiate)
         except CannotRunError as error:
             return f"{OBSTACLE}{str(error).rpartition('cannot run: ')[2]}"
         except Exception as error:
             self._refuse_broken(candidate, error)
             return describe(error)
-        right[candidate.name] = max(right[candidate.name], worst)
-        return None
+
+    def _time_once(
+        self, key: Key, candidates: Sequence[Candidate], sets: Sequence[Problem], mode: str
+    ) -> tuple[dict[str, timing.Times], dict[str, str]]:
+        """Do what :meth:`_time` does; keys of which the same samples are timed share the answer."""
+        what = sets[0].key, mode, tuple(each.name for each in candidates)
+        if what not in self._timed:
+            self._timed[what] = self._time(key, candidates, sets, mode)
+        return self._timed[what]
 
     def _time(
         self, key: Key, candidates: Sequence[Candidate], sets: Sequence[Problem], mode: str

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..layers.context import CallContext, Text, use_context
 from ..layers.cross_attention import process_text
 from ..layers.registry import LAYERS
+from ..layers.resnet import Resnet
 from ..models.configs import unet as make_unet
 from ..ops import _local
 from ..ops._keys import Key
@@ -23,7 +25,8 @@ from ..surgery.subclass import plain_class
 from ..unet.features import Features
 from ..unet.shared_skips import read_weights
 from ..unet.split import decode, encode, run_encoder
-from .problems import KINDS, is_slow
+from .parts import is_slow
+from .problems import KINDS
 
 #: Time steps that are decoded at once.
 DECODERS = (1, 2, 4)
@@ -112,7 +115,71 @@ def collect(unet: nn.Module, batch: int, device: torch.device, decoders: Sequenc
     context = CallContext(
         fused=True, note=_ignore, record=_ignore, text=Text(seen=None, original=text, kv=None), always=True
     )
-    found: list[Counter[Key]] = []
+    with _listen(device) as found:
+        with use_context(context):
+            unet(**call, return_dict=False)
+        with use_context(context):
+            features = encode(unet, call)
+            shared = _share(unet, call)
+        for steps in decoders:
+            found.append(Counter())
+            for each in (features, shared):
+                with use_context(context):
+                    decode(unet, each, call, torch.zeros(steps, dtype=torch.int64, device="meta"))
+    ordered = [
+        key for each in found for key in sorted(each, key=lambda key: (is_slow(key, device), -each[key] * key.size))
+    ]
+    return list(dict.fromkeys(ordered))
+
+
+def collect_other_uses(keys: Sequence[Key], device: torch.device) -> list[Key]:
+    """Return the keys that the same calls ask for when attention maps are collected, and when they are differentiated.
+
+    Args:
+        keys: from :func:`collect`.
+        device: where the proofs are for; on a CPU operators do not ask whether they will be differentiated.
+    """
+    samples = min((key.shapes[0][0] for key in keys), default=0)
+    found = [_set(key, "maps") for key in keys if _has(key, "maps") and key.shapes[0][0] == samples]
+    if device.type != "cpu":
+        found += [_set(key, "gradient") for key in (*keys, *found) if _has(key, "gradient")]
+    return list(dict.fromkeys(found))
+
+
+def _has(key: Key, option: str) -> bool:
+    return (option, 0) in key.options
+
+
+def _set(key: Key, option: str) -> Key:
+    return key._replace(options=tuple((name, 1 if name == option else value) for name, value in key.options))
+
+
+def collect_decoder(vae: Any, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> list[Key]:
+    """Return the keys that the decoder of a VAE asks for; of a VAE of another kind than AutoencoderKL, none.
+
+    Args:
+        vae: the VAE, of which a dry one is made.
+        dtype: of its weights.
+        device: where the proofs are for.
+        shape: of the latents.
+    """
+    from diffusers import AutoencoderKL
+
+    if not isinstance(vae, AutoencoderKL):
+        return []
+    with torch.device("meta"):
+        decoder = plain_class(vae).from_config(vae.config).decoder.to(dtype).eval().requires_grad_(False)
+    Resnet().put_in(decoder)
+    context = CallContext(fused=True, note=_ignore, record=_ignore, always=True)
+    with _listen(device) as found, use_context(context):
+        decoder(torch.empty(*shape, dtype=dtype, device="meta"))
+    return sorted(found[-1], key=lambda key: -found[-1][key] * key.size)
+
+
+@contextlib.contextmanager
+def _listen(device: torch.device) -> Iterator[list[Counter[Key]]]:
+    """Count the keys that are asked for on the meta device, into the last counter of the list."""
+    found: list[Counter[Key]] = [Counter()]
 
     def watch(where: torch.device, key: Key) -> None:
         if where.type == "meta" and key.operator in KINDS:
@@ -121,23 +188,9 @@ def collect(unet: nn.Module, batch: int, device: torch.device, decoders: Sequenc
     with _collecting, torch.no_grad(), _CudnnFormats():
         _local.watch = watch
         try:
-            found.append(Counter())
-            with use_context(context):
-                unet(**call, return_dict=False)
-            with use_context(context):
-                features = encode(unet, call)
-                shared = _share(unet, call)
-            for steps in decoders:
-                found.append(Counter())
-                for each in (features, shared):
-                    with use_context(context):
-                        decode(unet, each, call, torch.zeros(steps, dtype=torch.int64, device="meta"))
+            yield found
         finally:
             _local.watch = None
-    ordered = [
-        key for each in found for key in sorted(each, key=lambda key: (is_slow(key, device), -each[key] * key.size))
-    ]
-    return list(dict.fromkeys(ordered))
 
 
 class _CudnnFormats(TorchDispatchMode):

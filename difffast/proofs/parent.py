@@ -54,7 +54,7 @@ class Outcome:
 
 
 class Child:
-    """One child process.
+    """One child process, which begins to start.
 
     Args:
         device: where it proves.
@@ -86,6 +86,13 @@ class Child:
         self._listener.start()
         facts = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
         self.ask({"device": str(device), "extras": list(extras), **facts})
+
+    def wait(self) -> None:
+        """Wait until it is ready.
+
+        Raises:
+            NoChildError: it does not start.
+        """
         event = self.hear(START)
         if event is None or not event.get("ready"):
             reason = self.close()
@@ -153,6 +160,7 @@ class Proving:
         extras: more candidates (:func:`.candidates.find_candidates`).
         keep: is given each key with its entries by mode.
         step: most seconds of one step.
+        child: a process that has begun to start, if there is one; it is closed at the end.
     """
 
     def __init__(
@@ -162,10 +170,12 @@ class Proving:
         extras: Sequence[str],
         keep: Callable[[Key, dict[str, Any]], None],
         step: float = STEP,
+        child: Child | None = None,
     ) -> None:
         self._device, self._extras, self._keep, self._step = device, extras, keep, step
         self._end = time.monotonic() + seconds
         self._child: Child | None = None
+        self._begun = child
         self.outcome = Outcome()
 
     def run(self, keys: Sequence[Key]) -> Outcome:
@@ -183,14 +193,16 @@ class Proving:
             self.outcome.notes.append(str(error))
         finally:
             self.outcome.left += waiting
-            if self._child is not None:
-                self._child.close()
+            for each in (self._child, self._begun):
+                if each is not None:
+                    each.close()
         return self.outcome
 
     def _find_child(self) -> Child:
         if self._child is None:
             self.outcome.children += 1
-            self._child = Child(self._device, self._extras)
+            self._child, self._begun = self._begun or Child(self._device, self._extras), None
+            self._child.wait()
         return self._child
 
     def _lose_child(self, kill: bool) -> str:

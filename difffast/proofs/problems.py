@@ -21,15 +21,16 @@ from ..ops.joint_attention import reference as define_joint
 from ..ops.skip_norm_silu import reference as define_skip_norm
 
 #: What the numbers of a problem are like: around 0; far from it (logits with a deviation of 20, pixels with a mean of
-#: 100 deviations); with one huge element in each operand.
+#: 100 deviations); with one huge element in each sample of each operand.
 DATA = ("normal", "uncentred", "spike")
 #: Most maps that a problem asks for.
 _MAPS = 12
+#: How often small problems are repeated where a few elements make nearly all of the error, and up to which size.
+_REPEATED, _REPEATED_SIZE = 16, 1 << 20
+#: Most rows of pixels of a norm that varies with all its channels.
+_ROWS = 16
 #: Elements of NaN before and behind each operand; a multiple of what kernels want operands to be aligned to.
 GUARD = 4096
-
-#: Products of queries and keys above which a CPU computes the definition in float32: in float64 it would take minutes.
-_LARGE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -160,21 +161,6 @@ def _define_skip_norm(key: Key, hidden: Tensor, skip: Tensor, weight: Tensor, bi
     return define_skip_norm(hidden, skip, key.option("groups"), weight, bias)
 
 
-def _by_row(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Let the definition of an attention be computed sample by sample: it keeps all probabilities in memory."""
-
-    def run(key: Key, q: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        if q.requires_grad or len(q) == 1:
-            return function(key, q, *rest)
-        rows = [
-            function(key, q[b : b + 1], *(x[b * len(x) // len(q) : b * len(x) // len(q) + 1] for x in rest))
-            for b in range(len(q))
-        ]
-        return tuple(torch.cat(each) for each in zip(*rows, strict=True))
-
-    return run
-
-
 def _call_self(key: Key, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return (ops.self_attention(q, k, v),)
 
@@ -193,11 +179,11 @@ def _define_geglu(key: Key, x: Tensor) -> tuple[Tensor, ...]:
 
 #: Operators whose kernels are proved for each shape.
 KINDS: dict[str, Kind] = {
-    "cross_attention": Kind(_lay_attention, _call_cross, _by_row(_define_cross), _by_row(_compose_cross)),
+    "cross_attention": Kind(_lay_attention, _call_cross, _define_cross, _compose_cross),
     "geglu": Kind(_lay_geglu, _call_geglu, _define_geglu, None),
     "group_norm_silu": Kind(_lay_norm, _call_norm, _define_norm, None),
-    "joint_attention": Kind(_lay_attention, _call_joint, _by_row(_define_joint), _by_row(_compose_joint)),
-    "self_attention": Kind(_lay_attention, _call_self, _by_row(_define_cross), _by_row(_compose_cross)),
+    "joint_attention": Kind(_lay_attention, _call_joint, _define_joint, _compose_joint),
+    "self_attention": Kind(_lay_attention, _call_self, _define_cross, _compose_cross),
     "skip_norm_silu": Kind(_lay_skip_norm, _call_skip_norm, _define_skip_norm, None),
 }
 
@@ -217,7 +203,7 @@ def make_problem(key: Key, data: str, device: torch.device, seed: int = 0) -> Pr
         if data == "uncentred":
             values = values + 100 if norm and index == 0 else values * 20 if not norm and index == 0 else values + 1
         elif data == "spike" and len(shape) > 1:
-            values.view(-1)[values.numel() // 3] = 300.0
+            values.flatten(1)[:, values[0].numel() // 3] = 300.0
         strides = find_strides(shape, layout)
         length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         arena = torch.full((length + 2 * GUARD,), float("nan"), device=device, dtype=key.dtype)
@@ -242,6 +228,8 @@ def vary(key: Key, step: int) -> Key | None:
     elif "norm" in key.operator:
         for shape in shapes:
             shape[-1] += step
+            if key.operator == "skip_norm_silu":  # with all channels, because they say which group straddles
+                shape[2:-1] = [min(size, _ROWS) for size in shape[2:-1]]
         shapes[0][0] = shapes[0][0] // shapes[-1][0]  # alone, or as many steps as share a skip
         shapes[-1][0] = 1
         if key.operator == "group_norm_silu":
@@ -260,12 +248,11 @@ def vary(key: Key, step: int) -> Key | None:
     return key._replace(shapes=tuple(map(tuple, shapes)), layouts=layouts, options=tuple(named.items()))
 
 
-def find_exact_dtype(problem: Problem) -> torch.dtype:
-    """Return the dtype in which a problem's definition is computed: float64 wherever there is time for it."""
-    return torch.float32 if is_slow(problem.key, problem.tensors[0].device) else torch.float64
-
-
-def is_slow(key: Key, device: torch.device) -> bool:
-    """Whether a device takes many seconds to prove a key."""
-    products = 0 if len(key.shapes) < 3 else math.prod(key.shapes[0][:3]) * key.shapes[-1][2]
-    return device.type == "cpu" and products > _LARGE
+def repeat(key: Key) -> Key:
+    """Return a small key for more samples, so that an error's root mean square is no matter of luck."""
+    repeats = max(1, min(_REPEATED, _REPEATED_SIZE // max(1, sum(map(math.prod, key.shapes)))))
+    named = dict(key.options)
+    if named.get("addends"):
+        named["addends"] *= repeats
+    shapes = tuple((shape[0] * repeats, *shape[1:]) for shape in key.shapes)
+    return key._replace(shapes=shapes, options=tuple(named.items()))

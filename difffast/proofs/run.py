@@ -15,6 +15,7 @@ from .report import ProofReport
 
 if TYPE_CHECKING:
     from ..support import Pipeline
+    from .parent import Child
 
 #: Is told after each key how many of how many are done.
 Progress = Callable[[int, int], object]
@@ -38,7 +39,8 @@ def prove(
     stays PyTorch's, and is proved at the next call.
 
     Args:
-        pipe: a pipeline, whose UNet, device and dtype count.
+        pipe: a pipeline, whose UNet, device and dtype count.  Its VAE's decoder, and calls whose maps are collected or
+            that are differentiated, are proved last.
         model: instead, the name of a published UNet: "sd15", "sdxl", "if-i-xl" and so on.
         device: None means the pipeline's; without one, cuda where there is one, else cpu.
         dtype: None means the pipeline's; without one, float16 on cuda, else float32.
@@ -62,7 +64,7 @@ def prove(
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
     from .candidates import find_candidates  # not before they are needed: everybody imports this file
-    from .collect import collect, make_dry
+    from .collect import collect, collect_decoder, collect_other_uses, make_call, make_dry
 
     unet = model if pipe is None else find_unet(pipe)
     device = complete_device(device or find_device(unet))
@@ -71,9 +73,30 @@ def prove(
         dtype = half if isinstance(unet, str) else unet.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    keys = collect(make_dry(unet, dtype, device), 2 * batch, device)
+    child = _begin(device) if refresh or not _local.table_of(device).proofs else None
+    try:
+        dry = make_dry(unet, dtype, device)
+        keys = collect(dry, 2 * batch, device)
+        if pipe is not None:
+            latents = (batch, *make_call(dry, batch)["sample"].shape[1:])
+            of_decoder = collect_decoder(getattr(pipe, "vae", None), dtype, device, latents)
+            keys += [*of_decoder, *collect_other_uses(keys, device)]
+    except BaseException:
+        if child is not None:
+            child.kill()
+        raise
     keys = [key for key in keys if len(find_candidates(key, device)) > 1]  # else there is nothing to choose
-    return prove_keys(keys, device, seconds, refresh=refresh, progress=progress)
+    return prove_keys(keys, device, seconds, refresh=refresh, progress=progress, child=child)
+
+
+def _begin(device: torch.device) -> Child | None:
+    """Begin to start the process that proves, while this one collects keys; whoever needs one notes if it cannot."""
+    from .parent import Child, NoChildError
+
+    try:
+        return Child(device, ())
+    except NoChildError:
+        return None
 
 
 def find_unet(pipe: Any) -> Any:
@@ -118,12 +141,14 @@ def prove_keys(
     progress: Progress | None = None,
     extras: Sequence[str] = (),
     step: float | None = None,
+    child: Child | None = None,
 ) -> ProofReport:
     """Do what :func:`prove` does, for keys in the order in which they shall be proved.
 
     Args:
         extras: "module:name" of dictionaries {operator: {name: way}} with more candidates.
         step: most seconds that a candidate may take for one step; None means :data:`.parent.STEP`.
+        child: a process that has begun to start, if there is one.
     """
     from . import parent
 
@@ -145,8 +170,8 @@ def prove_keys(
             progress(done, len(new))
 
     left: list[Key] = []
-    if new:
-        outcome = parent.Proving(device, seconds, extras, keep, step or parent.STEP).run(new)
+    if new or child is not None:
+        outcome = parent.Proving(device, seconds, extras, keep, step or parent.STEP, child).run(new)
         notes += outcome.notes
         left = outcome.left
     table = _local.table_of(device)

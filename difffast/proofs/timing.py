@@ -19,8 +19,12 @@ _ROTATED = 1 << 28
 _COPIES_ON_CPU = 4
 #: Calls in one captured graph, and of one measurement of the host.
 CALLS = 20
-#: Least and most rounds, and seconds for all of them.
-_FEWEST, _MOST, _SECONDS = 4, 24, 0.4
+#: Least and most rounds.
+_FEWEST, _MOST = 4, 24
+#: Seconds for all rounds, by kind of device.
+_SECONDS = {"cuda": 0.4, "cpu": 0.06}
+#: Products of an attention that a CPU times; of more samples than that, the first ones are.
+MOST_ON_CPU = 1 << 25
 
 #: Told where the run is, before anything that may crash or hang.
 Say = Callable[[str], None]
@@ -84,7 +88,7 @@ class Clock:
                 each.call(sets[0].key, *sets[0].tensors)
                 once = time.perf_counter() - start
             # A call that takes long is seldom undisturbed, however often it runs.
-            calls[each.name] = 1 if once > 0.1 else max(3, min(100, int(2e-3 / max(once, 1e-7))))
+            calls[each.name] = 1 if once > 0.02 else max(3, min(100, int(1e-3 / max(once, 1e-7))))
         found: dict[str, list[float]] = {each.name: [] for each in candidates}
 
         def run(each: Candidate) -> None:
@@ -97,7 +101,7 @@ class Clock:
                     best = min(best, time.perf_counter() - start)
             found[each.name].append(1e6 * best)  # what else runs on the processor only ever adds
 
-        _go_round(candidates, run, say)
+        _go_round(candidates, run, say, _SECONDS["cpu"])
         return {name: Times(tuple(each)) for name, each in found.items()}
 
     def _time_eager(self, candidates: Sequence[Candidate], sets: Sequence[Problem], say: Say) -> dict[str, Times]:
@@ -114,7 +118,7 @@ class Clock:
                 pair[1].record()
             events[each.name].append(pair)
 
-        _go_round(candidates, run, say, torch.cuda.synchronize)
+        _go_round(candidates, run, say, _SECONDS["cuda"], torch.cuda.synchronize)
         return {
             name: Times(tuple(1e3 * start.elapsed_time(end) for start, end in pairs), host[name])
             for name, pairs in events.items()
@@ -149,7 +153,7 @@ class Clock:
             pair[1].record()
             events[each.name].append(pair)
 
-        _go_round(candidates, run, say, torch.cuda.synchronize)
+        _go_round(candidates, run, say, _SECONDS["cuda"], torch.cuda.synchronize)
         return {
             name: Times(tuple(1e3 * start.elapsed_time(end) / CALLS for start, end in pairs))
             for name, pairs in events.items()
@@ -190,7 +194,11 @@ def capture(candidate: Candidate, problems: Sequence[Problem]) -> tuple[torch.cu
 
 
 def _go_round(
-    candidates: Sequence[Candidate], run: Callable[[Candidate], None], say: Say, wait: Callable[[], None] = lambda: None
+    candidates: Sequence[Candidate],
+    run: Callable[[Candidate], None],
+    say: Say,
+    seconds: float,
+    wait: Callable[[], None] = lambda: None,
 ) -> None:
     """Run all candidates in turn, in a new order in every round, until there are rounds enough or the time is over."""
     begin = time.perf_counter()
@@ -200,7 +208,7 @@ def _go_round(
             say(each.name)
             run(each)
             wait()
-        if number + 1 >= _FEWEST and time.perf_counter() - begin > _SECONDS:
+        if number + 1 >= _FEWEST and time.perf_counter() - begin > seconds:
             return
 
 

@@ -104,10 +104,10 @@ def make_table(proofs: Mapping[str, Mapping[str, Any]], title: str) -> Table:
 
 
 class _Stored:
-    """A pipeline on disk of which only the UNet's configuration is read."""
+    """A pipeline on disk of which only the configurations of the UNet and the VAE are read."""
 
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
+    def __init__(self, unet: Any, vae: Any) -> None:
+        self.unet, self.vae = unet, vae
 
 
 def _read_unet(folder: Path) -> _Stored:
@@ -116,17 +116,26 @@ def _read_unet(folder: Path) -> _Stored:
     Raises:
         ValueError: there is no such pipeline, or its UNet's class is unknown.
     """
-    import diffusers
-    import torch
-
     path = folder / "unet" / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no pipeline with a UNet in Diffusers format: there is no {path}")
+    vae = folder / "vae" / "config.json"
+    return _Stored(_read_config(path, "UNet"), _read_config(vae, "VAE") if vae.is_file() else None)
+
+
+def _read_config(path: Path, what: str) -> Any:
+    """Return the model of a configuration, on the meta device.
+
+    Raises:
+        ValueError: it is no configuration, or its class is unknown.
+    """
+    import diffusers
+    import torch
+
     try:
         config = json.loads(path.read_bytes())
-        name = config["_class_name"]
-        kind = getattr(diffusers, name)
+        kind = getattr(diffusers, config["_class_name"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} must be the configuration of a UNet of Diffusers") from None
+        raise ValueError(f"{path} must be the configuration of a {what} of Diffusers") from None
     with torch.device("meta"):
-        return _Stored(kind.from_config(config))
+        return kind.from_config(config)

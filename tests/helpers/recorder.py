@@ -47,7 +47,7 @@ class CpuRecorder:
         self.counts["warm-ups"] += 1
         return function()
 
-    def record(self, function):
+    def record(self, function, alone=False):
         self.counts["recordings"] += 1
         with _Log() as log:
             outputs = function()
