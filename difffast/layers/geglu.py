@@ -17,7 +17,7 @@ from .. import ops
 from ..ops import _dispatch
 from ..ops import _local as _local_table
 from ..ops._local import has_kernel
-from ..ops.geglu import choose
+from ..ops.geglu import choose, find_obstacle
 from ..ops.linear import choose as choose_linear
 from ..ops.linear import through_onednn
 from ..surgery.pristine import HOOKS, is_wrapped
@@ -95,7 +95,9 @@ class Geglu(LayerKind):
 
 def _is_fused(weight: Tensor) -> bool:
     """Whether the operator's kernel runs on a CPU for weights like this one."""
-    return weight.device.type == "cpu" and choose(weight.detach(), (1, 2)) == "cpp"
+    if weight.device.type != "cpu" or find_obstacle("cpp", weight.dtype, gradient=False) is not None:
+        return False
+    return ops.default_backend("geglu", weight.device, weight.dtype) == "cpp"
 
 
 @functools.lru_cache(_dispatch.REMEMBERED)
