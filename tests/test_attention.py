@@ -313,7 +313,7 @@ def test_other_processors_run_stock_and_say_so(pipe):
     assert any(isinstance(layer.processor, SlicedAttnProcessor) for layer in layers(pipe).values())
     stock = latents(pipe)
     with (
-        ops.use_backend("reference", "convolution"),
+        ops.use_backend("reference", "convolution", "geglu"),
         patched(pipe, "exact") as report,
         pytest.warns(UserWarning, match="attn2 layers run stock.*SlicedAttnProc"),
     ):
@@ -330,7 +330,7 @@ def test_a_subclassed_processor_is_not_taken_for_the_original(pipe):
         layer.set_processor(Mine())
     stock = latents(pipe)
     with (
-        ops.use_backend("reference", "convolution"),
+        ops.use_backend("reference", "convolution", "geglu"),
         ops.use_backend("sdpa", "self_attention"),
         patched(pipe, "exact"),
         pytest.warns(UserWarning, match="Mine"),

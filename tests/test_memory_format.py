@@ -79,7 +79,7 @@ def test_transformers_hand_on_the_format_and_the_values(pipe, linear, monkeypatc
         expected = unet(sample, 3, text).sample
     layout, kind = ChannelsLast(), gpu.TransformerOutput()
     layout.put_in(unet)
-    monkeypatch.setattr(gpu, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
     kind.put_in(unet)
     formats = []
     for layer in kind.find(unet).values():
