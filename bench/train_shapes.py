@@ -2,9 +2,11 @@
 
     python bench/train_shapes.py --preset cpu --out out/shapes --minutes 60
     python bench/train_shapes.py --out out/shapes --export difffast/models/embedded
+    python bench/train_shapes.py --out out/shapes --take-up bench/training/unfinished --start difffast/models/embedded
 
 Every run goes on where the last one stopped, which may have been killed at any moment; --minutes bounds one run.
-Sample grids, loss plots and what was measured on the way are in --out.
+Sample grids, loss plots and what was measured on the way are in --out.  The last line goes on, on any machine, from
+what is in the repository of a training that is not finished (``--keep``): at present a CLIP, without a UNet.
 """
 
 from __future__ import annotations
