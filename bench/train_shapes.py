@@ -6,7 +6,8 @@
 
 Every run goes on where the last one stopped, which may have been killed at any moment; --minutes bounds one run.
 Sample grids, loss plots and what was measured on the way are in --out.  The last line goes on, on any machine, from
-what is in the repository of a training that is not finished (``--keep``): at present a CLIP and its autoencoder, without a UNet.
+what is in the repository of a training that is not finished (``--keep``): at present a CLIP and an autoencoder, without
+a UNet.
 """
 
 from __future__ import annotations
