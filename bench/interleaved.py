@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,12 @@ import torch
 
 #: Bytes written between two GPU timings, so that no provider finds its operands in the L2 cache.
 _L2_BYTES = 256 << 20
+
+
+def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """A call that makes these one after the other, and begins again."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
 
 
 def measure(

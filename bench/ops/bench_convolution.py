@@ -11,14 +11,13 @@ table of docs/operators.md comes from this file (bench/engine_tables.py).
 from __future__ import annotations
 
 import importlib
-import itertools
 import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interleaved import measure, ratio
+from interleaved import in_turn, measure, ratio
 from torch import Tensor, nn
 
 from difffast import ops
@@ -44,11 +43,6 @@ SHAPES = {
 _WEIGHTS = 4e8
 #: Largest error, of the largest number.
 _GATE = 1e-5
-
-
-def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
-    following = itertools.cycle(calls)
-    return lambda: next(following)()
 
 
 def packed(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:

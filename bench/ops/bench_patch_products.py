@@ -9,13 +9,12 @@ comes from this file (bench/engine_tables.py).
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
-from interleaved import measure, ratio
+from interleaved import in_turn, measure, ratio
 from torch import Tensor, nn
 
 from difffast.layers.convolution import choose_tile
@@ -35,11 +34,6 @@ SHAPES = {
 _WEIGHTS = 4e8
 #: Largest error, of the largest number.
 _GATE = 1e-5
-
-
-def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
-    following = itertools.cycle(calls)
-    return lambda: next(following)()
 
 
 def packed(x: Tensor, layer: nn.Conv2d) -> Callable[[], Tensor]:
