@@ -42,7 +42,7 @@ class Recipe:
     steps: int
     batch: int
     captions: int = 6
-    vae_tune_steps: int = 800
+    vae_tune_steps: int = 2_500
     learning_rate: float = 5e-4
     warmup: int = 200
     vae_learning_rate: float = 1e-3

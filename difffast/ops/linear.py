@@ -99,8 +99,8 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     size = x.numel()
     if size <= _ACCEPTED or size < _FEW * x.shape[-1] or size * weight.shape[0] < _SMALL or x.device.type != "cpu":
         return "reference"
-    # Where sizes are symbols, an exported program would hold for one side of the limit alone.
-    large = isinstance(size, int) and size * weight.shape[0] >= _LARGE
+    # A program exported with symbols as sizes would hold for one side of the limit alone.
+    large = not torch.compiler.is_exporting() and size * weight.shape[0] >= _LARGE
     pays = _pays_if_large() if large else _pays()
     return "onednn" if pays and _find_obstacle(x, weight, bias) is None else "reference"
 
