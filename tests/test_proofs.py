@@ -87,13 +87,13 @@ def test_what_is_wrong_is_refused_with_the_reason():
 
 @pytest.mark.slow
 def test_what_breaks_a_process_is_refused_and_the_rest_is_proved(folder):
-    report = prove_keys([KEY], CPU, 60, extras=["planted:ALL"], step=4.0)
+    report = prove_keys([KEY], CPU, 60, planted=parent.Planted(["planted:ALL"], 4.0))
     found = report.proofs[EAGER]
     assert found["choice"] == "right"
     assert "SIGSEGV" in found["refused"]["crashing"]
     assert "it took more than 4 s (normal data" in found["refused"]["endless"]
     assert set(found["refused"]) >= set(REASONS)
-    again = prove_keys([KEY], CPU, 60, extras=["planted:ALL"])
+    again = prove_keys([KEY], CPU, 60, planted=parent.Planted(["planted:ALL"]))
     assert (again.proved, again.known) == (0, 1), "nothing is proved twice"
     code = (
         "import torch; from difffast.ops import _local;"
@@ -421,7 +421,7 @@ def test_who_was_at_work_is_refuted_and_a_new_child_does_the_rest(monkeypatch, e
 
     monkeypatch.setattr(parent, "Child", Child)
     kept = {}
-    outcome = parent.Proving(CPU, 60, [], kept.__setitem__).run([KEY])
+    outcome = parent.Proving(CPU, 60, kept.__setitem__).run([KEY])
     assert children[1].asked[0]["refused"] == refused
     assert set(kept) == {KEY}
     assert (outcome.left, outcome.children) == ([], 2)
@@ -434,7 +434,7 @@ def test_a_crash_of_pytorchs_own_way_leaves_the_key(monkeypatch):
     monkeypatch.setattr(parent, "Child", Child)
     other = KEY._replace(dtype=torch.bfloat16)
     kept = {}
-    outcome = parent.Proving(CPU, 60, [], kept.__setitem__).run([KEY, other])
+    outcome = parent.Proving(CPU, 60, kept.__setitem__).run([KEY, other])
     assert outcome.left == [KEY]
     assert set(kept) == {other}
     assert "it crashed with SIGSEGV" in outcome.notes[0]
@@ -446,14 +446,14 @@ def test_kernels_that_cannot_be_compiled_at_once_are_compiled_one_by_one(monkeyp
 
     monkeypatch.setattr(parent, "Child", Child)
     kept = {}
-    outcome = parent.Proving(torch.device("cuda", 0), 60, [], kept.__setitem__).run([KEY])
+    outcome = parent.Proving(torch.device("cuda", 0), 60, kept.__setitem__).run([KEY])
     assert set(kept) == {KEY}
     assert "compiling all Triton kernels at once failed: it crashed with SIGSEGV" in outcome.notes[0]
 
 
 def test_when_the_time_is_over_the_rest_is_left():
     keys = [KEY, KEY._replace(dtype=torch.bfloat16)]
-    assert parent.Proving(CPU, 0.0, [], lambda *_: None).run(keys).left == keys
+    assert parent.Proving(CPU, 0.0, lambda *_: None).run(keys).left == keys
 
 
 LAYOUTS = [

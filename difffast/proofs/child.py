@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import torch
@@ -116,6 +116,16 @@ class Prover:
                 "date": time.strftime("%Y-%m-%d"),
             }
         self.say(done=key.text(), entries=entries)
+
+    def check_whole(self, what: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Check what was chosen for eager calls in a whole UNet (:mod:`.whole`), and say what came of it."""
+        # It brings in Diffusers, of which the proofs of keys need nothing.
+        from .whole import check_whole
+
+        try:
+            self.say(whole=check_whole(what, entries, "eager", self.device))
+        except Exception as error:  # of the UNet, or for want of memory
+            self.say(whole={"error": describe(error)}, broken=self.is_broken())
 
     def _check_all(
         self,
@@ -273,6 +283,8 @@ def main() -> None:
         request = json.loads(line)
         if "compile" in request:
             prover.compile([Key.parse(text) for text in request["compile"]], request["seconds"])
+        elif "whole" in request:
+            prover.check_whole(request["whole"], request["entries"])
         else:
             try:
                 prover.prove(Key.parse(request["key"]), request["refused"], request["modes"])

@@ -94,6 +94,20 @@ def make_call(unet: nn.Module, batch: int) -> dict[str, Any]:
     return call
 
 
+def patch_dry(unet: nn.Module) -> None:
+    """Patch the layers of a UNet that is never given back."""
+    for kind in LAYERS:
+        kind.put_in(unet)
+    if getattr(unet.config, "encoder_hid_dim_type", None) == "text_proj":
+        unet.process_encoder_hidden_states = functools.partial(_process_text, unet)
+
+
+def make_context(call: dict[str, Any]) -> CallContext:
+    """Return what such a UNet's layers are allowed in a call: everything."""
+    text = Text(seen=None, original=call["encoder_hidden_states"], kv=None)
+    return CallContext(fused=True, note=_ignore, record=_ignore, text=text, always=True)
+
+
 def collect(unet: nn.Module, batch: int, device: torch.device, decoders: Sequence[int] = DECODERS) -> list[Key]:
     """Return the keys that a UNet asks for, in the order in which they should be proved.
 
@@ -107,14 +121,8 @@ def collect(unet: nn.Module, batch: int, device: torch.device, decoders: Sequenc
         decoders: how many steps may be decoded at once.
     """
     call = make_call(unet, batch)
-    text = call["encoder_hidden_states"]
-    for kind in LAYERS:
-        kind.put_in(unet)
-    if getattr(unet.config, "encoder_hid_dim_type", None) == "text_proj":
-        unet.process_encoder_hidden_states = functools.partial(_process_text, unet)
-    context = CallContext(
-        fused=True, note=_ignore, record=_ignore, text=Text(seen=None, original=text, kv=None), always=True
-    )
+    patch_dry(unet)
+    context = make_context(call)
     with _listen(device) as found:
         with use_context(context):
             unet(**call, return_dict=False)

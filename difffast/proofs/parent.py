@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..ops._keys import Key
 from .candidates import find_default
+from .whole import refuse
 
 #: Most seconds of one step of a candidate; of starting a child, which imports PyTorch; of the last kernels' compiling.
 STEP, START, COMPILE = 10.0, 120.0, 30.0
@@ -32,6 +33,18 @@ COMPILING = 0.4
 PLAIN = 60.0
 #: Seconds by which the last key may exceed the time.
 GRACE = 10.0
+
+
+class Planted(NamedTuple):
+    """What tests add to a proof.
+
+    Attributes:
+        extras: more candidates (:func:`.candidates.find_candidates`).
+        step: most seconds that a candidate may take for one step.
+    """
+
+    extras: Sequence[str] = ()
+    step: float = STEP
 
 
 class NoChildError(Exception):
@@ -46,11 +59,13 @@ class Outcome:
         left: keys that the time did not suffice for, or that nothing could be said of.
         notes: what went wrong.
         children: how many processes were started.
+        whole: what came of :func:`.whole.check_whole`; nothing if it was not called.
     """
 
     left: list[Key] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     children: int = 0
+    whole: dict[str, Any] = field(default_factory=dict)
 
 
 class Child:
@@ -157,9 +172,8 @@ class Proving:
     Args:
         device: where.
         seconds: for everything; the child's start is a part of it.
-        extras: more candidates (:func:`.candidates.find_candidates`).
         keep: is given each key with its entries by mode.
-        step: most seconds of one step.
+        planted: what tests add.
         child: a process that has begun to start, if there is one; it is closed at the end.
     """
 
@@ -167,19 +181,23 @@ class Proving:
         self,
         device: torch.device,
         seconds: float,
-        extras: Sequence[str],
         keep: Callable[[Key, dict[str, Any]], None],
-        step: float = STEP,
+        planted: Planted = Planted(),  # noqa: B008 - it cannot be changed
         child: Child | None = None,
     ) -> None:
-        self._device, self._extras, self._keep, self._step = device, extras, keep, step
+        self._device, self._keep, self._planted = device, keep, planted
         self._end = time.monotonic() + seconds
         self._child: Child | None = None
         self._begun = child
         self.outcome = Outcome()
 
-    def run(self, keys: Sequence[Key]) -> Outcome:
-        """Prove keys in this order until the time is over."""
+    def run(self, keys: Sequence[Key], whole: Callable[[], Mapping[str, Any]] | None = None) -> Outcome:
+        """Prove keys in this order until the time is over.
+
+        Args:
+            keys: what to prove.
+            whole: returns, once all keys are proved, the request that has a whole UNet checked.
+        """
         modes = ("eager", "graph") if self._device.type == "cuda" else ("eager",)
         waiting = list(keys)
         try:
@@ -189,6 +207,8 @@ class Proving:
                 if not self._prove(waiting[0], modes):
                     self.outcome.left.append(waiting[0])
                 del waiting[0]
+            if whole is not None and not waiting and not self.outcome.left:
+                self._check_whole(whole())
         except NoChildError as error:
             self.outcome.notes.append(str(error))
         finally:
@@ -201,7 +221,7 @@ class Proving:
     def _find_child(self) -> Child:
         if self._child is None:
             self.outcome.children += 1
-            self._child, self._begun = self._begun or Child(self._device, self._extras), None
+            self._child, self._begun = self._begun or Child(self._device, self._planted.extras), None
             self._child.wait()
         return self._child
 
@@ -228,6 +248,38 @@ class Proving:
         elif event.get("failed"):
             self.outcome.notes.append(f"{len(event['failed'])} kernels do not compile: {event['failed'][0]}")
 
+    def _check_whole(self, request: Mapping[str, Any]) -> None:
+        """Have a whole UNet checked; if it crashes with what was chosen, nothing of that is used in eager calls."""
+        limit = self._end + GRACE - time.monotonic()
+        self._find_child().ask(request)
+        try:
+            event = self._child.hear(limit)
+        except TimeoutError:
+            self._lose_child(kill=True)
+            self.outcome.notes.append("the time did not suffice for calling the whole UNet; prove again to go on")
+            return
+        if event is None:
+            reason = self._lose_child(kill=False) or "the process ended"
+        else:
+            self.outcome.whole = event["whole"]
+            reason = event["whole"].get("error", "")
+            if not event.get("broken"):
+                self._note_whole(event["whole"])
+                return
+            self._lose_child(kill=True)
+        entries = request["entries"]
+        reasons = dict.fromkeys((text.partition(" ")[0] for text in entries), f"the whole UNet: {reason}")
+        self.outcome.whole = {"quotient": None, "lost": {}, "entries": refuse(entries, reasons)}
+        self.outcome.notes.append(f"the whole UNet with what was chosen: {reason}; PyTorch's operators serve it")
+
+    def _note_whole(self, found: Mapping[str, Any]) -> None:
+        if "error" in found:
+            self.outcome.notes.append(f"the whole UNet was not called: {found['error']}")
+        self.outcome.notes += [
+            f"{operator} is PyTorch's in eager calls: the whole UNet takes {quotient:.3f} of its time with another one"
+            for operator, quotient in found.get("lost", {}).items()
+        ]
+
     def _prove(self, key: Key, modes: Sequence[str]) -> bool:
         """Prove a key; return whether there are entries of it."""
         refused: dict[str, str] = {}
@@ -238,7 +290,7 @@ class Proving:
             at, what = "", ""
             while True:
                 # PyTorch's own way is what the others are measured by, however long it takes.
-                step = self._step if at != find_default(key) else max(self._step, PLAIN)
+                step = self._planted.step if at != find_default(key) else max(self._planted.step, PLAIN)
                 limit = min(step, self._end + GRACE - time.monotonic())
                 try:
                     event = child.hear(limit)

@@ -25,6 +25,8 @@ class ProofReport:
         left: keys that the time did not suffice for; PyTorch's operators serve them.
         notes: what went wrong.
         seconds: that this call has taken.
+        whole: what a call of the whole UNet takes with what is chosen, as a multiple of what it takes with PyTorch's
+            operators; None: it was not called, or PyTorch's are chosen everywhere.
     """
 
     device: str
@@ -36,6 +38,7 @@ class ProofReport:
     left: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
+    whole: float | None = None
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield a row of :data:`COLUMNS` for every proof."""
@@ -52,12 +55,16 @@ class ProofReport:
             "left": list(self.left),
             "notes": list(self.notes),
             "seconds": self.seconds,
+            "whole": self.whole,
         }
 
     def __str__(self) -> str:
         head = f"{self.device}: {self.proved} keys proved in {self.seconds:.1f} s, {self.known} known before"
         left = [f"{len(self.left)} keys are left, which PyTorch's operators serve; prove again to go on"]
-        return "\n".join([head, *(left if self.left else []), *(f"note: {note}" for note in self.notes)])
+        whole = (
+            [] if self.whole is None else [f"a call of the whole UNet takes {self.whole:.3f} of its time without them"]
+        )
+        return "\n".join([head, *whole, *(left if self.left else []), *(f"note: {note}" for note in self.notes)])
 
 
 def list_rows(proofs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

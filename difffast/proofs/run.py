@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,10 @@ from .report import ProofReport
 
 if TYPE_CHECKING:
     from ..support import Pipeline
-    from .parent import Child
+    from .parent import Child, Planted
 
+#: Kinds of devices where a whole UNet is called at the end.  On a CPU a UNet's time is the sum of its calls' times.
+CHECKED = ("cuda",)
 #: Is told after each key how many of how many are done.
 Progress = Callable[[int, int], object]
 
@@ -36,7 +38,8 @@ def prove(
 
     The candidates run in a process of their own: whatever they do, this one lives.  What is chosen is remembered in the
     user's cache folder, for this device, driver and versions, and holds at once.  What the time does not suffice for
-    stays PyTorch's, and is proved at the next call.
+    stays PyTorch's, and is proved at the next call.  On a GPU the whole UNet is called at the end, with weights of its
+    own: an operator whose kernels do not make eager calls of it faster is PyTorch's in these.
 
     Args:
         pipe: a pipeline, whose UNet, device and dtype count.  Its VAE's decoder, and calls whose maps are collected or
@@ -65,6 +68,7 @@ def prove(
         raise ValueError(f"seconds must be positive and finite, got {seconds}")
     from .candidates import find_candidates  # not before they are needed: everybody imports this file
     from .collect import collect, collect_decoder, collect_other_uses, make_call, make_dry
+    from .whole import describe_unet
 
     unet = model if pipe is None else find_unet(pipe)
     device = complete_device(device or find_device(unet))
@@ -86,7 +90,8 @@ def prove(
             child.kill()
         raise
     keys = [key for key in keys if len(find_candidates(key, device)) > 1]  # else there is nothing to choose
-    return prove_keys(keys, device, seconds, refresh=refresh, progress=progress, child=child)
+    whole = describe_unet(dry, 2 * batch) if device.type in CHECKED else None
+    return prove_keys(keys, device, seconds, refresh=refresh, progress=progress, child=child, whole=whole)
 
 
 def _begin(device: torch.device) -> Child | None:
@@ -139,16 +144,16 @@ def prove_keys(
     *,
     refresh: bool = False,
     progress: Progress | None = None,
-    extras: Sequence[str] = (),
-    step: float | None = None,
+    planted: Planted | None = None,
     child: Child | None = None,
+    whole: Mapping[str, Any] | None = None,
 ) -> ProofReport:
     """Do what :func:`prove` does, for keys in the order in which they shall be proved.
 
     Args:
-        extras: "module:name" of dictionaries {operator: {name: way}} with more candidates.
-        step: most seconds that a candidate may take for one step; None means :data:`.parent.STEP`.
+        planted: what tests add.
         child: a process that has begun to start, if there is one.
+        whole: a UNet (:func:`.whole.describe_unet`) that shall be faster with what is chosen for its eager calls.
     """
     from . import parent
 
@@ -169,11 +174,12 @@ def prove_keys(
         if progress is not None:
             progress(done, len(new))
 
-    left: list[Key] = []
-    if new or child is not None:
-        outcome = parent.Proving(device, seconds, extras, keep, step or parent.STEP, child).run(new)
-        notes += outcome.notes
-        left = outcome.left
+    outcome = parent.Outcome()
+    request = _prepare_whole(whole, keys, device, anew=bool(new))
+    if new or child is not None or request is not None:
+        outcome = parent.Proving(device, seconds, keep, planted or parent.Planted(), child).run(new, request)
+        if outcome.whole.get("entries"):
+            store.merge(device, outcome.whole["entries"])
     table = _local.table_of(device)
     texts = (key.text(mode) for key in keys for mode in modes)
     return ProofReport(
@@ -183,7 +189,31 @@ def prove_keys(
         proofs={text: table.proofs[text] for text in texts if text in table.proofs},
         proved=done,
         known=len(known),
-        left=tuple(key.text() for key in left),
-        notes=tuple(dict.fromkeys(notes)),
+        left=tuple(key.text() for key in outcome.left),
+        notes=tuple(dict.fromkeys((*notes, *outcome.notes))),
         seconds=time.monotonic() - start,
+        whole=outcome.whole.get("quotient"),
     )
+
+
+def _prepare_whole(
+    whole: Mapping[str, Any] | None, keys: Sequence[Key], device: torch.device, *, anew: bool
+) -> Callable[[], dict[str, Any]] | None:
+    """Return what makes the request that has a whole UNet checked, or None where it was, or shall not be.
+
+    Args:
+        whole: from :func:`.whole.describe_unet`, or None.
+        keys: whose entries are checked, as they are when the request is made.
+        device: where.
+        anew: whether it is checked even if it was.
+    """
+    from .whole import was_checked
+
+    def request() -> dict[str, Any]:
+        proofs = _local.table_of(device).proofs
+        return {
+            "whole": whole,
+            "entries": {text: proofs[text] for text in (key.text("eager") for key in keys) if text in proofs},
+        }
+
+    return None if whole is None or (not anew and was_checked(whole, request()["entries"])) else request
