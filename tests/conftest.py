@@ -15,6 +15,7 @@ os.environ["DIFFFAST_CACHE"] = os.path.join(tempfile.gettempdir(), f"difffast-te
 import transformers.models.clip.modeling_clip as clip
 
 import difffast
+from difffast.ops import _local
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -56,6 +57,16 @@ def _clip_in_float64():
 
             monkeypatch.setattr(clip, name, in_range)
         yield
+
+
+@pytest.fixture
+def proof_cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own, where nothing has been proved."""
+    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DIFFFAST_PROVE", raising=False)
+    _local.forget_tables()
+    yield tmp_path / "cache"
+    _local.forget_tables()
 
 
 @pytest.fixture

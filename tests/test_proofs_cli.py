@@ -15,12 +15,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path / "cache"))
+def _wide(proof_cache, monkeypatch):
     monkeypatch.setattr(terminal, "console", Console(width=300))
-    _local.forget_tables()
-    yield
-    _local.forget_tables()
 
 
 class Proving:

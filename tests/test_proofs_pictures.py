@@ -15,16 +15,6 @@ from difffast.proofs import store
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache folder of the test's own."""
-    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DIFFFAST_PROVE", raising=False)
-    _local.forget_tables()
-    yield tmp_path / "cache"
-    _local.forget_tables()
-
-
 def draw(pipe):
     with difffast.patched(pipe, "exact"):
         return latents(pipe, steps=3)
@@ -66,24 +56,24 @@ BAD = (_folder, _damaged, _binary, _newer, _of_another_card)
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda each: each.__name__.strip("_"))
-def test_a_bad_file_gives_a_note_and_the_same_picture(pipe, cache, spoil):
+def test_a_bad_file_gives_a_note_and_the_same_picture(pipe, proof_cache, spoil):
     expected = draw(pipe)
-    spoil(cache)
+    spoil(proof_cache)
     _local.forget_tables()
     with pytest.warns(UserWarning, match=r"cannot be read|is damaged|has schema 99|no proofs for this installation"):
         assert torch.equal(draw(pipe), expected)
 
 
-def test_a_folder_that_cannot_be_written_gives_a_note_and_the_same_picture(pipe, cache):
+def test_a_folder_that_cannot_be_written_gives_a_note_and_the_same_picture(pipe, proof_cache):
     expected = draw(pipe)
-    _no_folder(cache)
+    _no_folder(proof_cache)
     _local.forget_tables()
     assert torch.equal(draw(pipe), expected)
     assert "cannot be written" in store.merge(CPU, {"x eager": {"choice": "sdpa"}})
     assert torch.equal(draw(pipe), expected)
 
 
-def test_without_processes_proving_leaves_a_note_and_the_same_picture(pipe, cache, monkeypatch):
+def test_without_processes_proving_leaves_a_note_and_the_same_picture(pipe, proof_cache, monkeypatch):
     expected = draw(pipe)
 
     def fail(*_, **__):
@@ -96,7 +86,7 @@ def test_without_processes_proving_leaves_a_note_and_the_same_picture(pipe, cach
     assert torch.equal(draw(pipe), expected)
 
 
-def test_a_proof_that_says_nonsense_gives_the_same_picture(pipe, cache):
+def test_a_proof_that_says_nonsense_gives_the_same_picture(pipe, proof_cache):
     expected = draw(pipe)
     keys = [key.text("eager") for key in _collect(pipe)]
     store.merge(CPU, {text: {"choice": ("nonsense", None, "cuda", 7)[i % 4]} for i, text in enumerate(keys)})

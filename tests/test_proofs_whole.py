@@ -8,7 +8,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from test_proofs import FakeChild, entry
 
-from difffast.ops import _local
 from difffast.ops._keys import Key
 from difffast.proofs import collect, parent, store, whole
 from difffast.proofs.candidates import find_default
@@ -16,16 +15,7 @@ from difffast.proofs.run import prove, prove_keys
 
 CPU = torch.device("cpu")
 NORM, ATTENTION, CROSS = "group_norm_silu a eager", "self_attention b eager", "cross_attention c eager"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A cache folder of the test's own."""
-    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path))
-    monkeypatch.delenv("DIFFFAST_PROVE", raising=False)
-    _local.forget_tables()
-    yield tmp_path / "proofs"
-    _local.forget_tables()
+pytestmark = pytest.mark.usefixtures("proof_cache")
 
 
 def make_unet(size=32, channels=(32, 64)):
