@@ -1,4 +1,4 @@
-"""The maps that fused attn2 layers hand out in a real UNet: stock maps, of the steps and layers that were asked for."""
+"""The maps that fused attn2 layers hand out in a real UNet: stock maps, of the steps and layers asked for."""
 
 import copy
 
@@ -8,6 +8,7 @@ from sampling import latents
 
 import difffast
 from difffast import EncoderPropagation, patched, unpatch
+from difffast.layers import cross_attention
 
 ALL_KEY = EncoderPropagation(key_steps=1)
 
@@ -35,7 +36,7 @@ class Recorder:
 def stock_maps(pipe, **options):
     """Per layer: the head-averaged maps of every step of a stock run, [B, N, T]."""
     twin, store = copy.deepcopy(pipe), {}
-    for name, layer in layers(twin).items():
+    for name, layer in cross_attention.find_layers(twin.unet).items():
         layer.set_processor(Recorder(store, name))
     latents(twin, **options)
     return store
