@@ -4,7 +4,7 @@ VENV   := .venv
 CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
 # A process of one thread for each core: with two threads each, the suite takes 1.45 times as long on two cores.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations=30
 DEPS   := $(VENV)/.dependencies
 BUILT  := $(VENV)/.difffast
 

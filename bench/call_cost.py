@@ -45,11 +45,15 @@ def cases() -> dict[str, Callable[[], object]]:
     q, text = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 3, 8)
     x, more, ones = torch.randn(2, 8, 2, 2), torch.randn(1, 8, 2, 2), torch.ones(16)
     rows, weight, temb = torch.randn(2, 4, 8), torch.randn(8, 8), torch.randn(2, 8)
-    maps = torch.rand(1, 4, 6)
+    maps, mix = torch.rand(1, 4, 6), torch.eye(3)
+    weights = ops.convolution_weights(torch.randn(8, 8, 3, 3), 2)
     return {
         "attention_entropy": lambda: ops.attention_entropy(maps, [1], 3),
+        "convolution": lambda: ops.convolution(x, weights),
         "cross_attention": lambda: ops.cross_attention(q, text, text),
         "cross_attention, maps": lambda: ops.cross_attention(q, text, text, map_tokens=[1]),
+        "edited_attention": lambda: ops.edited_attention(q, text, text, mix),
+        "geglu": lambda: ops.geglu(rows),
         "group_norm_silu": lambda: ops.group_norm_silu(x, 2, ones[:8], ones[:8], addend=temb),
         "joint_attention": lambda: ops.joint_attention(q, text, text, q, q),
         "linear": lambda: ops.linear(rows, weight),

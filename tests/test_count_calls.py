@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import call_cost
 import count_calls
 import pytest
+
+from difffast import ops
 
 #: Seconds each, and of use to few who import difffast.
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "triton", "diffusers", "transformers", "PIL", "rich")
@@ -39,3 +42,10 @@ def test_missed_bars_are_named():
     missed = count_calls.complaints(dict.fromkeys(count_calls.KEY_STEPS, over), {"torch": 1.0, "difffast": 1.2})
     assert len(missed) == 2 * len(count_calls.KEY_STEPS) + 1
     assert missed[-1] == "import difffast takes 1.20 times import torch, the bar is 1.15"
+
+
+def test_the_cost_of_every_operators_call_is_measured():
+    cases = call_cost.cases()
+    assert set(ops.OPERATORS) <= set(cases)
+    for call in cases.values():
+        call()

@@ -23,7 +23,7 @@ class Recipe:
         pairs: scenes for CLIP, each with a second one that differs in one attribute.
         vae_steps: from random weights; a start keeps its autoencoder, but for ``vae_tune_steps``.
         steps, batch: of the UNet.
-        single: share of pictures with one thing during the first half of the UNet's steps.
+        single: share of pictures with one thing during the first third of the UNet's steps.
         clip_check_every, check_every: steps after which fresh scenes are retrieved, and drawn and judged.
         checked: pictures of one thing, and of two, that are then drawn.
     """
@@ -70,7 +70,7 @@ RECIPES = {
         vae_batch=16,
         clip_steps=1_800,
         clip_batch=128,
-        steps=7_000,
+        steps=12_000,
         batch=32,
     ),
     "gpu": Recipe(

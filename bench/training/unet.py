@@ -116,7 +116,7 @@ def train_unet(
     for step in training.steps(budget):
         rng = np.random.default_rng([DATA_SEED, 5, step])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        chosen = choose(store, recipe.batch, recipe.single if step < recipe.steps / 2 else 0.0, rng)
+        chosen = choose(store, recipe.batch, recipe.single if step < recipe.steps / 3 else 0.0, rng)
         texts = [store.captions[i][int(rng.integers(len(store.captions[i])))] for i in chosen]
         texts = ["" if rng.random() < recipe.drop_text else text for text in texts]
         clean = latents[torch.from_numpy(chosen)].float()
