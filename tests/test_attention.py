@@ -2,7 +2,6 @@
 
 import copy
 import threading
-import warnings
 
 import pytest
 import torch
@@ -121,131 +120,6 @@ def test_texts_that_are_longer_than_a_tile(pipe64):
         torch.testing.assert_close(fast, latents(pipe64, None, **texts), rtol=1e-9, atol=1e-9)
     with difffast.collect_maps(pipe64), pytest.raises(RuntimeError, match=r"more than 128 text tokens \(200\)"):
         latents(pipe64, None, **texts)
-
-
-def _run_with(pipe, change, *, at=10, preset="exact", **options):
-    """Latents when ``change`` is called after step ``at``, with the report's counts."""
-
-    def on_end(_pipe, step, _t, values):
-        if step == at:
-            change()
-        return values
-
-    with patched(pipe, preset, **options) as report:
-        return latents(pipe, callback_on_step_end=on_end), report.last_run
-
-
-def _changed(pipe, make_change):
-    """A change of weights in mid-run has the effect that it has on a stock pipeline."""
-    twin = copy.deepcopy(pipe)
-    ours, stats = _run_with(pipe, make_change(pipe))
-    theirs, _ = _run_with(twin, make_change(twin), fused=False)
-    untouched = latents(copy.deepcopy(twin), callback_on_step_end=None)
-    assert largest(ours, theirs) <= EXACT_FLOAT32
-    return ours, untouched, stats
-
-
-def test_weight_updates_are_seen(pipe):
-    def change(pipe):
-        weight = next(iter(layers(pipe).values())).to_k.weight
-
-        def update():
-            with torch.no_grad():
-                weight.mul_(3)
-
-        return update
-
-    _, _, stats = _changed(pipe, change)
-    assert stats.text_kv["computed"] == len(layers(pipe)) + 1
-
-
-def test_replaced_weights_are_seen(pipe):
-    def change(pipe):
-        layer = next(iter(layers(pipe).values()))
-
-        def update():
-            layer.to_v.weight.data = layer.to_v.weight.data * 3
-
-        return update
-
-    _, _, stats = _changed(pipe, change)
-    assert stats.text_kv["computed"] == len(layers(pipe)) + 1
-
-
-def _add_lora(pipe, name="one", seed=0):
-    from peft import LoraConfig
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second adapter is meant
-        pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_v"], init_lora_weights=False), name)
-    generator = torch.Generator().manual_seed(seed)
-    for key, weight in pipe.unet.named_parameters():
-        if "lora" in key and f".{name}." in key:
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
-
-
-@pytest.mark.parametrize("what", ["scale", "disable", "second", "update"])
-def test_lora_changes_are_seen(pipe, what):
-    _add_lora(pipe)
-    if what == "second":
-        _add_lora(pipe, "two", seed=1)
-        pipe.unet.set_adapter("one")
-
-    def change(pipe):
-        def update():
-            if what == "scale":
-                for layer in layers(pipe).values():
-                    layer.to_k.scaling["one"] *= 5
-            elif what == "disable":
-                pipe.unet.disable_adapters()
-            elif what == "second":
-                pipe.unet.set_adapter("two")
-            else:
-                with torch.no_grad():
-                    for layer in layers(pipe).values():
-                        layer.to_v.lora_B["one"].weight.mul_(5)
-
-        return update
-
-    _, _, stats = _changed(pipe, change)
-    assert stats.text_kv["computed"] == 2 * len(layers(pipe))
-
-
-def test_lora_added_after_patching(pipe):
-    patch(pipe, "exact")
-    plain = latents(pipe)
-    _add_lora(pipe)
-    ours = latents(pipe)
-    unpatch(pipe)
-    assert largest(ours, plain) > 1e-3
-    assert largest(ours, latents(pipe)) <= EXACT_FLOAT32
-
-
-def test_a_prompt_changed_in_place_is_seen(pipe):
-    # Outside inference_mode, whose tensors have no version counter.
-    embeddings = pipe.encode_prompt("a red circle", "cpu", 1, False)[0].detach().clone()
-
-    def run():
-        given = embeddings.clone()
-
-        def change(_pipe, step, _t, values):
-            if step == 10:
-                values["prompt_embeds"].mul_(0.5)
-            return values
-
-        with torch.no_grad():
-            return latents(
-                pipe,
-                None,
-                prompt_embeds=given,
-                guidance_scale=1.0,
-                callback_on_step_end=change,
-                callback_on_step_end_tensor_inputs=["prompt_embeds"],
-            )
-
-    stock = run()
-    with patched(pipe, "exact"):
-        assert largest(run(), stock) <= EXACT_FLOAT32
 
 
 def test_unknown_projections_are_not_remembered(pipe):

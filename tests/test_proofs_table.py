@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_proofs import entry
+from test_proofs import EAGER, KEY, entry
 
 import difffast
 from difffast import ops
@@ -19,8 +19,6 @@ from difffast.ops._keys import Key
 from difffast.proofs import store
 
 CPU = torch.device("cpu")
-KEY = Key.parse("cross_attention float32 2x4x1024x32,2x4x1x32,2x4x1x32 any sink=0,maps=0,gradient=0")
-EAGER = KEY.text("eager")
 pytestmark = pytest.mark.usefixtures("proof_cache")
 
 

@@ -123,7 +123,7 @@ class Prover:
         from .whole import check_whole
 
         try:
-            self.say(whole=check_whole(what, entries, "eager", self.device))
+            self.say(whole=check_whole(what, entries, self.device))
         except Exception as error:  # of the UNet, or for want of memory
             self.say(whole={"error": describe(error)}, broken=self.is_broken())
 

@@ -258,15 +258,12 @@ class Proving:
             self._lose_child(kill=True)
             self.outcome.notes.append("the time did not suffice for calling the whole UNet; prove again to go on")
             return
-        if event is None:
-            reason = self._lose_child(kill=False) or "the process ended"
-        else:
+        if event is not None and not event.get("broken"):
             self.outcome.whole = event["whole"]
-            reason = event["whole"].get("error", "")
-            if not event.get("broken"):
-                self._note_whole(event["whole"])
-                return
-            self._lose_child(kill=True)
+            self._note_whole(event["whole"])
+            return
+        lost = self._lose_child(kill=event is not None)
+        reason = event["whole"]["error"] if event is not None else lost or "the process ended"
         entries = request["entries"]
         reasons = dict.fromkeys((text.partition(" ")[0] for text in entries), f"the whole UNet: {reason}")
         self.outcome.whole = {"quotient": None, "lost": {}, "entries": refuse(entries, reasons)}
@@ -276,7 +273,7 @@ class Proving:
         if "error" in found:
             self.outcome.notes.append(f"the whole UNet was not called: {found['error']}")
         self.outcome.notes += [
-            f"{operator} is PyTorch's in eager calls: the whole UNet takes {quotient:.3f} of its time with another one"
+            f"{operator} is PyTorch's in eager calls: others make the whole UNet take {quotient:.3f} of its time"
             for operator, quotient in found.get("lost", {}).items()
         ]
 

@@ -62,7 +62,9 @@ class ProofReport:
         head = f"{self.device}: {self.proved} keys proved in {self.seconds:.1f} s, {self.known} known before"
         left = [f"{len(self.left)} keys are left, which PyTorch's operators serve; prove again to go on"]
         whole = (
-            [] if self.whole is None else [f"a call of the whole UNet takes {self.whole:.3f} of its time without them"]
+            []
+            if self.whole is None
+            else [f"a call of the whole UNet takes {self.whole:.3f} of its time with PyTorch's operators"]
         )
         return "\n".join([head, *whole, *(left if self.left else []), *(f"note: {note}" for note in self.notes)])
 

@@ -117,13 +117,12 @@ class WholeUnet:
         return statistics.median(quotients)
 
 
-def check_whole(what: Mapping[str, Any], entries: Entries, mode: str, device: torch.device) -> dict[str, Any]:
-    """Check what was chosen for the keys of a UNet's call.
+def check_whole(what: Mapping[str, Any], entries: Entries, device: torch.device) -> dict[str, Any]:
+    """Check what was chosen for the keys of a UNet's eager call.
 
     Args:
         what: from :func:`describe_unet`.
         entries: by key and mode; those of other modes or calls are left as they are.
-        mode: one of :data:`difffast.ops._local.MODES`; the UNet is called eagerly.
         device: where.
 
     Returns:
@@ -132,10 +131,10 @@ def check_whole(what: Mapping[str, Any], entries: Entries, mode: str, device: to
         checked, as they are now.
     """
     unet = WholeUnet(what, device)
-    texts = {key.text(mode) for key in unet.find_keys()}
+    texts = {key.text("eager") for key in unet.find_keys()}
     checked = {text: entry for text, entry in entries.items() if text in texts}
     lost, quotient = find_losers(checked, unet.compare)
-    reasons = {name: f"the whole UNet takes {each:.3f} times as long with it ({mode})" for name, each in lost.items()}
+    reasons = {name: f"the whole UNet takes {each:.3f} times as long with it" for name, each in lost.items()}
     settled = {**checked, **refuse(checked, reasons)}
     mark = {name_unet(what): quotient}
     marked = {text: {**entry, "whole": {**entry.get("whole", {}), **mark}} for text, entry in settled.items()}
