@@ -62,13 +62,13 @@ def test_info_says_which_kernels_are_proved(capsys, monkeypatch):
         for backend in backends:
             (state,) = [row[2] for row in rows if row[:2] == (operator, backend)]
             proved = [p.architecture for p in difffast.ops.PROVED if (p.operator, p.backend) == (operator, backend)]
-            plain = ["no hardware yet: opt-in only"]
+            plain = ["opt-in, or where a proof finds it faster"]
             if backend in ("reference", "sdpa", "onednn"):
                 plain = ["plain PyTorch"]
             if backend in ("flash", "cudnn", "efficient"):
                 plain = ["PyTorch's: where a proof finds it faster"]
             assert state in (proved or plain)
-    assert ("cross_attention", "cuda", "no hardware yet: opt-in only") in rows
+    assert ("cross_attention", "cuda", "opt-in, or where a proof finds it faster") in rows
     assert "never a default" in "\n".join(lines)
 
 

@@ -127,7 +127,7 @@ def _proof_table() -> Table:
                 names = sorted(str(dtype).removeprefix("torch.") for dtype in proof.dtypes)
                 table.add_row(operator, backend, proof.architecture, ", ".join(names), proof.run)
             if not rows:
-                table.add_row(operator, backend, "no hardware yet: opt-in only", "", "")
+                table.add_row(operator, backend, "opt-in, or where a proof finds it faster", "", "")
     return table
 
 
