@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers.kind import ProgramCall
 from ..layers.registry import LAYERS
-from ..surgery.facade import get_descendant, replace_descendants
+from ..surgery.facade import StandIn, get_descendant, replace_descendants
 from ..unet.contents import contents_of
 
 #: Per kind of layers (:data:`difffast.layers.registry.LAYERS`, by name) and name of a layer, what it takes; under
@@ -114,7 +114,8 @@ def put_inputs(unet: nn.Module, inputs: LayerInputs) -> Any:
     for kind in reversed(LAYERS):  # linear layers are parts of attention layers
         values = inputs.get(kind.name)
         if values:
-            stand_ins = {name: kind.stand_in(get_descendant(unet, name), value) for name, value in values.items()}
+            layers = {name: get_descendant(unet, name) for name in values}
+            stand_ins = {name: StandIn(layer, kind.stand_in(layer, values[name])) for name, layer in layers.items()}
             unet = replace_descendants(unet, stand_ins)
     return unet
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ def make_facade(module: nn.Module, children: Mapping[str, Any]) -> Any:
         if name in attributes:
             attributes[name] = _rebind(attributes[name], module, result)
     attributes.update(children)
+    if isinstance(module, nn.Sequential):  # it looks into `_modules` for what it calls
+        attributes["_modules"] = {**module._modules, **children}
     return result
 
 
@@ -43,19 +45,27 @@ def replace_descendants(module: Any, descendants: Mapping[str, Any]) -> Any:
             deeper.setdefault(head, {})[rest] = descendant
         else:
             children[head] = descendant
-    is_list = isinstance(module, (nn.ModuleList, list))
     for name, inside in deeper.items():
-        children[name] = replace_descendants(module[int(name)] if is_list else getattr(module, name), inside)
-    if is_list:
+        children[name] = replace_descendants(_get_child(module, name), inside)
+    # These find what they contain in `_modules`, which an attribute does not hide, and are called nothing.
+    if isinstance(module, (nn.ModuleList, list)):
         return [children.get(str(i), child) for i, child in enumerate(module)]
+    if isinstance(module, (nn.ModuleDict, dict)):
+        return {name: children.get(name, child) for name, child in module.items()}
     return make_facade(module, children)
 
 
 def get_descendant(module: Any, name: str) -> Any:
     """Return the descendant of a module or a facade, named as by ``named_modules``."""
     for part in name.split("."):
-        module = module[int(part)] if isinstance(module, (nn.ModuleList, list)) else getattr(module, part)
+        module = _get_child(module, part)
     return module
+
+
+def _get_child(module: Any, name: str) -> Any:
+    if isinstance(module, (nn.ModuleList, list)):
+        return module[int(name)]
+    return module[name] if isinstance(module, (nn.ModuleDict, dict)) else getattr(module, name)
 
 
 def _rebind(function: Any, old: nn.Module, new: nn.Module) -> Any:
@@ -85,5 +95,22 @@ class _View:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _rebind(self._module.forward, self._module, self)(*args, **kwargs)
 
+    def __iter__(self) -> Iterator[Any]:
+        """Of ``nn.Sequential``, whose forward runs through itself."""
+        return iter([self._children.get(name, child) for name, child in self._module._modules.items()])
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Module._call_impl(self, *args, **kwargs)
+
+
+class StandIn:
+    """In place of a child module: calls ``run``, and is the child for everything else (``resnets``, flags, ...)."""
+
+    def __init__(self, child: nn.Module, run: Callable[..., Any]) -> None:
+        self._child, self._run = child, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._child, name)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..surgery.facade import make_facade, replace_descendants
-from .parts import StandIn, cut_block, find_reentry, run_whole
+from ..surgery.facade import StandIn, make_facade, replace_descendants
+from .parts import cut_block, find_reentry, run_whole
 
 
 def run_recording(unet: nn.Module, call: Mapping[str, Any], branch: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..surgery.facade import make_facade
+from ..surgery.facade import StandIn, make_facade
 
 ENCODER = (
     "image_latents_proj_in",
@@ -109,19 +109,6 @@ def _cut_list(layers: Sequence[nn.Module], indices: tuple[int, int, int], width:
     """Return those of a list with some indices; each index has ``width`` layers, as AudioLDM 2's attention has."""
     start, stop, _ = indices
     return list(layers[start * width : stop * width])
-
-
-class StandIn:
-    """In place of a child module: calls ``run``, and is the child for everything else (``resnets``, flags, ...)."""
-
-    def __init__(self, child: nn.Module, run: Callable[..., Any]) -> None:
-        self._child, self._run = child, run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._child, name)
 
 
 def make_stand_ins(
