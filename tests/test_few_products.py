@@ -11,7 +11,7 @@ from attention_operands import absent
 from sampling import latents as sampled
 from torch import nn
 
-from difffast import ops, patch, patched, unpatch
+from difffast import EncoderPropagation, ops, patch, patched, unpatch
 from difffast.layers import convolution, transformed
 from difffast.layers.context import CallContext, use_context
 from difffast.layers.convolution import Convolution, choose_tile
@@ -278,3 +278,72 @@ def test_bfloat16_where_its_products_are_much_faster(monkeypatch):
     assert not KIND.may_pay(layer.weight)
     monkeypatch.setattr(convolution, "advantage", lambda: 0.7)
     assert choose_tile(layer, x) == 4
+
+
+@pytest.mark.parametrize(
+    ("layer", "side"),
+    [
+        (nn.Conv2d(64, 48, 3, padding=1), 16),
+        (nn.Conv2d(64, 48, 3, padding=1), 8),
+        (nn.Conv2d(1280, 480, 3, padding=1), 4),
+        (nn.Conv2d(64, 48, 1), 16),
+        (nn.Conv2d(64, 4, 3, padding=1), 16),
+        (nn.Conv2d(64, 48, 3, padding=1).to(memory_format=torch.channels_last), 16),
+        (nn.Conv2d(64, 48, 3, padding=1).bfloat16(), 16),
+        (nn.Conv2d(64, 4, 3, padding=1).bfloat16(), 16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("advantage", [0.1, 1.0, 2.0])
+def test_parts_of_a_layer(layer, side, advantage, monkeypatch):
+    """By every way that the whole layer may go, and from what is kept of the whole layer's weights."""
+    monkeypatch.setattr(convolution, "advantage", lambda: advantage)
+    monkeypatch.setattr(convolution, "_FEW", 8)
+    monkeypatch.setattr(convolution, "_SMALL", 0)
+    monkeypatch.setattr(convolution.products, "patches_pay", lambda: True)
+    monkeypatch.setattr(convolution.products, "pixel_advantage", lambda: 2.0)
+    convolution._find_tile.cache_clear()
+    channels, x = layer.in_channels, torch.randn(2, layer.in_channels, side, side).to(layer.weight.dtype)
+    cut = channels // 3
+    with torch.no_grad(), use_context(CallContext(True, print, print, within=layer)):
+        whole = layer.double()(x.double())
+        layer.to(x.dtype)
+        before = KIND.forward(layer, x) if KIND.pays(layer, x) else layer(x)
+        kept = transformed._kept.get(layer)
+        parts = [
+            convolution.convolve_channels(layer, x[:, :cut], slice(cut), layer.bias),
+            convolution.convolve_channels(layer, x[:, cut:], slice(cut, None), None),
+        ]
+        assert transformed._kept.get(layer) is kept
+    limit = 2e-6 if x.dtype == torch.float32 else 8e-3
+    assert distance(before, whole) <= limit
+    assert distance(parts[0].double() + parts[1].double(), whole) <= limit
+    convolution._find_tile.cache_clear()
+
+
+def test_time_steps_that_share_skips_take_few_products(pipe, monkeypatch, counted):
+    """Of the layers that are computed by parts as well, from the weights that whole steps use."""
+    table = EncoderPropagation(key_steps=(0, 1, 4, 6), max_parallel=2)
+    parts, kernel = [], convolution._kernel
+    monkeypatch.setattr(convolution, "_kernel", lambda *args: parts.append(args[5:]) or kernel(*args))
+    with patched(pipe, propagation=table, fused=False):
+        stock = latents(pipe, steps=8)
+    assert not counted
+    with patched(pipe, propagation=table) as report:
+        assert distance(latents(pipe, steps=8), stock) <= 1e-5
+        assert not report.last_run.reasons
+        assert len(counted) == len(kept_layers(pipe.unet))
+    assert any(parts)
+
+
+def test_where_no_kernel_may_run_parts_are_stocks():
+    layer, x = nn.Conv2d(64, 48, 3, padding=1), torch.randn(1, 40, 16, 16)
+    for context in (None, CallContext(False, print, print), CallContext(True, print, print, only_text=True)):
+        with torch.no_grad(), use_context(context):
+            convolution.convolve_channels(layer, x, slice(24, None), None)
+    with use_context(CallContext(True, print, print)):
+        convolution.convolve_channels(layer, x, slice(24, None), None).sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert convolution.convolve_channels(layer, x, slice(24, None), None).dtype == torch.bfloat16
+    assert layer.weight.grad[:, 24:].abs().min() > 0
+    assert layer not in transformed._kept

@@ -14,9 +14,10 @@ struct Winograd {
   int64_t tile;  // m: 2 or 4
   int64_t batch, in_channels, out_channels, height, width;
   const void* x;        // [batch, in_channels, height, width] contiguous
-  const void* weights;  // as transform_weights() leaves them
+  const void* weights;  // as transform_weights() leaves them, of `weight_channels` input channels
   const void* bias;     // [out_channels] or null
   void* out;            // [batch, out_channels, height, width] contiguous
+  int64_t first_channel, weight_channels;  // x has the weights' channels from first_channel on
 };
 
 // Once per weight [out_channels, in_channels, 3, 3] contiguous: one item is one panel of output channels.  What the

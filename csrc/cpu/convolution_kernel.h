@@ -253,7 +253,8 @@ DIFFFAST_TARGET void product_stage(const Winograd& p, int64_t turn, const typena
   for (int64_t item = begin; item < end; ++item) {
     const int64_t point = item / sizes.panels, panel = item % sizes.panels;
     const T* a = v + point * sizes.blocks * tiles * lanes<T>;
-    const T* b = static_cast<const T*>(p.weights) + (panel * sizes.points + point) * p.in_channels * panel_width<T>;
+    const int64_t before = (panel * sizes.points + point) * p.weight_channels + p.first_channel;
+    const T* b = static_cast<const T*>(p.weights) + before * panel_width<T>;
     T* c = products + item * tiles * panel_width<T>;
     // Parts of nearly equal size: a short last one would leave most registers idle.
     for (int64_t left = tiles; left > 0;) {

@@ -27,7 +27,7 @@ Tensor winograd_weights(const Tensor& given, int64_t tile) {
 }
 
 Tensor winograd_convolution(const Tensor& input, const Tensor& weights, std::optional<Tensor> bias, int64_t out_channels,
-                            int64_t tile) {
+                            int64_t tile, int64_t first_channel, std::optional<int64_t> weight_channels) {
   check_tile(tile);
   STD_TORCH_CHECK(input.dim() == 4 && input.size(1) >= 1, "x must be [batch, channels, height, width]");
   STD_TORCH_CHECK(out_channels >= 1, "out_channels must be at least 1, got ", out_channels);
@@ -40,9 +40,13 @@ Tensor winograd_convolution(const Tensor& input, const Tensor& weights, std::opt
   p.out_channels = out_channels;
   p.height = x.size(2);
   p.width = x.size(3);
+  p.first_channel = first_channel;
+  p.weight_channels = weight_channels.value_or(p.in_channels);
+  STD_TORCH_CHECK(first_channel >= 0 && first_channel <= p.weight_channels - p.in_channels, "weights of ",
+                  p.weight_channels, " channels have no ", p.in_channels, " from ", first_channel, " on");
   STD_TORCH_CHECK(weights.dim() == 1 && weights.is_contiguous() && weights.scalar_type() == dtype_of_sums(x) &&
-                      weights.size(0) == transformed_size(p.dtype, tile, p.in_channels, out_channels),
-                  "weights must be what winograd_weights returns for x's channels and dtype");
+                      weights.size(0) == transformed_size(p.dtype, tile, p.weight_channels, out_channels),
+                  "weights must be what winograd_weights returns for these channels and x's dtype");
   p.x = x.const_data_ptr();
   p.weights = weights.const_data_ptr();
   if (bias) {

@@ -63,6 +63,17 @@ class _Weight(NamedTuple):
     device: torch.device
 
 
+class _Part(NamedTuple):
+    """A layer over some of its input channels, whose weights are a view."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int = 1
+
+
 class _Layer(NamedTuple):
     """What the choice may know of a layer, under the names that the layer has for it."""
 
@@ -147,9 +158,7 @@ class Convolution(LayerKind):
             context = CURRENT.get()
             weights = transform(layer, tile, None if context is None else context.within)
             return run(hidden, weights, layer.bias)
-        weight, bias = _widen(layer.weight), None if layer.bias is None else layer.bias.float()
-        settings = layer.stride, layer.padding, layer.dilation, layer.groups
-        return F.conv2d(hidden.float(), weight, bias, *settings).to(hidden.dtype)
+        return _convolve_widened(layer, hidden)
 
     def take_out(self, unet: nn.Module) -> None:
         for layer in self.find(unet).values():
@@ -173,15 +182,54 @@ class Convolution(LayerKind):
             yield f"bfloat16 {self.name} ({rest})", f"products in float32, {advantage():.1f} times as fast here"
 
 
-def choose_tile(layer: Any, hidden: Tensor) -> int:
+def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor | None) -> Tensor:
+    """Compute the part of a layer's result that some of its input channels give, by what the layer would take for all.
+
+    Args:
+        layer: a plain convolution of one group, with a border of zeros.
+        hidden: [B, C, H, W], these channels.
+        channels: which they are; start or stop may be None.
+        bias: added to it.
+    """
+    begin, end, _ = channels.indices(layer.weight.shape[1])
+    part = _Part(layer.weight[:, begin:end], bias, layer.stride, layer.padding, layer.dilation)
+    context = None if torch.compiler.is_compiling() or hidden.device.type != "cpu" else CURRENT.get()
+    if context is None or not context.fused or context.only_text or _is_autocast():
+        return F.conv2d(hidden, *part)
+    if torch.is_grad_enabled() and (hidden.requires_grad or layer.weight.requires_grad):
+        return F.conv2d(hidden, *part)
+    tile = choose_tile(layer, hidden, end - begin)
+    if tile == _POINTWISE:
+        return products.multiply_pixels(part, hidden)
+    if tile == _PATCHES:
+        return products.multiply_patches(part, hidden)
+    if tile != _STOCK:
+        weights = transform(layer, tile, context.within)
+        out_channels, of = weights.original.shape[:2]
+        return _kernel(hidden, weights.transformed, bias, out_channels, tile, begin, of)
+    widened = hidden.dtype == torch.bfloat16 and _pays_to_widen(part, hidden)
+    return _convolve_widened(part, hidden) if widened else F.conv2d(hidden, *part)
+
+
+def _convolve_widened(layer: Any, hidden: Tensor) -> Tensor:
+    weight, bias = _widen(layer.weight), None if layer.bias is None else layer.bias.float()
+    settings = layer.stride, layer.padding, layer.dilation, layer.groups
+    return F.conv2d(hidden.float(), weight, bias, *settings).to(hidden.dtype)
+
+
+def choose_tile(layer: Any, hidden: Tensor, channels: int | None = None) -> int:
     """Return the tile with which few products are taken for a layer's input, or what is taken in their place.
 
-    A tile depends on the image alone, not on how many there are: what is kept of the weights serves any batch.
+    A tile depends on the image alone, not on how many there are: what is kept of the weights serves any batch, and any
+    of the input channels.
+
+    Args:
+        channels: how many of the layer's input channels the input has; None: all of them.
     """
     weight, shape = layer.weight, hidden.shape
     if (
         len(shape) != 4
-        or shape[1] != weight.shape[1] * layer.groups
+        or shape[1] != (weight.shape[1] * layer.groups if channels is None else channels)
         or hidden.dtype != weight.dtype
         or hidden.device != weight.device
     ):

@@ -73,7 +73,7 @@ def convolution_weights(weight: Tensor, tile: int) -> Weights:
         return Weights(weight, tile, torch.ops.difffast.winograd_weights(weight, tile))
 
 
-def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None, *, first: int | None = None) -> Tensor:
     """Convolve x with weights of 3x3 pixels, with stride 1 and a border of zeros of one pixel.
 
     Where a gradient is wanted, the reference runs.
@@ -82,6 +82,8 @@ def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tens
         x: the input [B, C, H, W].
         weights: what :func:`convolution_weights` returned.
         bias: [O], or None.
+        first: x has the weights' input channels from this one on; None: it has all of them.  Transformed once, weights
+            serve any of their channels.
 
     Returns:
         The result [B, O, H, W], contiguous.
@@ -93,8 +95,12 @@ def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tens
         RuntimeError: a forced backend cannot run (:func:`difffast.ops.use_backend`).
     """
     weight = weights.original
-    if x.ndim != 4 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x must be [B, {weight.shape[1]}, H, W] as weight's channels, got shape {tuple(x.shape)}")
+    channels = weight.shape[1]
+    if x.ndim != 4 or (first is None and x.shape[1] != channels):
+        raise ValueError(f"x must be [B, {channels}, H, W] as weight's channels, got shape {tuple(x.shape)}")
+    first = first or 0
+    if not 0 <= first < first + x.shape[1] <= channels:
+        raise ValueError(f"weight has {channels} channels, got first {first} for x of {x.shape[1]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
     for name, operand in (("weight", weight), ("bias", bias)):
@@ -102,16 +108,17 @@ def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tens
             raise ValueError(f"{name} must be {x.dtype} on {x.device} as x, got {operand.dtype} on {operand.device}")
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if weights.tile == 0 or wanted or choose(x.dtype, x.device, 1 in x.shape[2:]) == "reference":
-        return reference(x, weight, bias)
-    return run(x, weights, bias)
+        return reference(x, weight[:, first : first + x.shape[1]], bias)
+    return run(x, weights, bias, first)
 
 
-def run(x: Tensor, weights: Weights, bias: Tensor | None) -> Tensor:
+def run(x: Tensor, weights: Weights, bias: Tensor | None, first: int = 0) -> Tensor:
     """Do what :func:`convolution` does, for operands that it would give to the kernel; nothing is checked here."""
     if weights.tile == 0:
-        return reference(x, weights.original, bias)
+        return reference(x, weights.original[:, first : first + x.shape[1]], bias)
+    out_channels, channels = weights.original.shape[:2]
     return torch.ops.difffast.winograd_convolution(
-        x, weights.transformed, bias, weights.original.shape[0], weights.tile
+        x, weights.transformed, bias, out_channels, weights.tile, first, channels
     )
 
 
@@ -154,7 +161,10 @@ def _count_transformed(weight_shape: tuple[int, ...], dtype: torch.dtype, tile: 
 
 
 LIBRARY.define("winograd_weights(Tensor weight, int tile) -> Tensor")
-LIBRARY.define("winograd_convolution(Tensor x, Tensor weights, Tensor? bias, int out_channels, int tile) -> Tensor")
+LIBRARY.define(
+    "winograd_convolution(Tensor x, Tensor weights, Tensor? bias, int out_channels, int tile, int first_channel=0,"
+    " int? weight_channels=None) -> Tensor"
+)
 
 
 @torch.library.register_fake("difffast::winograd_weights", lib=LIBRARY)
@@ -164,7 +174,15 @@ def _fake_weights(weight: Tensor, tile: int) -> Tensor:
 
 
 @torch.library.register_fake("difffast::winograd_convolution", lib=LIBRARY)
-def _fake(x: Tensor, weights: Tensor, bias: Tensor | None, out_channels: int, tile: int) -> Tensor:
+def _fake(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    tile: int,
+    first_channel: int = 0,
+    weight_channels: int | None = None,
+) -> Tensor:
     return x.new_empty(x.shape[0], out_channels, *x.shape[2:])
 
 

@@ -6,7 +6,7 @@ import types
 
 from torch import nn
 
-from .subclass import plain_class
+from .subclass import MARK
 
 #: What a module keeps its hooks under.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -14,7 +14,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module is just a ``kind`` whose weights are there to be used."""
-    if type(module) is not kind and plain_class(module) is not kind:
+    cls = type(module)
+    if cls is not kind and vars(cls).get(MARK) is not kind:  # asked of every layer at many steps
         return False
     weight = module._parameters.get("weight")
     return type(weight) is nn.Parameter and not weight.is_meta and not is_wrapped(module)

@@ -7,11 +7,13 @@ group that may straddle the boundary depends on both and is computed with the hi
 hidden input is the bottleneck, which is cached as well: its whole part before the time embedding is computed once.
 
 Nothing is re-implemented and no weight is copied: blocks run their own ``forward`` on skips without channels, resnets
-theirs with stand-ins for norm1, conv1 and conv_shortcut, which work on views of channel ranges of the weights.
+theirs with stand-ins for norm1, conv1 and conv_shortcut, which work on channel ranges of the weights
+(:func:`difffast.layers.convolution.convolve_channels`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.convolution import convolve_channels
 from ..layers.resnet import NormStandIn
 from ..ops import group_norm_silu, repeat_batch, skip_norm_silu
 from ..surgery.facade import make_facade
 from ..surgery.pristine import is_plain, is_wrapped
-from ..surgery.subclass import plain_class
+from ..surgery.subclass import MARK, plain_class
 from ..surgery.unchanged import flatten_leaves
 from .parts import refuse_freeu
 
@@ -88,11 +91,11 @@ def _shared_part(resnet: Any, skip: Tensor) -> tuple[Tensor, Tensor]:
     norm = resnet.norm1
     own = norm.num_channels - skip.shape[1]
     groups, end = _cut(norm, own)
-    through = _convolve(resnet.conv_shortcut, skip, slice(own, None), None)
+    through = convolve_channels(resnet.conv_shortcut, skip, slice(own, None), None)
     if groups == norm.num_groups:
         return through.new_zeros(()), through
     normed = F.group_norm(skip[:, end - own :], norm.num_groups - groups, norm.weight[end:], norm.bias[end:], norm.eps)
-    return _convolve(resnet.conv1, resnet.nonlinearity(normed), slice(end, None), None), through
+    return convolve_channels(resnet.conv1, resnet.nonlinearity(normed), slice(end, None), None), through
 
 
 def _cut(norm: nn.GroupNorm, own: int) -> tuple[int, int]:
@@ -106,7 +109,8 @@ def refuse_resnet(resnet: nn.Module) -> str | None:
     """Return why a resnet cannot share its skip, or None."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    if plain_class(resnet) is not ResnetBlock2D or is_wrapped(resnet):
+    cls = type(resnet)
+    if vars(cls).get(MARK, cls) is not ResnetBlock2D or is_wrapped(resnet):  # asked of every resnet at every key step
         return f"the {type(resnet).__name__} is wrapped, or another class than ResnetBlock2D"
     if resnet.upsample is not None or resnet.downsample is not None:
         return "it resamples"
@@ -199,22 +203,18 @@ class _Split(_Resnet):
 
         stand_ins = {
             "norm1": NormStandIn(norm, norm_silu),
-            "conv1": lambda x: self._sum(_convolve(conv, x, slice(end), conv.bias), once),
-            "conv_shortcut": lambda x: self._sum(_convolve(shortcut, x, slice(own), shortcut.bias), through),
+            "conv1": functools.partial(self._convolve, conv, slice(end), once),
+            "conv_shortcut": functools.partial(self._convolve, shortcut, slice(own), through),
         }
         return make_facade(resnet, stand_ins)(hidden, *args, **kwargs)
 
-    def _sum(self, each: Tensor, once: Tensor) -> Tensor:
-        """Add a shared part [B, ...] (or a scalar) to each time step's [B * repeats, ...], in place if not traced."""
+    def _convolve(self, layer: Any, channels: slice, once: Tensor, hidden: Tensor) -> Tensor:
+        """Convolve each time step's channels [B * repeats, ...], and add a shared part [B, ...] (or a scalar)."""
+        each = convolve_channels(layer, hidden, channels, layer.bias)
         if not once.ndim:
             return each
         by_step = each.unflatten(0, (-1, self._repeats))
         if torch.jit.is_tracing():  # OpenVINO takes the view that is written to for what it is a view of
             return (by_step + once[:, None]).flatten(0, 1)
-        by_step.add_(once[:, None])
+        by_step.add_(once[:, None])  # in place
         return each
-
-
-def _convolve(conv: nn.Conv2d, x: Tensor, channels: slice, bias: Tensor | None) -> Tensor:
-    """Convolve over some of its input channels."""
-    return F.conv2d(x, conv.weight[:, channels], bias, conv.stride, conv.padding, conv.dilation)

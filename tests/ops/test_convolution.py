@@ -101,6 +101,26 @@ def test_several_turns():
     torch.testing.assert_close(run(x, weight, bias, 4), F.conv2d(x, weight, bias, padding=1), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("tile", module.TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("first", "count"), [(0, 16), (0, 7), (5, 16), (17, 33), (49, 1)])
+@pytest.mark.usefixtures("_nan_memory")
+def test_some_of_the_input_channels(first, count, dtype, tile):
+    x, weight, bias = operands((2, 50, 70, 9, 12), dtype)
+    kept, some = ops.convolution_weights(weight, tile), slice(first, first + count)
+    out = ops.convolution(x[:, some], kept, bias, first=first)
+    exact = F.conv2d(x[:, some].double(), weight[:, some].double(), bias.double(), padding=1)
+    limit = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    assert float((out - exact).abs().max()) <= limit * float(exact.abs().max())
+    assert torch.equal(out, run(x[:, some], weight[:, some], bias, tile))
+    with ops.use_backend("reference"):
+        expected = F.conv2d(x[:, some], weight[:, some], bias, padding=1)
+        assert torch.equal(ops.convolution(x[:, some], kept, bias, first=first), expected)
+    leaf = x[:, some].clone().requires_grad_()
+    ops.convolution(leaf, kept, bias, first=first).sum().backward()
+    assert leaf.grad.shape == leaf.shape
+
+
 def test_layouts():
     x, weight, bias = operands((2, 16, 16, 8, 8))
     expected = run(x, weight, bias, 4)
@@ -168,12 +188,15 @@ def test_bad_input():
     for arguments, said in [
         ((x[0], kept), r"x must be \[B, 16, H, W\].*got shape \(16, 8, 8\)"),
         ((x[:, :4], kept), r"x must be \[B, 16, H, W\]"),
+        ((x[:, :4], kept, bias, 13), "weight has 16 channels, got first 13 for x of 4"),
+        ((x[:, :4], kept, bias, -1), "got first -1 for x of 4"),
+        ((x[:, :0], kept, bias, 3), "got first 3 for x of 0"),
         ((x, kept, bias[:3]), r"bias must be \[32\], got shape \(3,\)"),
         ((x.double(), kept), "weight must be torch.float64 on cpu as x, got torch.float32"),
         ((x, kept, bias.double()), "bias must be torch.float32"),
     ]:
         with pytest.raises(ValueError, match=said):
-            ops.convolution(*arguments)
+            ops.convolution(*arguments[:3], **dict(zip(("first",), arguments[3:], strict=False)))
     for bad in (weight[0], weight[..., :2], weight[:, :0]):
         with pytest.raises(ValueError, match=r"weight must be \[O, C, 3, 3\], got shape"):
             ops.convolution_weights(bad, 4)
@@ -187,6 +210,9 @@ def test_bad_input():
     for wrong in (kept.transformed[:-1], kept.transformed.double()):
         with pytest.raises(RuntimeError, match="what winograd_weights returns"):
             torch.ops.difffast.winograd_convolution(x, wrong, bias, 32, 4)
+    for first, channels in ((1, 16), (-1, 17), (0, 15)):
+        with pytest.raises(RuntimeError, match=f"weights of {channels} channels have no 16 from {first} on"):
+            torch.ops.difffast.winograd_convolution(x, kept.transformed, bias, 32, 4, first, channels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -222,6 +248,10 @@ def test_smaller_instruction_sets(instruction_set):
                 right = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
                 error = (out - right).abs().max() / right.abs().max()
                 assert error < 3e-6, (tile, shape, error)
+                some = slice(shape[1] // 3, None)
+                out = ops.convolution(x[:, some], kept, bias, first=some.start)
+                right = F.conv2d(x[:, some].double(), weight[:, some].double(), bias.double(), padding=1)
+                assert (out - right).abs().max() / right.abs().max() < 3e-6
                 assert kept.transformed.shape == torch.empty_like(
                     torch.ops.difffast.winograd_weights(weight.to("meta"), tile), device="cpu").shape
     """
