@@ -82,6 +82,15 @@ def test_files_and_functions_are_short_enough_to_read(name):
         assert parameters <= 8 or house.room(name) == "ops", f"{function} has {parameters} parameters"
 
 
+def test_no_other_python_file_is_too_long_to_read():
+    files = [
+        path for place in ("bench", "examples", "tests", "triton_kernels") for path in (ROOT / place).rglob("*.py")
+    ]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert len(lengths) > 200
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 def test_circles_are_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
     assert house.circles(graph) == [["b", "c"]]

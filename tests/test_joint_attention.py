@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import unets
 import zoo
+from attention_by_hand import Recorder
 from diffusers.models.attention_processor import AttnAddedKVProcessor, AttnProcessor2_0
 from peft import LoraConfig
 from sampling import largest
@@ -322,29 +323,6 @@ def test_programs_take_the_keys_as_inputs(pipe64, monkeypatch, options):
 
 
 # Maps
-
-
-class Recorder:
-    """An attention processor that computes what AttnAddedKVProcessor2_0 does, and keeps the text's probabilities."""
-
-    def __init__(self, store, name):
-        self.store, self.name = store, name
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        text = attn.norm_cross(encoder_hidden_states.transpose(1, 2)).transpose(1, 2)
-        rows = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)
-        q, k, v = (
-            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for x in (
-                attn.to_q(rows),
-                torch.cat([attn.add_k_proj(text), attn.to_k(rows)], 1),
-                torch.cat([attn.add_v_proj(text), attn.to_v(rows)], 1),
-            )
-        )
-        p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        self.store.setdefault(self.name, []).append(p[..., : text.shape[1]].mean(1))
-        out = attn.to_out[0]((p @ v).transpose(1, 2).flatten(2))
-        return out.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
 
 
 @pytest.mark.parametrize("fused", [True, False])

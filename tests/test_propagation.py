@@ -1,36 +1,25 @@
-"""The controller under stock pipelines: what it computes, and that no run ever sees another run's features."""
+"""The controller under stock pipelines: what it computes."""
 
 import copy
 import math
-import threading
 
 import pytest
 import torch
 import unet_oracle
-import zoo
 from diffusers import (
-    ControlNetModel,
-    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from propagated import PUBLISHED, STEP_BY_STEP, assert_nothing_kept, controller_of
 from sampling import largest, latents, mask, picture, scheduler
 from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 from torch.utils._python_dispatch import TorchDispatchMode
-from watching import watching
 
 import difffast
-from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
-from difffast.sampling.controller import find_controller
-from difffast.sampling.decode_ahead import DecodeAhead
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patched
 from difffast.surgery.subclass import is_swapped
-
-PUBLISHED = EncoderPropagation()
-STEP_BY_STEP = EncoderPropagation(parallel=False)
 
 
 def both_ways(pipe, run):
@@ -41,28 +30,6 @@ def both_ways(pipe, run):
         ahead = run(pipe)
     assert largest(ahead, one_at_a_time) <= LATENTS_FLOAT64
     return report
-
-
-def in_threads(work, count):
-    """``work(0)`` ... ``work(count - 1)``, each in a thread of its own."""
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def controller_of(pipe):
-    return find_controller(pipe.unet)
-
-
-def assert_nothing_kept(pipe):
-    for run in controller_of(pipe)._runs:
-        assert run._fingerprint is None
-        if isinstance(run._strategy, DecodeAhead):
-            assert run._strategy._features is None
-            assert not run._strategy._known
-            assert not run._strategy._queue
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -201,170 +168,6 @@ def test_inference_mode(pipe):
             assert torch.equal(latents(pipe), expected)
 
 
-# State: whatever happens to a run, the next one is as if it had never been.
-
-
-class StopRunError(Exception):
-    pass
-
-
-def test_a_run_that_raises_or_is_interrupted_leaves_nothing_behind(pipe):
-    with patched(pipe, propagation=PUBLISHED) as report:
-        expected = latents(pipe)
-
-        def interrupt(pipe, step, timestep, tensors):
-            pipe._interrupt = step >= 6
-            return tensors
-
-        def fail(pipe, step, timestep, tensors):
-            if step == 6:
-                raise StopRunError
-            return tensors
-
-        latents(pipe, "something else", callback_on_step_end=interrupt)
-        assert report.last_run.key + report.last_run.propagated == 7
-        assert torch.equal(latents(pipe), expected)
-        with pytest.raises(StopRunError):
-            latents(pipe, "something else", callback_on_step_end=fail)
-        assert torch.equal(latents(pipe), expected)
-        assert_nothing_kept(pipe)
-
-
-def test_an_error_inside_the_unet_leaves_nothing_behind(pipe):
-    with patched(pipe, propagation=PUBLISHED):
-        expected = latents(pipe)
-        calls = []
-
-        def fail(_module, _output):
-            calls.append(1)
-            if len(calls) == 5:
-                raise StopRunError
-
-        with watching(fail, pipe.unet.conv_out), pytest.raises(StopRunError):
-            latents(pipe)
-        assert_nothing_kept(pipe)
-        assert torch.equal(latents(pipe), expected)
-
-
-def test_a_nested_run_does_not_disturb_the_outer_one(pipe):
-    # The schedulers differ, so that the stock pipelines themselves can be nested.
-    inner_pipe = StableDiffusionPipeline(
-        **{**pipe.components, "scheduler": scheduler("Euler")}, requires_safety_checker=False
-    )
-    inner_pipe.set_progress_bar_config(disable=True)
-    with patched(pipe, propagation=PUBLISHED), patched(inner_pipe, propagation=PUBLISHED):
-        outer, inner = latents(pipe), latents(inner_pipe, "a cat")
-        seen = []
-
-        def nest(_pipe, step, timestep, tensors):
-            if step in (4, 7):
-                seen.append(latents(inner_pipe, "a cat"))
-            return tensors
-
-        assert torch.equal(latents(pipe, callback_on_step_end=nest), outer)
-        assert all(torch.equal(result, inner) for result in seen)
-        assert len(seen) == 2
-
-
-def test_re_entering_the_same_pipeline(pipe):
-    """DDIM keeps no state in the scheduler but its schedule, so that stock survives re-entrance, and so must we."""
-    with patched(pipe, propagation=PUBLISHED):
-        outer, inner = latents(pipe), latents(pipe, "a cat", steps=20)
-        seen = []
-
-        def nest(_pipe, step, timestep, tensors):
-            if step == 7:
-                seen.append(latents(pipe, "a cat", steps=20))
-            return tensors
-
-        assert torch.equal(latents(pipe, callback_on_step_end=nest), outer)
-        assert torch.equal(seen[0], inner)
-
-
-def test_threads_that_share_a_unet(pipe):
-    prompts = ["a red circle", "a blue square", "two cats"]
-    pipes = []
-    for _ in prompts:
-        own = StableDiffusionPipeline(
-            **{**pipe.components, "scheduler": scheduler("DDIM")}, requires_safety_checker=False
-        )
-        own.set_progress_bar_config(disable=True)
-        patch(own)
-        pipes.append(own)
-    # Encoded before: stock text encoding is not thread-safe (a stock pipeline's pictures differ now and then).
-    encoded = [pipe.encode_prompt(prompt, "cpu", 1, True) for prompt in prompts]
-    texts = [{"prompt_embeds": text, "negative_prompt_embeds": negative} for text, negative in encoded]
-    expected = [latents(own, None, **text) for own, text in zip(pipes, texts, strict=True)]
-    results = {}
-
-    def work(i):
-        for repeat in range(2):
-            results[i, repeat] = latents(pipes[i], None, **texts[i])
-
-    in_threads(work, len(prompts))
-    assert len(results) == 6
-    for (i, _), result in results.items():
-        assert torch.equal(result, expected[i])
-    for own in pipes:
-        unpatch(own)
-    assert not is_swapped(pipe.unet)
-
-
-@pytest.mark.filterwarnings("ignore:difffast. this UNet call runs unpatched")
-def test_one_pipeline_in_two_threads(pipe):
-    """Whoever sets the schedule last is propagated, the other may run stock: nobody gets the other's features."""
-    prompts = ["a red circle", "a blue square"]
-    stock = [latents(pipe, prompt) for prompt in prompts]
-    with patched(pipe, propagation=PUBLISHED):
-        fast = [latents(pipe, prompt) for prompt in prompts]
-        results = {}
-
-        def work(i):
-            for repeat in range(3):
-                results[i, repeat] = latents(pipe, prompts[i])
-
-        in_threads(work, len(prompts))
-    assert len(results) == 6
-    for (i, _), result in results.items():
-        assert torch.equal(result, fast[i]) or torch.equal(result, stock[i])
-
-
-def test_two_pipelines_sharing_a_unet_keep_their_own_settings(pipe):
-    other = StableDiffusionPipeline(
-        **{**pipe.components, "scheduler": scheduler("Euler")}, requires_safety_checker=False
-    )
-    other.set_progress_bar_config(disable=True)
-    stock_other = latents(other)
-    first = patch(pipe, propagation=PUBLISHED)
-    with pytest.warns(UserWarning, match="runs unpatched"):
-        assert torch.equal(latents(other), stock_other), "an unpatched pipeline stays stock"
-    second = patch(other, propagation=EncoderPropagation(key_steps=4))
-    latents(pipe)
-    latents(other)
-    assert (first.last_run.key, second.last_run.key) == (7, 5)
-    unpatch(pipe)
-    latents(other)
-    assert second.last_run.key == 5
-    assert is_swapped(other.unet)
-    unpatch(other)
-    assert not is_swapped(other.unet)
-
-
-def test_sharing_unet_and_scheduler_needs_equal_settings(pipe):
-    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with patched(pipe, propagation=PUBLISHED):
-        with pytest.raises(ValueError, match="shares this pipeline's scheduler, which needs equal settings"):
-            patch(other, propagation=EncoderPropagation(key_steps=4))
-        assert latents(pipe).isfinite().all()
-        theirs = patch(other, propagation=PUBLISHED)
-        other.set_progress_bar_config(disable=True)
-        latents(other, image=picture())
-        assert theirs.last_run.propagated > 0
-    assert is_swapped(pipe.unet)
-    unpatch(other)
-    assert not is_swapped(pipe.unet)
-
-
 def test_changed_prompt_and_size_between_calls(pipe):
     runs = [
         {"prompt": "a red circle"},
@@ -501,26 +304,6 @@ def test_several_calls_a_step_run_in_full(pipe, config):
     assert report.last_run.propagated + report.last_run.reused + report.last_run.halves == 0
 
 
-def test_nothing_is_decoded_beyond_the_last_executed_step():
-    pipe = zoo.ROWS["StableDiffusionXLPipeline"].build()
-    pipe.set_progress_bar_config(disable=True)
-    with patched(pipe, propagation=EncoderPropagation(key_steps=4, max_parallel=4)) as report:
-        latents(pipe, steps=20, denoising_end=0.7, height=32, width=32)
-        assert_nothing_kept(pipe)
-    run = report.last_run
-    assert (run.total, run.key, run.propagated) == (20, 4, 10)
-    assert run.decode_batches == [4, 4, 4, 2]
-
-
-def test_memory_is_released_at_the_end_of_a_run(pipe):
-    with patched(pipe, propagation=PUBLISHED):
-        latents(pipe)
-        assert_nothing_kept(pipe)
-        for steps in (20, 12, 9):
-            latents(pipe, steps=steps)
-        assert len(controller_of(pipe)._runs) == 1, "a new schedule frees the old one's run"
-
-
 class _CountSyncs(TorchDispatchMode):
     """Counts operators that read a value from the device."""
 
@@ -545,163 +328,6 @@ def test_no_device_synchronisation_is_added(pipe):
     with patched(pipe, propagation=EncoderPropagation(prior_noise=0.003)), _CountSyncs() as ours:
         latents(pipe)
     assert ours.count <= stock.count
-
-
-# What cannot be propagated runs stock, and says so.
-
-
-def assert_stock(pipe, run, reason):
-    stock = run()
-    with patched(pipe, propagation=PUBLISHED) as report, pytest.warns(UserWarning, match=reason):
-        assert torch.equal(run(), stock)
-    return report
-
-
-def test_training_mode_and_gradients_run_stock(pipe):
-    pipe.unet.train()
-    pipe.unet.mid_block.resnets[0].dropout.p = 0.5
-
-    def seeded():
-        torch.manual_seed(0)
-        return latents(pipe)
-
-    report = assert_stock(pipe, seeded, "training mode")
-    assert report.last_run.stock == 20
-    pipe.unet.eval()
-    pipe.scheduler.set_timesteps(20)
-    text = torch.randn(2, 77, 64)
-
-    def with_gradients():
-        sample = torch.ones(2, 4, 8, 8, requires_grad=True)
-        pipe.unet(sample, pipe.scheduler.timesteps[0], encoder_hidden_states=text).sample.sum().backward()
-        return sample.grad
-
-    assert_stock(pipe, with_gradients, "gradients are enabled")
-
-
-def test_hooks_on_the_unet_run_stock(pipe):
-    seen = []
-    handle = pipe.unet.register_forward_hook(lambda module, args, output: seen.append(output))
-    assert_stock(pipe, lambda: latents(pipe), "forward hooks")
-    assert len(seen) == 40
-    handle.remove()
-    forward = pipe.unet.forward
-    pipe.unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    assert_stock(pipe, lambda: latents(pipe), "replaced on the instance")
-    del pipe.unet.forward
-    with patched(pipe, propagation=PUBLISHED) as report:
-        latents(pipe)
-    assert report.last_run.stock == 0
-
-
-def test_residuals_of_an_unpatched_controlnet_run_stock(pipe):
-    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 64)).eval()
-    control_pipe = StableDiffusionControlNetPipeline(
-        **pipe.components, controlnet=controlnet, requires_safety_checker=False
-    )
-    control_pipe.set_progress_bar_config(disable=True)
-    # The UNet and the scheduler are shared with a patched pipeline: still stock, never stale.
-    run = lambda: latents(control_pipe, image=picture(), height=32, width=32)  # noqa: E731
-    stock = run()
-    with patched(pipe, propagation=PUBLISHED), pytest.warns(UserWarning, match="residuals are given that are not"):
-        assert torch.equal(run(), stock)
-
-
-class _Foreign(AttnProcessor2_0):
-    """A processor from outside Diffusers; for all we know it mixes samples."""
-
-
-def test_foreign_attention_processors_run_every_step(pipe):
-    pipe.unet.set_attn_processor(_Foreign())
-    expected = latents(pipe)
-    with (
-        patched(pipe, propagation=PUBLISHED, fused=False) as report,
-        pytest.warns(UserWarning, match="every step is a key step: .* has the attention processor _Foreign"),
-    ):
-        stock = latents(pipe)
-    assert report.last_run.key == 20
-    with patched(pipe, propagation=STEP_BY_STEP, fused=False), pytest.warns(UserWarning, match="_Foreign"):
-        assert torch.equal(latents(pipe), expected)
-    assert largest(stock, expected) < 0.1, "prior noise alone"
-
-
-def test_unknown_timesteps_run_stock(pipe):
-    call = {"sample": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 77, 64)}
-    pipe.scheduler.set_timesteps(20)
-    for timestep in (500, torch.tensor(500), pipe.scheduler.timesteps[3:5]):
-        with torch.no_grad():
-            stock = pipe.unet(timestep=timestep, **call).sample
-            with (
-                patched(pipe, propagation=PUBLISHED),
-                pytest.warns(UserWarning, match="position in the schedule is unknown"),
-            ):
-                assert torch.equal(pipe.unet(timestep=timestep, **call).sample, stock)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"preset": "balanced"},
-        {"preset": "turbo"},
-        {"preset": "faster-diffusion"},
-        {"propagation": EncoderPropagation(key_steps=3)},
-        {"propagation": FeatureReuse(3)},
-        {"preset": "exact", "cfg": CfgReuse(2)},
-    ],
-    ids=str,
-)
-def test_few_steps_share_nothing_and_the_run_says_so_once(pipe, options):
-    """One behaviour, whatever asks for sharing: every step in full, a warning a pipeline, a line in every report."""
-    said = "every step runs in full: sharing needs at least 8 denoising steps, got 4"
-    stock = latents(pipe, steps=4)
-    with patched(pipe, **{**options, "fused": False}) as report:
-        with pytest.warns(UserWarning, match=said):
-            first = latents(pipe, steps=4)
-        assert largest(latents(pipe, steps=4), first) == 0  # and warns no more: warnings are errors here
-        assert sum(said in reason for reason in report.last_run.reasons) == 1
-        assert (report.last_run.key, report.last_run.halves) == (4, 0)
-        if options.get("preset") != "faster-diffusion":  # it injects prior noise all the same
-            assert torch.equal(first, stock)
-
-
-def test_few_steps_are_shared_by_force(pipe):
-    sparse = EncoderPropagation(key_steps=3)
-    with patched(pipe, propagation=sparse, force=True) as report:
-        assert latents(pipe, steps=4).isfinite().all()
-    assert (report.last_run.total, report.last_run.propagated) == (4, 2)
-    pipe.scheduler = scheduler("Heun")  # 7 UNet calls but only 4 steps
-    with patched(pipe, propagation=sparse) as report, pytest.warns(UserWarning, match="got 4"):
-        latents(pipe, steps=4)
-    assert report.last_run.key == 7
-
-
-@pytest.mark.parametrize(
-    ("options", "steps", "more", "why"),
-    [
-        ({"preset": "balanced"}, 11, 25, "'balanced' shares nothing below 12"),
-        ({"preset": "turbo"}, 11, 25, "'turbo' shares nothing below 12"),
-        ({"propagation": FeatureReuse(0.08)}, 24, 25, "all of them are key steps"),
-    ],
-)
-def test_a_run_in_which_nothing_is_shared_says_so(pipe, options, steps, more, why):
-    report = patch(pipe, **options)
-    note = f"steps share work in schedules of at least {steps + 1} steps; in shorter ones every step runs in full"
-    assert note in report.notes
-    latents(pipe, steps=steps)
-    line = f"every step runs in full: with {steps} steps, {why}"
-    assert report.last_run.reasons == [line]
-    assert line in str(report.last_run)
-    latents(pipe, steps=more)
-    assert report.last_run.reasons == []
-    assert report.last_run.key < more
-    assert not any("share" in note for note in patch(pipe, "exact").notes)
-
-
-def test_key_steps_beyond_the_schedule(pipe):
-    with patched(pipe, propagation=EncoderPropagation(key_steps=[0, 30])):
-        with pytest.raises(ValueError, match="key_steps contains 30"):
-            latents(pipe, steps=20)
-        assert latents(pipe, steps=40).isfinite().all()
 
 
 def test_scheduler_replaced_after_patching(pipe64):

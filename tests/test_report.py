@@ -8,10 +8,10 @@ import charts
 import pytest
 import report
 import tables
+from cases import TRUTH, Clock, case, raising, taking
 from PIL import Image
 from registry import COMPILED, Bar, Missing, Provider
 from session import measure
-from test_benchmarks import TRUTH, Clock, case, raising, taking
 
 MACHINE = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "diffusers": "0.42.1", "commit": "abc"}
 CEILINGS = {"copy_bytes_per_s": 2e10, "matmul_flop_per_s float32": 1e11}

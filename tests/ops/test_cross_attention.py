@@ -1,3 +1,5 @@
+"""cross_attention: results and gradients against float64, and what PyTorch asks of an operator."""
+
 import math
 
 import instruction_sets
@@ -10,14 +12,11 @@ from difffast import ops
 from difffast.ops.cross_attention import reference, reference_backward
 
 needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
-
-
 KERNELS = [
     pytest.param(b, marks=pytest.mark.skipif(absent(b) is not None, reason=str(absent(b)))) for b in ("cpp", "triton")
 ]
 BACKENDS = ["reference", "sdpa", *KERNELS]
 WITH_MAPS = ["reference", *KERNELS]
-
 #: (batch, key batch, heads, queries, keys, head_dim): every key count, odd sizes, sizes that are no multiple of a tile.
 SHAPES = [
     (1, 1, 1, 1, 1, 1),
@@ -312,49 +311,6 @@ Q, K = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
 def test_bad_input(backend, q, k, v, options, message):
     with ops.use_backend(backend), pytest.raises(ValueError, match=message):
         ops.cross_attention(q, k, v, **options)
-
-
-def test_the_kernel_checks_for_itself():
-    """Called without the public function, e.g. from an exported graph."""
-    if ops.missing("cpp"):
-        pytest.skip(str(ops.missing("cpp")))
-    for q, k, tokens in ((Q, torch.ones(2, 2, 129, 8), []), (Q[:1], K, []), (Q, K, [7]), (Q.half(), K.half(), [])):
-        with pytest.raises(RuntimeError):
-            torch.ops.difffast.cross_attention.cpp(q, k, k, 1.0, 0, tokens)
-
-
-def test_forced_backends_that_cannot_run():
-    for backend, message in (("sdpa", "returns no maps"), ("cpp", "got float16")):
-        if ops.missing(backend) is None:
-            q, k = (Q.half(), K.half()) if backend == "cpp" else (Q, K)
-            with (
-                ops.use_backend(backend),
-                pytest.raises(RuntimeError, match=rf"cross_attention: backend '{backend}' was forced .*{message}"),
-            ):
-                ops.cross_attention(q, k, k, map_tokens=[0])
-
-
-def test_forcing_one_operator_leaves_the_others():
-    with ops.use_backend("reference", "cross_attention"):
-        assert ops.repeat_batch(torch.ones(2), 2).shape == (4,)
-    with (
-        pytest.raises(ValueError, match=r"'repeat_batch' has no backend 'sdpa'; .* repeat_batch: cpp, reference"),
-        ops.use_backend("sdpa", "repeat_batch"),
-    ):
-        pass
-    with ops.use_backend("sdpa"):
-        assert ops.repeat_batch(torch.ones(2), 2).shape == (4,), "an operator without this backend is not concerned"
-
-
-def test_unproved_gpu_kernels_are_no_default():
-    from difffast.ops._proofs import is_proved
-
-    listed = {(p.operator, p.backend) for p in ops.PROVED}
-    for operator, backends in ops.OPERATORS.items():
-        for backend in {"triton", "cuda"} & set(backends):
-            if (operator, backend) not in listed:
-                assert not is_proved(operator, backend, torch.device("cuda"), torch.float16)
-                assert not is_proved(operator, backend, torch.device("cpu"), torch.float32)
 
 
 @needs_cpp

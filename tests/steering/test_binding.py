@@ -2,56 +2,24 @@
 
 import copy
 import dataclasses
-import pickle
-import threading
 
 import pytest
 import torch
 import zoo
-from binding_by_hand import SAMPLE, Numbers, Things
+from binding_by_hand import SAMPLE
+from bound import LAYERS, PROMPT, STEPS, THINGS, binding, numbers, run
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from sampling import SCHEDULERS, largest, latents, mask, picture, scheduler
 from tolerances import LATENTS_FLOAT64
 
-from difffast import EncoderPropagation, SemanticBinding, collect_maps, patch, patched, unpatch
+from difffast import EncoderPropagation, SemanticBinding, patched
 from difffast.models.tokenizer import clip_tokenizer, learn_merges
-from difffast.steering.binding.config import Schedule
 from difffast.steering.binding.run import BindingRun
 from difffast.steering.losses import LOSSES
-from difffast.surgery.subclass import is_swapped
 
-PROMPT = "a [red ox] by a [elk in fog]"
-# One token a letter: a red ox by a elk in fog.
-THINGS = Things(
-    "a red ox by a elk in fog",
-    (((5, 6), (2, 3, 4)), ((10, 11, 12), (13, 14, 15, 16, 17))),
-    ("a red ox", "a elk in fog"),
-    "an ox by an elk",
-)
-LAYERS = tuple(f"down_blocks.0.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1)) + tuple(
-    f"up_blocks.1.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1, 2)
-)
 #: Of what binding changes in the latents.
 MOTION = 1e-10
-STEPS = 8
 ALL_KEY = EncoderPropagation(key_steps=1)
-OPTIONS = {"step_size": 0.1, "bind_step_size": 3.0}
-#: No other loss than the entropy, and no early end.
-FIXED = {"losses": {"entropy": 1}, "thresholds": (), "iterations": 2}
-
-
-def binding(**options):
-    return SemanticBinding(**{"bind_steps": 2, "focus_steps": 3, "replace_step": 1, **OPTIONS, **FIXED, **options})
-
-
-def numbers(**options):
-    """The same for the method written out."""
-    return Numbers(**{"steps": STEPS, "bind": 2, "focus": 3, "replace": 1, "iterations": 2, **OPTIONS, **options})
-
-
-def run(pipe, config, prompt=PROMPT, preset="exact", **options):
-    with patched(pipe, preset, binding=config) as report:
-        return latents(pipe, prompt, steps=STEPS, **options), report
 
 
 @pytest.mark.parametrize("mode", ["paper", "reference"])
@@ -274,15 +242,6 @@ def test_guidance_switched_off_on_the_way(pipe64):
     assert not report.last_run.reasons
 
 
-def test_embeddings_instead_of_a_prompt_are_refused(pipe):
-    embeds = pipe.encode_prompt("a cat", "cpu", 1, True)
-    with (
-        patched(pipe, binding=SemanticBinding()),
-        pytest.raises(ValueError, match="as text"),
-    ):
-        pipe(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], num_inference_steps=STEPS)
-
-
 def test_subjects_by_position_are_marks(pipe64):
     subjects = THINGS.subjects
     marked, _ = run(pipe64, binding(bind_steps=0, replace_step=None))
@@ -368,25 +327,6 @@ def test_half_precision(pipe, dtype, iterations):
     assert (losses[1][:, -1] <= losses[1][:, 0]).all()
 
 
-# Pipelines, schedulers, plans
-
-
-def test_correctors_are_not_optimised(pipe64):
-    """Second calls that step from the scheduler's own latents: there is nothing to move."""
-    for name, expected in (("PNDM", {0, 2}), ("Heun", {0, 2}), ("DPM++ single", {0, 2})):
-        pipe64.scheduler = scheduler(name)
-        _, report = run(pipe64, binding(bind_steps=0, focus_steps=3))
-        assert {step.step for step in report.trace.steps} == expected
-
-
-def test_schedulers_that_correct_from_their_own_latents_are_refused(pipe64):
-    pipe64.scheduler = scheduler("UniPC")
-    with pytest.raises(ValueError, match=r"UniPC.*own copy"):
-        run(pipe64, binding())
-    ours, _ = run(pipe64, binding(optimise="text"))
-    assert ours.isfinite().all()
-
-
 def test_image_to_image_and_inpainting(pipe64, inpaint_pipe64):
     cases = (
         (StableDiffusionImg2ImgPipeline, pipe64, {"image": picture(), "strength": 0.9}),
@@ -414,203 +354,6 @@ def test_phrases_have_latents_of_their_own_in_an_inpainting_unet(inpaint_pipe64)
     losses = [step.losses for step in report.trace.steps]
     assert len(losses) == 2
     assert all(each[-1] < each[0] for each in losses)
-
-
-@pytest.mark.parametrize("preset", ["exact", "faster-diffusion"])
-def test_text_keys_are_reused_after_the_optimised_steps(pipe, preset):
-    _, report = run(pipe, binding(), preset=preset)
-    plan = report.plan(STEPS)
-    assert plan.full_steps == (0, 1, 2)
-    assert set(plan.full_steps) <= set(plan.key_steps)
-    assert str(plan).count("optimised") == 3
-    layers = len(report._settings.extensions[0].layers) + 1  # the middle block's besides
-    assert report.last_run.text_kv["computed"] == 3 * layers
-    assert report.last_run.key == len(plan.key_steps)
-    assert report.last_run.forced == 0
-
-
-def test_parallel_decoding_is_step_by_step(pipe64):
-    results = []
-    for parallel in (True, False):
-        propagation = EncoderPropagation(key_steps=3, parallel=parallel, max_parallel=4)
-        with patched(pipe64, propagation=propagation, binding=binding()) as report:
-            results.append(latents(pipe64, PROMPT, steps=STEPS))
-    assert max(report.last_run.decode_batches) == 1
-    assert largest(*results) <= LATENTS_FLOAT64
-
-
-def test_prior_noise_and_binding_both_edit_the_latents(pipe64):
-    noisy = EncoderPropagation(key_steps=1, prior_noise=0.1)
-    with patched(pipe64, propagation=noisy, binding=binding()):
-        both = latents(pipe64, PROMPT, steps=STEPS)
-    bound, _ = run(pipe64, binding())
-    with patched(pipe64, propagation=noisy, binding=binding(optimise="text")):
-        text_alone = latents(pipe64, PROMPT, steps=STEPS)
-    assert largest(both, bound) > 1e-3
-    assert largest(both, text_alone) > 1e-3
-
-
-def test_maps_can_be_collected_besides(pipe):
-    with patched(pipe, "exact", binding=binding()) as report, collect_maps(pipe, layers=LAYERS[0]) as maps:
-        latents(pipe, PROMPT, steps=STEPS)
-    assert maps.steps == {LAYERS[0]: STEPS}  # those of the optimisation are not counted
-    assert report.trace.maps
-
-
-def test_a_custom_loop_may_start_the_schedule_again(pipe64):
-    pipe64.scheduler = scheduler("DDIM")
-    with patched(pipe64, "exact", binding=binding()), torch.no_grad():
-        results = []
-        text = torch.cat(pipe64.encode_prompt(PROMPT, "cpu", 1, True)[::-1])
-        pipe64.scheduler.set_timesteps(STEPS)
-        for _ in range(2):
-            z = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            for t in pipe64.scheduler.timesteps:
-                null, cond = pipe64.unet(torch.cat([z] * 2), t, encoder_hidden_states=text).sample.chunk(2)
-                z = pipe64.scheduler.step(null + 7.5 * (cond - null), t, z).prev_sample
-            results.append(z)
-        assert torch.equal(*results)
-        assert largest(results[0], latents(pipe64, PROMPT, steps=STEPS)) <= LATENTS_FLOAT64
-
-
-# Nothing is left behind
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["loss", "callback"])
-def test_interrupts_leave_no_trace(pipe, monkeypatch, error, where):
-    config = binding()
-    expected, _ = run(pipe, config)
-
-    def stop(*_args, **_kwargs):
-        raise error("stop")
-
-    flags = [parameter.requires_grad for parameter in pipe.unet.parameters()]
-    options = {"callback_on_step_end": stop} if where == "callback" else {}
-    with patched(pipe, "exact", binding=config):
-        if where == "loss":
-            monkeypatch.setattr(SemanticBinding, "threshold_at", stop)
-        with pytest.raises(error, match="stop"):
-            latents(pipe, PROMPT, steps=STEPS, **options)
-        monkeypatch.undo()
-        assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == flags
-        assert torch.equal(latents(pipe, PROMPT, steps=STEPS), expected)
-    assert all(flags)
-
-
-def test_unpatch_is_exact(pipe):
-    before = latents(pipe, "a cat", steps=STEPS)
-    classes = type(pipe), type(pipe.scheduler), type(pipe.unet)
-    attributes = set(vars(pipe))
-    patch(pipe, binding=binding())
-    latents(pipe, PROMPT, steps=STEPS)
-    assert is_swapped(pipe)
-    assert type(pickle.loads(pickle.dumps(pipe.scheduler))) is classes[1]
-    assert type(copy.copy(pipe)) is classes[0]
-    unpatch(pipe)
-    assert (type(pipe), type(pipe.scheduler), type(pipe.unet)) == classes
-    assert set(vars(pipe)) == attributes
-    assert "encode_prompt" not in vars(type(pipe)) or type(pipe).encode_prompt is classes[0].encode_prompt
-    assert torch.equal(latents(pipe, "a cat", steps=STEPS), before)
-
-
-def test_two_threads_share_a_unet(pipe):
-    pipes = []
-    for _ in range(2):
-        # A tokenizer keeps its padding and truncation as state: threads need one each, stock pipelines as well.
-        own = {name: copy.deepcopy(pipe.components[name]) for name in ("scheduler", "tokenizer")}
-        other = type(pipe)(**{**pipe.components, **own}, requires_safety_checker=False)
-        other.set_progress_bar_config(disable=True)
-        pipes.append(other)
-    prompts = [PROMPT, "a [tin can] and a [cat]"]
-    expected = [run(each, binding(), prompt)[0] for each, prompt in zip(pipes, prompts, strict=True)]
-    results = [None, None]
-    for each in pipes:
-        patch(each, "exact", binding=binding())
-
-    def work(i):
-        results[i] = latents(pipes[i], prompts[i], steps=STEPS)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for each in pipes:
-        unpatch(each)
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
-
-
-def test_inference_mode(pipe):
-    expected, _ = run(pipe, binding())
-    with torch.inference_mode():
-        ours, _ = run(pipe, binding())
-    assert torch.equal(ours, expected)
-
-
-# Configuration
-
-
-def test_presets_are_for_fifty_steps():
-    assert SemanticBinding("object").schedule(50) == Schedule(7, 7, 6, 3, 0, True)
-    assert SemanticBinding("attribute").schedule(50) == Schedule(5, 5, 4, 3, None, False)
-    assert SemanticBinding("object").schedule(20) == Schedule(3, 3, 6, 3, 0, True)
-    assert SemanticBinding("object", mode="reference").schedule(20) == Schedule(7, 7, 6, 3, 0, True)
-    assert SemanticBinding("object", bind_steps=4, replace_step=None).schedule(20) == Schedule(4, 3, 6, 3, None, True)
-    assert SemanticBinding("attribute", replace_step=9).full_steps(50) == (0, 1, 2, 3, 4, 9)
-
-
-def test_step_sizes_fall_and_thresholds_follow_the_schedule():
-    config = SemanticBinding()
-    assert config.step_size_at(0, 50) == 3.0
-    assert config.step_size_at(49, 50) == 0.0
-    assert [config.threshold_at(order, 50) for order in (0, 4, 7, 30)] == [26.0, 22.5, 21.0, 21.0]
-    assert config.threshold_at(2, 25) == 22.5
-    assert SemanticBinding(mode="reference").threshold_at(2, 25) == 24.0
-    assert SemanticBinding(losses={"segregation": 1}).threshold_at(0, 50) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"preset": "best"}, "object, attribute, got 'best'"),
-        ({"mode": "code"}, "paper, reference, got 'code'"),
-        ({"optimise": "vae"}, "got 'vae'"),
-        ({"losses": {"beauty": 1}}, "unknown loss 'beauty'"),
-        ({"losses": {"entropy": float("nan")}}, "finite"),
-        ({"losses": {"syngen": 1}}, "merge=False"),
-        ({"merge": False}, "bind_steps=0"),
-        ({"bind_steps": -1}, "bind_steps must not be negative"),
-        ({"step_size": -1.0}, "step_size must be finite"),
-        ({"subjects": [((1,),)]}, "pairs"),
-        ({"weights": (1.0,)}, r"two finite numbers, got \(1.0,\)"),
-        ({"weights": (1.0, float("nan"))}, "two finite numbers"),
-    ],
-)
-def test_bad_values_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SemanticBinding(**options)
-
-
-@pytest.mark.parametrize("options", [{"step_size": "3"}, {"merge": 1}, {"iterations": 2.5}])
-def test_wrong_types_are_refused(options):
-    with pytest.raises(TypeError, match=next(iter(options))):
-        SemanticBinding(**options)
-
-
-def test_patch_refuses_before_it_changes_anything(pipe):
-    with pytest.raises(TypeError, match="binding must be"):
-        patch(pipe, binding="object")
-    with pytest.raises(ValueError, match="no cross-attention layer matches"):
-        patch(pipe, binding=SemanticBinding(layers="nowhere.*"))
-    assert not is_swapped(pipe)
-    assert not is_swapped(pipe.unet)
-
-
-def test_layers_of_two_sizes_are_refused(pipe64):
-    with pytest.raises(ValueError, match="one size"):
-        run(pipe64, binding(layers="*"))
 
 
 def test_gradient_checkpointing_changes_nothing(pipe64):

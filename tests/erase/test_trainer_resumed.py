@@ -1,0 +1,169 @@
+"""Trainings that are cut off: checkpoints, what is refused of them, several processes, a process that is killed."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_disk import small_disk
+from trained import FAST, assert_same, make_trap, weights_of
+
+import difffast
+from difffast.erase.params import select_parameters
+from difffast.erase.saving import read_tensors
+
+RUNS = {
+    "ESD": {"method": "esd"},
+    "ESD with a pool": {"method": "esd", "pool": 3},
+    "SDD, LoRA, pool": {"method": "sdd", "lora_rank": 2, "pool": 3},
+    "ESD 2025, trap": {"method": "esd-2025", "trap": {}},
+    "SDD, second-order trap": {"method": "sdd", "trap": {"second_order": True}},
+}
+FAST_RUNS = ("SDD, LoRA, pool", "ESD 2025, trap")  # the others are proved by the slow suite
+
+
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(run, id=name, marks=[pytest.mark.slow] * (name not in FAST_RUNS)) for name, run in RUNS.items()],
+)
+def test_a_run_that_goes_on_ends_in_the_same_weights(pipe, tmp_path, run):
+    def make(one):
+        options = dict(run)
+        trap = options.pop("trap", None)
+        trainer = difffast.EraseTrainer(
+            one, ["red", "a cat"], params="xattn-strict", folder=tmp_path, save_every=2, **FAST, **options
+        )
+        if trap is not None:
+            trainer.attach(make_trap(**trap))
+        return trainer
+
+    def interrupt(trainer):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+
+    killed, again, whole = pipe, copy.deepcopy(pipe), copy.deepcopy(pipe)
+    with pytest.raises(KeyboardInterrupt):
+        make(killed).train(5, callbacks=[interrupt], progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000002.safetensors"]
+    torch.manual_seed(99)  # another process would have another state
+    resumed = make(again)
+    losses = resumed.train(5, resume="latest", progress=False)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    straight = make(whole)
+    assert straight.train(5, resume="latest", progress=False) == losses
+    assert_same(again.unet, weights_of(whole.unet))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000004.safetensors", "step-0000005.safetensors"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(pipe, tmp_path):
+    trainer = difffast.EraseTrainer(pipe, "red", params="xattn-strict", folder=tmp_path, **FAST)
+    trainer.train(1, progress=False)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    with small_disk(10_000), pytest.raises(OSError, match="step-0000002"):
+        trainer.train(2, progress=False)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_checkpoints_of_something_else_are_refused(pipe, tmp_path):
+    options = {"params": "xattn-strict", **FAST}
+    difffast.EraseTrainer(copy.deepcopy(pipe), "red", folder=tmp_path, **options).train(1, progress=False)
+    (path,) = tmp_path.iterdir()
+    other = copy.deepcopy(pipe)
+    with torch.no_grad():
+        select_parameters(other.unet, "xattn-strict").popitem()[1].mul_(2)
+    stock = weights_of(other.unet)
+    for given, name in (
+        ({}, "stock weights"),
+        ({"method": "sdd"}, "method: 'esd' there, 'sdd' here"),
+        ({"params": "xattn"}, "parameters"),
+        ({"lora_rank": 2}, "lora_rank: None there, 2 here"),
+        ({"concepts": ["blue"]}, r"concepts: \['red'\] there, \['blue'\] here"),
+    ):
+        trainer = difffast.EraseTrainer(other, given.pop("concepts", "red"), **{**options, **given})
+        with pytest.raises(ValueError, match=name):
+            trainer.train(2, resume=path, progress=False)
+        trainer.remove()
+    assert_same(other.unet, stock)
+    trainer = difffast.EraseTrainer(pipe, "red", folder=tmp_path, **options)
+    damaged = tmp_path / "step-0000009.safetensors"
+    damaged.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        trainer.train(2, resume="latest", progress=False)
+    with pytest.raises(FileNotFoundError, match="there is no nowhere"):
+        trainer.train(2, resume="nowhere", progress=False)
+
+
+TWO = """
+import sys
+import torch
+from accelerate import Accelerator
+import difffast
+from difffast.models import tiny_pipeline
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+pipe = tiny_pipeline(channels=(32, 64), sample_size=8)
+options = {"sampling_steps": 4, "learning_rate": 1e-3, "pool": 2, "folder": sys.argv[1], "save_every": 3}
+trainer = difffast.EraseTrainer(pipe, ["red", "cat"], accelerator=accelerator, **options)
+trainer.train(int(sys.argv[2]), resume="latest", progress=False)
+mine = torch.cat([p.detach().flatten() for p in trainer.weights.parameters])
+both = accelerator.gather(mine[None])
+assert torch.equal(both[0], both[1])
+if accelerator.is_main_process:
+    torch.save(mine, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stay_together_and_go_on(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+
+    def run(folder, steps, out):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
+        done = subprocess.run(
+            [*command, str(script), str(folder), str(steps), str(out)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(out)
+
+    whole = run(tmp_path / "a", 5, tmp_path / "whole.pt")
+    run(tmp_path / "b", 3, tmp_path / "part.pt")
+    assert torch.equal(run(tmp_path / "b", 5, tmp_path / "resumed.pt"), whole)
+
+
+KILLED = """
+import os
+import signal
+import sys
+import torch
+import difffast
+from difffast.models import tiny_pipeline
+torch.manual_seed(7)  # or PyTorch would begin every process elsewhere
+trainer = difffast.EraseTrainer(
+    tiny_pipeline(channels=(32, 64), sample_size=8), "red", folder=sys.argv[1], save_every=2, sampling_steps=4, pool=3
+)
+def kill(trainer):
+    if trainer.step == 3 and len(sys.argv) > 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.train(5, resume="latest", callbacks=[kill], progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_the_system_goes_on(tmp_path):
+    def run(folder, *more):
+        return subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / folder), *more]).returncode
+
+    assert run("killed", "kill") == -9
+    assert run("killed") == 0
+    assert run("whole") == 0
+    (killed, said), (whole, also_said) = (
+        read_tensors(tmp_path / folder / "step-0000005.safetensors") for folder in ("killed", "whole")
+    )
+    assert said == also_said
+    assert killed.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(killed[name], whole[name])] == []
