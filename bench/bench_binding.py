@@ -34,13 +34,13 @@ from difffast.tools.binding_demo import EMBEDDED
 from difffast.tools.demo import device_name
 
 BATCH = 10
-#: Of the losses on the latents alone; from one look at 20 of the prompts with one seed, no search.
+#: Of the losses on the latents alone; from looks at a few prompts, which for syngen are none of these; no search.
 STEP_SIZES = {
     "entropy": 0.3,
     "attend-and-excite": 2.0,
     "segregation": 2.0,
     "retention": 2.0,
-    "syngen": 1.0,
+    "syngen": 4.0,
     "divide-and-bind": 2.0,
 }
 CONTROL = "stock"

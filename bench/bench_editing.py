@@ -52,8 +52,8 @@ INVERSIONS = {
     "ddcm": (2.0, 6),
 }
 PARTS = ("edits", "suppression", "optimised suppression", "inversions", "negative attention")
-#: The authors' step size is for SD 1.x; here it overshoots.
-STEP_SIZE = 2.0
+#: The authors' step size is for SD 1.x; here it overshoots (from looking at one prompt, which is none of these).
+STEP_SIZE = 0.01
 Picture = Callable[..., Image.Image]
 
 

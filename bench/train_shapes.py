@@ -2,12 +2,12 @@
 
     python bench/train_shapes.py --preset cpu --out out/shapes --minutes 60
     python bench/train_shapes.py --out out/shapes --export difffast/models/embedded
-    python bench/train_shapes.py --out out/shapes --take-up bench/training/unfinished --start difffast/models/embedded
+    python bench/train_shapes.py --out out/shapes --keep kept
+    python bench/train_shapes.py --out elsewhere --take-up kept
 
 Every run goes on where the last one stopped, which may have been killed at any moment; --minutes bounds one run.
-Sample grids, loss plots and what was measured on the way are in --out.  The last line goes on, on any machine, from
-what is in the repository of a training that is not finished (``--keep``): at present a CLIP, an autoencoder, and a
-UNet of 7,155 steps of 12,000.
+Sample grids, loss plots and what was measured on the way are in --out.  The last two lines carry a training that is not
+finished to another machine: averaged weights in float16, small enough for a repository.
 """
 
 from __future__ import annotations

@@ -24,9 +24,8 @@ arguments = parser.parse_args()
 
 pipe = difffast.models.embedded_pipeline()
 # ToMe's numbers are for SDXL; the embedded model needs smaller steps, and little of the modifiers in a composite token.
-binding = difffast.SemanticBinding(
-    arguments.preset, weights=(1.0, 0.1), replace_step=None, bind_step_size=10.0, step_size=0.1
-)
+numbers = {"weights": (0.9, 0.1), "replace_step": None, "bind_step_size": 1.0, "optimise": "latents", "step_size": 0.3}
+binding = difffast.SemanticBinding(arguments.preset, **numbers)
 pictures = []
 for chosen in (None, binding):
     report = difffast.patch(pipe, "exact", binding=chosen)

@@ -211,7 +211,7 @@ def test_what_cannot_be_altered():
     assert "swap" not in alterations(same)
     rng = np.random.default_rng(0)
     _, (three, *_) = _scenes(1, SMALL, things=3)
-    assert "part" not in alterations(three)
+    assert "part" not in alterations(three, SMALL)
     assert "part" in alterations(three, LARGE)
     for what in ("relation", "background"):
         with pytest.raises(ValueError, match=f"what must be one of shape, .*, part for this scene, got '{what}'"):

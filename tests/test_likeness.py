@@ -19,13 +19,13 @@ def _scene(*things):
 
 
 def test_features_say_what_is_where():
-    cells = features(np.full((64, 64, 3), 128, np.uint8)).reshape(4, 4, 10)
+    cells = features(np.full((64, 64, 3), 128, np.uint8), SMALL).reshape(4, 4, 10)
     assert np.allclose(cells[..., :8], 0)
     assert np.allclose(cells[..., 8], 128 / 255)
     assert np.allclose(cells[..., 9], 0)
     picture = np.full((64, 64, 3), 255, np.uint8)
     picture[16:32, 48:] = RGB["cyan"]
-    cells = features(picture).reshape(4, 4, 10)
+    cells = features(picture, SMALL).reshape(4, 4, 10)
     cyan = SMALL.colours.index("cyan")
     assert cells[1, 3, cyan] > 0.99
     assert np.delete(cells[..., :8].ravel(), (1 * 4 + 3) * 8 + cyan).max() < 0.01
@@ -45,7 +45,8 @@ def test_distance_orders_pictures():
     assert 0 < noisy < distance(picture, recoloured) / 3
     assert noisy < distance(picture, moved) / 3
     black, white = (np.full((64, 64, 3), grey, np.uint8) for grey in (0, 255))
-    assert distance(black, white) == pytest.approx(math.sqrt(1 / 10))  # the lightness is a tenth of the features
+    for vocabulary, numbers in ((SMALL, 10), (LARGE, 12)):  # of which one is the lightness
+        assert distance(black, white, vocabulary) == pytest.approx(math.sqrt(1 / numbers))
 
 
 def test_frechet_of_equal_sets_is_zero_even_when_singular():

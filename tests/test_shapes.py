@@ -1,12 +1,17 @@
 import colorsys
 import hashlib
 import itertools
+import json
 
 import numpy as np
 import pytest
 from drawn.rendering import render
 from drawn.shapes import Scene, Thing, caption, draw_scene, holds
 from drawn.vocabulary import LARGE, RADII, RGB, SHIPPED, SMALL
+from training.recipe import RECIPES
+
+from difffast.models import embedded_pipeline
+from difffast.models.embedded import FOLDER
 
 VOCABULARIES = pytest.mark.parametrize("vocabulary", [SMALL, LARGE], ids=["small", "large"])
 
@@ -33,22 +38,36 @@ def test_the_same_seed_gives_the_same_scenes_and_pictures():
     assert _scenes(20, seed=4) != first
 
 
-def test_the_shipped_models_scenes_are_those_it_was_trained_on():
+@pytest.mark.parametrize(
+    ("vocabulary", "expected"),
+    [
+        (SMALL, ("6bfdd87ba8e853930000a8b28e7fa9b6", "a85964649e15127e6588febc9f539050")),
+        (LARGE, ("5f948829aee7f5467ec7f43d236f0b93", "40f2e54d5c066ccaed7ca56b82f9cc3e")),
+    ],
+    ids=["small", "large"],
+)
+def test_scenes_are_those_that_models_were_trained_on(vocabulary, expected):
     """Hashes of what the code drew when its results were committed."""
-    assert SHIPPED is SMALL
     scenes, pictures = hashlib.sha256(), hashlib.sha256()
     for i in range(500):
         rng = np.random.default_rng([22, i])
-        scene = draw_scene(rng)
+        scene = draw_scene(rng, vocabulary=vocabulary)
         things = [(t.shape, t.colour, t.texture, t.size, t.part, t.x, t.y, t.radius) for t in scene.things]
         scenes.update(repr((scene.caption, scene.background, scene.relation, things, rng.random())).encode())
         pictures.update(np.asarray(render(scene)).tobytes())
     for i in range(30):
         for count in (1, 2, 3):
-            scene = draw_scene(np.random.default_rng([23, i]), things=count, relation=count == 2)
+            rng = np.random.default_rng([23, i])
+            scene = draw_scene(rng, vocabulary=vocabulary, things=count, relation=count == 2)
             scenes.update((scene.caption + repr([(t.x, t.y, t.radius) for t in scene.things])).encode())
-    assert scenes.hexdigest() == "6bfdd87ba8e853930000a8b28e7fa9b6fbec616f3b3b559017b1c8ee382cadb9"
-    assert pictures.hexdigest() == "a85964649e15127e6588febc9f53905024710c14e664d212f1a002deb9ff78ee"
+    assert (scenes.hexdigest()[:32], pictures.hexdigest()[:32]) == expected
+
+
+def test_the_shipped_model_was_trained_on_the_larger_ones():
+    record = json.loads((FOLDER / "training.json").read_text())
+    assert SHIPPED is LARGE
+    assert all(word in embedded_pipeline().tokenizer.get_vocab() for word in ("hourglass</w>", "magenta</w>"))
+    assert record["recipe"]["scenes"] == RECIPES["cpu"].scenes
 
 
 @pytest.mark.parametrize(("vocabulary", "enough"), [(SMALL, (6, 8, 3)), (LARGE, (10, 10, 4))])
@@ -195,12 +214,12 @@ def test_captions_by_hand():
     assert caption(things, None, None, sizes=[True] * 3) == "a red circle, a small blue star and an orange ring"
 
 
-@pytest.mark.parametrize("things", [0, 4, 5])
+@pytest.mark.parametrize("things", [0, 5, 6])
 def test_a_wrong_number_of_things(things):
-    with pytest.raises(ValueError, match=f"things must be 1, 2 or 3, got {things}"):
+    with pytest.raises(ValueError, match=f"things must be 1, 2, 3 or 4, got {things}"):
         draw_scene(np.random.default_rng(0), things=things)
-    with pytest.raises(ValueError, match=f"things must be 1, 2, 3 or 4, got {5 + things}"):
-        draw_scene(np.random.default_rng(0), things=5 + things, vocabulary=LARGE)
+    with pytest.raises(ValueError, match=f"things must be 1, 2 or 3, got {4 + things}"):
+        draw_scene(np.random.default_rng(0), things=4 + things, vocabulary=SMALL)
 
 
 @pytest.mark.parametrize("things", [1, 3])

@@ -1,4 +1,4 @@
-"""What can be in a scene, and the words for it: what the shipped model knows, and what a larger one learns."""
+"""What can be in a scene, and the words for it: what the shipped model knows, and a smaller set."""
 
 from __future__ import annotations
 
@@ -100,4 +100,4 @@ LARGE = Vocabulary(
     most_large=2,
 )
 #: What the embedded model that ships was trained on.
-SHIPPED = SMALL
+SHIPPED = LARGE

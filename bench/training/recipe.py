@@ -70,7 +70,7 @@ RECIPES = {
         vae_batch=16,
         clip_steps=1_800,
         clip_batch=128,
-        steps=12_000,
+        steps=10_000,
         batch=32,
     ),
     "gpu": Recipe(

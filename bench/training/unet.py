@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from drawn.shapes import draw_scene
-from drawn.vocabulary import SMALL
+from drawn.vocabulary import SHIPPED
 from torch import Tensor
 
 from difffast.files import write_whole
@@ -43,7 +43,7 @@ def find_whitening(pipe: Any, captions: list[list[str]], out: Path) -> Whitening
 def fit_start(pipe: Any, whitening: Whitening, start: Any) -> Affine:
     """The map from whitened rows to a start's rows, on captions that both know, token by token."""
     rng = np.random.default_rng([DATA_SEED, 4])
-    texts = [draw_scene(rng, vocabulary=SMALL).caption for _ in range(_FITTED)]
+    texts = [draw_scene(rng, vocabulary=SHIPPED).caption for _ in range(_FITTED)]
     ids, old = ids_of(pipe.tokenizer, texts), ids_of(start.tokenizer, texts)
     weights = weights_of(ids, pipe.tokenizer.eos_token_id)
     if ((ids == pipe.tokenizer.eos_token_id) != (old == start.tokenizer.eos_token_id)).any():

@@ -25,10 +25,16 @@ PROMPTS = (
     "a [dotted green star] and a [striped orange ring]",
     "a [purple triangle wearing boots] and a [dotted yellow cross]",
 )
-#: What the embedded model needs instead of ToMe's numbers (found on prompts and seeds that bench_binding.py does not
-#: use).  Its text encoder's rows do not add up: a noun's speaks of what stands before it, and the sum of all is like
-#: nothing it has seen.  Likewise its end tokens speak of everything.  Larger steps end in pictures of nothing.
-EMBEDDED: dict[str, Any] = {"weights": (1.0, 0.1), "replace_step": None, "bind_step_size": 10.0, "step_size": 0.1}
+#: What the embedded model needs instead of ToMe's numbers (found on 16 prompts that bench_binding.py does not use): its
+#: UNet has seen nothing like the sum of two rows of its text encoder, small changes of a row change a lot, and its end
+#: tokens say more of attributes than its words.
+EMBEDDED: dict[str, Any] = {
+    "weights": (0.9, 0.1),
+    "replace_step": None,
+    "bind_step_size": 1.0,
+    "optimise": "latents",
+    "step_size": 0.3,
+}
 #: What these do to its pictures, per preset: of the subjects, how many have what is said of another, and how many are
 #: right in shape, colour, texture and part, in %, without and with binding (bench/results/binding.json).
 MEASURED = {"object": ((17.5, 7.7), (66.2, 66.0)), "attribute": ((17.5, 10.6), (66.2, 64.5))}

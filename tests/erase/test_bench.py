@@ -16,8 +16,8 @@ from difffast.erase.report import EraseReport, Relearned, Shown
 def test_questions_are_about_red_and_not_about_red():
     questions = erasure_questions.Questions(neighbours=2, binding=5)
     assert {prompt.split()[1] for prompt in questions.prompts["target"]} == {"red"}
-    assert len(questions.prompts["target"]) == 6
-    assert len(set(questions.prompts["neighbours"])) == 2 * 7
+    assert len(questions.prompts["target"]) == 12
+    assert len(set(questions.prompts["neighbours"])) == 2 * 9
     assert len(questions.prompts["binding"]) == 5
     assert not any(" red " in prompt for group in ("neighbours", "binding") for prompt in questions.prompts[group])
 
