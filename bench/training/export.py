@@ -109,7 +109,8 @@ text tower is frozen, and the UNet learns to draw from its last hidden state ({r
 
 **What it cannot do**: anything but such scenes. Words outside those captions mean nothing to it, other picture sizes
 are outside its training, and with several things it confuses colours, textures and parts, as large models do: that is
-what it is for.
+what it is for. It has seen nothing like a sum of two rows of its text: where a method adds them up, as ToMe's composite
+tokens do, its pictures are ruined (docs/steering.md).
 
 Licence: Apache-2.0.
 """
