@@ -24,11 +24,11 @@ from bench_fidelity import SEED
 from drawn.judge import judge, summary
 from drawn.shapes import Scene, draw_scene
 from drawn.vocabulary import SHIPPED, Vocabulary
+from records import name_model, version_of
 from tqdm import tqdm
 
 from difffast import SemanticBinding, patched
 from difffast.models import embedded_pipeline
-from difffast.models.embedded import CHECKSUMS, FOLDER
 from difffast.steering.binding.config import PRESETS
 from difffast.tools.binding_demo import EMBEDDED
 from difffast.tools.demo import device_name
@@ -106,7 +106,8 @@ class Made:
 def make(
     pipe: Any, name: str, binding: SemanticBinding | None, prompts: Sequence[str], seed: int, steps: int, cache: Path
 ) -> Made:
-    key = hashlib.sha256(json.dumps([name, str(binding), list(prompts), seed, steps]).encode()).hexdigest()[:16]
+    about = [version_of(), name, str(binding), list(prompts), seed, steps]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     pictures, seconds, outcomes = [], [], Counter()
     for start in tqdm(range(0, len(prompts), BATCH), desc=f"{name}, seed {seed}"):
         file = cache / f"{key}-{start}.npz"
@@ -157,7 +158,6 @@ def main() -> None:
 
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    version = hashlib.sha256((FOLDER / CHECKSUMS).read_bytes()).hexdigest()[:12]
     for folder in (arguments.cache, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)
     wanted = scenes(arguments.prompts)
@@ -179,12 +179,12 @@ def main() -> None:
         print(
             f"{name:40s} binding {row['binding']:.3f}  with texture and part {row['full_binding']:.3f}, {full} points"
         )
-        write(rows, arguments, version)  # after every way: the later ones take long
+        write(rows, arguments)  # after every way: the later ones take long
 
 
-def write(rows: dict[str, Any], arguments: argparse.Namespace, version: str) -> None:
+def write(rows: dict[str, Any], arguments: argparse.Namespace) -> None:
     record = {
-        "model": f"the embedded model ({version})",
+        "model": name_model(),
         "prompts": arguments.prompts,
         "seeds": arguments.seeds,
         "steps": arguments.steps,

@@ -11,7 +11,6 @@ an approximation has to be better than that in the same time.  An interrupted ru
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -29,10 +28,11 @@ from fidelity.curve import LIKENESS, find_dominated
 from fidelity.plot import plot_cell
 from fidelity.store import BATCH, Store
 from PIL import Image
+from records import name_model, version_of
 
 from difffast.files import write_whole
 from difffast.models import embedded_pipeline
-from difffast.models.embedded import CHECKSUMS, FOLDER
+from difffast.models.embedded import FOLDER
 from difffast.tools.demo import device_name, psnr
 
 #: Scenes of this seed are in no training set.
@@ -138,9 +138,9 @@ def main() -> None:
     pipe = embedded_pipeline(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     own = pipe.scheduler
-    version = hashlib.sha256((arguments.model / CHECKSUMS).read_bytes()).hexdigest()[:12]
+    version = version_of(arguments.model)
     setting = {
-        "model": f"the embedded model ({version})",
+        "model": name_model(arguments.model),
         "prompts": arguments.prompts,
         "batch": BATCH,
         "device": device_name(),

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from difffast.models.embedded import CHECKSUMS, FOLDER
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 Record = Mapping[str, Any]
+
+#: Files of the embedded model that no picture depends on.
+_TEXTS = ("README.md", "training.json")
+
+
+def version_of(model: Path = FOLDER) -> str:
+    """Return what an embedded model's pictures depend on, in 12 characters: a hash of its files but for its card."""
+    sums = json.loads((model / CHECKSUMS).read_text())
+    drawn = {name: value for name, value in sums.items() if name not in _TEXTS}
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def name_model(model: Path = FOLDER) -> str:
+    """Return what records call an embedded model."""
+    return f"the embedded model ({version_of(model)})"
 
 
 def load(path: Path) -> list[Record]:

@@ -1,7 +1,6 @@
 """Fused attn2 layers in a real UNet: right, exactly removable, text keys made once."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 from sampling import SCHEDULERS, largest, latents, scheduler
+from threads import in_threads
 from tolerances import EXACT_FLOAT32, EXACT_FLOAT64
 
 import difffast
@@ -257,11 +257,7 @@ def test_threads_share_a_unet(pipe):
     def work(index):
         results[index] = latents(pipes[index], prompts[index])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 2)
     for each in pipes:
         unpatch(each)
     for index, expected in enumerate(alone):

@@ -2,12 +2,12 @@
 
 import signal
 import sys
-import threading
 
 import pytest
 import torch
 from sampling import latents, scheduler
 from slowly import mostly_slow
+from threads import in_threads
 from watching import watching
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patch, patched, unpatch
@@ -173,11 +173,7 @@ def test_threads_that_share_a_unet_in_different_ways(pipe):
         for repeat in range(3):
             results[i, repeat] = run(pipes[i], **call)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(pipes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, len(pipes))
     assert len(results) == 3 * len(pipes)
     for (i, _), result in results.items():
         assert torch.equal(result, expected[i])

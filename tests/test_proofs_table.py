@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from test_proofs import EAGER, KEY, entry
+from threads import in_threads
 
 import difffast
 from difffast import ops
@@ -183,14 +183,7 @@ def test_what_others_have_added_stays():
 
 
 def test_threads_that_prove_at_once_lose_nothing():
-    threads = [
-        threading.Thread(target=lambda i=i: [store.merge(CPU, {f"{i} {j}": entry("sdpa")}) for j in range(5)])
-        for i in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda i: [store.merge(CPU, {f"{i} {j}": entry("sdpa")}) for j in range(5)], 4)
     ((_, found),) = _local.read_file(_local.find_path(CPU))[0].items()
     assert set(found["proofs"]) == {f"{i} {j}" for i in range(4) for j in range(5)}
 

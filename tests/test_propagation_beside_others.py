@@ -1,7 +1,5 @@
 """Runs that end early, are nested, or run beside others: none ever sees another's features, and none keeps any."""
 
-import threading
-
 import pytest
 import torch
 import zoo
@@ -11,20 +9,11 @@ from diffusers import (
 )
 from propagated import PUBLISHED, assert_nothing_kept, controller_of
 from sampling import latents, picture, scheduler
+from threads import in_threads
 from watching import watching
 
 from difffast import EncoderPropagation, patch, patched, unpatch
 from difffast.surgery.subclass import is_swapped
-
-
-def in_threads(work, count):
-    """``work(0)`` ... ``work(count - 1)``, each in a thread of its own."""
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
 
 # State: whatever happens to a run, the next one is as if it had never been.
 

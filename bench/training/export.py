@@ -105,7 +105,8 @@ text tower is frozen, and the UNet learns to draw from its last hidden state ({r
 {record["processor_minutes"]:.0f} processor minutes in all on {record["device"]} ({record["threads"]} threads).
 `training.json` has the numbers.
 
-**How good it is**: the fidelity table in docs/results.md, measured by `bench/bench_fidelity.py`.
+**How good it is**: how many things are there and in their colours is in the table below, measured by
+`bench/text_space.py`; textures and parts are in docs/steering.md, measured by `bench/bench_binding.py`.
 
 **What it cannot do**: anything but such scenes. Words outside those captions mean nothing to it, other picture sizes
 are outside its training, and with several things it confuses colours, textures and parts, as large models do: that is

@@ -191,23 +191,22 @@ def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor 
         channels: which they are; start or stop may be None.
         bias: added to it.
     """
-    begin, end, _ = channels.indices(layer.weight.shape[1])
-    part = _Part(layer.weight[:, begin:end], bias, layer.stride, layer.padding, layer.dilation)
+    weight = layer.weight
+    begin, end, _ = channels.indices(weight.shape[1])
     context = None if torch.compiler.is_compiling() or hidden.device.type != "cpu" else CURRENT.get()
-    if context is None or not context.fused or context.only_text or _is_autocast():
-        return F.conv2d(hidden, *part)
-    if torch.is_grad_enabled() and (hidden.requires_grad or layer.weight.requires_grad):
-        return F.conv2d(hidden, *part)
-    tile = choose_tile(layer, hidden, end - begin)
+    fused = context is not None and context.fused and not context.only_text and not _is_autocast()
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        fused = False
+    tile = choose_tile(layer, hidden, end - begin) if fused else _STOCK
+    if context is not None and tile not in (_STOCK, _POINTWISE, _PATCHES):
+        transformed = transform(layer, tile, context.within).transformed
+        return _kernel(hidden, transformed, bias, weight.shape[0], tile, begin, weight.shape[1])
+    part = _Part(weight[:, begin:end], bias, layer.stride, layer.padding, layer.dilation)
     if tile == _POINTWISE:
         return products.multiply_pixels(part, hidden)
     if tile == _PATCHES:
         return products.multiply_patches(part, hidden)
-    if tile != _STOCK:
-        weights = transform(layer, tile, context.within)
-        out_channels, of = weights.original.shape[:2]
-        return _kernel(hidden, weights.transformed, bias, out_channels, tile, begin, of)
-    widened = hidden.dtype == torch.bfloat16 and _pays_to_widen(part, hidden)
+    widened = fused and hidden.dtype == torch.bfloat16 and _pays_to_widen(part, hidden)
     return _convolve_widened(part, hidden) if widened else F.conv2d(hidden, *part)
 
 

@@ -2,12 +2,12 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 from bound import LAYERS, PROMPT, STEPS, binding, run
 from sampling import largest, latents, scheduler
+from threads import in_threads
 from tolerances import LATENTS_FLOAT64
 
 from difffast import EncoderPropagation, SemanticBinding, collect_maps, patch, patched, unpatch
@@ -129,11 +129,7 @@ def test_two_threads_share_a_unet(pipe):
     def work(i):
         results[i] = latents(pipes[i], prompts[i], steps=STEPS)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 2)
     for each in pipes:
         unpatch(each)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
