@@ -43,8 +43,9 @@ struct Transform<2> {
     t[2 * step] = d[2 * step] - d[step];
     t[3 * step] = d[3 * step] - d[step];
   }
-  static void weights(const double* g, double* t, int from, int to) {
-    const double even = (g[0] + g[2 * from]) / 2, odd = g[from] / 2;
+  template <class V>
+  static DIFFFAST_INLINE void weights(const V* g, V* t, int from, int to) {
+    const V even = (g[0] + g[2 * from]) / 2, odd = g[from] / 2;
     t[0] = -g[0];
     t[to] = even + odd;
     t[2 * to] = even - odd;
@@ -75,10 +76,11 @@ struct Transform<4> {
     t[4 * step] = even - odd;
     t[5 * step] = (d[5 * step] - d3 * T(aa + bb)) + d1 * T(aa * bb);
   }
-  static void weights(const double* g, double* t, int from, int to) {
+  template <class V>
+  static DIFFFAST_INLINE void weights(const V* g, V* t, int from, int to) {
     constexpr double aa = a * a, bb = b * b;
     t[0] = g[0] / (aa * bb);
-    double even = (g[0] + g[2 * from] * aa) / (2 * aa * (aa - bb)), odd = g[from] * a / (2 * aa * (aa - bb));
+    V even = (g[0] + g[2 * from] * aa) / (2 * aa * (aa - bb)), odd = g[from] * a / (2 * aa * (aa - bb));
     t[to] = even + odd;
     t[2 * to] = even - odd;
     even = (g[0] + g[2 * from] * bb) / (2 * bb * (bb - aa)), odd = g[from] * b / (2 * bb * (bb - aa));
@@ -97,30 +99,6 @@ struct Transform<4> {
     y[3 * to] = (odd1 * T(a * a * a) + odd2 * T(b * b * b)) + p[5 * from];
   }
 };
-
-// to [panels][P][in_channels][panel_width]: of these panels those from `begin` to `end`.
-template <class S, int m>
-DIFFFAST_TARGET void weights_of_panels(int64_t in_channels, int64_t out_channels, const void* weight, void* to, int64_t begin,
-                                       int64_t end) {
-  using T = typename Compute<S>::type;
-  constexpr int n = m + 2;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    T* panel_to = static_cast<T*>(to) + panel * (n * n) * in_channels * panel_width<T>;
-    for (int64_t column = 0; column < panel_width<T>; ++column) {
-      const int64_t o = panel * panel_width<T> + column;
-      for (int64_t c = 0; c < in_channels; ++c) {
-        double g[9] = {}, half[n * 3], t[n * n];
-        if (o < out_channels) {
-          const S* from = static_cast<const S*>(weight) + (o * in_channels + c) * 9;
-          for (int i = 0; i < 9; ++i) g[i] = widen(from[i]);
-        }
-        for (int j = 0; j < 3; ++j) Transform<m>::weights(g + j, half + j, 3, 3);
-        for (int i = 0; i < n; ++i) Transform<m>::weights(half + i * 3, t + i * n, 1, 1);
-        for (int i = 0; i < n * n; ++i) panel_to[(i * in_channels + c) * panel_width<T> + column] = static_cast<T>(t[i]);
-      }
-    }
-  }
-}
 
 // Pixels of an image, of which some channels are `step` apart, to vectors of these channels; put(i) is where that of pixel
 // i goes.  Vectors are transposed, as long as there are enough pixels for it.
@@ -155,6 +133,62 @@ DIFFFAST_TARGET void lanes_to_pixels(const T* from, int64_t channels, int64_t co
   }
   for (int64_t channel = 0; channel < channels; ++channel) {
     for (int64_t i = first; i < count; ++i) narrow(from[i * lanes<T> + channel], to + channel * step + i);
+  }
+}
+
+// Weights of one input channel, [9][lanes] of output channels, to n * n vectors that are `step` apart.  In double: rounded
+// once, they cost the result no accuracy.
+template <class T, int m>
+DIFFFAST_INLINE void weights_of_channel(const T* from, T* to, int64_t step) {
+  typedef T Part __attribute__((vector_size(lanes<double> * sizeof(T))));
+  constexpr int n = m + 2;
+  for (int part = 0; part < lanes<T>; part += lanes<double>) {
+    Vec<double> g[9], half[n * 3], t[n];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) {
+      Part narrow;
+      std::memcpy(&narrow, from + i * lanes<T> + part, sizeof narrow);
+      g[i] = __builtin_convertvector(narrow, Vec<double>);
+    }
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) Transform<m>::weights(g + j, half + j, 3, 3);
+#pragma GCC unroll 6
+    for (int i = 0; i < n; ++i) {
+      Transform<m>::weights(half + i * 3, t, 1, 1);
+#pragma GCC unroll 6
+      for (int j = 0; j < n; ++j) {
+        const Part rounded = __builtin_convertvector(t[j], Part);
+        std::memcpy(to + (i * n + j) * step + part, &rounded, sizeof rounded);
+      }
+    }
+  }
+}
+
+// to [panels][P][in_channels][panel_width]: of these panels those from `begin` to `end`.
+template <class S, int m>
+DIFFFAST_TARGET void weights_of_panels(int64_t in_channels, int64_t out_channels, const void* weight, void* to, int64_t begin,
+                                       int64_t end) {
+  using T = typename Compute<S>::type;
+  constexpr int64_t points = (m + 2) * (m + 2), some = 16;  // input channels at once: they stay in the cache
+  std::vector<T> buffer(some * 9 * lanes<T>);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    T* panel_to = static_cast<T*>(to) + panel * points * in_channels * panel_width<T>;
+    for (int64_t column = 0; column < panel_width<T>; column += lanes<T>) {
+      const int64_t o = panel * panel_width<T> + column, channels = std::min<int64_t>(lanes<T>, out_channels - o);
+      if (channels < lanes<T>) std::fill(buffer.begin(), buffer.end(), T{0});
+      for (int64_t first = 0; first < in_channels; first += some) {
+        const int64_t count = std::min(some, in_channels - first);
+        if (channels > 0) {
+          const S* from = static_cast<const S*>(weight) + (o * in_channels + first) * 9;
+          const auto put = [&](int64_t i) { return buffer.data() + i * lanes<T>; };
+          pixels_to_lanes<S, T>(from, in_channels * 9, channels, count * 9, put);
+        }
+        for (int64_t c = 0; c < count; ++c) {
+          T* channel_to = panel_to + (first + c) * panel_width<T> + column;
+          weights_of_channel<T, m>(buffer.data() + c * 9 * lanes<T>, channel_to, in_channels * panel_width<T>);
+        }
+      }
+    }
   }
 }
 
