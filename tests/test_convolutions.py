@@ -31,7 +31,7 @@ def _pays(monkeypatch):
     monkeypatch.setattr(convolution, "_FEW", 8)
     monkeypatch.setattr(convolution, "_SMALL", 0)
     monkeypatch.setattr(convolution, "_has_few_products", lambda weight: False)
-    monkeypatch.setattr(convolution, "choose_tile", lambda layer, hidden, channels=None: 0)
+    monkeypatch.setattr(convolution, "choose_way", lambda layer, hidden, channels=None: convolution.Way.STOCK)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import nn
 from difffast import EncoderPropagation, ops, patch, patched, unpatch
 from difffast.layers import convolution, transformed
 from difffast.layers.context import CallContext, use_context
-from difffast.layers.convolution import Convolution, choose_tile
+from difffast.layers.convolution import Convolution, Way, choose_way
 from difffast.surgery.subclass import is_swapped
 
 pytestmark = pytest.mark.skipif(absent("cpp") is not None, reason=str(absent("cpp")))
@@ -232,9 +232,9 @@ def test_weights_are_compared_once_in_a_pipelines_call(monkeypatch):
 )
 def test_which_layers(layer, side, tile):
     x = torch.randn(1, layer.in_channels, side, side, dtype=layer.weight.dtype)
-    assert choose_tile(layer, x) == tile
+    assert choose_way(layer, x) == tile
     # As a VAE's attention hands it on.
-    assert choose_tile(layer, x.contiguous(memory_format=torch.channels_last)) == tile
+    assert choose_way(layer, x.contiguous(memory_format=torch.channels_last)) == tile
     assert KIND.pays(layer, x) == (tile > 0)
     if tile:
         with torch.no_grad():
@@ -246,8 +246,8 @@ def test_what_runs_stock_and_why():
     layer, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 16, 16)
     assert KIND.refuse(layer, x, (), {}) == ""  # a gradient may be wanted
     assert not KIND.pays(layer, x.bfloat16())
-    assert choose_tile(layer, x[:, :, :1]) == 0
-    assert choose_tile(layer, x[0]) == 0
+    assert choose_way(layer, x[:, :, :1]) is Way.STOCK
+    assert choose_way(layer, x[0]) is Way.STOCK
     with torch.no_grad():
         assert KIND.refuse(layer, x, (), {}) is None
         reflecting = nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect")
@@ -274,10 +274,10 @@ def test_other_dtypes_than_the_weights_are_stocks_to_refuse(monkeypatch, own, gi
 def test_bfloat16_where_its_products_are_much_faster(monkeypatch):
     layer, x = nn.Conv2d(64, 64, 3, padding=1).bfloat16(), torch.randn(1, 64, 16, 16).bfloat16()
     monkeypatch.setattr(convolution, "advantage", lambda: 0.2)
-    assert choose_tile(layer, x) == 0
+    assert choose_way(layer, x) is Way.STOCK
     assert not KIND.may_pay(layer.weight)
     monkeypatch.setattr(convolution, "advantage", lambda: 0.7)
-    assert choose_tile(layer, x) == 4
+    assert choose_way(layer, x) is Way.LARGE_TILES
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_parts_of_a_layer(layer, side, advantage, monkeypatch):
     monkeypatch.setattr(convolution, "_SMALL", 0)
     monkeypatch.setattr(convolution.products, "patches_pay", lambda: True)
     monkeypatch.setattr(convolution.products, "pixel_advantage", lambda: 2.0)
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
     channels, x = layer.in_channels, torch.randn(2, layer.in_channels, side, side).to(layer.weight.dtype)
     cut = channels // 3
     with torch.no_grad(), use_context(CallContext(True, print, print, within=layer)):
@@ -318,7 +318,7 @@ def test_parts_of_a_layer(layer, side, advantage, monkeypatch):
     limit = 2e-6 if x.dtype == torch.float32 else 8e-3
     assert distance(before, whole) <= limit
     assert distance(parts[0].double() + parts[1].double(), whole) <= limit
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
 
 
 def test_time_steps_that_share_skips_take_few_products(pipe, monkeypatch, counted):

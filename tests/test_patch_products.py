@@ -27,9 +27,9 @@ def counted(monkeypatch):
     monkeypatch.setattr(
         products, "multiply_patches", lambda layer, x: shapes.append(tuple(x.shape)) or multiply(layer, x)
     )
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
     yield shapes
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
 
 
 def fuse(layer):
@@ -129,7 +129,7 @@ def test_a_pipeline(pipe, counted):
 
 def test_where_it_is_no_faster_nothing_changes(pipe, counted, monkeypatch):
     monkeypatch.setattr(products, "patch_advantage", lambda: 1.0)
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
     with patched(pipe, "exact") as report:
         assert "of many weights" not in str(report)
         sampled(pipe, steps=2)

@@ -24,9 +24,9 @@ def counted(monkeypatch):
     monkeypatch.setattr(
         products, "multiply_pixels", lambda layer, x: shapes.append(tuple(x.shape)) or multiply(layer, x)
     )
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
     yield shapes
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
 
 
 def fuse(layer):
@@ -113,7 +113,7 @@ def test_a_pipeline(pipe, counted):
 
 def test_where_it_is_no_faster_nothing_changes(pipe, counted, monkeypatch):
     monkeypatch.setattr(products, "pixel_advantage", lambda: 0.9)
-    convolution._find_tile.cache_clear()
+    convolution._find_way.cache_clear()
     with patched(pipe, "exact"):
         sampled(pipe, steps=2)
     assert not counted

@@ -21,7 +21,7 @@ from interleaved import in_turn, measure, ratio
 from torch import Tensor, nn
 
 from difffast import ops
-from difffast.layers.convolution import choose_tile
+from difffast.layers.convolution import choose_way
 
 module = importlib.import_module("difffast.ops.convolution")
 
@@ -62,7 +62,7 @@ def test_forward(benchmark, environment, shape):
     layers = max(1, min(64, round(_WEIGHTS / (36 * channels * made))))
     weights = [torch.randn(made, channels, 3, 3) / (3 * channels**0.5) for _ in range(layers)]
     layer = nn.Conv2d(channels, made, 3, padding=1)
-    tile = choose_tile(layer, x)
+    tile = choose_way(layer, x)
     ready = [module.convolution_weights(weight, tile) for weight in weights]
     providers = {
         "PyTorch": in_turn([lambda w=w: F.conv2d(x, w, bias, padding=1) for w in weights]),

@@ -17,7 +17,7 @@ import torch
 from interleaved import in_turn, measure, ratio
 from torch import Tensor, nn
 
-from difffast.layers.convolution import choose_tile
+from difffast.layers.convolution import Way, choose_way
 from difffast.layers.products import has_few_results, has_many_weights, multiply_patches
 
 #: name -> (rows, input channels, output channels, side of the image, stride); guidance included in the rows.
@@ -53,7 +53,7 @@ def test_forward(benchmark, environment, shape):
     layers = [nn.Conv2d(channels, made, 3, stride=stride, padding=1) for _ in range(count)]
     assert has_many_weights(layers[0])
     assert has_few_results(layers[0], x.shape)
-    assert choose_tile(layers[0], x) in (0, 3), "tiles of few products would be taken"
+    assert choose_way(layers[0], x) in (Way.STOCK, Way.PATCHES), "tiles of few products would be taken"
     providers = {
         "PyTorch": in_turn([lambda layer=layer: layer(x) for layer in layers]),
         "packed": in_turn([packed(x, layer) for layer in layers]),

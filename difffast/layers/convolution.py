@@ -15,6 +15,7 @@ would have to be widened.
 
 from __future__ import annotations
 
+import enum
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +36,6 @@ from .context import CURRENT
 from .kind import LayerKind
 from .transformed import forget, transform
 
-#: What is chosen in place of a tile's side, 2 or 4: stock, the product of 1x1 pixels, the product of patches.
-_STOCK, _POINTWISE, _PATCHES = 0, 1, 3
 #: Channels below which most of what few products compute would be padding.
 _FEW_INPUTS, _FEW_OUTPUTS = 16, 32
 #: Pixels of an image from which on tiles of 4x4 pixels are filled; or, where their weights stay in a cache, fewer.
@@ -55,6 +54,21 @@ _HALF = 0.5
 _local = threading.local()
 _is_autocast = functools.partial(torch.is_autocast_enabled, "cpu")
 _kernel = torch.ops.difffast.winograd_convolution
+
+
+class Way(enum.IntEnum):
+    """How a convolution is computed; few products have the side of their tiles for a value."""
+
+    STOCK = 0
+    PIXELS = 1
+    SMALL_TILES = 2
+    PATCHES = 3
+    LARGE_TILES = 4
+
+
+#: Looked up once, and not at every call of every layer.
+_STOCK, _PIXELS, _PATCHES = Way.STOCK, Way.PIXELS, Way.PATCHES
+_TILES = Way.SMALL_TILES, Way.LARGE_TILES
 
 
 class _Weight(NamedTuple):
@@ -106,7 +120,7 @@ class Convolution(LayerKind):
         weight = layer.weight
         if hidden.dtype != weight.dtype or hidden.ndim != 4 or hidden.device.type != "cpu":
             return False
-        return choose_tile(layer, hidden) != _STOCK or _pays_to_widen(layer, hidden)
+        return choose_way(layer, hidden) is not _STOCK or _pays_to_widen(layer, hidden)
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if args or kwargs:
@@ -130,8 +144,8 @@ class Convolution(LayerKind):
             if kwargs or len(args) != 1 or args[0].dtype != torch.float32:
                 return fused(layer, *args, **kwargs)
             (hidden,) = args
-            tile = choose_tile(layer, hidden)
-            if tile == _STOCK:
+            way = choose_way(layer, hidden)
+            if way is _STOCK:
                 return plain(layer, hidden)
             own = layer.__dict__
             plainly = (
@@ -139,24 +153,24 @@ class Convolution(LayerKind):
             )
             if not plainly or torch.is_grad_enabled() or _is_autocast():
                 return fused(layer, hidden)  # says why it runs stock, if it does
-            if tile == _POINTWISE:
+            if way is _PIXELS:
                 return products.multiply_pixels(layer, hidden)
-            if tile == _PATCHES:
+            if way is _PATCHES:
                 return products.multiply_patches(layer, hidden)
-            weights = transform(layer, tile, context.within)
-            return _kernel(hidden, weights.transformed, layer.bias, weights.original.shape[0], tile)
+            weights = transform(layer, way, context.within)
+            return _kernel(hidden, weights.transformed, layer.bias, weights.original.shape[0], way)
 
         return call
 
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        tile = choose_tile(layer, hidden)
-        if tile == _POINTWISE:
+        way = choose_way(layer, hidden)
+        if way is _PIXELS:
             return products.multiply_pixels(layer, hidden)
-        if tile == _PATCHES:
+        if way is _PATCHES:
             return products.multiply_patches(layer, hidden)
-        if tile != _STOCK:
+        if way in _TILES:
             context = CURRENT.get()
-            weights = transform(layer, tile, None if context is None else context.within)
+            weights = transform(layer, way, None if context is None else context.within)
             return run(hidden, weights, layer.bias)
         return _convolve_widened(layer, hidden)
 
@@ -197,14 +211,14 @@ def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor 
     fused = context is not None and context.fused and not context.only_text and not _is_autocast()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         fused = False
-    tile = choose_tile(layer, hidden, end - begin) if fused else _STOCK
-    if context is not None and tile not in (_STOCK, _POINTWISE, _PATCHES):
-        transformed = transform(layer, tile, context.within).transformed
-        return _kernel(hidden, transformed, bias, weight.shape[0], tile, begin, weight.shape[1])
+    way = choose_way(layer, hidden, end - begin) if fused else _STOCK
+    if context is not None and way in _TILES:
+        transformed = transform(layer, way, context.within).transformed
+        return _kernel(hidden, transformed, bias, weight.shape[0], way, begin, weight.shape[1])
     part = _Part(weight[:, begin:end], bias, layer.stride, layer.padding, layer.dilation)
-    if tile == _POINTWISE:
+    if way is _PIXELS:
         return products.multiply_pixels(part, hidden)
-    if tile == _PATCHES:
+    if way is _PATCHES:
         return products.multiply_patches(part, hidden)
     widened = fused and hidden.dtype == torch.bfloat16 and _pays_to_widen(part, hidden)
     return _convolve_widened(part, hidden) if widened else F.conv2d(hidden, *part)
@@ -216,11 +230,11 @@ def _convolve_widened(layer: Any, hidden: Tensor) -> Tensor:
     return F.conv2d(hidden.float(), weight, bias, *settings).to(hidden.dtype)
 
 
-def choose_tile(layer: Any, hidden: Tensor, channels: int | None = None) -> int:
-    """Return the tile with which few products are taken for a layer's input, or what is taken in their place.
+def choose_way(layer: Any, hidden: Tensor, channels: int | None = None) -> Way:
+    """Return how a layer's result is computed for an input.
 
-    A tile depends on the image alone, not on how many there are: what is kept of the weights serves any batch, and any
-    of the input channels.
+    The size of tiles depends on the image alone, not on how many there are: what is kept of the weights serves any
+    batch, and any of the input channels.
 
     Args:
         channels: how many of the layer's input channels the input has; None: all of them.
@@ -239,33 +253,33 @@ def choose_tile(layer: Any, hidden: Tensor, channels: int | None = None) -> int:
         return _STOCK
     settings = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
     known = weight.shape, weight.dtype, weight.device, *settings
-    tile = _find_tile(_dispatch.forced_backends, _local_table.state, shape, *known)
-    return _STOCK if tile in (_POINTWISE, _PATCHES) and not hidden.is_contiguous() else tile  # channels_last stays
+    way = _find_way(_dispatch.forced_backends, _local_table.state, shape, *known)
+    return _STOCK if way in (_PIXELS, _PATCHES) and not hidden.is_contiguous() else way  # channels_last stays
 
 
 @functools.lru_cache(_dispatch.REMEMBERED)
-def _find_tile(forced: Any, _state: Any, images: torch.Size, *known: Any) -> int:
+def _find_way(forced: Any, _state: Any, images: torch.Size, *known: Any) -> Way:
     layer = _Layer(_Weight(*known[:3]), *known[3:])
     if _dispatch.find_forced("convolution", forced, layer.weight.device) == "reference":
         return _STOCK
     if products.is_pointwise(layer):
-        return _POINTWISE if products.pixel_advantage() > 1 else _STOCK
-    side = _find_side(*images[2:], *known)
-    few = side == _STOCK and products.has_many_weights(layer) and products.has_few_results(layer, images)
-    return _PATCHES if few and products.patches_pay() else side
+        return _PIXELS if products.pixel_advantage() > 1 else _STOCK
+    tiles = _find_tiles(*images[2:], *known)
+    few = tiles is _STOCK and products.has_many_weights(layer) and products.has_few_results(layer, images)
+    return _PATCHES if few and products.patches_pay() else tiles
 
 
-def _find_side(height: int, width: int, *layer: Any) -> int:
-    """Return the side of the tiles of few products, or 0."""
+def _find_tiles(height: int, width: int, *layer: Any) -> Way:
+    """Return which tiles few products have, or stock's way."""
     shape, dtype, device = layer[:3]
     if not _suits(*layer) or min(height, width) < 2 or choose(dtype, device) == "reference":
         return _STOCK
     pixels, pairs = height * width, shape[0] * shape[1]
     if pixels >= _MANY_PIXELS or (pixels >= _SOME_PIXELS and pairs <= _CACHED):
-        return 4
+        return Way.LARGE_TILES
     if pixels < _FEW_PIXELS:
-        return 2 if pairs <= _SMALL_WEIGHTS else _STOCK
-    return 2 if pixels > _FEW_PIXELS or pairs < _HEAVY else _STOCK
+        return Way.SMALL_TILES if pairs <= _SMALL_WEIGHTS else _STOCK
+    return Way.SMALL_TILES if pixels > _FEW_PIXELS or pairs < _HEAVY else _STOCK
 
 
 def may_have_few_products(layer: Any) -> bool:
