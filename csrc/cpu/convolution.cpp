@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -18,6 +20,10 @@ namespace {
 // Scratch of one turn: what the products read and write is to stay in a cache that several cores share, and below the
 // size from which on the C library gives memory back at once, and has to clear it page by page for the next turn.
 constexpr int64_t kTurnBytes = int64_t{24} << 20;
+// Up to so many bytes of weights may be read anew for every few rows, whose scratch is to stay in a core's own cache.
+constexpr int64_t kSmallWeights = int64_t{4} << 20, kAloneBytes = int64_t{512} << 10;
+// Each thread needs so many rows, lest one that has a row more than others keep them waiting for long.
+constexpr int64_t kRowsPerThread = 4;
 
 // What is laid out depends on the length of a vector, and with it on the instruction set.
 template <class T>
@@ -73,6 +79,28 @@ int64_t rows_of_turn(const Winograd& p) {
   const int64_t rows = tile_rows(p), most = std::max<int64_t>(1, kTurnBytes / (scratch_size(p, 1) * compute_size(p.dtype)));
   const int64_t turns = (rows + most - 1) / most;
   return (rows + turns - 1) / turns;
+}
+
+int64_t rows_alone(const Winograd& p, int64_t threads) {
+  const int64_t rows = tile_rows(p), size = compute_size(p.dtype);
+  if (rows < kRowsPerThread * threads) return 0;
+  if (transformed_size(p.dtype, p.tile, p.in_channels, p.out_channels) * size > kSmallWeights) return 0;
+  const int64_t most = std::max<int64_t>(1, kAloneBytes / (scratch_size(p, 1) * size));
+  return std::min(most, rows / (kRowsPerThread * threads));
+}
+
+void run_alone(const Winograd& p, int64_t begin, int64_t end, int64_t rows) {
+  constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(void* data) const { ::operator delete(data, kLine); }
+  };
+  const std::unique_ptr<void, Free> scratch(::operator new(scratch_size(p, rows) * compute_size(p.dtype), kLine));
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t count = std::min(rows, end - first);
+    for (const Stage stage : {Stage::kInput, Stage::kProducts, Stage::kOutput}) {
+      run_stage(p, stage, first, count, scratch.get(), 0, item_count(p, stage, count));
+    }
+  }
 }
 
 int64_t scratch_size(const Winograd& p, int64_t rows) {

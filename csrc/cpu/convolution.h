@@ -36,4 +36,9 @@ int64_t scratch_size(const Winograd& p, int64_t rows);
 int64_t item_count(const Winograd& p, Stage stage, int64_t rows);
 void run_stage(const Winograd& p, Stage stage, int64_t first, int64_t rows, void* scratch, int64_t begin, int64_t end);
 
+// Where weights are small and images large, each thread takes rows of tiles from x to the result on its own, so many at a
+// time, and none waits for another; 0: all go through the stages together.
+int64_t rows_alone(const Winograd& p, int64_t threads);
+void run_alone(const Winograd& p, int64_t begin, int64_t end, int64_t rows);
+
 }  // namespace difffast

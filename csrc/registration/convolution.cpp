@@ -58,7 +58,13 @@ Tensor winograd_convolution(const Tensor& input, const Tensor& weights, std::opt
   Tensor out = empty({p.batch, out_channels, p.height, p.width}, x.scalar_type(), x);
   if (out.numel() == 0) return out;
   p.out = out.mutable_data_ptr();
-  const int64_t rows = tile_rows(p), turn = rows_of_turn(p);
+  const int64_t rows = tile_rows(p), turn = rows_of_turn(p), alone = rows_alone(p, torch::stable::get_num_threads());
+  if (alone > 0) {
+    torch::stable::parallel_for(0, (rows + alone - 1) / alone, 1, [&](int64_t begin, int64_t end) {
+      run_alone(p, begin * alone, std::min(end * alone, rows), alone);
+    });
+    return out;
+  }
   Tensor scratch = empty({scratch_size(p, turn)}, dtype_of_sums(x), x);
   void* data = scratch.mutable_data_ptr();
   for (int64_t first = 0; first < rows; first += turn) {

@@ -83,11 +83,12 @@ def test_rows_do_not_depend_on_their_batch(tile):
 
 @pytest.mark.parametrize("tile", module.TILES)
 def test_results_do_not_depend_on_threads(tile):
+    """Few threads take rows of tiles each on its own; many, of which each would have few, go through the stages."""
     x, weight, bias = operands((2, 40, 70, 20, 20))
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             results.append(run(x, weight, bias, tile))
     finally:
