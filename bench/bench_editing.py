@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from drawn.detector import detect
 from PIL import Image, ImageDraw
+from records import name_model
 
 import difffast
 from difffast.steering.inversion.invert import encode_image
@@ -288,7 +289,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "editing.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    record |= {"steps": STEPS, "pairs": len(PAIRS), "torch": torch.__version__}
+    record |= {"model": name_model(), "steps": STEPS, "pairs": len(PAIRS), "torch": torch.__version__}
     parts: dict[str, Iterator[tuple[str, Any]]] = {
         "edits": edit_all(pipe, pictures),
         "suppression": suppress_all(pipe, pictures, optimise=False),
@@ -308,7 +309,7 @@ def main() -> None:
         for place in ("first", "last"):
             for name in ("embedding alone", "re-encoded"):
                 names[f"{place}, {name.split()[0]}"] = f" | {name} | {place}"
-        draw_sheet(pictures, names, arguments.out / "suppression.png")
+        draw_sheet(pictures, names, arguments.out / "suppression-sheet.png")
     if "edits" in arguments.only:
         names = {"picture": " | source", "edited": " | edited", "other prompt": " | prompt alone"}
         draw_sheet(pictures, names, arguments.out / "edits.png")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from records import RESULTS, load, machine
+from records import RESULTS, load, machine, tell_model
 
 #: What was asked of suppression: the least fall of the words' object, and what the other keeps.
 FALL, KEPT = 0.8, 0.9
@@ -65,8 +65,10 @@ def _edit(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _setting(record: Mapping[str, Any]) -> str:
+    model = tell_model(record)
     return (
-        f"The embedded model, {record['steps']} steps, float32, torch {record['torch']}, by `bench/bench_editing.py`."
+        f"{model[0].upper()}{model[1:]}, {record['steps']} steps, float32, torch {record['torch']}, "
+        "by `bench/bench_editing.py`."
     )
 
 

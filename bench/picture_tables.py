@@ -11,7 +11,7 @@ from pathlib import Path
 from fidelity.curve import LIKENESS, likeness_of, share_of, trace_curve
 from fidelity.tables import load_cells, show_likeness, show_lost
 from interleaved import ratio
-from records import RESULTS, Record, machine, measured, measured_on, name_model
+from records import RESULTS, Record, machine, measured, measured_on, tell_model
 
 #: The schedules of the front page, of those in ``fidelity.json``, and its presets.
 _FRONT = ("Euler, 20 steps", "DPM++ 2M Karras, 25 steps", "DDIM, 50 steps")
@@ -31,8 +31,7 @@ def presets_table(results: Path = RESULTS) -> str:
             alike = [show_likeness(*each) for each in ([likeness_of(row, of) for of in LIKENESS], fewer)]
             lines.append(f"| {name} | `{preset}` | {1 / share_of(row):.2f}x | {' | '.join(alike)} | {show_lost(row)} |")
     record = next(iter(cells.values()))
-    model = "the embedded model" if record["model"] == name_model() else "an earlier embedded model"
-    note = f"{record['prompts']} prompts, {model}, whole images; the baseline is stock in the same round."
+    note = f"{record['prompts']} prompts, {tell_model(record)}, whole images; the baseline is stock in the same round."
     return "\n".join([*lines, "", f"{note} {machine(record)}."])
 
 

@@ -31,6 +31,11 @@ def name_model(model: Path = FOLDER) -> str:
     return f"the embedded model ({version_of(model)})"
 
 
+def tell_model(record: Record) -> str:
+    """Return what tables call a record's model: one that says nothing of it is an earlier one's."""
+    return "the embedded model" if record.get("model") == name_model() else "an earlier embedded model"
+
+
 def load(path: Path) -> list[Record]:
     """Every case of a pytest-benchmark JSON, with its group."""
     benchmarks = json.loads(path.read_text())["benchmarks"]
