@@ -38,6 +38,8 @@ SHAPES = {
     "embedded, 16x16": (2, 64, 64, 16),
     "embedded, 8x8": (2, 128, 128, 8),
     "VAE decoder, 128x128": (1, 512, 256, 128),
+    "VAE decoder, 256x256": (1, 256, 256, 256),
+    "VAE decoder, 512x512": (1, 128, 128, 512),
 }
 #: Bytes of the weights that a provider goes through.
 _WEIGHTS = 4e8
