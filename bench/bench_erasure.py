@@ -29,6 +29,7 @@ import torch
 from drawn.vocabulary import SHIPPED
 from erasure_costs import WAYS, Small, measure_costs
 from erasure_questions import OTHERS, PRESERVED, TARGET, Questions, pairs, phrase, scenes
+from records import name_model
 
 import difffast
 from difffast.erase.closed_form import Uce
@@ -144,7 +145,7 @@ def settle(kind: Kind, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def experiment(arguments: argparse.Namespace) -> None:
     path = arguments.out / "erasure.json"
-    record = {"model": "the embedded model", "erased": TARGET, **machine_now(), "reports": {}}
+    record = {"model": name_model(), "erased": TARGET, **machine_now(), "reports": {}}
     if path.is_file():
         record["reports"] = json.loads(path.read_text())["reports"]
     for name in arguments.kinds:

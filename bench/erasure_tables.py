@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from records import RESULTS, machine
+from records import RESULTS, machine, tell_model
 
 #: What was asked for: way -> times, in seconds.
 BARS = {"esd, pool of 10": 3.0, "meta step": 1.3}
@@ -65,8 +65,9 @@ def erasure_table(results: Path = RESULTS) -> str:
         " or ".join(sorted({f"{r['settings'][name]:g}" for r in reports.values() if name in r["settings"]}))
         for name in ("denoise", "attack_rate", "steps")
     )
+    model = tell_model(record)
     note = (
-        f"The embedded model, red erased; stock weights to edited ones; in brackets: standard error. "
+        f"{model[0].upper()}{model[1:]}, red erased; stock weights to edited ones; in brackets: standard error. "
         f"Pictures of the three groups: {sizes}, {denoise} steps each. Bars: red in at most 5%, other colours in at "
         f"least 95% of what stock draws of them, binding at most 3 points below stock. ESD: {steps or 'no'} steps. "
         f"Attack: one picture a step, learning rate {rate}, ten times that for a LoRA of rank 8. {machine(record)}."

@@ -26,6 +26,7 @@ import diffusers
 import numpy as np
 import torch
 from drawn.shapes import draw_scene
+from records import name_model
 from torch import Tensor
 from tqdm import tqdm
 
@@ -101,6 +102,7 @@ class Cell:
         row = {
             "solver": self.solver,
             "steps": self.steps,
+            "model": name_model(),
             "log_snr": [round(each, 4) for each in read_schedule(self.pipe.scheduler, self.total).log_snr],
         }
         chosen = {name: self._choose(by_calls, name) for name in TARGETS}
@@ -223,7 +225,6 @@ def write(folder: Path) -> None:
     rows.sort(key=lambda row: (order.index(row["solver"]), row["steps"]))
     about = {
         "made_by": "bench/measure_plans.py",
-        "model": "the embedded model",
         "images": IMAGES,
         "targets_psnr_db": TARGETS,
         "device": device_name(),
