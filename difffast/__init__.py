@@ -1,18 +1,17 @@
 """difffast: make Hugging Face Diffusers UNet pipelines faster with one call, and exactly undo it with another."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import models
 from .collect import collect_maps
 from .erase.edit import Erasure, erase
+from .later import import_later
 from .layers.maps import AttentionMaps
 from .patch import patch, patched, unpatch
 from .plan import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, OutputForecast, Plan
 from .proofs import ProofReport, prove
 from .renamed import warn_renamed
 from .report import PatchReport
-from .steering.binding.method import SemanticBinding
 from .tune import tune
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from .erase.relearning import Relearning
     from .erase.report import EraseReport, erase_report
     from .erase.trainer import EraseTrainer
+    from .steering.binding.method import SemanticBinding
     from .steering.inversion.inversion import Inversion
     from .steering.inversion.invert import invert
     from .steering.negative_attention import NegativeAttention
@@ -65,21 +65,24 @@ __all__ = [
     "unpatch",
 ]
 
-#: Public names -> where they are: what a run without them need not wait for is imported when it is asked for.
-_LATER = {
-    "EraseReport": "erase.report",
-    "EraseTrainer": "erase.trainer",
-    "Inversion": "steering.inversion.inversion",
-    "MetaTrap": "erase.meta",
-    "NegativeAttention": "steering.negative_attention",
-    "Relearning": "erase.relearning",
-    "SafeGuard": "steering.safe_guard",
-    "Suppression": "steering.suppression.method",
-    "edit": "editing",
-    "erase_report": "erase.report",
-    "invert": "steering.inversion.invert",
-    "suppress": "steering.suppression.embeds",
-}
+_find = import_later(
+    __name__,
+    {
+        "EraseReport": "erase.report",
+        "EraseTrainer": "erase.trainer",
+        "Inversion": "steering.inversion.inversion",
+        "MetaTrap": "erase.meta",
+        "NegativeAttention": "steering.negative_attention",
+        "Relearning": "erase.relearning",
+        "SafeGuard": "steering.safe_guard",
+        "SemanticBinding": "steering.binding.method",
+        "Suppression": "steering.suppression.method",
+        "edit": "editing",
+        "erase_report": "erase.report",
+        "invert": "steering.inversion.invert",
+        "suppress": "steering.suppression.embeds",
+    },
+)
 
 #: Public names of 0.1 -> what they are called now.
 _RENAMED = {"GuidanceReuse": CfgReuse, "plan_for": tune}
@@ -88,11 +91,7 @@ _RENAMED = {"GuidanceReuse": CfgReuse, "plan_for": tune}
 if not TYPE_CHECKING:  # type checkers shall see the names that there are, and no other
 
     def __getattr__(name: str) -> Any:
-        if name in _LATER:
-            found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
-            globals()[name] = found
-            return found
         if name in _RENAMED:
             warn_renamed(f"difffast.{name}", f"difffast.{_RENAMED[name].__name__}")
             return _RENAMED[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _find(name)

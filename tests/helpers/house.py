@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: From the bottom to the top; rooms on one floor do not know each other.  A room is a folder, or a file of the top one.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("files",),
-    ("triton_kernels", "renamed", "plots", "support", "words"),
+    ("triton_kernels", "renamed", "later", "plots", "support", "words"),
     ("ops", "plan", "models"),
     ("surgery", "presets"),
     ("layers",),
