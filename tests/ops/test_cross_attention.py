@@ -253,8 +253,10 @@ def test_opcheck(backend, shape, layout):
         torch.library.opcheck(operator, (q, k, v, 0.3, sink, tokens))
     q, k, v = q.detach(), k.detach(), v.detach()
     out, maps = operator(q, k, v, 0.3, 1, [0, 2])
-    for grads in ((out, maps), (out, None), (None, maps)):
-        for needs in ((True, True), (True, False), (False, True)):
+    # What is asked for is crossed once: how operands lie changes none of it.
+    once = shape[-1] == 6 and layout == "sliced"
+    for grads in ((out, maps), (out, None), (None, maps)) if once else ((out, maps),):
+        for needs in ((True, True), (True, False), (False, True)) if once else ((True, True),):
             arguments = (*grads, q, k, v, 0.3, 1, [0, 2], *needs)
             torch.library.opcheck(backward, arguments)
 
