@@ -55,7 +55,7 @@ IMAGES, CONFIRMING = 16, 48
 OUT = Path(table.__file__).with_name("measured.json")
 
 #: Captions, and the latents that stock makes of them.
-Pictures = tuple[list[str], Tensor]
+Pictures = tuple[tuple[str, ...], Tensor]
 
 
 def solvers() -> dict[str, Callable[[Any], Any]]:
@@ -94,8 +94,8 @@ class Cell:
         self.total = len(pipe.scheduler.timesteps)
         self._searched = draw_captions(SEARCHED, max(1, images // 2))
         captions = draw_captions(CHOSEN, images), draw_captions(CONFIRMED, confirming)
-        self._chosen, self._confirmed = ((each, self._call(each, steps)) for each in captions)
-        self._tried: dict[tuple[Plan, int], tuple[float, float]] = {}
+        self._chosen, self._confirmed = ((tuple(each), self._call(each, steps)) for each in captions)
+        self._tried: dict[tuple[Plan, tuple[str, ...]], tuple[float, float]] = {}
 
     def measure(self) -> dict[str, Any]:
         """Return the cell's row of the table."""
@@ -153,11 +153,11 @@ class Cell:
         """Return a plan's figures on some pictures."""
         if not plan.forecasts:
             return math.inf, math.inf
-        key = plan, len(pictures[0])
-        if key not in self._tried:
+        captions, expected = pictures
+        if (plan, captions) not in self._tried:
             with patched(self.pipe, propagation=plan, fused=False):
-                self._tried[key] = self._compare(self._call(pictures[0], self.steps), pictures[1])
-        return self._tried[key]
+                self._tried[plan, captions] = self._compare(self._call(captions, self.steps), expected)
+        return self._tried[plan, captions]
 
     @functools.cache  # noqa: B019 - a cell lives as long as its cache
     def _try_stock(self, calls: int) -> tuple[float, float]:

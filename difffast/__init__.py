@@ -65,7 +65,7 @@ __all__ = [
     "unpatch",
 ]
 
-_find = import_later(
+_find_later = import_later(
     __name__,
     {
         "EraseReport": "erase.report",
@@ -94,4 +94,4 @@ if not TYPE_CHECKING:  # type checkers shall see the names that there are, and n
         if name in _RENAMED:
             warn_renamed(f"difffast.{name}", f"difffast.{_RENAMED[name].__name__}")
             return _RENAMED[name]
-        return _find(name)
+        return _find_later(name)

@@ -1,5 +1,6 @@
 """The presets' plans: a table that was measured, and what becomes of it in schedules that were not."""
 
+import contextlib
 import json
 import math
 import re
@@ -186,3 +187,15 @@ def test_presets_run_what_the_report_plans(pipe, preset):
     with patched(pipe, propagation=plan) as by_hand:
         assert torch.equal(latents(pipe, steps=20), found) or PRESETS[preset].propagation.guard is not None
     assert by_hand.last_run.forecast == len(plan.forecasts)
+
+
+def test_a_plan_is_confirmed_on_other_pictures_than_it_was_chosen_by(monkeypatch):
+    """Also where there are as many of these as of those."""
+    cell = object.__new__(measure_plans.Cell)
+    cell.pipe, cell.steps, cell._tried = None, 3, {}
+    monkeypatch.setattr(measure_plans, "patched", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(cell, "_call", lambda captions, steps: captions)
+    monkeypatch.setattr(cell, "_compare", lambda latents, expected: (latents, expected))
+    plan = Plan(total=3, key_steps=(0, 1), max_batch=1, forecasts=(2,))
+    for pictures in ((("a", "b"), "one"), (("c", "d"), "other")):
+        assert cell._try_plan(plan, pictures) == pictures
