@@ -14,6 +14,7 @@ namespace difffast {
 namespace {
 
 #define DIFFFAST_KERNELS "joint_attention_kernel.h"
+#define DIFFFAST_WITH_BF16
 #include "every_set.h"
 
 template <class S>

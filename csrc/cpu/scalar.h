@@ -11,6 +11,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Two neighbours of a row or column along which products are added up: what AVX512_BF16 multiplies at once.
+struct Pair {
+  BFloat16 first, second;
+};
+
 // What is computed in: float, or double for float64.
 template <class S>
 struct Compute {

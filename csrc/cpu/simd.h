@@ -183,14 +183,62 @@ DIFFFAST_INLINE Vec<double> log_of(Vec<double> x) {
   return x;
 }
 
+// What products of two operands are added up in.
+template <class E>
+struct Products {
+  using type = E;
+};
+template <class E>
+using Sum = typename Products<E>::type;
+
+DIFFFAST_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) { return sum + a * b; }
+DIFFFAST_INLINE Vec<double> add_product(Vec<double> sum, Vec<double> a, Vec<double> b) { return sum + a * b; }
+
+#ifdef DIFFFAST_BF16_PRODUCTS
+template <>
+struct Products<Pair> {
+  using type = float;
+};
+
+typedef uint32_t PairBits __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+
+DIFFFAST_INLINE PairBits load(const Pair* p) {
+  PairBits pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  return pairs;
+}
+
+DIFFFAST_INLINE PairBits broadcast(Pair x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits - PairBits{};
+}
+
+// Lane i of the pairs: lanes i of first and second, rounded to nearest, ties to even.
+DIFFFAST_INLINE void store_pairs(Pair* p, Vec<float> first, Vec<float> second) {
+  typedef uint16_t Half __attribute__((vector_size(DIFFFAST_VECTOR_BYTES)));
+  const Half order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const __m512i pairs = _mm512_permutexvar_epi16((__m512i)order, rounded);
+  std::memcpy(p, &pairs, sizeof pairs);
+}
+
+DIFFFAST_INLINE Vec<float> add_product(Vec<float> sum, PairBits a, PairBits b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // Products are summed in runs of this length, and the runs' sums are added up: rounding errors of one long chain of
 // additions would exceed those of other libraries.
 constexpr int64_t kRun = 32;
 
-// C[MR, NV vectors] = (accumulate ? C : 0) + A B over `depth`; A is read at a[i * a_row + k * a_col].
-template <class T, int MR, int NV>
-DIFFFAST_INLINE void matmul_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* c,
-                                 int64_t c_row, bool accumulate) {
+// C[MR, NV vectors] = (accumulate ? C : 0) + A B over `depth`; A is read at a[i * a_row + k * a_col].  E: float, double
+// or Pair, of which each counts as one.
+template <class E, int MR, int NV>
+DIFFFAST_INLINE void matmul_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b, int64_t b_row,
+                                 Sum<E>* c, int64_t c_row, bool accumulate) {
+  using T = Sum<E>;
   for (int64_t start = 0; start < depth; start += kRun, accumulate = true) {
     const int64_t stop = std::min(start + kRun, depth);
     Vec<T> sum[MR][NV];
@@ -200,14 +248,14 @@ DIFFFAST_INLINE void matmul_tile(int64_t depth, const T* a, int64_t a_row, int64
       for (int j = 0; j < NV; ++j) sum[i][j] = Vec<T>{};
     }
     for (int64_t k = start; k < stop; ++k) {
-      Vec<T> row[NV];
+      decltype(load(b)) row[NV];
 #pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) row[j] = load(b + k * b_row + j * lanes<T>);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
-        const Vec<T> x = broadcast(a[i * a_row + k * a_col]);
+        const auto x = broadcast(a[i * a_row + k * a_col]);
 #pragma GCC unroll 16
-        for (int j = 0; j < NV; ++j) sum[i][j] += x * row[j];
+        for (int j = 0; j < NV; ++j) sum[i][j] = add_product(sum[i][j], x, row[j]);
       }
     }
 #pragma GCC unroll 16
@@ -228,47 +276,47 @@ constexpr int tile_rows(int panel) {
   return fitting < 8 ? fitting : 8;
 }
 
-template <class T, int NV, int MR>
-DIFFFAST_TARGET void matmul_rest(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                                 int64_t b_row, T* c, int64_t c_row, bool accumulate) {
+template <class E, int NV, int MR>
+DIFFFAST_TARGET void matmul_rest(int64_t rows, int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b,
+                                 int64_t b_row, Sum<E>* c, int64_t c_row, bool accumulate) {
   if constexpr (MR > 0) {
     if (rows == MR) {
-      matmul_tile<T, MR, NV>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      matmul_tile<E, MR, NV>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
     } else {
-      matmul_rest<T, NV, MR - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      matmul_rest<E, NV, MR - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
     }
   }
 }
 
-template <class T, int NV>
-DIFFFAST_TARGET void matmul_panel(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                                  int64_t b_row, T* c, int64_t c_row, bool accumulate) {
+template <class E, int NV>
+DIFFFAST_TARGET void matmul_panel(int64_t rows, int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b,
+                                  int64_t b_row, Sum<E>* c, int64_t c_row, bool accumulate) {
   constexpr int MR = tile_rows(NV);
   for (; rows >= MR; rows -= MR, a += MR * a_row, c += MR * c_row) {
-    matmul_tile<T, MR, NV>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    matmul_tile<E, MR, NV>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
   }
-  matmul_rest<T, NV, MR - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  matmul_rest<E, NV, MR - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
 }
 
 // C[rows, columns] = (accumulate ? C : 0) + A[rows, depth] B[depth, columns]; columns is a multiple of the lanes.
-template <class T>
-DIFFFAST_TARGET void matmul(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col,
-                            const T* b, int64_t b_row, T* c, int64_t c_row, bool accumulate = false) {
-  int64_t vectors = columns / lanes<T>;
+template <class E>
+DIFFFAST_TARGET void matmul(int64_t rows, int64_t columns, int64_t depth, const E* a, int64_t a_row, int64_t a_col,
+                            const E* b, int64_t b_row, Sum<E>* c, int64_t c_row, bool accumulate = false) {
+  int64_t vectors = columns / lanes<Sum<E>>;
   int64_t panels = (vectors + kPanel - 1) / kPanel;
   for (; panels > 0; --panels) {
     const int64_t width = (vectors + panels - 1) / panels;
     switch (width) {
-      case 1: matmul_panel<T, 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
-      case 2: matmul_panel<T, 2>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+      case 1: matmul_panel<E, 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+      case 2: matmul_panel<E, 2>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
 #if DIFFFAST_REGISTERS >= 32
-      case 3: matmul_panel<T, 3>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
-      case 4: matmul_panel<T, 4>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
-      default: matmul_panel<T, 5>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      case 3: matmul_panel<E, 3>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+      case 4: matmul_panel<E, 4>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate); break;
+      default: matmul_panel<E, 5>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
 #endif
     }
-    b += width * lanes<T>;
-    c += width * lanes<T>;
+    b += width * lanes<Sum<E>>;
+    c += width * lanes<Sum<E>>;
     vectors -= width;
   }
 }

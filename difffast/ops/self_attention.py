@@ -4,7 +4,8 @@
 
 Shapes: q [B, H, N, d]; k, v [B, H, M, d]; out [B, H, N, d].  On a GPU PyTorch's attention leaves little to win, and is
 what runs.  On a CPU the C++ kernel takes half of its time or less (bench/ops/bench_self_attention.py).  A vector of the
-kernel holds several rows of queries, so that heads of any width fill it and softmax needs no sums across it.
+kernel holds several rows of queries, so that heads of any width fill it and softmax needs no sums across it.  In
+bfloat16 it rounds probabilities as PyTorch's does, where the processor multiplies pairs of bfloat16 fast.
 
 Sources: softmax with a running maximum is from arXiv 1805.02867, its use on tiles of keys is FlashAttention's (arXiv
 2205.14135, section 3.1).

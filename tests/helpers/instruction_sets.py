@@ -8,7 +8,9 @@ import textwrap
 from difffast import ops
 
 #: From the smallest.
-SETS = ("baseline", "avx2", "avx512")
+SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+#: Those that other tests do not run, on a machine that has all.
+SMALLER = SETS[:2]
 
 
 def run(code, instruction_set):
@@ -17,4 +19,6 @@ def run(code, instruction_set):
     environment = {**os.environ, "DIFFFAST_INSTRUCTION_SET": instruction_set}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == SETS[min(map(SETS.index, (instruction_set, ops.INSTRUCTION_SET)))]
+    asked, found, best = map(SETS.index, (instruction_set, result.stdout.strip(), ops.INSTRUCTION_SET))
+    # What is asked for may be more than the best, which leaves out what is slow.
+    assert min(asked, best) <= found <= asked

@@ -47,7 +47,7 @@ def run_sets(instruction_set, draws, operators):
 
 
 @needs_cpp
-@pytest.mark.parametrize("instruction_set", instruction_sets.SETS[:-1])
+@pytest.mark.parametrize("instruction_set", instruction_sets.SMALLER)
 def test_smaller_instruction_sets(instruction_set):
     run_sets(instruction_set, 10, COMPILED)
 
@@ -55,7 +55,7 @@ def test_smaller_instruction_sets(instruction_set):
 @needs_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", COMPILED)
-@pytest.mark.parametrize("instruction_set", instruction_sets.SETS[:-1])
+@pytest.mark.parametrize("instruction_set", instruction_sets.SMALLER)
 def test_smaller_instruction_sets_often(instruction_set, operator):
     run_sets(instruction_set, OTHERS, [operator])
 

@@ -143,7 +143,7 @@ def test_the_default(operator):
 
 
 @needs_cpp
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
+@pytest.mark.parametrize("instruction_set", instruction_sets.SMALLER)
 def test_smaller_instruction_sets(instruction_set):
     """The same numbers from every instruction set that this machine has; the best one runs in all other tests."""
     code = """

@@ -73,23 +73,39 @@ def test_rows_do_not_depend_on_their_batch():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [1e4, -1e4])
-def test_large_logits(backend, factor):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
+def test_large_logits(backend, factor, dtype, tolerance):
     """The running maximum rises from tile to tile, by more than an exponential can hold."""
-    made = operands((1, 2, 20, 200, 40), torch.float32)
+    # Of bfloat16 few numbers differ: with these no two logits of a row are equal.
+    made = [x.bfloat16().to(dtype) for x in operands((1, 2, 20, 200, 40), torch.float32)]
     with ops.use_backend(backend):
         ours = ops.self_attention(*made, scale=factor)
     exact = reference(*(x.double() for x in made), factor)[0]
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", range(3))
-def test_nan_is_not_hidden(backend, where):
-    made = operands((1, 2, 70, 150, 40), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_is_not_hidden(backend, where, dtype):
+    made = operands((1, 2, 70, 151, 39), dtype)
     made[where][0, 1, 65, 5] = math.nan
     with ops.use_backend(backend):
         out = ops.self_attention(*made)
-    assert torch.equal(out.isnan(), eager(*made, 40**-0.5).isnan())
+    assert torch.equal(out.isnan(), eager(*made, 39**-0.5).isnan())
+
+
+@needs_cpp
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_rounded_probabilities_are_no_worse_than_pytorchs(mean):
+    """Kernels for bfloat16 may round probabilities to it, as PyTorch's does."""
+    made = [(x + mean).bfloat16() for x in operands((2, 4, 256, 1024, 64), torch.float32)]
+    exact = reference(*(x.double() for x in made), 64**-0.5)[0]
+    errors = []
+    for backend in ("cpp", "sdpa"):
+        with ops.use_backend(backend):
+            errors.append(float((ops.self_attention(*made).double() - exact).square().mean().sqrt()))
+    assert errors[0] <= 1.1 * errors[1]
 
 
 def test_empty_queries():
