@@ -146,9 +146,9 @@ DIFFFAST_INLINE void weights_of_channel(const T* from, T* to, int64_t step) {
     Vec<double> g[9], half[n * 3], t[n];
 #pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) {
-      Part narrow;
-      std::memcpy(&narrow, from + i * lanes<T> + part, sizeof narrow);
-      g[i] = __builtin_convertvector(narrow, Vec<double>);
+      Part taps;
+      std::memcpy(&taps, from + i * lanes<T> + part, sizeof taps);
+      g[i] = __builtin_convertvector(taps, Vec<double>);
     }
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) Transform<m>::weights(g + j, half + j, 3, 3);
