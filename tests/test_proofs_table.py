@@ -117,11 +117,66 @@ def test_a_choice_that_nobody_knows_is_ignored(choice):
     torch.testing.assert_close(out, torch.ones_like(out))  # of values that are all one
 
 
+class TimeIsUpError(Exception):
+    """What somebody's signal handler raises, wherever Python is."""
+
+
+def raising(error, module):
+    """A function that raises an error, as code of a module."""
+    space = {"__name__": module, "error": error}
+    exec("def fail(*_):\n    raise error", space)
+    return space["fail"]
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("error", "module"),
+    [
+        (TimeIsUpError(), "triton.runtime.jit"),  # raised asynchronously
+        (RuntimeError("of a hook"), "somebodys.hooks"),
+        (TimeoutError(), "somebodys.handlers"),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"), "torch._ops"),
+        (torch.OutOfMemoryError(), "torch._ops"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_errors_that_are_not_the_kernels_pass_through_it(monkeypatch, error, module):
+    monkeypatch.setitem(ops.cross_attention.__globals__["_OPERATORS"], "cpp", raising(error, module))
+    q = torch.randn(2, 2, 64, 32)
+    with pytest.raises(type(error)) as found:
+        ops.cross_attention(q, q, q)
+    assert found.value is error
+    assert _local.list_struck() == []
+
+
+@needs_cpp
+def test_what_no_backend_can_answer_strikes_none_out():
+    with torch.inference_mode():
+        q = torch.randn(2, 2, 64, 32)
+    k = torch.randn(2, 2, 64, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        ops.cross_attention(q, k, k)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        ops.geglu(torch.zeros(2, 8).to(torch.float8_e4m3fn))
+    assert _local.list_struck() == []
+
+
+@needs_cpp
+def test_checkpointing_leaves_a_recomputation_early():
+    q = torch.randn(2, 2, 64, 32, requires_grad=True)
+
+    def attend_twice(q):
+        return ops.cross_attention(ops.cross_attention(q, q, q), q, q)
+
+    (expected,) = torch.autograd.grad(attend_twice(q).sum(), q)
+    recomputed = torch.utils.checkpoint.checkpoint(attend_twice, q, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed.sum(), q)[0], expected)
+    assert _local.list_struck() == []
+
+
 @needs_cpp
 def test_a_chosen_backend_that_fails_is_struck_out_once(monkeypatch, pipe):
-    def fail(*_):
-        raise RuntimeError("no resources for a launch\nmore")
-
+    fail = raising(RuntimeError("no resources for a launch\nmore"), "triton.runtime.jit")
     monkeypatch.setitem(ops.cross_attention.__globals__["_OPERATORS"], "cpp", fail)
     q = torch.randn(2, 2, 64, 32)
     with pytest.warns(UserWarning, match="cross_attention takes PyTorch's way from now on.*no resources for a launch$"):
@@ -210,6 +265,40 @@ def test_old_sets_are_dropped():
     assert len(sets) == 8
     assert "11" in sets
     assert "0" not in sets
+
+
+def test_a_time_that_nobody_here_has_written_counts_as_none():
+    path = _local.find_path(CPU)
+    spoil(path, {"schema": 1, "sets": {str(i): {"facts": {}, "written": "then", "proofs": {}} for i in range(12)}})
+    with pytest.warns(UserWarning, match="no proofs for this installation"):
+        assert store.merge(CPU, {EAGER: entry("sdpa")}) is None
+    assert len(_local.read_file(path)[0]) == 8
+
+
+def test_a_user_without_a_home_has_no_proofs_and_keeps_none(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DIFFFAST_CACHE")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    _local.forget_tables()
+    attend()
+    assert _local.table_of(CPU).note is None
+    assert "cannot be written" in store.merge(CPU, {EAGER: entry("sdpa")})
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_may_not_be_looked_into_has_no_proofs(proof_cache, tmp_path):
+    """A container's user with the home of root."""
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        _local.forget_tables()
+        attend()
+        assert _local.table_of(CPU).note is None
+        assert "cannot be written (Permission denied)" in store.merge(CPU, {EAGER: entry("sdpa")})
+    finally:
+        os.seteuid(0)
 
 
 def test_a_folder_that_cannot_be_made_gives_a_note(tmp_path, monkeypatch):

@@ -287,7 +287,7 @@ def refuse_on_hopper(d: int, n_keys: int, dtype: torch.dtype) -> str | None:
     with one chunk of columns, all that were run were right.
     """
     if dtype.itemsize == 2 and tile_sizes(d, n_keys, dtype)["CHUNKS"] > 1:
-        return f"heads of d >= 128 without maps have failed on Hopper GPUs, got d = {d}"
+        return f"heads of more than 96 channels, without maps, have failed on Hopper GPUs, got d = {d}"
     return None
 
 

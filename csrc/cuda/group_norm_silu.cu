@@ -55,13 +55,17 @@ int element_bytes(const GroupNormSilu& args) { return args.dtype == ElementType:
 
 int round_up(int64_t a, int b) { return divide_up(a, b) * b; }
 
+// More than any block may have: what is larger need not be told apart, and must not wrap around.
+constexpr int64_t kTooLarge = 1 << 28;
+
 // Sets how the pixels of slabs are spread over blocks, and with that the sizes in shared memory.
 void set_span(Layout& layout, const GroupNormSilu& args, int span) {
   const int size = static_cast<int>(args.channels / args.groups), vector = kVectorBytes / element_bytes(args);
   const int channels = layout.slab_groups * size;
   layout.span = args.channels_last ? span : round_up(span, vector);
   const int width = divide_up(args.channels_last ? channels : layout.span, vector);
-  const int vectors = (args.channels_last ? layout.span : size) * width;
+  const int64_t whole = int64_t{args.channels_last ? layout.span : size} * width;
+  const int vectors = static_cast<int>(whole < kTooLarge / kVectorBytes ? whole : kTooLarge / kVectorBytes);
   layout.tile_bytes = vectors * kVectorBytes;
   layout.threads = round_up(divide_up(vectors, 4), kWarp);
   if (layout.threads < 2 * kWarp) layout.threads = 2 * kWarp;

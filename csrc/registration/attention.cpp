@@ -63,6 +63,16 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
     std::optional<Tensor> grad_out, std::optional<Tensor> grad_maps, const Tensor& q, const Tensor& k, const Tensor& v,
     double scale, int64_t sink, std::vector<int64_t> map_tokens, bool need_q, bool need_kv) {
   const CrossAttention p = cross_attention_on_cpu(q, k, v, scale, sink, map_tokens, true);
+  if (grad_out) {
+    STD_TORCH_CHECK(have_equal_sizes(*grad_out, q) && grad_out->scalar_type() == q.scalar_type(),
+                    "grad_out must have q's sizes and dtype");
+  }
+  if (grad_maps) {
+    const auto sums = p.dtype == Scalar::kFloat64 ? q.scalar_type() : torch::headeronly::ScalarType::Float;
+    STD_TORCH_CHECK(grad_maps->dim() == 3 && grad_maps->size(0) == p.batch && grad_maps->size(1) == p.queries &&
+                        grad_maps->size(2) == p.map_count && grad_maps->scalar_type() == sums,
+                    "grad_maps must be [batch, queries, map_tokens], in float32, or float64 where q is");
+  }
   Tensor dq = need_q ? empty({p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type(), q) : empty({0}, q.scalar_type(), q);
   const std::vector<int64_t> keys =
       need_kv ? std::vector<int64_t>(k.sizes().begin(), k.sizes().end()) : std::vector<int64_t>{0};

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "cpu/instruction_set.h"
@@ -14,6 +16,9 @@ Tensor repeat_batch(const Tensor& input, int64_t repeats) {
   const bool channels_last = !input.is_contiguous() && is_channels_last(input);
   const Tensor x = channels_last ? input : torch::stable::contiguous(input);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const int64_t bytes = std::max<int64_t>(x.numel(), 1) * static_cast<int64_t>(x.element_size());
+  STD_TORCH_CHECK(repeats <= std::numeric_limits<int64_t>::max() / bytes, "repeats must leave a size that 64 bits hold, got ",
+                  repeats, " of ", bytes, " bytes");
   sizes[0] *= repeats;
   const auto format = channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                     : torch::headeronly::MemoryFormat::Contiguous;

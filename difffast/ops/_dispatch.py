@@ -13,6 +13,8 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -44,12 +46,17 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 Forced = tuple[tuple[str | None, str], ...]
 
 #: A plain global that is only ever replaced: torch.compile guards it, and it is a part of what is remembered.
-forced_backends: Forced = ((None, os.environ["DIFFFAST_BACKEND"]),) if "DIFFFAST_BACKEND" in os.environ else ()
+forced_backends: Forced = ((None, os.environ["DIFFFAST_BACKEND"]),) if os.environ.get("DIFFFAST_BACKEND") else ()
 
 #: How many answers each deciding function remembers.  A run of a pipeline has some dozen signatures.
 REMEMBERED = 512
 
 _memories: list[Any] = []
+
+#: What blocks force that have begun and not ended, in their order; the first are of the environment.  Threads may end
+#: them in another one.
+_blocks: list[Forced] = [forced_backends]
+_lock = threading.Lock()
 
 Answer = TypeVar("Answer")
 
@@ -219,27 +226,56 @@ def choose(
     raise AssertionError("the reference always runs")
 
 
-def strike_out(operator: str, backend: str, device: torch.device, error: Exception) -> None:
-    """Strike out a backend that was chosen and has failed, so that the call can be answered by another one.
+def answer_otherwise(
+    operator: str, backend: str, device: torch.device, error: Exception, again: Callable[[], Answer]
+) -> Answer:
+    """Let another backend answer a call whose chosen one has failed, which is struck out if the other one does.
+
+    Args:
+        error: with which it has failed.
+        again: makes the call anew.
 
     Raises:
-        Exception: ``error``, where no other one would do better: the backend is forced or the reference, the memory is
-            full, or the call is being traced.
+        Exception: ``error``, where it is not the kernel's, or no other backend would do better: this one is forced or
+            the reference, the memory is full, or the call is being traced.  Else what ``again`` raises.
     """
     forced = find_forced(operator, forced_backends, device)
     if (
         backend in ("reference", forced)
-        or isinstance(error, torch.OutOfMemoryError)
+        or not _is_of_kernel(error)
         or torch.compiler.is_compiling()
         or device.type == "meta"
     ):
         raise error
     reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     _local.strike(operator, backend, reason)
+    try:
+        answer = again()
+    except BaseException:
+        _local.acquit(operator, backend)  # nobody else can do it either
+        raise
     warnings.warn(
         f"difffast: {operator} takes PyTorch's way from now on, its backend {backend!r} has failed: {reason}",
         stacklevel=3,
     )
+    return answer
+
+
+def _is_of_kernel(error: Exception) -> bool:
+    """Whether an error is a kernel's own, and not one that has come through it: a signal's, a hook's, full memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    places = [type(error).__module__, "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")]
+    # Checkpointing leaves a recomputation by an exception out of a hook.
+    return all(_owns_kernels(place) and not place.startswith("torch.utils.checkpoint") for place in places)
+
+
+def _owns_kernels(module: str) -> bool:
+    package = module.partition(".")[0]
+    return package in ("difffast", "torch", "triton") or package in sys.stdlib_module_names
 
 
 class CannotRunError(RuntimeError):
@@ -275,14 +311,28 @@ def use_backend(backend: str, *operators: str) -> Iterator[tuple[str, ...]]:
         if backend not in OPERATORS.get(operator, ()):
             known = "; ".join(f"{name}: {', '.join(has)}" for name, has in OPERATORS.items())
             raise ValueError(f"{operator!r} has no backend {backend!r}; operators and their backends: {known}")
-    earlier = forced_backends
-    # The inner block wins: without operators, over those that an outer one names.
-    inner = {**dict(earlier), **dict.fromkeys(operators, backend)} if operators else {None: backend}
-    forced_backends = tuple(inner.items())
+    block = _Block((name, backend) for name in operators or (None,))
+    with _lock:
+        _blocks.append(block)
+        forced_backends = _join_blocks()
     try:
         yield operators or tuple(name for name, has in OPERATORS.items() if backend in has)
     finally:
-        forced_backends = earlier
+        with _lock:
+            _blocks[:] = [each for each in _blocks if each is not block]
+            forced_backends = _join_blocks()
+
+
+class _Block(tuple[tuple[str | None, str], ...]):
+    """What one block forces; known by its identity."""
+
+
+def _join_blocks() -> Forced:
+    """Return what all blocks force: later ones win, without operators over those that earlier ones name."""
+    joined: dict[str | None, str] = {}
+    for block in _blocks:
+        joined = {**({} if None in dict(block) else joined), **dict(block)}
+    return tuple(joined.items())
 
 
 def describe_unforced() -> str:

@@ -70,6 +70,8 @@ watch: Callable[[torch.device, Key], object] | None = None
 
 _tables: dict[tuple[str, int | None], Table] = {}
 _struck: dict[tuple[str, str], str] = {}
+#: The modes of blocks that have not ended, in lists of their own: threads may end them in another order.
+_modes: list[list[str]] = []
 _lock = threading.Lock()
 
 
@@ -98,12 +100,19 @@ def use_mode(mode: str) -> Iterator[None]:
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    earlier = state.mode
-    change(mode=mode)
+    block = [mode]
+    _change_modes(lambda: _modes.append(block))
     try:
         yield
     finally:
-        change(mode=earlier)
+        _change_modes(lambda: _modes.pop(next(i for i, each in enumerate(_modes) if each is block)))
+
+
+def _change_modes(change_blocks: Callable[[], object]) -> None:
+    global state
+    with _lock:
+        change_blocks()
+        state = state._replace(mode=_modes[-1][0] if _modes else MODES[0])
 
 
 @keep_in_graphs
@@ -121,12 +130,11 @@ def table_of(device: torch.device) -> Table:
     if table is None:
         path = find_path(device)
         table = Table(path)
-        if path.exists():
-            content, table.note = read_file(path)
-            mark = hash_facts(find_facts(device)) if content else ""
-            table.proofs = content.get(mark, {}).get("proofs", {})
-            if content and not table.proofs:
-                table.note = f"{path} has no proofs for this installation; `difffast prove` makes them"
+        content, table.note = read_file(path)
+        mark = hash_facts(find_facts(device)) if content else ""
+        table.proofs = content.get(mark, {}).get("proofs", {})
+        if content and not table.proofs:
+            table.note = f"{path} has no proofs for this installation; `difffast prove` makes them"
         with _lock:
             table = _tables.setdefault(where, table)
         if table.proofs:
@@ -213,6 +221,12 @@ def strike(operator: str, backend: str, reason: str) -> None:
     change()
 
 
+def acquit(operator: str, backend: str) -> None:
+    """Take back a :func:`strike`."""
+    _struck.pop((operator, backend), None)
+    change()
+
+
 @keep_in_graphs
 def is_struck(_version: int, operator: str, backend: str) -> bool:
     """Whether a backend of an operator has failed in this process."""
@@ -227,14 +241,17 @@ def list_struck() -> list[tuple[str, str, str]]:
 def find_folder() -> Path:
     """Return the folder for proofs in the user's cache folder, which the platform says; it need not exist."""
     if "DIFFFAST_CACHE" in os.environ:
-        base = Path(os.environ["DIFFFAST_CACHE"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path("~/AppData/Local")).expanduser() / "difffast"
+        return Path(os.environ["DIFFFAST_CACHE"]) / "proofs"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local")
     elif sys.platform == "darwin":
-        base = Path("~/Library/Caches/difffast").expanduser()
+        base = Path("~/Library/Caches")
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "difffast"
-    return base / "proofs"
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return base.expanduser() / "difffast" / "proofs"
+    except RuntimeError:  # a user without a home: in no file's place is nothing found, and nothing kept
+        return Path(os.devnull, "no home folder", "difffast", "proofs")
 
 
 def find_path(device: torch.device) -> Path:
@@ -317,11 +334,13 @@ def _version(package: str) -> str | None:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Read a file of proofs.
+    """Read a file of proofs, which need not exist.
 
     Returns:
         The set of proofs {"facts": ..., "proofs": ...} by fingerprint, and what is wrong with the file.
     """
+    if not os.path.exists(path):  # noqa: PTH110 - which is also false where a folder may not be looked into
+        return {}, None
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -27,6 +27,8 @@ from ._library import LIBRARY, refuse_second_derivative
 
 MAX_TOKENS = 127
 DTYPES = (torch.float32, torch.float64)
+#: Of tau: kernels multiply by log2(e) / tau, in float32.
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def attention_entropy(
@@ -152,8 +154,8 @@ def _check(maps: Tensor, anchors: Sequence[int], n_tokens: int, tau: float, eps:
     if len(set(columns)) < len(columns):
         raise ValueError(f"anchors must be distinct, got {columns}")
     # Comparisons, which NaN fails too: torch.compile traces them for symbolic numbers, unlike math.isfinite.
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau must be positive and finite, got {tau}")
+    if not _SMALLEST <= tau < math.inf:
+        raise ValueError(f"tau must be at least {_SMALLEST:.3g} and finite, got {tau}")
     if not torch.finfo(maps.dtype).tiny <= eps < math.inf:
         raise ValueError(f"eps must be positive (a normal number in {maps.dtype}) and finite, got {eps}")
     if not -math.inf < weight < math.inf:

@@ -86,7 +86,7 @@ def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None, *, firs
             serve any of their channels.
 
     Returns:
-        The result [B, O, H, W], contiguous.
+        The result [B, O, H, W], which our kernel stores in this order, and PyTorch's as it likes.
         What holds of errors, NaN and infinity is in :mod:`difffast.ops`; NaN and infinity reach all pixels of the
         tiles that they touch.
 

@@ -12,6 +12,7 @@ from both outputs.  It is FlashAttention's (arXiv 2205.14135, appendix B), with 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, overload
@@ -71,7 +72,8 @@ def cross_attention(
         map_tokens: the keys whose probabilities are wanted, in the order in which they are wanted; None means no maps.
 
     Returns:
-        The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, M], which are the
+        The output [B, H, N, d], which kernels of ours store as [B, N, H, d], and PyTorch's attention as it likes.
+        With ``map_tokens`` also the maps [B, N, M], which are the
         probabilities averaged over the heads; in float32, or in float64 for operands in float64.
         What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
@@ -96,8 +98,8 @@ def cross_attention(
         run = reference if backend == "reference" else _OPERATORS[backend]
         out, maps = run(q, k, v, factor, sink, increasing)
     except Exception as error:
-        _dispatch.strike_out("cross_attention", backend, q.device, error)
-        return cross_attention(q, k, v, scale=scale, sink=sink, map_tokens=map_tokens)
+        again = functools.partial(cross_attention, q, k, v, scale=scale, sink=sink, map_tokens=map_tokens)
+        return _dispatch.answer_otherwise("cross_attention", backend, q.device, error, again)
     if map_tokens is None:
         return out
     if tokens != increasing:

@@ -12,6 +12,7 @@ and one where o is zero.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ def edited_attention(
         own = _attend(backend, q, k, second, factor)
         return out + own if out.requires_grad or own.requires_grad else out.add_(own)
     except Exception as error:
-        _dispatch.strike_out("edited_attention", backend, v.device, error)
-        return edited_attention(source_q, source_k, v, mix, q, k, keep, scale=scale, mixed=mixed)
+        operands = (source_q, source_k, v, mix, q, k, keep)
+        again = functools.partial(edited_attention, *operands, scale=scale, mixed=mixed)
+        return _dispatch.answer_otherwise("edited_attention", backend, v.device, error, again)
 
 
 @ignore_autocast

@@ -41,8 +41,7 @@ def geglu(x: Tensor) -> Tensor:
     try:
         return torch.ops.difffast.geglu.cpp(x) if backend == "cpp" else torch.ops.difffast.geglu.triton(x)
     except Exception as error:
-        _dispatch.strike_out("geglu", backend, x.device, error)
-        return geglu(x)
+        return _dispatch.answer_otherwise("geglu", backend, x.device, error, lambda: geglu(x))
 
 
 def reference(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ E[z^2] - mean^2.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -96,8 +97,9 @@ def group_norm_silu(
     try:
         return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
     except Exception as error:
-        _dispatch.strike_out("group_norm_silu", backend, x.device, error)
-        return group_norm_silu(x, groups, weight, bias, eps, addend=rows, scale=scale, shift=shift, silu=silu)
+        modulated = {"addend": rows, "scale": scale, "shift": shift}
+        again = functools.partial(group_norm_silu, x, groups, weight, bias, eps, silu=silu, **modulated)
+        return _dispatch.answer_otherwise("group_norm_silu", backend, x.device, error, again)
 
 
 @ignore_autocast

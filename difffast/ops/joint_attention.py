@@ -13,6 +13,7 @@ separately reads both where they lie.  PyTorch's attention needs them joined.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -92,7 +93,8 @@ def joint_attention(
             means no maps.
 
     Returns:
-        The output [B, H, N, d], stored as [B, N, H, d].  With ``map_tokens`` also the maps [B, N, m], which are the
+        The output [B, H, N, d], which kernels of ours store as [B, N, H, d], and PyTorch's attention as it likes.
+        With ``map_tokens`` also the maps [B, N, m], which are the
         probabilities among all keys, pixels included, averaged over the heads; in float32, or in float64 for operands
         in float64.
         What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
@@ -123,8 +125,8 @@ def joint_attention(
         run = reference if backend == "reference" else _OPERATORS[backend]
         out, maps = run(q, text_k, text_v, k, v, factor, increasing)
     except Exception as error:
-        _dispatch.strike_out("joint_attention", backend, q.device, error)
-        return joint_attention(q, text_k, text_v, k, v, scale=scale, map_tokens=map_tokens)
+        again = functools.partial(joint_attention, q, text_k, text_v, k, v, scale=scale, map_tokens=map_tokens)
+        return _dispatch.answer_otherwise("joint_attention", backend, q.device, error, again)
     if map_tokens is None:
         return out
     return out, maps if tokens == increasing else maps[..., [increasing.index(token) for token in tokens]]

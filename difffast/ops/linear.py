@@ -158,10 +158,13 @@ def compare(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> float:
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product as a convolution of one image [1, K, rows, 1] in channels_last; no operand is copied."""
+    """Compute the product as a convolution of one image [1, K, rows, 1] in channels_last; no operand is copied.
+
+    But for an x whose pixels lie next to each other: the result does as well, and is laid out anew.
+    """
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = F.conv2d(rows, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0]).contiguous()
 
 
 @_dispatch.remember

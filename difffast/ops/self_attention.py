@@ -13,6 +13,7 @@ Sources: softmax with a running maximum is from arXiv 1805.02867, its use on til
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -41,7 +42,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
         scale: the factor of the logits; None means 1 / sqrt(d).
 
     Returns:
-        The output [B, H, N, d], stored as [B, N, H, d].
+        The output [B, H, N, d], which kernels of ours store as [B, N, H, d], and PyTorch's attention as it likes.
         What holds of errors, NaN and infinity is in :mod:`difffast.ops`.
 
     Raises:
@@ -62,8 +63,8 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
             return _sdpa.attend(backend, q, k, v, factor)
         return torch.ops.difffast.self_attention.cpp(q, k, v, factor)
     except Exception as error:
-        _dispatch.strike_out("self_attention", backend, q.device, error)
-        return self_attention(q, k, v, scale=scale)
+        again = functools.partial(self_attention, q, k, v, scale=scale)
+        return _dispatch.answer_otherwise("self_attention", backend, q.device, error, again)
 
 
 def choose(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> str:

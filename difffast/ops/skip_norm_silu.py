@@ -16,13 +16,14 @@ conv(both) = conv(per_step, weight[:, :E]) + conv(shared, weight[:, E:]) repeate
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._dispatch import Case, Forced, Operand, remember, strike_out
+from ._dispatch import Case, Forced, Operand, answer_otherwise, remember
 from ._library import LIBRARY
 from ._norm_checks import Layout, check_norm, is_channels_last, memory_format
 from .group_norm_silu import choose_for
@@ -72,8 +73,8 @@ def skip_norm_silu(
     try:
         return _OPERATORS[backend](*arguments)
     except Exception as error:
-        strike_out("skip_norm_silu", backend, hidden.device, error)
-        return skip_norm_silu(*arguments)
+        again = functools.partial(skip_norm_silu, *arguments)
+        return answer_otherwise("skip_norm_silu", backend, hidden.device, error, again)
 
 
 @remember

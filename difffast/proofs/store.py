@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ def _write(path: Path, change: Callable[[dict[str, Any]], None]) -> str | None:
     """Change the sets of a file; return why that is not possible, or None."""
     try:
         with lock_file(path):
-            sets = _local.read_file(path)[0] if path.exists() else {}
+            sets = _local.read_file(path)[0]
             change(sets)
             with write_whole(path) as part:
                 part.write_text(json.dumps({"schema": _local.SCHEMA, "sets": sets}, indent=1, sort_keys=True))
@@ -45,7 +46,7 @@ def merge(device: torch.device, proofs: dict[str, dict[str, Any]]) -> str | None
     def change(sets: dict[str, Any]) -> None:
         own = sets.pop(mark, {"proofs": {}})
         known = {**own["proofs"], **proofs}
-        for other in sorted(sets, key=lambda each: sets[each].get("written", 0))[: max(0, len(sets) + 1 - _SETS)]:
+        for other in sorted(sets, key=lambda each: _read_time(sets[each]))[: max(0, len(sets) + 1 - _SETS)]:
             del sets[other]
         sets[mark] = {"facts": facts, "written": round(time.time()), "proofs": known}
 
@@ -58,6 +59,12 @@ def merge(device: torch.device, proofs: dict[str, dict[str, Any]]) -> str | None
     return note
 
 
+def _read_time(proofs: dict[str, Any]) -> float:
+    """Return when a set was written, 0 where somebody else has written something else there."""
+    written = proofs.get("written")
+    return written if isinstance(written, (int, float)) else 0
+
+
 def clear(device: torch.device) -> bool:
     """Delete a device's file; return whether there was one.
 
@@ -65,7 +72,7 @@ def clear(device: torch.device) -> bool:
         OSError: it cannot be deleted.
     """
     path = _local.find_path(device)
-    existed = path.exists()
+    existed = os.path.exists(path)  # noqa: PTH110 - also false where a folder may not be looked into
     if existed:
         with lock_file(path):
             path.unlink(missing_ok=True)

@@ -22,6 +22,22 @@ def positive_seconds(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """Return an argument as a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """Return an argument as a seed, which has 64 bits."""
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"must be a number of 64 bits, got {text}")
+    return value
+
+
 def choose_device(asked: str | None) -> str:
     """Return the device that was asked for, or the best one.
 

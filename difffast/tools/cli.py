@@ -19,7 +19,7 @@ from ..files import check_writable, write_whole
 from ..presets import PRESETS
 from ..steering.binding.config import PRESETS as BINDING_PRESETS
 from . import editing, erasing, many_prompts, proving, terminal
-from .arguments import choose_device, positive
+from .arguments import choose_device, finite, positive, seed
 from .info import show_info
 from .terminal import say
 
@@ -30,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (ArithmeticError, ValueError, TypeError, OSError) as error:
+        terminal.console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except RuntimeError as error:
+        from ..ops._dispatch import CannotRunError
+
+        if not isinstance(error, CannotRunError):
+            raise
         terminal.console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
@@ -67,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--preset", choices=[*sorted(PRESETS), "stock"], default="balanced")
     generate.add_argument("--out", type=Path, help="default: image.png; with --prompts a folder, out/pictures")
     generate.add_argument("--steps", type=positive, default=50)
-    generate.add_argument("--guidance-scale", type=float, default=7.5)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--guidance-scale", type=finite, default=7.5)
+    generate.add_argument("--seed", type=seed, default=0)
     generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA")
     generate.add_argument("--device", help="default: cuda where there is one, else cpu")
     many_prompts.add_arguments(generate)

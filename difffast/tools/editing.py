@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable, write_whole
 from . import terminal
-from .arguments import choose_device, positive
+from .arguments import choose_device, finite, positive, seed
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_parsers(commands: Any) -> None:
     suppress.add_argument("--prompt", required=True)
     suppress.add_argument("--words", required=True, nargs="+", help="what is not wanted, as the prompt writes it")
     suppress.add_argument("--optimise", action="store_true", help="optimise the text while sampling; slower")
-    suppress.add_argument("--step-size", type=float, default=20.0, help="of the optimised text; 20 is for SD 1.x")
+    suppress.add_argument("--step-size", type=finite, default=20.0, help="of the optimised text; 20 is for SD 1.x")
     suppress.add_argument("--strengthen", action="store_true", help="make the words stronger instead")
     suppress.add_argument(
         "--reencode", action="store_true", help="take the other words' rows from the prompt without these words"
@@ -33,8 +33,8 @@ def add_parsers(commands: Any) -> None:
     edit = commands.add_parser("edit", help="the picture of a prompt, changed into that of another, side by side")
     edit.add_argument("--source", required=True, help="the prompt of the picture")
     edit.add_argument("--target", required=True, help="the prompt of the changed picture")
-    edit.add_argument("--cross", type=float, default=0.8, help="share of the steps with the source's word maps")
-    edit.add_argument("--self", type=float, default=0.4, dest="self_", help="the same among the pixels")
+    edit.add_argument("--cross", type=finite, default=0.8, help="share of the steps with the source's word maps")
+    edit.add_argument("--self", type=finite, default=0.4, dest="self_", help="the same among the pixels")
     edit.add_argument("--blend", nargs=2, metavar="WORD", help="change the picture only where these words are")
     edit.add_argument("--image", type=Path, help="a real picture that the source prompt describes")
     edit.add_argument("--inversion", choices=_INVERSIONS, help="how --image is inverted; default: direct")
@@ -42,8 +42,8 @@ def add_parsers(commands: Any) -> None:
     for command, name in ((suppress, "suppressed.png"), (edit, "edited.png")):
         command.add_argument("--model", help="folder in Diffusers format, or a hub id; default: the embedded model")
         command.add_argument("--steps", type=positive, default=50)
-        command.add_argument("--guidance-scale", type=float, default=7.5)
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--guidance-scale", type=finite, default=7.5)
+        command.add_argument("--seed", type=seed, default=0)
         command.add_argument("--device", help="default: cuda where there is one, else cpu")
         command.add_argument("--out", type=Path, default=Path(name))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
-from .arguments import choose_device, positive
+from .arguments import choose_device, finite, positive, seed
 from .terminal import say
 
 _METADATA = "metadata.jsonl"
@@ -35,8 +35,8 @@ def add_parsers(commands: Any) -> None:
         "--params", nargs="+", default=["xattn"], help=f"patterns of names, or one of {', '.join(PARAMETER_SETS)}"
     )
     train.add_argument("--steps", type=positive, default=200)
-    train.add_argument("--learning-rate", type=float, help="default: the method's")
-    train.add_argument("--eta", type=float, help="strength of ESD; default: the method's")
+    train.add_argument("--learning-rate", type=finite, help="default: the method's")
+    train.add_argument("--eta", type=finite, help="strength of ESD; default: the method's")
     train.add_argument("--erase-from", metavar="PROMPT", help="of esd-2025: what the concept is erased from")
     train.add_argument("--sampling-steps", type=positive, default=50, help="of trajectories from noise")
     train.add_argument("--pool", type=positive, help="points that one trajectory serves; default: one each")
@@ -45,7 +45,7 @@ def add_parsers(commands: Any) -> None:
     train.add_argument("--checkpoints", type=Path, metavar="DIR", help="where checkpoints are kept")
     train.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
     train.add_argument("--resume", metavar="FILE", help='a checkpoint, or "latest" of --checkpoints')
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=seed, default=0)
     for name, what in (("harmful", "show the concept"), ("related", "are near it"), ("unrelated", "are far from it")):
         text = f"meta-unlearning: pictures that {what}, and {_METADATA} with their file_name and text"
         train.add_argument(f"--{name}", type=Path, metavar="DIR", help=text)

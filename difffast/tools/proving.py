@@ -32,9 +32,10 @@ def add_parser(commands: Any) -> None:
         "--seconds", type=positive_seconds, default=20.0, help="how long it may take (default: %(default)s)"
     )
     prove.add_argument("--refresh", action="store_true", help="prove anew what is known")
-    prove.add_argument("--show", action="store_true", help="print what is known, and prove nothing")
-    prove.add_argument("--clear", action="store_true", help="delete what is known of the device, and prove nothing")
-    prove.add_argument("--report", type=Path, metavar="FILE", help="write everything as JSON, for an issue")
+    instead = prove.add_mutually_exclusive_group()
+    instead.add_argument("--show", action="store_true", help="print what is known, and prove nothing")
+    instead.add_argument("--clear", action="store_true", help="delete what is known of the device, and prove nothing")
+    instead.add_argument("--report", type=Path, metavar="FILE", help="write everything as JSON, for an issue")
     prove.set_defaults(run=_prove)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import reprlib
 import sys
 import warnings
@@ -140,7 +141,7 @@ def read_file(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is no regular file, or it holds no object.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - also false where a folder may not be looked into
         return {}
     if not path.is_file():
         raise ValueError(f"{path} must be a regular file to keep measurements in")

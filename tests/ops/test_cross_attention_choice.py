@@ -49,3 +49,20 @@ def test_unproved_gpu_kernels_are_no_default():
             if (operator, backend) not in listed:
                 assert not is_proved(operator, backend, torch.device("cuda"), torch.float16)
                 assert not is_proved(operator, backend, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ((torch.zeros(1, 2, 4, 8), None), "grad_out must have q's sizes and dtype"),
+        ((torch.zeros(1, 2, 5, 8, dtype=torch.bfloat16), None), "grad_out must have q's sizes and dtype"),
+        ((None, torch.zeros(1, 5, 1)), r"grad_maps must be \[batch, queries, map_tokens\]"),
+        ((None, torch.zeros(1, 5, 2, dtype=torch.float64)), "in float32, or float64 where q is"),
+    ],
+    ids=str,
+)
+def test_the_backward_pass_checks_its_gradients(gradients, message):
+    q, k = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 7, 8)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.difffast.cross_attention_backward.cpp(*gradients, q, k, k, 1.0, 0, [0, 3], True, True)

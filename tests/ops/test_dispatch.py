@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import difffast
 from difffast import ops
-from difffast.ops import _dispatch
+from difffast.ops import _dispatch, _local
 
 needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
 linear = importlib.import_module("difffast.ops.linear")
@@ -302,6 +302,23 @@ def test_threads_do_not_remember_each_others_force():
         assert ran(functools.partial(attend_to_self, rows=rows)) == "cpp"
         with ops.use_backend("reference"):
             assert ran(functools.partial(attend_to_self, rows=rows)) == "reference"
+
+
+def test_blocks_of_threads_may_end_in_another_order():
+    earlier = _dispatch.forced_backends, _local.state.mode
+    one, two = ops.use_backend("reference"), ops.use_backend("sdpa", "cross_attention")
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert dict(_dispatch.forced_backends) == {"cross_attention": "sdpa"}
+    two.__exit__(None, None, None)
+    first, second = _local.use_mode("graph"), _local.use_mode("graph")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _local.state.mode == "graph"
+    second.__exit__(None, None, None)
+    assert earlier == (_dispatch.forced_backends, _local.state.mode)
 
 
 @needs_cpp

@@ -277,6 +277,17 @@ def test_the_runtime_is_asked_once_for_a_device(emulated, monkeypatch):
     assert asked["one"][1] == asked["two"][1] == 0
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_group_of_more_bytes_than_32_bits_hold(emulated, dtype, layout):
+    """A size that wraps around to nothing would look as if shared memory could hold it."""
+    for channels in (256, 512, 1024, 2048):
+        plan = layout_of(emulated, "sm_90", 1, 32 * channels, 2048**2, dtype, layout)
+        assert not plan.one_pass
+        assert plan.parts > 1
+        assert 0 < plan.tile_bytes <= plan.shared_bytes <= DEVICES["sm_90"][1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_obstacles(emulated, dtype):
     case = Case(4, 12, (5, 7), 4, 4, 2)

@@ -194,6 +194,12 @@ def test_a_forced_backend_that_cannot_run_is_an_error():
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_operator_keeps_pytorchs_contract(bias):
     torch.library.opcheck(torch.ops.difffast.linear.onednn, operands((2, 9, 12), 10, bias))
+    # What a projection of a spatial transformer gets of one image.
+    _, *weights = operands((1, 12), 10, bias)
+    x = torch.randn(1, 12, 9).transpose(1, 2)
+    torch.library.opcheck(torch.ops.difffast.linear.onednn, (x, *weights))
+    with ops.use_backend("onednn", "linear"):
+        assert ops.linear(x, *weights).is_contiguous()
 
 
 def test_compiles_without_graph_breaks():

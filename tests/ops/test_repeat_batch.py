@@ -97,3 +97,10 @@ def test_backend_from_the_environment(backend, outcome):
     environment = {**os.environ, "DIFFFAST_BACKEND": backend}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert outcome in result.stdout + result.stderr
+
+
+@pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+@pytest.mark.parametrize("repeats", [2**62, 6148914691236517206])
+def test_sizes_that_64_bits_do_not_hold_are_refused(repeats):
+    with pytest.raises(RuntimeError, match="repeats must leave a size that 64 bits hold"):
+        ops.repeat_batch(torch.zeros(3, 4), repeats)
