@@ -256,6 +256,23 @@ def test_processes_that_prove_at_once_lose_nothing(proof_cache):
     assert set(found["proofs"]) == {f"{i} {j}" for i in range(3) for j in range(20)}
 
 
+@needs_cpp
+def test_another_number_of_threads_has_a_table_of_its_own():
+    """What is the fastest differs, and so does the file."""
+    before = torch.get_num_threads()
+    store.merge(CPU, {EAGER: entry("cpp")})
+    try:
+        torch.set_num_threads(before + 1)
+        assert not _local.load(CPU)
+        store.merge(CPU, {EAGER: entry("sdpa")})
+        assert {each["choice"] for each in _local.table_of(CPU).proofs.values()} == {"sdpa"}
+    finally:
+        torch.set_num_threads(before)
+    assert {each["choice"] for each in _local.table_of(CPU).proofs.values()} == {"cpp"}
+    _local.forget_tables()
+    assert {each["choice"] for each in _local.table_of(CPU).proofs.values()} == {"cpp"}
+
+
 def test_old_sets_are_dropped():
     path = _local.find_path(CPU)
     spoil(path, {"schema": 1, "sets": {str(i): {"facts": {}, "written": i, "proofs": {}} for i in range(12)}})

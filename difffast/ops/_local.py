@@ -54,11 +54,13 @@ class Table:
 
     Attributes:
         path: the file.
+        threads: of a CPU, whose speed depends on them; else 0.
         proofs: entry by key and mode (:meth:`~difffast.ops._keys.Key.text`); an entry has at least ``choice``.
         note: what is wrong with the file; None: nothing is.
     """
 
     path: Path
+    threads: int = 0
     proofs: dict[str, dict[str, Any]] = field(default_factory=dict)
     note: str | None = None
 
@@ -124,20 +126,28 @@ def load(device: torch.device) -> bool:
 
 
 def table_of(device: torch.device) -> Table:
-    """Return the table of a device; it is read at the first call.  A file with something wrong gives a warning."""
+    """Return the table of a device; it is read at the first call.  A file with something wrong gives a warning.
+
+    A CPU's is read anew once it is asked for with another number of threads.  A decision that is remembered does not
+    ask; a patch does.
+    """
     where = (device.type, device.index)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
     table = _tables.get(where)
-    if table is None:
+    if table is None or table.threads != threads:
         path = find_path(device)
-        table = Table(path)
+        table = Table(path, threads)
         content, table.note = read_file(path)
         mark = hash_facts(find_facts(device)) if content else ""
         table.proofs = content.get(mark, {}).get("proofs", {})
         if content and not table.proofs:
             table.note = f"{path} has no proofs for this installation; `difffast prove` makes them"
         with _lock:
-            table = _tables.setdefault(where, table)
-        if table.proofs:
+            known = _tables.get(where)
+            if known is not None and known.threads == threads:
+                return known
+            _tables[where] = table
+        if table.proofs or known is not None:
             change()
         if table.note is not None and os.environ.get("DIFFFAST_PROVE") != "0":
             warnings.warn(f"difffast: {table.note}", stacklevel=2)
