@@ -1,4 +1,4 @@
-"""Others give patched objects classes that they derive from what they find: all runs, and unpatch leaves only theirs."""
+"""Others derive classes from those of patched objects: all runs, and unpatch leaves nothing but theirs."""
 
 import copy
 
@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from sampling import largest, latents
-from tolerances import LATENTS_FLOAT32
+from tolerances import EXACT_FLOAT32, LATENTS_FLOAT32
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from difffast import EncoderPropagation, patch, unpatch
 from difffast.surgery.subclass import MARK, is_swapped, swap_in, swap_out
@@ -122,3 +123,49 @@ def test_fsdp_shards_a_patched_unet(pipe, tmp_path, sharded):
         assert torch.equal(latents(pipe, steps=4), stock)
     finally:
         dist.destroy_process_group()
+
+
+class Doubled(torch.nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_layers_that_are_parametrized_while_patched_are_taken_out(pipe):
+    patch(pipe, "exact")
+    layers = [each for each in pipe.unet.modules() if isinstance(each, torch.nn.Linear | torch.nn.Conv2d)]
+    classes = [torch.nn.Linear if isinstance(each, torch.nn.Linear) else torch.nn.Conv2d for each in layers]
+    assert sum(map(is_swapped, layers)) > 60
+    for each in layers:
+        register_parametrization(each, "weight", Doubled())
+    ours = latents(pipe, steps=2)
+    unpatch(pipe)
+    assert not any(map(has_trace, layers))
+    assert largest(ours, latents(pipe, steps=2)) <= EXACT_FLOAT32
+    for each in layers:
+        remove_parametrizations(each, "weight", leave_parametrized=False)
+    assert [type(each) for each in layers] == classes
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_layers_that_are_out_of_place_at_unpatch_are_taken_out(pipe, part):
+    place = pipe.unet.mid_block.resnets if part == "unet" else pipe.vae.decoder.mid_block.resnets
+    patch(pipe, "exact")
+    ours = place[0]
+    assert any(map(is_swapped, ours.modules()))
+    place[0] = copy.deepcopy(ours)
+    unpatch(pipe)
+    assert not any(map(has_trace, ours.modules()))
+
+
+def test_layers_that_two_unets_share_are_taken_out_of_the_last_one(pipe):
+    other = copy.deepcopy(pipe)
+    other.unet.mid_block = shared = pipe.unet.mid_block
+    for each in (pipe, other):
+        patch(each, "exact")
+    patched_layers = [each for each in shared.modules() if is_swapped(each)]
+    unpatch(pipe)
+    assert [each for each in shared.modules() if is_swapped(each)] == patched_layers != []
+    unpatch(other)
+    assert not any(map(has_trace, shared.modules()))
