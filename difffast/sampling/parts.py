@@ -138,6 +138,7 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
                 "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
                 stacklevel=2,
             )
+        settings.adopt_scheduler()  # also one that was exchanged: the pipeline calls it before the UNet
         for extension in settings.extensions:
             extension.see_call(self, args, kwargs)
         with begin_pipeline_call(self, profile=settings.profile):
