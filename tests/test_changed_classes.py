@@ -8,11 +8,13 @@ import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from sampling import largest, latents
 from tolerances import EXACT_FLOAT32, LATENTS_FLOAT32
+from torch.ao.quantization import quantize_dynamic
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from difffast import EncoderPropagation, patch, unpatch
+from difffast.sites import find_site
 from difffast.surgery.subclass import MARK, is_swapped, swap_in, swap_out
 
 EXACT = {"preset": "exact", "fused": False}
@@ -125,6 +127,22 @@ def test_fsdp_shards_a_patched_unet(pipe, tmp_path, sharded):
         dist.destroy_process_group()
 
 
+def test_one_derived_class_for_the_parts_of_two_pipelines(pipe):
+    """As FSDP2 gives it to modules whose classes are equal."""
+    other = copy.deepcopy(pipe)
+    decoders = [each.vae.decoder for each in (pipe, other)]
+    patch(pipe, "exact")
+    patch(other, "exact", profile=True)
+    decoders[1].__class__ = derive(decoders[0])
+    settings = find_site(other).settings
+    other("a red circle", num_inference_steps=1, output_type="pt")
+    assert "VAE decoder" in settings.last_run.seconds
+    unpatch(other)
+    assert not any(map(has_trace, other.vae.decoder.mid_block.modules()))
+    unpatch(pipe)
+    assert not any(map(has_trace, [*decoders[0].modules(), *decoders[1].modules()]))
+
+
 class Doubled(torch.nn.Module):
     """A parametrization."""
 
@@ -169,3 +187,20 @@ def test_layers_that_two_unets_share_are_taken_out_of_the_last_one(pipe):
     assert [each for each in shared.modules() if is_swapped(each)] == patched_layers != []
     unpatch(other)
     assert not any(map(has_trace, shared.modules()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_layers_are_found_by_their_types_in_a_dict(pipe):
+    """As PyTorch's dynamic quantisation finds those that it exchanges."""
+
+    def quantize(unet):
+        quantize_dynamic(unet, {torch.nn.Linear}, inplace=True)
+        return [name for name, each in unet.named_modules() if "quantized" in type(each).__module__]
+
+    expected = quantize(copy.deepcopy(pipe.unet))
+    layers = [each for each in pipe.unet.modules() if isinstance(each, torch.nn.Linear)]
+    patch(pipe, "exact")
+    assert sum(map(is_swapped, layers)) == 60, "those that see pixels or tokens"
+    assert quantize(pipe.unet) == expected != []
+    unpatch(pipe)
+    assert not any(map(has_trace, layers))

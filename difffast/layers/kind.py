@@ -170,7 +170,7 @@ class LayerKind(ABC):
     def override(self, unet: nn.Module, layer: nn.Module, methods: dict[str, Callable[..., Any]]) -> None:
         """Override methods of a layer of a UNet, until the kind is taken out of that."""
         self._remember(unet, layer)
-        swap_in(layer, methods)
+        swap_in(layer, methods, equal=True)  # what finds layers by their types in a dict (quantisation) finds them
 
     def _remember(self, unet: nn.Module, layer: nn.Module) -> None:
         _layers.setdefault(self.name, weakref.WeakKeyDictionary()).setdefault(unet, weakref.WeakSet()).add(layer)

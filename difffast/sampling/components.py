@@ -53,6 +53,9 @@ class _Component:
 
 
 _components: weakref.WeakKeyDictionary[nn.Module, _Component] = weakref.WeakKeyDictionary()
+#: Who has asked for what of a module, and whether its layers are fused.  Its class holds none of it: others may give a
+#: class that they derive from it to other modules too.
+_users: weakref.WeakKeyDictionary[nn.Module, list[tuple[Settings, bool]]] = weakref.WeakKeyDictionary()
 
 
 def find_components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -76,19 +79,19 @@ def put_in_components(pipe: Any, unet: nn.Module, settings: Settings, undo: Undo
             undo.add(take_out, module, settings)
             if not is_swapped(module):
                 swap_in(module, _override(module, name), equal=True)
-            type(module)._difffast_users.append((settings, fuses))
+            _users.setdefault(module, []).append((settings, fuses))
             for kind in _KINDS if fuses else ():
                 kind.put_in(module)
 
 
 def take_out(module: nn.Module, user: Settings) -> None:
     """Undo :func:`put_in_components`, for one pipeline of perhaps several."""
-    if is_swapped(module):
-        users = type(module)._difffast_users
-        users[:] = [each for each in users if each[0] is not user and each[0].pipe() is not None]
-        if users:
-            return
-        swap_out(module)
+    users = _users.get(module, [])
+    users[:] = [each for each in users if each[0] is not user and each[0].pipe() is not None]
+    if users:
+        return
+    swap_out(module)
+    _users.pop(module, None)
     for kind in _KINDS:
         kind.take_out(module)
     forget(module)
@@ -110,13 +113,13 @@ def count_models(pipe: Any) -> Iterator[ProgramStats]:
 
 
 def _override(module: nn.Module, name: str) -> dict[str, Any]:
-    plain, users = plain_class(module), []
+    plain = plain_class(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
             return plain.__call__(self, *args, **kwargs)
         stock = functools.partial(plain.__call__, self, *args, **kwargs)
-        user = _find_user(users)
+        user = _find_user(_users.get(self, []))
         if user is None:
             return stock()
         settings, fuses = user
@@ -128,7 +131,7 @@ def _override(module: nn.Module, name: str) -> dict[str, Any]:
             with use_context(CallContext(True, _ignore, _ignore, within=find_pipeline_call())):
                 return stock()
 
-    return {"__call__": call, "_difffast_users": users}
+    return {"__call__": call}
 
 
 def _find_user(users: list[tuple[Settings, bool]]) -> tuple[Settings, bool] | None:
