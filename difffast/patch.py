@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, overload
@@ -98,7 +99,7 @@ def _patch_one(pipe: Pipeline, options: Options) -> PatchReport:
             if earlier is not None:
                 settings.extensions += tuple(each for each in earlier.settings.extensions if each.stays)
             notes = tuple(note_exceptions(Target.of(pipe), settings, options))  # as it is without a patch
-            put_in(target, Site(options, settings, target.unet))
+            put_in(pipe, Site(options, settings, target.unet))
             return make_report(target.name, target.unet, options.name, settings, notes)
         except BaseException:
             put_back(pipe, earlier)
@@ -141,10 +142,16 @@ def _hold(pipe: Pipeline | Sequence[Pipeline], options: Options) -> Iterator[Pat
     report = patch(pipe, **options.as_arguments())
     try:
         yield report
-    finally:
-        _put_back_all(pipes, earlier)
+    except BaseException:
+        try:
+            _put_back_all(pipes, earlier)
+        except Exception as error:  # what has been raised in the block is what its author waits for
+            warnings.warn(f"difffast: the earlier patch could not be put back: {error}", stacklevel=3)
+        raise
+    _put_back_all(pipes, earlier)
 
 
 def _put_back_all(pipes: Sequence[Pipeline], earlier: Sequence[Site | None]) -> None:
-    for each, site in reversed(list(zip(pipes, earlier, strict=False))):
-        put_back(each, site)
+    with contextlib.ExitStack() as stack:  # the last one first, and each of them, whatever becomes of another
+        for each, site in zip(pipes, earlier, strict=False):
+            stack.callback(put_back, each, site)

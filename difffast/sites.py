@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -98,13 +99,13 @@ def refuse_neighbours(target: Target, settings: Settings) -> None:
             settings.refuse_neighbour(target.unet, site.settings, site.unet)
 
 
-def put_in(target: Target, site: Site) -> None:
+def put_in(pipe: Any, site: Site) -> None:
     """Put every part into a pipeline that is not patched; after an exception, :func:`take_out` cleans up."""
-    _sites[target.pipe] = site
-    site.dropped = weakref.finalize(target.pipe, lock.take_out_dropped, site.undo)
+    _sites[pipe] = site
+    site.dropped = weakref.finalize(pipe, lock.take_out_dropped, site.undo)
     site.dropped.atexit = False
     for part in PARTS:
-        part(target.pipe, target.unet, site.settings, site.undo)
+        part(pipe, site.unet, site.settings, site.undo)
 
 
 def take_out(pipe: Any) -> bool:
@@ -124,16 +125,25 @@ def take_out(pipe: Any) -> bool:
 
 
 def put_back(pipe: Any, earlier: Site | None) -> None:
-    """Let a pipeline be as at ``earlier``: not patched, or patched with the very settings that its report reads."""
+    """Let a pipeline be as at ``earlier``: not patched, or patched with the very settings that its report reads.
+
+    Where it holds no UNet now that can be patched so, the earlier one, which it may be given back, is patched again.
+    """
     with lock:
         now = find_site(pipe)
         take_out(pipe)
         if earlier is None:
             return
-        target, settings = Target.of(pipe), earlier.settings
-        if target.unet is not earlier.unet:  # replaced meanwhile: what was asked for is attached to the new one
-            settings = earlier.options.resolve(target)
+        unet, settings = earlier.unet, earlier.settings
+        with contextlib.suppress(TypeError, ValueError):
+            target = Target.of(pipe)
+            if target.unet is not unet:  # replaced meanwhile: what was asked for is attached to the new one
+                settings, unet = earlier.options.resolve(target), target.unet
         if now is not None and now is not earlier:
             own = [each for each in settings.extensions if not each.stays]
             settings.extensions = (*own, *(each for each in now.settings.extensions if each.stays))
-        put_in(target, Site(earlier.options, settings, target.unet))
+        try:
+            put_in(pipe, Site(earlier.options, settings, unet))
+        except BaseException:
+            take_out(pipe)
+            raise

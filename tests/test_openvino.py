@@ -338,6 +338,22 @@ def test_text_encoder_unet_and_vae_are_models_and_every_part_is_timed(pipe):
     assert torch.equal(picture(), expected)
 
 
+def test_a_neighbour_that_shares_text_encoder_and_vae_runs_them_by_its_own_options(small):
+    def picture():
+        generator = torch.Generator().manual_seed(0)
+        return other("a red circle", num_inference_steps=2, generator=generator, output_type="pt").images
+
+    other = type(small)(**{**small.components, "unet": copy.deepcopy(small.unet)}, requires_safety_checker=False)
+    other.scheduler = copy.deepcopy(small.scheduler)
+    other.set_progress_bar_config(disable=True)
+    stock = picture()
+    with patched(small, "exact", engine="openvino", precision="bf16"):
+        assert torch.equal(picture(), stock)
+        with patched(other, "exact", fused=False) as report:
+            assert torch.equal(picture(), stock)
+        assert report.programs.kept == 0
+
+
 def test_a_model_whose_numbers_are_others_is_not_used():
     class Branching(torch.nn.Linear):  # a trace takes the branch of its own arguments for the only one
         def forward(self, x):

@@ -176,6 +176,23 @@ def test_a_scheduler_put_in_after_patching_gets_it_too(pipe64):
     assert type(replacement).step is type(scheduler("Euler")).step
 
 
+def test_image_to_image_with_a_scheduler_put_in_after_patching(pipe64):
+    pipe = StableDiffusionImg2ImgPipeline(**pipe64.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        return latents(pipe, image=picture(), strength=0.7)
+
+    pipe.scheduler = scheduler("Euler")
+    with patched(pipe, propagation=ALL_KEY):
+        expected = run()
+    with patched(pipe, propagation=ALL_KEY):
+        for _ in range(2):
+            pipe.scheduler = scheduler("Euler")
+            assert torch.equal(run(), expected)
+            assert torch.equal(run(), expected)
+
+
 def test_without_a_known_start_nothing_is_injected_and_it_says_so(pipe):
     zeros = torch.zeros(1, 4, 8, 8)
     pipe.scheduler.set_timesteps(10)

@@ -1,7 +1,9 @@
 """Whatever interrupts patch or unpatch: nothing is half done, and what was patched before is patched again."""
 
+import copy
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -268,6 +270,43 @@ def test_a_block_gives_back_the_earlier_patch_with_its_report_and_its_collection
         raise ZeroDivisionError
     latents(pipe, steps=15)
     assert report.last_run.total == 15
+
+
+@pytest.mark.parametrize("instead", [None, torch.nn.Identity()])
+def test_a_block_that_ends_without_a_unet_gives_back_the_earlier_patch(pipe, instead):
+    def free_memory():  # before decoding, say
+        pipe.unet = instead
+        raise ZeroDivisionError
+
+    report = patch(pipe, propagation=EncoderPropagation(key_steps=3))
+    unet = pipe.unet
+    with pytest.raises(ZeroDivisionError), patched(pipe, "exact"):
+        free_memory()
+    pipe.unet = unet
+    latents(pipe, steps=9)
+    assert report.last_run.propagated > 0
+    assert unpatch(pipe)
+    assert swapped(pipe) == []
+
+
+def test_a_block_whose_earlier_patch_cannot_be_put_back_raises_what_was_raised_in_it(pipe, monkeypatch):
+    def broken(*_):
+        raise OSError("no more")
+
+    def run():
+        with patched([pipe, other], propagation=FeatureReuse(3)):
+            monkeypatch.setattr("difffast.sites.PARTS", [parts.put_in_unet, broken])
+            raise ZeroDivisionError
+
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.unet, other.scheduler = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.scheduler)
+    patch([pipe, other], "exact")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(ZeroDivisionError):
+            run()
+    assert ["the earlier patch could not be put back: no more" in str(each.message) for each in seen] == [True]
+    assert swapped(pipe) == swapped(other) == []
 
 
 def test_a_unet_that_is_compiled_after_patching_is_the_patched_one(pipe, monkeypatch):

@@ -174,10 +174,8 @@ class Convolution(LayerKind):
             return run(hidden, weights, layer.bias)
         return _convolve_widened(layer, hidden)
 
-    def take_out(self, unet: nn.Module) -> None:
-        for layer in self.find(unet).values():
-            forget(layer)
-        super().take_out(unet)
+    def forget(self, layer: nn.Module) -> None:
+        forget(layer)
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
         if not layers or compiled or not self.may_pay(weight):

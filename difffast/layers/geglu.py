@@ -108,7 +108,6 @@ def _find_backend(
     return choose(torch.empty(0, dtype=dtype, device=device), (*shape[:-1], columns))
 
 
-@functools.lru_cache(_dispatch.REMEMBERED)
 def _is_linear(kind: type) -> bool:
     """Whether modules of a class are plain linear layers, patched or not."""
     return vars(kind).get(MARK, kind) is nn.Linear

@@ -15,7 +15,7 @@ from .. import ops
 from ..ops._local import has_kernel
 from ..ops.group_norm_silu import choose as choose_norm
 from ..surgery.pristine import is_plain
-from ..surgery.subclass import is_swapped, plain_class, swap_in
+from ..surgery.subclass import is_swapped, plain_class
 from .kind import LayerKind
 
 #: Types of devices on which the layers of this file are put in; on the meta device to see what they would ask for.
@@ -73,7 +73,7 @@ class TransformerOutput(LayerKind):
         if next(unet.parameters()).device.type in DEVICES:
             for layer in self.find(unet).values():
                 if not is_swapped(layer) and hasattr(layer, _OUTPUT):
-                    swap_in(layer, {_OUTPUT: _to_pixels})
+                    self.override(unet, layer, {_OUTPUT: _to_pixels})
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         return None  # its own forward runs, all but the end

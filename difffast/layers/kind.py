@@ -40,6 +40,9 @@ FOREIGN_PARTS = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 _kinds: dict[str, LayerKind] = {}
 #: The names of patched layers; what overrides their methods is shared by all layers of a kind and knows no name.
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+#: The layers that a kind, by its name, has been put into, by the UNet: from there it is taken out, whatever has become
+#: of them.
+_layers: dict[str, weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]] = {}
 #: What each kind overrides of a plain class.
 _methods: weakref.WeakKeyDictionary[LayerKind, dict[type, dict[str, Callable[..., Any]]]] = weakref.WeakKeyDictionary()
 
@@ -155,18 +158,40 @@ class LayerKind(ABC):
             return
         methods = _methods.setdefault(self, {})
         for name, layer in self.find(unet).items():
-            if not is_swapped(layer) and self.suits(layer):
+            if is_swapped(layer):
+                self._remember(unet, layer)
+            elif self.suits(layer):
                 _names[layer] = name
                 plain = type(layer)
                 if plain not in methods:
                     methods[plain] = {"__call__": self.wrap(plain.__call__)}
-                swap_in(layer, methods[plain])
+                self.override(unet, layer, methods[plain])
+
+    def override(self, unet: nn.Module, layer: nn.Module, methods: dict[str, Callable[..., Any]]) -> None:
+        """Override methods of a layer of a UNet, until the kind is taken out of that."""
+        self._remember(unet, layer)
+        swap_in(layer, methods, equal=True)  # what finds layers by their types in a dict (quantisation) finds them
+
+    def _remember(self, unet: nn.Module, layer: nn.Module) -> None:
+        _layers.setdefault(self.name, weakref.WeakKeyDictionary()).setdefault(unet, weakref.WeakSet()).add(layer)
 
     def take_out(self, unet: nn.Module) -> None:
-        """Undo :meth:`put_in`."""
-        for layer in self.find(unet).values():
+        """Undo :meth:`put_in`, also for layers that are not in the UNet any more, or that others have changed.
+
+        Layers that it shares with another UNet stay as they are until that one needs them no more.
+        """
+        held = _layers.get(self.name, {})
+        for layer in [*held.get(unet, ()), *self.find(unet).values()]:
+            if any(layer in layers for other, layers in held.items() if other is not unet):
+                continue
+            self.forget(layer)
             swap_out(layer)
             _names.pop(layer, None)
+        held.pop(unet, None)
+
+    def forget(self, layer: nn.Module) -> None:
+        """Drop what has been made for a layer that is taken out."""
+        return
 
 
 def name_layer(layer: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -101,6 +102,24 @@ def find_pipeline_call() -> PipelineCall | None:
     It is also None in the call of a pipeline that is not patched but shares a patched one's UNet and scheduler.
     """
     return _RUNNING.get()
+
+
+def find_caller() -> Any:
+    """Return the pipeline one of whose methods is running in this thread, the innermost, patched or not; or None.
+
+    One that is not patched tells nobody that it runs: only the stack knows.
+    """
+    from diffusers import DiffusionPipeline
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, DiffusionPipeline):
+                return owner
+        frame = frame.f_back
+    return None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch import nn
 from ..engines.inputs import apply_lora_scale, read_lora_scales
 from ..engines.openvino import OpenVino
 from ..engines.programs import ProgramStats
+from ..engines.user_compiled import unwrap
 from ..layers.context import CallContext, use_context
 from ..layers.convolution import Convolution
 from ..layers.resnet import Resnet
@@ -26,7 +27,7 @@ from ..surgery.pristine import is_wrapped
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from ..unet.contents import contents_of, drop_contents
-from .calls import PipelineCall, find_pipeline_call
+from .calls import PipelineCall, find_caller, find_pipeline_call
 from .settings import Settings
 
 #: Components of pipelines that are run as a whole.
@@ -52,6 +53,9 @@ class _Component:
 
 
 _components: weakref.WeakKeyDictionary[nn.Module, _Component] = weakref.WeakKeyDictionary()
+#: Who has asked for what of a module, and whether its layers are fused.  Its class holds none of it: others may give a
+#: class that they derive from it to other modules too.
+_users: weakref.WeakKeyDictionary[nn.Module, list[tuple[Settings, bool]]] = weakref.WeakKeyDictionary()
 
 
 def find_components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -75,19 +79,19 @@ def put_in_components(pipe: Any, unet: nn.Module, settings: Settings, undo: Undo
             undo.add(take_out, module, settings)
             if not is_swapped(module):
                 swap_in(module, _override(module, name), equal=True)
-            type(module)._difffast_users.append((settings, fuses))
+            _users.setdefault(module, []).append((settings, fuses))
             for kind in _KINDS if fuses else ():
                 kind.put_in(module)
 
 
 def take_out(module: nn.Module, user: Settings) -> None:
     """Undo :func:`put_in_components`, for one pipeline of perhaps several."""
-    if is_swapped(module):
-        users = type(module)._difffast_users
-        users[:] = [each for each in users if each[0] is not user and each[0].pipe() is not None]
-        if users:
-            return
-        swap_out(module)
+    users = _users.get(module, [])
+    users[:] = [each for each in users if each[0] is not user and each[0].pipe() is not None]
+    if users:
+        return
+    swap_out(module)
+    _users.pop(module, None)
     for kind in _KINDS:
         kind.take_out(module)
     forget(module)
@@ -109,24 +113,48 @@ def count_models(pipe: Any) -> Iterator[ProgramStats]:
 
 
 def _override(module: nn.Module, name: str) -> dict[str, Any]:
-    plain, users = plain_class(module), []
+    plain = plain_class(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
             return plain.__call__(self, *args, **kwargs)
-        running = find_pipeline_call()
-        pipe = None if running is None else running.pipe()
-        settings, fuses = next((each for each in users if each[0].pipe() is pipe), users[0])
         stock = functools.partial(plain.__call__, self, *args, **kwargs)
+        user = _find_user(_users.get(self, []))
+        if user is None:
+            return stock()
+        settings, fuses = user
         with time_part(name):
             if settings.engine == "openvino":
                 return run_model(self, name, settings, stock, args, kwargs)
             if not fuses:
                 return stock()
-            with use_context(CallContext(True, _ignore, _ignore, within=running)):
+            with use_context(CallContext(True, _ignore, _ignore, within=find_pipeline_call())):
                 return stock()
 
-    return {"__call__": call, "_difffast_users": users}
+    return {"__call__": call}
+
+
+def _find_user(users: list[tuple[Settings, bool]]) -> tuple[Settings, bool] | None:
+    """Return what a call is to run by, or None: stock, for whoever has only the module in common with the users.
+
+    A loop of one's own runs by what all users have asked for alike.
+    """
+    running = find_pipeline_call()
+    caller = find_caller() or (None if running is None else running.pipe())
+    alive = [(each[0].pipe(), each) for each in users if each[0].pipe() is not None]
+    if caller is None:
+        asked = {(each[0].engine, each[0].precision, each[1]) for _, each in alive}
+        return alive[0][1] if len(asked) == 1 else None
+    own = next((each for pipe, each in alive if pipe is caller), None)
+    if own is not None or is_swapped(caller):
+        return own
+    return next((each for pipe, each in alive if _runs_alike(caller, pipe)), None)
+
+
+def _runs_alike(pipe: Any, patched: Any) -> bool:
+    """Whether a pipeline that is not patched runs as a patched one does: it shares its UNet and its scheduler."""
+    unet, scheduler = unwrap(getattr(pipe, "unet", None)), getattr(pipe, "scheduler", None)
+    return unet is not None and unet is unwrap(patched.unet) and scheduler is patched.scheduler
 
 
 def run_model(

@@ -38,8 +38,9 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
     stock.
     """
     undo.add(take_out_unet, unet, settings)
-    if not is_swapped(unet):
+    if find_controller(unet) is None:
         give_controller(unet)
+    if not is_swapped(unet):
         swap_in(unet, override_unet(type(unet)), equal=True)
     controller = find_controller(unet)
     for kind in LAYERS:
@@ -120,12 +121,14 @@ def _take_out_pipeline(pipe: weakref.ref[Any]) -> None:
 
 
 def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> Callable[..., Any]:
-    """Return a ``__call__`` that follows a UNet that was compiled after patching, and warns where it is another one."""
+    """Return a ``__call__`` that follows a UNet that was changed after patching, and warns where it is another one."""
     plain, patched = plain_class(pipe).__call__, weakref.ref(unet)
 
     @functools.wraps(plain)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         unet = unwrap(self.unet)
+        if unet is patched() and not is_swapped(unet):  # others have given it a class that they made of its plain one
+            swap_in(unet, override_unet(type(unet)), equal=True)
         if unet is patched() and not is_swapped(self.unet):
             put_in_compiled_unet(self, unet, settings, undo)
         # What wraps the UNet without being a module (a profiler) still calls it.
@@ -135,6 +138,7 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
                 "runs stock: call difffast.patch(pipe) again, or difffast.unpatch(pipe)",
                 stacklevel=2,
             )
+        settings.adopt_scheduler()  # also one that was exchanged: the pipeline calls it before the UNet
         for extension in settings.extensions:
             extension.see_call(self, args, kwargs)
         with begin_pipeline_call(self, profile=settings.profile):
