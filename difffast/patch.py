@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, overload
@@ -12,7 +11,7 @@ from .options import Options
 from .plan import CfgReuse, Sharing
 from .report import PatchReport, make_report, note_exceptions
 from .sampling.extension import Method
-from .sites import Site, find_site, lock, put_back, put_in, refuse_neighbours, take_out
+from .sites import Site, find_site, give_back, lock, put_all_back, put_back, put_in, refuse_neighbours, take_out
 from .target import Target
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def patch(
         for each in pipe:
             reports.append(_patch_one(each, options))
     except BaseException:
-        _put_back_all(pipe[: len(reports)], earlier)
+        put_all_back(pipe[: len(reports)], earlier)
         raise
     return tuple(reports)
 
@@ -140,18 +139,5 @@ def _hold(pipe: Pipeline | Sequence[Pipeline], options: Options) -> Iterator[Pat
     pipes = pipe if isinstance(pipe, (list, tuple)) else (pipe,)
     earlier = [find_site(each) for each in pipes]
     report = patch(pipe, **options.as_arguments())
-    try:
+    with give_back(pipes, earlier):
         yield report
-    except BaseException:
-        try:
-            _put_back_all(pipes, earlier)
-        except Exception as error:  # what has been raised in the block is what its author waits for
-            warnings.warn(f"difffast: the earlier patch could not be put back: {error}", stacklevel=3)
-        raise
-    _put_back_all(pipes, earlier)
-
-
-def _put_back_all(pipes: Sequence[Pipeline], earlier: Sequence[Site | None]) -> None:
-    with contextlib.ExitStack() as stack:  # the last one first, and each of them, whatever becomes of another
-        for each, site in zip(pipes, earlier, strict=False):
-            stack.callback(put_back, each, site)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 import weakref
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,3 +149,24 @@ def put_back(pipe: Any, earlier: Site | None) -> None:
         except BaseException:
             take_out(pipe)
             raise
+
+
+def put_all_back(pipes: Sequence[Any], earlier: Sequence[Site | None]) -> None:
+    """Put back several pipelines: the last one first, and each of them, whatever becomes of another."""
+    with contextlib.ExitStack() as stack:
+        for pipe, site in zip(pipes, earlier, strict=False):
+            stack.callback(put_back, pipe, site)
+
+
+@contextlib.contextmanager
+def give_back(pipes: Sequence[Any], earlier: Sequence[Site | None]) -> Iterator[None]:
+    """Put pipelines back at the end of the block; what was raised in it stays what is raised."""
+    try:
+        yield
+    except BaseException:
+        try:
+            put_all_back(pipes, earlier)
+        except Exception as error:
+            warnings.warn(f"difffast: the earlier patch could not be put back: {error}", stacklevel=5)
+        raise
+    put_all_back(pipes, earlier)
