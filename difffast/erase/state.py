@@ -54,7 +54,11 @@ class TrainingState:
             found.update({f"optimiser.{key}.{name}": moments[key] for key in _MOMENTS if key in moments})
         for name, value in zip(self.weights.names, self.average, strict=False):
             found[f"average.{name}"] = value
-        return found | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        return found | {"losses": self.stored_losses()}
+
+    def stored_losses(self) -> Tensor:
+        """Return the losses as checkpoints hold them, [step], float64."""
+        return torch.tensor(self.losses, dtype=torch.float64)
 
     def restore(self, checkpoint: Checkpoint, rank: int) -> None:
         """Go back to a checkpoint of the same run.

@@ -157,7 +157,9 @@ class EraseTrainer:
 
         Args:
             steps: in all, those of the checkpoint among them.
-            resume: a checkpoint; or "latest", the last one in ``folder``, or none if there is none.
+            resume: a checkpoint; or "latest", the last one in ``folder``, or none if there is none.  Once a run has
+                written its own there, what another run or an abandoned branch left is called
+                step-N.abandoned-K.safetensors, which is never "latest".
             callbacks: called after every step with the trainer; they may call :meth:`stop`.
             progress: whether a bar is shown.
 
@@ -292,9 +294,10 @@ class EraseTrainer:
         self._state.losses.append(value)
 
     def _explain(self, loss: float, norm: float) -> str:
-        kept = list_checkpoints(self._folder)[-1:] if self._folder is not None else []
+        here = Checkpoint(self.step, {"losses": self._state.stored_losses()}, self._identity)
+        kept = [] if self._folder is None else here.list_ancestors(self._folder)
         text = f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}; its update was not made. "
-        return text + (f"The last good checkpoint is {kept[0][1]}" if kept else "There is no checkpoint yet")
+        return text + (f"The last good checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet")
 
     @contextlib.contextmanager
     def _prepare(self) -> Iterator[None]:
