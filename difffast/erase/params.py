@@ -57,11 +57,20 @@ def select_parameters(unet: nn.Module, params: str | Sequence[str]) -> dict[str,
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """Return what tells one model's weights from another's: names, shapes and the first values of each."""
+    """Return what tells one model's weights from another's: of each its name, type and shape, and all its values.
+
+    Values are added up as integers, which every device does alike, and the first ones are also told by their order.
+    Of weights that are offloaded to the meta device the values are not known.
+    """
     found = hashlib.sha256()
     for name, value in parameters.items():
-        start = value.detach().flatten()[:64].to("cpu", torch.float32)
-        found.update(f"{name} {tuple(value.shape)}".encode() + start.numpy().tobytes())
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if not value.is_meta:
+            data = value.detach().flatten().view(torch.uint8)
+            data = data.clone() if data.storage_offset() % 8 else data  # which int64 cannot begin at
+            whole = data.numel() // 8 * 8
+            total = int(data[:whole].view(torch.int64).sum())
+            found.update(f"{total} {data[whole:].tolist()} {data[:256].tolist()}".encode())
     return found.hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ from .saving import save_unet, write_tensors
 from .settings import Settings
 from .state import TrainingState
 from .student import add_lora, lora_tensors, remove_lora
-from .text import encode, list_prompts
+from .text import encode, fingerprint_encoders, list_prompts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,14 +83,7 @@ class EraseTrainer:
         self._conditions = encode(pipe, self.concepts)
         self._source = None if settings.erase_from is None else encode(pipe, [settings.erase_from])
         chosen = select_parameters(denoiser.unet, params)
-        self._identity = {
-            **{name: value for name, value in asdict(settings).items() if name not in ("save_every", "keep")},
-            "method": method,
-            "concepts": list(self.concepts),
-            "parameters": list(chosen),
-            "stock weights": fingerprint(chosen),
-            "processes": self._processes.count,
-        }
+        self._identity = self._identify(method, list(chosen))
         if settings.lora_rank is not None:
             chosen = add_lora(denoiser.unet, list(chosen), settings.lora_rank, settings.seed)
         elif any(parameter.dtype == torch.float16 for parameter in chosen.values()):
@@ -121,6 +114,21 @@ class EraseTrainer:
         self.last: dict[str, float] = {}
         self._stopped = self._fused = False
 
+    def _identify(self, method: str, parameters: list[str]) -> dict[str, Any]:
+        """Return what a checkpoint must share with this run to be one of it, as plain data."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in ("save_every", "keep")}
+        return {
+            **settings,
+            "method": method,
+            "concepts": list(self.concepts),
+            "parameters": parameters,
+            "stock weights": fingerprint(dict(self._denoiser.unet.named_parameters())),
+            "text encoders": fingerprint_encoders(self._pipe),
+            "model": self._denoiser.describe(),
+            "processes": self._processes.count,
+            "mixed precision": self._processes.precision,
+        }
+
     @property
     def step(self) -> int:
         return self._state.step
@@ -140,8 +148,8 @@ class EraseTrainer:
         trap.encode(self._pipe)
         self._attack = Attack(trap, self._denoiser, self.weights, self._state.generator)
         numbers = ("gammas", "batch_size", "learning_rate", "weight_decay", "second_order", "compat")
-        means = {name: getattr(trap, name).mean for name in ("harmful", "related", "unrelated")}
-        self._identity["trap"] = {**{name: getattr(trap, name) for name in numbers}, "examples": fingerprint(means)}
+        examples = {name: getattr(trap, name).fingerprint() for name in ("harmful", "related", "unrelated")}
+        self._identity["trap"] = {**{name: getattr(trap, name) for name in numbers}, **examples}
 
     def train(
         self,

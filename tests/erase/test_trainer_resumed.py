@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from trained import FAST, assert_same, make_trap, weights_of
 import difffast
 from difffast.erase.params import select_parameters
 from difffast.erase.saving import read_tensors
+from difffast.erase.text import Conditions
 from difffast.erase.trainer import NonFiniteLossError
+from difffast.models.tiny import ddim_scheduler
 
 RUNS = {
     "ESD": {"method": "esd"},
@@ -152,6 +155,68 @@ def test_checkpoints_of_something_else_are_refused(pipe, tmp_path):
         trainer.train(2, resume="latest", progress=False)
     with pytest.raises(FileNotFoundError, match="there is no nowhere"):
         trainer.train(2, resume="nowhere", progress=False)
+
+
+def _other_scheduler(pipe):
+    pipe.scheduler = ddim_scheduler(prediction_type="v_prediction")
+
+
+def _other_unet(pipe):
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[-1, -1, -1, -1] += 1  # nothing that is trained, and not among the first values
+
+
+def _other_text_encoder(pipe):
+    with torch.no_grad():
+        list(pipe.text_encoder.parameters())[-1][-1] += 1
+
+
+def _other_size(pipe):
+    pipe.unet.register_to_config(sample_size=16)
+
+
+def _change_trap(trap, **changed):
+    trap.related = replace(trap.related, **changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_other_scheduler, "model"),
+        (_other_size, "model"),
+        (_other_unet, "stock weights"),
+        (_other_text_encoder, "text encoders"),
+        (lambda pipe: pipe.to(torch.float64), "stock weights"),
+    ],
+)
+def test_checkpoints_of_another_pipeline_are_refused(pipe, tmp_path, change, named):
+    options = {"params": "xattn-strict", "folder": tmp_path, **FAST}
+    difffast.EraseTrainer(copy.deepcopy(pipe), "red", **options).train(1, progress=False)
+    change(pipe)
+    with pytest.raises(ValueError, match=f"differs in {named}"):
+        difffast.EraseTrainer(pipe, "red", **options).train(2, resume="latest", progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda trap: _change_trap(trap, conditions=Conditions(trap.related.conditions.embeds.flip(2))),
+        lambda trap: _change_trap(trap, std=trap.related.std * 2),
+        lambda trap: _change_trap(trap, mean=trap.related.mean + 1),
+    ],
+)
+def test_checkpoints_of_a_trap_with_other_examples_are_refused(pipe, tmp_path, change):
+    options = {"params": "xattn-strict", "folder": tmp_path, **FAST}
+    for steps in (1, 2):
+        trainer, trap = difffast.EraseTrainer(copy.deepcopy(pipe), "red", **options), make_trap()
+        if steps == 2:
+            change(trap)
+        trainer.attach(trap)
+        if steps == 1:
+            trainer.train(1, progress=False)
+        else:
+            with pytest.raises(ValueError, match="differs in trap"):
+                trainer.train(2, resume="latest", progress=False)
 
 
 TWO = """
