@@ -56,6 +56,20 @@ def select_parameters(unet: nn.Module, params: str | Sequence[str]) -> dict[str,
     return {name: parameter for name, parameter in named.items() if name in chosen}
 
 
+def check_trainable(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse weights whose gradients or updates would be lost.
+
+    Raises:
+        ValueError: a parameter of another type than float32, float64 and bfloat16.
+    """
+    for name, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{kind} weights cannot be trained, and {name} is of them: pipe.to(torch.float32), or lora_rank=8"
+            )
+
+
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """Return what tells one model's weights from another's: of each its name, type and shape, and all its values.
 

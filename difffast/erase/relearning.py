@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .denoise import Denoiser
 from .examples import Examples, draw_batches, encode_examples
-from .params import Weights, select_parameters
-from .student import add_lora, remove_lora
+from .params import Weights, check_trainable, select_parameters
+from .student import add_lora, check_adapters, remove_lora
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,32 @@ class Relearning:
             )
 
 
+def prepare_attack(pipe: Any, attack: Relearning) -> Relearning:
+    """Return the attack with its examples encoded, after everything that can be wrong with it was looked at.
+
+    Raises:
+        ValueError: a pipeline that cannot be trained, weights in float16 without ``lora_rank``, adapters that are
+            loaded with it.
+        TypeError: examples that are no pairs.
+    """
+    unet = Denoiser(pipe).unet
+    if attack.lora_rank is None:
+        check_trainable(select_parameters(unet, "full"))
+    else:
+        check_adapters(unet)
+    if isinstance(attack.examples, Examples):
+        return attack
+    return replace(attack, examples=encode_examples(pipe, attack.examples))
+
+
 def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
-    """Finetune the pipeline, and yield at each of the attack's steps; afterwards the weights are as they were."""
+    """Finetune the pipeline, and yield at each of the attack's steps; afterwards the weights are as they were.
+
+    Raises:
+        ValueError, TypeError: see :func:`prepare_attack`.
+    """
+    attack = prepare_attack(pipe, attack)
     denoiser = Denoiser(pipe)
-    examples = attack.examples if isinstance(attack.examples, Examples) else encode_examples(pipe, attack.examples)
     if attack.lora_rank is None:
         chosen = select_parameters(denoiser.unet, "full")
     else:
@@ -58,19 +80,19 @@ def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
     weights = Weights(chosen)
     before = weights.copy()
     try:
-        yield from _finetune(denoiser, weights, examples, attack)
+        yield from _finetune(denoiser, weights, attack)
     finally:
         weights.load(before)
         if attack.lora_rank is not None:
             remove_lora(pipe)
 
 
-def _finetune(denoiser: Denoiser, weights: Weights, examples: Examples, attack: Relearning) -> Iterator[int]:
+def _finetune(denoiser: Denoiser, weights: Weights, attack: Relearning) -> Iterator[int]:
     optimiser = weights.make_adamw(attack.learning_rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(attack.seed)
     step = 0
     while True:
-        for batch in draw_batches(denoiser, examples, attack.batch_size, generator):
+        for batch in draw_batches(denoiser, attack.examples, attack.batch_size, generator):
             with weights.training(denoiser.unet):
                 batch.loss(denoiser).backward()
                 torch.nn.utils.clip_grad_norm_(weights.parameters, 1.0)

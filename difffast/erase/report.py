@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ..plots import new_figure, save_figure
-from .relearning import Relearning, relearn
+from .relearning import Relearning, prepare_attack, relearn
 
 #: Whether, or how far (0 to 1), a picture shows what its prompt says.
 Judge = Callable[[Any, str], float]
@@ -157,7 +157,9 @@ def erase_report(
         steps: of denoising.
 
     Raises:
-        ValueError: no group "target", a group without prompts, or numbers below 1.
+        ValueError: no group "target", a group without prompts, numbers below 1, or an attack that this pipeline cannot
+            be given, such as one on float16 weights; nothing was changed then.
+        TypeError: examples of an attack that are no pairs.
     """
     if "target" not in prompts:
         raise ValueError(f"prompts must have a group 'target', got {', '.join(prompts) or 'none'}")
@@ -166,6 +168,8 @@ def erase_report(
             raise ValueError(f"the prompts of {group!r} must be a list of at least one, got {texts!r}")
     if pictures < 1 or steps < 1:
         raise ValueError(f"pictures and steps must be at least 1, got {pictures} and {steps}")
+
+    ready = {name: prepare_attack(pipe, attack) for name, attack in (attacks or {}).items()}
 
     def look(groups: Mapping[str, Sequence[str]]) -> list[float]:
         return list(_judge_all(pipe, judge, groups, pictures, steps))
@@ -177,7 +181,7 @@ def erase_report(
     names = ((group, prompt) for group, texts in prompts.items() for prompt in texts)
     rows = tuple(Shown(*name, *shown) for name, *shown in zip(names, before, after, strict=True))
     relearned = []
-    for name, attack in (attacks or {}).items():
+    for name, attack in ready.items():
         for step in relearn(pipe, attack):
             shown = look({"target": prompts["target"]})
             relearned.append(Relearned(name, step, sum(shown) / len(shown)))

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 ADAPTER = "difffast"
 
 
+def check_adapters(unet: Any) -> None:
+    """Refuse a UNet that has adapters.
+
+    Raises:
+        ValueError: it has.
+    """
+    if getattr(unet, "peft_config", None):
+        raise ValueError(f"adapters are loaded already ({', '.join(unet.peft_config)}): unload or fuse them first")
+
+
 def add_lora(unet: Any, names: Sequence[str], rank: int, seed: int) -> dict[str, nn.Parameter]:
     """Add a LoRA, without effect yet, to the linear layers of which ``names`` are parameters; returns its own.
 
@@ -22,8 +32,7 @@ def add_lora(unet: Any, names: Sequence[str], rank: int, seed: int) -> dict[str,
         from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise ImportError(f"training a LoRA needs peft: `pip install peft` ({error})") from error
-    if getattr(unet, "peft_config", None):
-        raise ValueError(f"adapters are loaded already ({', '.join(unet.peft_config)}): unload or fuse them first")
+    check_adapters(unet)
     wanted = {name.removesuffix(".weight") for name in names}
     targets = [name for name, module in unet.named_modules() if name in wanted and isinstance(module, nn.Linear)]
     if not targets:

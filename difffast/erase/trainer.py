@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from .denoise import Denoiser
 from .losses import METHODS, lead_away, mean_square
 from .meta import Attack, MetaTrap
-from .params import Weights, fingerprint, select_parameters
+from .params import Weights, check_trainable, fingerprint, select_parameters
 from .points import Points
 from .processes import Processes
 from .saving import save_unet, write_tensors
@@ -86,8 +86,8 @@ class EraseTrainer:
         self._identity = self._identify(method, list(chosen))
         if settings.lora_rank is not None:
             chosen = add_lora(denoiser.unet, list(chosen), settings.lora_rank, settings.seed)
-        elif any(parameter.dtype == torch.float16 for parameter in chosen.values()):
-            raise ValueError("float16 weights cannot be trained: pipe.to(torch.float32), or lora_rank=8")
+        else:
+            check_trainable(chosen)
         self.weights = weights = Weights(chosen)
         self._stock = weights.copy()
         self._trained: list[Tensor] | None = None

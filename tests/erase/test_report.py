@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from PIL import Image
 from sampling import picture
 
@@ -54,6 +55,29 @@ def test_an_attack_is_adamw_on_the_loss(pipe64, pairs):
     for _ in relearn(pipe64, attack):
         moved = pipe64.unet.conv_out.bias - stock["conv_out.bias"] * (1 - 1e-3 * 1e-4)
         assert (moved.abs() - 1e-3).abs().max() < 1e-6
+
+
+def test_attacks_that_cannot_be_made_are_refused_before_anything_changes(pipe, pairs):
+    switch = Switch()
+
+    def report(**given):
+        attack = {"name": difffast.Relearning(**{"examples": pairs, "steps": (1,), **given})}
+        difffast.erase_report(pipe, switch, lambda *_: pytest.fail("judged"), {"target": ["red"]}, attacks=attack)
+
+    with pytest.raises(TypeError, match="pairs of a picture and a prompt"):
+        report(examples=["x"])
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="mine")
+    with pytest.raises(ValueError, match="adapters are loaded already"):
+        report(lora_rank=2)
+    pipe.unet.unload_lora()
+    pipe.unet.to(torch.float16)
+    stock = weights_of(pipe.unet)
+    with pytest.raises(ValueError, match="float16 weights cannot be trained"):
+        report()
+    with pytest.raises(ValueError, match="float16 weights cannot be trained"):
+        next(relearn(pipe, difffast.Relearning(pairs, steps=(1,))))
+    assert_same(pipe.unet, stock)
+    assert switch.log == []
 
 
 class Switch:
