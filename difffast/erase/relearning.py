@@ -10,6 +10,7 @@ import torch
 
 from .denoise import Denoiser
 from .examples import Examples, draw_batches, encode_examples
+from .optimiser import AdamW
 from .params import Weights, check_trainable, select_parameters
 from .student import add_lora, check_adapters, remove_lora
 
@@ -88,7 +89,7 @@ def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
 
 
 def _finetune(denoiser: Denoiser, weights: Weights, attack: Relearning) -> Iterator[int]:
-    optimiser = weights.make_adamw(attack.learning_rate, weight_decay=1e-4)
+    optimiser = AdamW(weights.parameters, attack.learning_rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(attack.seed)
     step = 0
     while True:

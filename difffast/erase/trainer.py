@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from .denoise import Denoiser
 from .losses import METHODS, lead_away, mean_square
 from .meta import Attack, MetaTrap
+from .optimiser import AdamW
 from .params import Weights, check_trainable, fingerprint, select_parameters
 from .points import Points
 from .processes import Processes
@@ -91,7 +92,6 @@ class EraseTrainer:
         self.weights = weights = Weights(chosen)
         self._stock = weights.copy()
         self._trained: list[Tensor] | None = None
-        self._teacher = self._stock if self._method.ema_decay is None else weights.copy()
         points = Points(
             denoiser,
             self._conditions if self._source is None else self._source.take([0] * len(self.concepts)),
@@ -103,12 +103,17 @@ class EraseTrainer:
         self._rate = self._method.rate[wide] if settings.learning_rate is None else settings.learning_rate
         eta = self._method.eta and self._method.eta[wide]
         self._eta = eta if settings.eta is None else settings.eta
+        optimiser = AdamW(weights.parameters, self._rate, settings.weight_decay)
+        average = [] if self._method.ema_decay is None else [master.detach().clone() for master in optimiser.masters]
+        self._teacher = (
+            [a.to(p.dtype) for a, p in zip(average, weights.parameters, strict=True)] if average else self._stock
+        )
         self._state = TrainingState(
             weights,
-            weights.make_adamw(self._rate, settings.weight_decay),
+            optimiser,
             points,
             torch.Generator().manual_seed(settings.seed + 1_000_003 * self._processes.rank),
-            [] if self._method.ema_decay is None else self._teacher,
+            average,
         )
         self._attack: Attack | None = None
         self.last: dict[str, float] = {}
@@ -141,10 +146,15 @@ class EraseTrainer:
         """Let every step make relearning harder as well, see :class:`~difffast.erase.meta.MetaTrap`.
 
         Raises:
-            ValueError: a trap is attached already, or steps were made.
+            ValueError: a trap is attached already, steps were made, or weights in bfloat16 are trained themselves.
         """
         if self._attack is not None or self.step:
             raise ValueError(f"one trap can be attached, before the first step; {self.step} steps were made")
+        if any(parameter.dtype == torch.bfloat16 for parameter in self.weights.parameters):
+            raise ValueError(
+                "a trap compares gradients before and after an attack whose steps bfloat16 weights round to nothing: "
+                "pipe.to(torch.float32), or lora_rank=8"
+            )
         trap.encode(self._pipe)
         self._attack = Attack(trap, self._denoiser, self.weights, self._state.generator)
         numbers = ("gammas", "batch_size", "learning_rate", "weight_decay", "second_order", "compat")
@@ -296,10 +306,16 @@ class EraseTrainer:
         self._state.optimiser.step()
         self._state.optimiser.zero_grad()
         if self._method.ema_decay is not None:
-            for average, parameter in zip(self._teacher, self.weights.parameters, strict=True):
-                average.lerp_(parameter.detach(), 1 - self._method.ema_decay)
+            for average, master in zip(self._state.average, self._state.optimiser.masters, strict=True):
+                average.lerp_(master.detach(), 1 - self._method.ema_decay)
+            self._round_average()
         self._state.step += 1
         self._state.losses.append(value)
+
+    def _round_average(self) -> None:
+        """Let the teacher be the average; where parameters are as wide, it is anyway."""
+        for teacher, average in zip(self._teacher, self._state.average, strict=False):
+            teacher.copy_(average)
 
     def _explain(self, loss: float, norm: float) -> str:
         here = Checkpoint(self.step, {"losses": self._state.stored_losses()}, self._identity)
@@ -341,3 +357,4 @@ class EraseTrainer:
                 return
             resume = found[-1][1]
         self._state.restore(read_checkpoint(Path(resume), self._identity), self._processes.rank)
+        self._round_average()
