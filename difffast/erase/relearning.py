@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +65,7 @@ def prepare_attack(pipe: Any, attack: Relearning) -> Relearning:
     return replace(attack, examples=encode_examples(pipe, attack.examples))
 
 
-def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
+def relearn(pipe: Any, attack: Relearning) -> Generator[int, None, None]:
     """Finetune the pipeline, and yield at each of the attack's steps; afterwards the weights are as they were.
 
     Raises:

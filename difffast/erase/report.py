@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,8 +143,8 @@ def erase_report(
 ) -> EraseReport:
     """Find out what an erasure took, what it left, and how soon finetuning undoes it.
 
-    Every set of weights draws the same prompts from the same noise.  At the end the edit is enabled, and the weights
-    are as they were.
+    Every set of weights draws the same prompts from the same noise.  At the end, and after an error or an
+    interruption, the edit is enabled, and the weights are as they were.
 
     Args:
         pipe: the pipeline, without a progress bar if none is wanted.
@@ -174,17 +175,20 @@ def erase_report(
     def look(groups: Mapping[str, Sequence[str]]) -> list[float]:
         return list(_judge_all(pipe, judge, groups, pictures, steps))
 
-    edit.disable()
-    before = look(prompts)
-    edit.enable()
+    try:
+        edit.disable()
+        before = look(prompts)
+    finally:
+        edit.enable()
     after = look(prompts)
     names = ((group, prompt) for group, texts in prompts.items() for prompt in texts)
     rows = tuple(Shown(*name, *shown) for name, *shown in zip(names, before, after, strict=True))
     relearned = []
     for name, attack in ready.items():
-        for step in relearn(pipe, attack):
-            shown = look({"target": prompts["target"]})
-            relearned.append(Relearned(name, step, sum(shown) / len(shown)))
+        with closing(relearn(pipe, attack)) as reached:
+            for step in reached:
+                shown = look({"target": prompts["target"]})
+                relearned.append(Relearned(name, step, sum(shown) / len(shown)))
     return EraseReport(rows, tuple(relearned), pictures)
 
 

@@ -127,6 +127,24 @@ def test_a_report_counts_what_the_judge_says(pipe, pairs, tmp_path):
         report.share("binding")
 
 
+@pytest.mark.parametrize("asked", [1, 2, 3, 4])
+def test_a_report_that_is_interrupted_leaves_the_edit_in(pipe, pairs, asked):
+    edit, calls = difffast.erase(pipe, "red"), []
+    edited = weights_of(pipe.unet)
+
+    def judge(image, prompt):
+        calls.append(prompt)
+        if len(calls) == asked:  # with the stock weights, the edited ones, and twice in the attack
+            raise KeyboardInterrupt
+        return 1.0
+
+    attacks = {"full": difffast.Relearning(pairs, steps=(1, 2), learning_rate=1e-3)}
+    with pytest.raises(KeyboardInterrupt):
+        difffast.erase_report(pipe, edit, judge, {"target": ["red"]}, attacks=attacks, pictures=1, steps=1)
+    assert edit.enabled
+    assert_same(pipe.unet, edited)
+
+
 def test_both_kinds_of_edits_are_reported(pipe):
     seen = []
     for make in (lambda one: difffast.erase(one, "red"), lambda one: difffast.EraseTrainer(one, "red")):
