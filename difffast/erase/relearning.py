@@ -85,7 +85,7 @@ def relearn(pipe: Any, attack: Relearning) -> Generator[int, None, None]:
     finally:
         weights.load(before)
         if attack.lora_rank is not None:
-            remove_lora(pipe)
+            remove_lora(denoiser.unet)
 
 
 def _finetune(denoiser: Denoiser, weights: Weights, attack: Relearning) -> Iterator[int]:

@@ -56,6 +56,23 @@ def lora_tensors(unet: Any) -> dict[str, Tensor]:
     return {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
 
 
-def remove_lora(pipe: Any) -> None:
-    """Take the LoRA's layers out of the UNet."""
-    pipe.unload_lora_weights()
+def fuse_lora(unet: Any) -> None:
+    """Add the LoRA to the UNet's weights, and take its layers out.
+
+    Raises:
+        ValueError: other adapters were loaded since, whose layers are the same and cannot stay.
+    """
+    others = [name for name in unet.peft_config if name != ADAPTER]
+    if others:
+        raise ValueError(
+            f"a LoRA is fused alone, and adapters were loaded since ({', '.join(others)}): unload them first"
+        )
+    unet.fuse_lora(adapter_names=[ADAPTER])
+    remove_lora(unet)
+
+
+def remove_lora(unet: Any) -> None:
+    """Take the LoRA's layers out of the UNet; other adapters, of the UNet and of the text encoders, stay."""
+    unet.delete_adapters(ADAPTER)
+    if not getattr(unet, "peft_config", None):
+        unet.unload_lora()

@@ -25,7 +25,7 @@ from .processes import Processes
 from .saving import save_unet, write_tensors
 from .settings import Settings
 from .state import TrainingState
-from .student import add_lora, lora_tensors, remove_lora
+from .student import add_lora, fuse_lora, lora_tensors, remove_lora
 from .text import encode, fingerprint_encoders, list_prompts
 
 if TYPE_CHECKING:
@@ -231,18 +231,21 @@ class EraseTrainer:
             self.weights.load(self._stock)
 
     def fuse(self) -> None:
-        """Make the edit permanent: a LoRA is added to the weights, the stock ones are forgotten."""
+        """Make the edit permanent: a LoRA is added to the weights, the stock ones are forgotten.
+
+        Raises:
+            ValueError: the edit is a LoRA, and other adapters were loaded since.
+        """
         self.enable()
         if self.settings.lora_rank is not None and not self._fused:
-            self._pipe.fuse_lora()
-            remove_lora(self._pipe)
+            fuse_lora(self._denoiser.unet)
         self._stock, self._teacher, self._fused = [], [], True
 
     def remove(self) -> None:
         """Leave the pipeline as it was before the trainer: stock weights, no LoRA."""
         self.disable()
         if self.settings.lora_rank is not None:
-            remove_lora(self._pipe)
+            remove_lora(self._denoiser.unet)
 
     def save(self, folder: str | Path) -> None:
         """Write what was trained: the whole UNet, or the LoRA, which ``pipe.load_lora_weights(folder)`` loads.

@@ -3,16 +3,19 @@
 import contextlib
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 import zoo
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from trained import FAST, assert_same, make_trap, weights_of
 
 import difffast
 from difffast.erase.params import select_parameters
+from difffast.erase.relearning import relearn
 from difffast.erase.trainer import NonFiniteLossError
 from difffast.models import tiny_pipeline
 
@@ -235,6 +238,39 @@ def test_a_lora_is_trained_in_float32_on_half_precision(pipe):
     assert {p.dtype for p in trainer.weights.parameters} == {torch.float32}
     trainer.remove()
     assert_same(pipe.unet, stock)
+
+
+@pytest.mark.parametrize("end", ["remove", "fuse", "relearn"])
+def test_adapters_of_others_stay(pipe, end):
+    """The user's own on the text encoder, and one that was loaded on the UNet after the training."""
+    mine = {"r": 2, "init_lora_weights": False}
+    pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], **mine), adapter_name="mine")
+    encoder, embeds = weights_of(pipe.text_encoder), pipe.encode_prompt("red", "cpu", 1, False)[0]
+    if end == "relearn":
+        for _ in relearn(pipe, difffast.Relearning(make_trap().harmful, steps=(1,), lora_rank=2)):
+            pass
+    else:
+        trainer = difffast.EraseTrainer(pipe, "red", lora_rank=2, params="xattn", **FAST)
+        trainer.train(1, progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, of several adapters
+            pipe.unet.add_adapter(LoraConfig(target_modules=["attn1.to_q"], **mine), adapter_name="later")
+        if end == "fuse":
+            with pytest.raises(ValueError, match=r"loaded since \(later\): unload"):
+                trainer.fuse()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # peft's, of another adapter that becomes active
+                pipe.unet.delete_adapters("later")
+            trainer.fuse()
+        else:
+            trainer.remove()
+            assert list(pipe.unet.peft_config) == ["later"]
+            assert not [name for name in pipe.unet.state_dict() if "difffast" in name]
+            pipe.unet.unload_lora()
+    assert not getattr(pipe.unet, "peft_config", None)
+    assert_same(pipe.text_encoder, encoder)
+    assert list(pipe.text_encoder.peft_config) == ["mine"]
+    assert torch.equal(pipe.encode_prompt("red", "cpu", 1, False)[0], embeds)
 
 
 def test_sdxl_is_trained():
