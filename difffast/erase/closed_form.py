@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ranges import check_finite, check_positive, check_whole
+
 
 @dataclass(frozen=True)
 class LowRankMap:
@@ -77,11 +79,9 @@ class Uce:
     tokens: str = "all"
 
     def __post_init__(self) -> None:
-        if not self.lam > 0:
-            raise ValueError(f"lam must be positive, got {self.lam}")
+        check_positive("lam", self.lam)
         for name in ("erase_scale", "preserve_scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            check_finite(name, getattr(self, name), 0)
         if self.tokens not in ("last", "all"):
             raise ValueError(f"tokens must be 'last' or 'all', got {self.tokens!r}")
 
@@ -123,10 +123,8 @@ class Rece(Uce):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rho > 0:
-            raise ValueError(f"rho must be positive, got {self.rho}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        check_positive("rho", self.rho)
+        check_whole("epochs", self.epochs)
 
     def find_embeds(self, gram: Tensor, found: LowRankMap, wanted: Tensor) -> Tensor:
         """Find the embeddings that make of edited layers most nearly what ``wanted`` made of the stock ones.

@@ -36,6 +36,11 @@ class AdamW:
         self._rounded = [(p, m) for p, m in zip(parameters, self.masters, strict=True) if p is not m]
         self._adamw = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """Let later steps have another weight decay."""
+        for group in self._adamw.param_groups:
+            group["weight_decay"] = weight_decay
+
     def step(self) -> None:
         """Make a step with the gradients of the parameters."""
         self.take_over()

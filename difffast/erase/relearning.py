@@ -12,6 +12,7 @@ from .denoise import Denoiser
 from .examples import Examples, draw_batches, encode_examples
 from .optimiser import AdamW
 from .params import Weights, check_trainable, select_parameters
+from .ranges import check_positive, check_whole
 from .student import add_lora, check_adapters, remove_lora
 
 
@@ -38,13 +39,15 @@ class Relearning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.steps or self.steps[0] < 1 or any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
+        for step in self.steps:
+            check_whole("each of steps", step)
+        if not self.steps or any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
             raise ValueError(f"steps must ascend from at least 1, got {self.steps}")
-        if not (self.learning_rate > 0 and self.batch_size >= 1):
-            raise ValueError(
-                f"learning_rate must be positive and batch_size at least 1, got {self.learning_rate} and "
-                f"{self.batch_size}"
-            )
+        check_positive("learning_rate", self.learning_rate)
+        check_whole("batch_size", self.batch_size)
+        check_whole("seed", self.seed, 0)
+        if self.lora_rank is not None:
+            check_whole("lora_rank", self.lora_rank)
 
 
 def prepare_attack(pipe: Any, attack: Relearning) -> Relearning:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ..plots import new_figure, save_figure
+from .ranges import check_whole
 from .relearning import Relearning, prepare_attack, relearn
 
 #: Whether, or how far (0 to 1), a picture shows what its prompt says.
@@ -167,8 +168,8 @@ def erase_report(
     for group, texts in prompts.items():
         if isinstance(texts, str) or not len(texts):
             raise ValueError(f"the prompts of {group!r} must be a list of at least one, got {texts!r}")
-    if pictures < 1 or steps < 1:
-        raise ValueError(f"pictures and steps must be at least 1, got {pictures} and {steps}")
+    check_whole("pictures", pictures)
+    check_whole("steps", steps)
 
     ready = {name: prepare_attack(pipe, attack) for name, attack in (attacks or {}).items()}
 

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from .denoise import Denoiser
 from .losses import METHODS, lead_away, mean_square
-from .meta import Attack, MetaTrap
+from .meta import PUBLISHED_CLIP, PUBLISHED_DECAY, Attack, MetaTrap
 from .optimiser import AdamW
 from .params import Weights, check_trainable, fingerprint, select_parameters
 from .points import Points
 from .processes import Processes
+from .ranges import check_whole
 from .saving import save_unet, write_tensors
 from .settings import Settings
 from .state import TrainingState
@@ -103,7 +104,7 @@ class EraseTrainer:
         self._rate = self._method.rate[wide] if settings.learning_rate is None else settings.learning_rate
         eta = self._method.eta and self._method.eta[wide]
         self._eta = eta if settings.eta is None else settings.eta
-        optimiser = AdamW(weights.parameters, self._rate, settings.weight_decay)
+        optimiser = AdamW(weights.parameters, self._rate, settings.weight_decay or 0.0)
         average = [] if self._method.ema_decay is None else [master.detach().clone() for master in optimiser.masters]
         self._teacher = (
             [a.to(p.dtype) for a, p in zip(average, weights.parameters, strict=True)] if average else self._stock
@@ -118,6 +119,7 @@ class EraseTrainer:
         self._attack: Attack | None = None
         self.last: dict[str, float] = {}
         self._stopped = self._fused = False
+        self._clip = settings.clip
 
     def _identify(self, method: str, parameters: list[str]) -> dict[str, Any]:
         """Return what a checkpoint must share with this run to be one of it, as plain data."""
@@ -157,6 +159,10 @@ class EraseTrainer:
             )
         trap.encode(self._pipe)
         self._attack = Attack(trap, self._denoiser, self.weights, self._state.generator)
+        if trap.compat == "published":
+            self._clip = PUBLISHED_CLIP if self.settings.clip is None else self._clip
+            if self.settings.weight_decay is None:
+                self._state.optimiser.set_weight_decay(PUBLISHED_DECAY)
         numbers = ("gammas", "batch_size", "learning_rate", "weight_decay", "second_order", "compat")
         examples = {name: getattr(trap, name).fingerprint() for name in ("harmful", "related", "unrelated")}
         self._identity["trap"] = {**{name: getattr(trap, name) for name in numbers}, **examples}
@@ -186,8 +192,7 @@ class EraseTrainer:
             NonFiniteLossError: see there; the last checkpoint stays.
             OSError: a checkpoint cannot be read, or not be written, in which case the earlier ones stay.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_whole("steps", steps)
         if self._trained is not None or self._fused:
             raise ValueError(f"the edit is {'fused' if self._fused else 'disabled'}, and cannot be trained further")
         if resume is not None:
@@ -304,8 +309,8 @@ class EraseTrainer:
         if not (math.isfinite(value) and math.isfinite(norm)):
             self._state.optimiser.zero_grad()
             raise NonFiniteLossError(self._explain(value, norm))
-        if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.settings.clip, torch.tensor(norm))
+        if self._clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self._clip, torch.tensor(norm))
         self._state.optimiser.step()
         self._state.optimiser.zero_grad()
         if self._method.ema_decay is not None:
