@@ -93,7 +93,7 @@ class Uce:
             preserved: [m, d]; m may be 0.
 
         Raises:
-            ValueError: a value that is not finite.
+            ValueError: a value that is not finite, or scales so large that the edit is not.
         """
         erased, guides, preserved = (rows.to(torch.float64) for rows in (erased, guides, preserved))
         for name, rows in (("erased", erased), ("guide", guides), ("preserved", preserved)):
@@ -102,6 +102,11 @@ class Uce:
         a = self.lam * torch.eye(erased.shape[1], dtype=torch.float64, device=erased.device)
         a += self.erase_scale * erased.T @ erased + self.preserve_scale * preserved.T @ preserved
         right = self.erase_scale * torch.linalg.solve(a, erased.T).T  # A is symmetric
+        if not right.isfinite().all():
+            raise ValueError(
+                f"lam, erase_scale and preserve_scale must leave the edit finite, got {self.lam}, {self.erase_scale} "
+                f"and {self.preserve_scale}"
+            )
         return _compress((guides - erased).T, right)
 
 

@@ -308,3 +308,10 @@ def test_an_edit_that_changes_nothing_is_no_lora(pipe, tmp_path):
     with pytest.raises(ValueError, match="at least rank 1, got an edit of rank 0"):
         edit.save_lora(tmp_path / "red.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_that_overflow_are_refused(pipe):
+    stock = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must leave the edit finite, got 0\.5, 1e\+308 and 1\.0"):
+        difffast.erase(pipe, "red", method=Uce(erase_scale=1e308))
+    assert all(torch.equal(value, stock[name]) for name, value in pipe.unet.state_dict().items())
