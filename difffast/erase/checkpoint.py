@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -32,18 +33,61 @@ class Checkpoint:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path, keep: int) -> Path:
-        """Write it and delete older ones but ``keep``; on a full disk all earlier ones stay.
+        """Write it; of those that the run has come by ``keep`` stay, and on a full disk all earlier ones.
+
+        Whatever else lies there, of another run or of a branch that was left by going back, is renamed to
+        step-N.abandoned-K.safetensors: nothing takes it for a checkpoint of this run, and nothing of it is lost.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or another one not be renamed.
         """
         path = folder / f"step-{self.step:07d}.safetensors"
-        write_tensors(
-            self.tensors, path, {"step": str(self.step), "identity": json.dumps(self.identity, sort_keys=True)}
-        )
-        for _, old in list_checkpoints(folder)[:-keep]:
+        replaced = _set_aside(path) if path.exists() and path not in self.list_ancestors(folder) else None
+        try:
+            write_tensors(
+                self.tensors, path, {"step": str(self.step), "identity": json.dumps(self.identity, sort_keys=True)}
+            )
+        except BaseException:
+            if replaced is not None:
+                replaced.replace(path)
+            raise
+        ancestors = self.list_ancestors(folder)
+        for _, other in list_checkpoints(folder):
+            if other not in ancestors:
+                _set_aside(other)
+        for old in ancestors[:-keep]:
             old.unlink(missing_ok=True)
         return path
+
+    def list_ancestors(self, folder: Path) -> list[Path]:
+        """List the checkpoints that the run has come by, the oldest first: of the same run, with the same losses."""
+        return [path for step, path in list_checkpoints(folder) if step <= self.step and self._descends_from(path)]
+
+    def _descends_from(self, path: Path) -> bool:
+        try:
+            tensors, metadata = read_tensors(path, ["losses"])
+            step, stored = _parse(metadata, path)
+        except (ValueError, OSError):
+            return False
+        return stored == _as_stored(self.identity) and torch.equal(tensors["losses"], self.tensors["losses"][:step])
+
+
+def _set_aside(path: Path) -> Path:
+    names = (path.with_name(f"{path.stem}.abandoned-{number}{path.suffix}") for number in itertools.count(1))
+    free = next(name for name in names if not name.exists())
+    path.rename(free)
+    return free
+
+
+def _parse(metadata: Mapping[str, str], path: Path) -> tuple[int, dict[str, Any]]:
+    try:
+        return int(metadata["step"]), json.loads(metadata["identity"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} is no checkpoint of a training: its metadata lacks the step and the run") from None
+
+
+def _as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(identity))
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -60,11 +104,8 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
         OSError: it cannot be read.
     """
     tensors, metadata = read_tensors(path)
-    try:
-        step, stored = int(metadata["step"]), json.loads(metadata["identity"])
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} is no checkpoint of a training: its metadata lacks the step and the run") from None
-    ours = json.loads(json.dumps(identity))
+    step, stored = _parse(metadata, path)
+    ours = _as_stored(identity)
     for name in {**ours, **stored}:
         if stored.get(name) != ours.get(name):
             raise ValueError(

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ranges import check_finite, check_positive, check_whole
+
 
 @dataclass(frozen=True)
 class LowRankMap:
@@ -77,11 +79,9 @@ class Uce:
     tokens: str = "all"
 
     def __post_init__(self) -> None:
-        if not self.lam > 0:
-            raise ValueError(f"lam must be positive, got {self.lam}")
+        check_positive("lam", self.lam)
         for name in ("erase_scale", "preserve_scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            check_finite(name, getattr(self, name), 0)
         if self.tokens not in ("last", "all"):
             raise ValueError(f"tokens must be 'last' or 'all', got {self.tokens!r}")
 
@@ -93,7 +93,7 @@ class Uce:
             preserved: [m, d]; m may be 0.
 
         Raises:
-            ValueError: a value that is not finite.
+            ValueError: a value that is not finite, or scales so large that the edit is not.
         """
         erased, guides, preserved = (rows.to(torch.float64) for rows in (erased, guides, preserved))
         for name, rows in (("erased", erased), ("guide", guides), ("preserved", preserved)):
@@ -102,6 +102,11 @@ class Uce:
         a = self.lam * torch.eye(erased.shape[1], dtype=torch.float64, device=erased.device)
         a += self.erase_scale * erased.T @ erased + self.preserve_scale * preserved.T @ preserved
         right = self.erase_scale * torch.linalg.solve(a, erased.T).T  # A is symmetric
+        if not right.isfinite().all():
+            raise ValueError(
+                f"lam, erase_scale and preserve_scale must leave the edit finite, got {self.lam}, {self.erase_scale} "
+                f"and {self.preserve_scale}"
+            )
         return _compress((guides - erased).T, right)
 
 
@@ -123,10 +128,8 @@ class Rece(Uce):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rho > 0:
-            raise ValueError(f"rho must be positive, got {self.rho}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        check_positive("rho", self.rho)
+        check_whole("epochs", self.epochs)
 
     def find_embeds(self, gram: Tensor, found: LowRankMap, wanted: Tensor) -> Tensor:
         """Find the embeddings that make of edited layers most nearly what ``wanted`` made of the stock ones.

@@ -14,6 +14,15 @@ from torch import Tensor
 from ..surgery.subclass import is_swapped
 from .text import Conditions, check_pipeline, encode_null
 
+_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
 
 class Denoiser:
     """What training needs of a text-to-image pipeline.
@@ -67,6 +76,17 @@ class Denoiser:
         self.latent_shape = (config.in_channels, *((side, side) if isinstance(side, int) else side))
         pixels = [float(each * pipe.vae_scale_factor) for each in self.latent_shape[1:]]
         self._time_ids = torch.tensor([*pixels, 0.0, 0.0, *pixels], device=unet.device, dtype=unet.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what predictions depend on beside weights, as plain data: noise schedule, prediction type, shapes."""
+        config, unet = self.scheduler.config, self.unet.config
+        betas = config.trained_betas
+        return {
+            **{name: config[name] for name in _SCHEDULE},
+            "trained_betas": None if betas is None else [float(beta) for beta in betas],
+            "latents": list(self.latent_shape),
+            "attention_head_dim": unet.attention_head_dim,
+        }
 
     def predict(self, latents: Tensor, timesteps: Tensor | int, conditions: Conditions) -> Tensor:
         """Return what the UNet predicts (noise, or v), [n, C, H, W].

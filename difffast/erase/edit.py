@@ -132,11 +132,14 @@ class Erasure:
         Its rank is that of the map, its scale 1: on the stock weights it is exactly the edit.
 
         Raises:
-            ValueError: the edit was fused, so that the stock weights it starts from are no longer known.
+            ValueError: the edit was fused, so that the stock weights it starts from are no longer known, or changes
+                nothing, for a LoRA has at least rank 1.
             OSError: the file cannot be written.
         """
         if self._fused:
             raise ValueError("this edit was fused, and a LoRA is of the stock weights: save_lora() before fuse()")
+        if not self.map.rank:
+            raise ValueError("a LoRA must have at least rank 1, got an edit of rank 0, which changes nothing")
         tensors = {}
         for name, layer in self._modules.items():
             stock = self._stock.get(name, layer.weight).detach()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .denoise import Denoiser, NoisyLatents
 from .losses import mean_square
+from .params import fingerprint
 from .text import Conditions, check_pipeline, encode
 
 
@@ -29,6 +30,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    def fingerprint(self) -> str:
+        """Return what tells these examples from others."""
+        pooled = {} if self.conditions.pooled is None else {"pooled": self.conditions.pooled}
+        return fingerprint({"mean": self.mean, "std": self.std, "embeds": self.conditions.embeds, **pooled})
 
     def take(self, rows: Tensor) -> Examples:
         """Return some of them."""

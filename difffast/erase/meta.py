@@ -21,10 +21,13 @@ from torch import Tensor
 from .denoise import Denoiser
 from .examples import Batch, Examples, draw_batches, encode_examples
 from .params import Weights
+from .ranges import check_finite, check_positive, check_whole
 
 #: g11, g12, g21, g22, g23 as published, and with benign losses held at theta as much as they are raised at theta'.
 PUBLISHED = (0.1, 0.01, 0.01, 1.0, 1.0)
 BALANCED = (1.1, 1.01, 0.01, 1.0, 1.0)
+#: Of the published trainer's own optimiser: weight decay, and the largest norm of a gradient.
+PUBLISHED_DECAY, PUBLISHED_CLIP = 1e-4, 1.0
 #: Of finite differences, the step over the parameters' norm, as a power of the type's epsilon.
 _DIFFERENCE = 1 / 3
 
@@ -44,8 +47,9 @@ class MetaTrap:
         second_order: differentiate through the attack as well, by finite differences, for which it makes plain gradient
             steps; as dear again as the attack, twice over, and its weights are kept at every step.  First order has
             about half of this trap: with g22 = g23 = 0, doubling g21 comes near it for less.
-        compat: "published" draws new noise for the benign losses at theta'.  None draws it once: the difference of the
-            losses before and after the attack is then free of the noise of two draws.
+        compat: "published" draws new noise for the benign losses at theta', and makes the trainer's own steps as
+            published, with a weight decay of 1e-4 and gradients clipped to a norm of 1 unless it was given others.
+            None draws noise once: the difference of the losses before and after the attack is free of two draws' noise.
 
     Raises:
         ValueError: a number out of its range, or an unknown ``compat``.
@@ -68,13 +72,9 @@ class MetaTrap:
             self.gammas = BALANCED if self.compat is None else PUBLISHED
         if len(self.gammas) != 5 or not all(0 <= gamma < float("inf") for gamma in self.gammas):
             raise ValueError(f"gammas must be five finite numbers of at least 0, got {self.gammas}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if not (self.learning_rate > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                f"learning_rate must be positive and weight_decay at least 0, got {self.learning_rate} and "
-                f"{self.weight_decay}"
-            )
+        check_whole("batch_size", self.batch_size)
+        check_positive("learning_rate", self.learning_rate)
+        check_finite("weight_decay", self.weight_decay, 0)
 
     def encode(self, pipe: Any) -> None:
         """Encode the pictures and prompts, once; :class:`~.examples.Examples` stay as they are."""

@@ -56,12 +56,35 @@ def select_parameters(unet: nn.Module, params: str | Sequence[str]) -> dict[str,
     return {name: parameter for name, parameter in named.items() if name in chosen}
 
 
+def check_trainable(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse weights whose gradients or updates would be lost.
+
+    Raises:
+        ValueError: a parameter of another type than float32, float64 and bfloat16.
+    """
+    for name, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{kind} weights cannot be trained, and {name} is of them: pipe.to(torch.float32), or lora_rank=8"
+            )
+
+
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """Return what tells one model's weights from another's: names, shapes and the first values of each."""
+    """Return what tells one model's weights from another's: of each its name, type and shape, and all its values.
+
+    Values are added up as integers, which every device does alike, and the first ones are also told by their order.
+    Of weights that are offloaded to the meta device the values are not known.
+    """
     found = hashlib.sha256()
     for name, value in parameters.items():
-        start = value.detach().flatten()[:64].to("cpu", torch.float32)
-        found.update(f"{name} {tuple(value.shape)}".encode() + start.numpy().tobytes())
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if not value.is_meta:
+            data = value.detach().flatten().view(torch.uint8)
+            data = data.clone() if data.storage_offset() % 8 else data  # which int64 cannot begin at
+            whole = data.numel() // 8 * 8
+            total = int(data[:whole].view(torch.int64).sum())
+            found.update(f"{total} {data[whole:].tolist()} {data[:256].tolist()}".encode())
     return found.hexdigest()[:16]
 
 

@@ -37,6 +37,11 @@ class Processes:
         return 0 if self._accelerator is None else self._accelerator.process_index
 
     @property
+    def precision(self) -> str:
+        """The type that the UNet computes in by autocast, or "no"."""
+        return "no" if self._accelerator is None else self._accelerator.mixed_precision
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .denoise import Denoiser
 from .examples import Examples, draw_batches, encode_examples
-from .params import Weights, select_parameters
-from .student import add_lora, remove_lora
+from .optimiser import AdamW
+from .params import Weights, check_trainable, select_parameters
+from .ranges import check_positive, check_whole
+from .student import add_lora, check_adapters, remove_lora
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,43 @@ class Relearning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.steps or self.steps[0] < 1 or any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
+        for step in self.steps:
+            check_whole("each of steps", step)
+        if not self.steps or any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
             raise ValueError(f"steps must ascend from at least 1, got {self.steps}")
-        if not (self.learning_rate > 0 and self.batch_size >= 1):
-            raise ValueError(
-                f"learning_rate must be positive and batch_size at least 1, got {self.learning_rate} and "
-                f"{self.batch_size}"
-            )
+        check_positive("learning_rate", self.learning_rate)
+        check_whole("batch_size", self.batch_size)
+        check_whole("seed", self.seed, 0)
+        if self.lora_rank is not None:
+            check_whole("lora_rank", self.lora_rank)
 
 
-def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
-    """Finetune the pipeline, and yield at each of the attack's steps; afterwards the weights are as they were."""
+def prepare_attack(pipe: Any, attack: Relearning) -> Relearning:
+    """Return the attack with its examples encoded, after everything that can be wrong with it was looked at.
+
+    Raises:
+        ValueError: a pipeline that cannot be trained, weights in float16 without ``lora_rank``, adapters that are
+            loaded with it.
+        TypeError: examples that are no pairs.
+    """
+    unet = Denoiser(pipe).unet
+    if attack.lora_rank is None:
+        check_trainable(select_parameters(unet, "full"))
+    else:
+        check_adapters(unet)
+    if isinstance(attack.examples, Examples):
+        return attack
+    return replace(attack, examples=encode_examples(pipe, attack.examples))
+
+
+def relearn(pipe: Any, attack: Relearning) -> Generator[int, None, None]:
+    """Finetune the pipeline, and yield at each of the attack's steps; afterwards the weights are as they were.
+
+    Raises:
+        ValueError, TypeError: see :func:`prepare_attack`.
+    """
+    attack = prepare_attack(pipe, attack)
     denoiser = Denoiser(pipe)
-    examples = attack.examples if isinstance(attack.examples, Examples) else encode_examples(pipe, attack.examples)
     if attack.lora_rank is None:
         chosen = select_parameters(denoiser.unet, "full")
     else:
@@ -58,19 +84,19 @@ def relearn(pipe: Any, attack: Relearning) -> Iterator[int]:
     weights = Weights(chosen)
     before = weights.copy()
     try:
-        yield from _finetune(denoiser, weights, examples, attack)
+        yield from _finetune(denoiser, weights, attack)
     finally:
         weights.load(before)
         if attack.lora_rank is not None:
-            remove_lora(pipe)
+            remove_lora(denoiser.unet)
 
 
-def _finetune(denoiser: Denoiser, weights: Weights, examples: Examples, attack: Relearning) -> Iterator[int]:
-    optimiser = weights.make_adamw(attack.learning_rate, weight_decay=1e-4)
+def _finetune(denoiser: Denoiser, weights: Weights, attack: Relearning) -> Iterator[int]:
+    optimiser = AdamW(weights.parameters, attack.learning_rate, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(attack.seed)
     step = 0
     while True:
-        for batch in draw_batches(denoiser, examples, attack.batch_size, generator):
+        for batch in draw_batches(denoiser, attack.examples, attack.batch_size, generator):
             with weights.training(denoiser.unet):
                 batch.loss(denoiser).backward()
                 torch.nn.utils.clip_grad_norm_(weights.parameters, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from ..plots import new_figure, save_figure
-from .relearning import Relearning, relearn
+from .ranges import check_whole
+from .relearning import Relearning, prepare_attack, relearn
 
 #: Whether, or how far (0 to 1), a picture shows what its prompt says.
 Judge = Callable[[Any, str], float]
@@ -142,8 +144,8 @@ def erase_report(
 ) -> EraseReport:
     """Find out what an erasure took, what it left, and how soon finetuning undoes it.
 
-    Every set of weights draws the same prompts from the same noise.  At the end the edit is enabled, and the weights
-    are as they were.
+    Every set of weights draws the same prompts from the same noise.  At the end, and after an error or an
+    interruption, the edit is enabled, and the weights are as they were.
 
     Args:
         pipe: the pipeline, without a progress bar if none is wanted.
@@ -157,30 +159,37 @@ def erase_report(
         steps: of denoising.
 
     Raises:
-        ValueError: no group "target", a group without prompts, or numbers below 1.
+        ValueError: no group "target", a group without prompts, numbers below 1, or an attack that this pipeline cannot
+            be given, such as one on float16 weights; nothing was changed then.
+        TypeError: examples of an attack that are no pairs.
     """
     if "target" not in prompts:
         raise ValueError(f"prompts must have a group 'target', got {', '.join(prompts) or 'none'}")
     for group, texts in prompts.items():
         if isinstance(texts, str) or not len(texts):
             raise ValueError(f"the prompts of {group!r} must be a list of at least one, got {texts!r}")
-    if pictures < 1 or steps < 1:
-        raise ValueError(f"pictures and steps must be at least 1, got {pictures} and {steps}")
+    check_whole("pictures", pictures)
+    check_whole("steps", steps)
+
+    ready = {name: prepare_attack(pipe, attack) for name, attack in (attacks or {}).items()}
 
     def look(groups: Mapping[str, Sequence[str]]) -> list[float]:
         return list(_judge_all(pipe, judge, groups, pictures, steps))
 
-    edit.disable()
-    before = look(prompts)
-    edit.enable()
+    try:
+        edit.disable()
+        before = look(prompts)
+    finally:
+        edit.enable()
     after = look(prompts)
     names = ((group, prompt) for group, texts in prompts.items() for prompt in texts)
     rows = tuple(Shown(*name, *shown) for name, *shown in zip(names, before, after, strict=True))
     relearned = []
-    for name, attack in (attacks or {}).items():
-        for step in relearn(pipe, attack):
-            shown = look({"target": prompts["target"]})
-            relearned.append(Relearned(name, step, sum(shown) / len(shown)))
+    for name, attack in ready.items():
+        with closing(relearn(pipe, attack)) as reached:
+            for step in reached:
+                shown = look({"target": prompts["target"]})
+                relearned.append(Relearned(name, step, sum(shown) / len(shown)))
     return EraseReport(rows, tuple(relearned), pictures)
 
 

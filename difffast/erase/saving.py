@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
             raise OSError(f"{path} could not be written ({error}); what was there before is still there") from error
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a file, on the CPU, and its metadata.
 
+    Args:
+        path: the file.
+        names: of the tensors; None: all.
+
     Raises:
-        ValueError: the file is damaged, or no safetensors.
+        ValueError: the file is damaged, no safetensors, or lacks one of the tensors.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -43,7 +47,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"there is no {path}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            wanted = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in wanted}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .losses import METHODS
+from .ranges import check_finite, check_positive, check_whole
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Settings:
 
     Attributes:
         learning_rate, eta: of the optimiser, and the strength of ESD's negative guidance; None: the method's own.
-        weight_decay: 0 makes AdamW the Adam that ESD is published with.
-        clip: largest norm of the gradient; None: any.
+        weight_decay: 0 makes AdamW the Adam that ESD is published with; None: 0, but with a trap of
+            ``compat="published"`` that one's 1e-4.
+        clip: largest norm of the gradient; None: any, but with a trap of ``compat="published"`` that one's 1.
         erase_from: of "esd-2025", the prompt that the concept is erased from, one for all concepts.
         sampling_steps, guidance_scale: of the trajectories from noise.
         pool: points that one trajectory of the teacher serves; None: each point has its own, as published.
@@ -32,7 +33,7 @@ class Settings:
 
     learning_rate: float | None = None
     eta: float | None = None
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     clip: float | None = None
     erase_from: str | None = None
     sampling_steps: int = 50
@@ -61,15 +62,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("pool", "lora_rank", "save_every", "keep", "sampling_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        for name in ("save_every", "keep", "sampling_steps"):
+            check_whole(name, getattr(self, name))
+        for name in ("pool", "lora_rank"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        check_whole("seed", self.seed, 0)
+        check_finite("guidance_scale", self.guidance_scale)
+        if self.eta is not None:
+            check_finite("eta", self.eta)
+        if self.weight_decay is not None:
+            check_finite("weight_decay", self.weight_decay, 0)
         if self.pool is not None and self.pool > self.sampling_steps:
             raise ValueError(f"pool must be at most sampling_steps, {self.sampling_steps}, got {self.pool}")
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, random_states, restore_random_states
+from .optimiser import MOMENTS, AdamW
 from .params import Weights
 from .points import Point, Points
 from .processes import Processes
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -21,15 +20,15 @@ class TrainingState:
 
     Attributes:
         weights: what is trained.
-        optimiser: its AdamW.
+        optimiser: its AdamW, with the master weights of narrow ones.
         points: what is waiting in the pool.
         generator: of this process's draws.
-        average: the average of students, if the method has one; else empty.
+        average: the average of students, in at least float32, if the method has one; else empty.
         step, losses: how many steps were made, and the erasing loss of each.
     """
 
     weights: Weights
-    optimiser: torch.optim.AdamW
+    optimiser: AdamW
     points: Points
     generator: torch.Generator
     average: list[Tensor]
@@ -48,13 +47,18 @@ class TrainingState:
             own[f"point.{i:04d}.place"] = torch.tensor([point.concept, point.moves])
         gathered = enumerate(processes.gather(own))
         found = {f"process.{rank}.{name}": tensor for rank, each in gathered for name, tensor in each.items()}
-        for name, parameter in zip(self.weights.names, self.weights.parameters, strict=True):
-            found[f"weight.{name}"] = parameter
-            moments = self.optimiser.state[parameter]
-            found.update({f"optimiser.{key}.{name}": moments[key] for key in _MOMENTS if key in moments})
+        self.optimiser.take_over()
+        states = zip(self.weights.names, self.optimiser.masters, self.optimiser.moments(), strict=True)
+        for name, master, moments in states:
+            found[f"weight.{name}"] = master
+            found.update({f"optimiser.{key}.{name}": value for key, value in moments.items()})
         for name, value in zip(self.weights.names, self.average, strict=False):
             found[f"average.{name}"] = value
-        return found | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        return found | {"losses": self.stored_losses()}
+
+    def stored_losses(self) -> Tensor:
+        """Return the losses as checkpoints hold them, [step], float64."""
+        return torch.tensor(self.losses, dtype=torch.float64)
 
     def restore(self, checkpoint: Checkpoint, rank: int) -> None:
         """Go back to a checkpoint of the same run.
@@ -66,22 +70,21 @@ class TrainingState:
         try:
             values = [tensors[f"weight.{name}"] for name in names]
             average = [tensors[f"average.{name}"] for name in names] if self.average else []
-            moments = {  # a parameter without a gradient has none
-                number: {key: tensors[f"optimiser.{key}.{name}"] for key in _MOMENTS}
-                for number, name in enumerate(names)
+            moments = [  # a parameter without a gradient has none
+                {key: tensors[f"optimiser.{key}.{name}"] for key in MOMENTS}
                 if f"optimiser.step.{name}" in tensors
-            }
+                else {}
+                for name in names
+            ]
             mine = f"process.{rank}."
             own = {name.removeprefix(mine): value for name, value in tensors.items() if name.startswith(mine)}
             states = {name: own[f"random.{name}"] for name in ("own", "cpu")}
             losses = tensors["losses"].tolist()
         except KeyError as error:
             raise ValueError(f"the checkpoint of step {checkpoint.step} is incomplete: it lacks {error}") from None
-        self.weights.load(values)
+        self.optimiser.load(values, moments)
         for value, stored in zip(self.average, average, strict=True):
             value.copy_(stored)
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
         restore_random_states(
             states | {"cuda": own["random.cuda"]} if "random.cuda" in own else states, self.generator, self.device
         )

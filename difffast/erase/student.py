@@ -11,6 +11,16 @@ from torch import Tensor, nn
 ADAPTER = "difffast"
 
 
+def check_adapters(unet: Any) -> None:
+    """Refuse a UNet that has adapters.
+
+    Raises:
+        ValueError: it has.
+    """
+    if getattr(unet, "peft_config", None):
+        raise ValueError(f"adapters are loaded already ({', '.join(unet.peft_config)}): unload or fuse them first")
+
+
 def add_lora(unet: Any, names: Sequence[str], rank: int, seed: int) -> dict[str, nn.Parameter]:
     """Add a LoRA, without effect yet, to the linear layers of which ``names`` are parameters; returns its own.
 
@@ -22,8 +32,7 @@ def add_lora(unet: Any, names: Sequence[str], rank: int, seed: int) -> dict[str,
         from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise ImportError(f"training a LoRA needs peft: `pip install peft` ({error})") from error
-    if getattr(unet, "peft_config", None):
-        raise ValueError(f"adapters are loaded already ({', '.join(unet.peft_config)}): unload or fuse them first")
+    check_adapters(unet)
     wanted = {name.removesuffix(".weight") for name in names}
     targets = [name for name, module in unet.named_modules() if name in wanted and isinstance(module, nn.Linear)]
     if not targets:
@@ -47,6 +56,23 @@ def lora_tensors(unet: Any) -> dict[str, Tensor]:
     return {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
 
 
-def remove_lora(pipe: Any) -> None:
-    """Take the LoRA's layers out of the UNet."""
-    pipe.unload_lora_weights()
+def fuse_lora(unet: Any) -> None:
+    """Add the LoRA to the UNet's weights, and take its layers out.
+
+    Raises:
+        ValueError: other adapters were loaded since, whose layers are the same and cannot stay.
+    """
+    others = [name for name in unet.peft_config if name != ADAPTER]
+    if others:
+        raise ValueError(
+            f"a LoRA is fused alone, and adapters were loaded since ({', '.join(others)}): unload them first"
+        )
+    unet.fuse_lora(adapter_names=[ADAPTER])
+    remove_lora(unet)
+
+
+def remove_lora(unet: Any) -> None:
+    """Take the LoRA's layers out of the UNet; other adapters, of the UNet and of the text encoders, stay."""
+    unet.delete_adapters(ADAPTER)
+    if not getattr(unet, "peft_config", None):
+        unet.unload_lora()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .params import fingerprint
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -88,6 +90,19 @@ def encode_null(pipe: Any) -> Conditions:
         prompt=[""], device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=True
     )
     return Conditions(made[1], made[3] if len(made) > 2 else None)
+
+
+def fingerprint_encoders(pipe: Any) -> str:
+    """Return what tells a pipeline's text encoders from others."""
+    encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    return fingerprint(
+        {
+            f"{name}.{key}": value
+            for name, encoder in encoders.items()
+            if encoder is not None
+            for key, value in encoder.named_parameters()
+        }
+    )
 
 
 def choose_rows(pipe: Any, prompts: Sequence[str], tokens: str) -> Tensor:

@@ -17,15 +17,17 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from .denoise import Denoiser
 from .losses import METHODS, lead_away, mean_square
-from .meta import Attack, MetaTrap
-from .params import Weights, fingerprint, select_parameters
+from .meta import PUBLISHED_CLIP, PUBLISHED_DECAY, Attack, MetaTrap
+from .optimiser import AdamW
+from .params import Weights, check_trainable, fingerprint, select_parameters
 from .points import Points
 from .processes import Processes
+from .ranges import check_whole
 from .saving import save_unet, write_tensors
 from .settings import Settings
 from .state import TrainingState
-from .student import add_lora, lora_tensors, remove_lora
-from .text import encode, list_prompts
+from .student import add_lora, fuse_lora, lora_tensors, remove_lora
+from .text import encode, fingerprint_encoders, list_prompts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,22 +85,14 @@ class EraseTrainer:
         self._conditions = encode(pipe, self.concepts)
         self._source = None if settings.erase_from is None else encode(pipe, [settings.erase_from])
         chosen = select_parameters(denoiser.unet, params)
-        self._identity = {
-            **{name: value for name, value in asdict(settings).items() if name not in ("save_every", "keep")},
-            "method": method,
-            "concepts": list(self.concepts),
-            "parameters": list(chosen),
-            "stock weights": fingerprint(chosen),
-            "processes": self._processes.count,
-        }
+        self._identity = self._identify(method, list(chosen))
         if settings.lora_rank is not None:
             chosen = add_lora(denoiser.unet, list(chosen), settings.lora_rank, settings.seed)
-        elif any(parameter.dtype == torch.float16 for parameter in chosen.values()):
-            raise ValueError("float16 weights cannot be trained: pipe.to(torch.float32), or lora_rank=8")
+        else:
+            check_trainable(chosen)
         self.weights = weights = Weights(chosen)
         self._stock = weights.copy()
         self._trained: list[Tensor] | None = None
-        self._teacher = self._stock if self._method.ema_decay is None else weights.copy()
         points = Points(
             denoiser,
             self._conditions if self._source is None else self._source.take([0] * len(self.concepts)),
@@ -110,16 +104,37 @@ class EraseTrainer:
         self._rate = self._method.rate[wide] if settings.learning_rate is None else settings.learning_rate
         eta = self._method.eta and self._method.eta[wide]
         self._eta = eta if settings.eta is None else settings.eta
+        optimiser = AdamW(weights.parameters, self._rate, settings.weight_decay or 0.0)
+        average = [] if self._method.ema_decay is None else [master.detach().clone() for master in optimiser.masters]
+        self._teacher = (
+            [a.to(p.dtype) for a, p in zip(average, weights.parameters, strict=True)] if average else self._stock
+        )
         self._state = TrainingState(
             weights,
-            weights.make_adamw(self._rate, settings.weight_decay),
+            optimiser,
             points,
             torch.Generator().manual_seed(settings.seed + 1_000_003 * self._processes.rank),
-            [] if self._method.ema_decay is None else self._teacher,
+            average,
         )
         self._attack: Attack | None = None
         self.last: dict[str, float] = {}
         self._stopped = self._fused = False
+        self._clip = settings.clip
+
+    def _identify(self, method: str, parameters: list[str]) -> dict[str, Any]:
+        """Return what a checkpoint must share with this run to be one of it, as plain data."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in ("save_every", "keep")}
+        return {
+            **settings,
+            "method": method,
+            "concepts": list(self.concepts),
+            "parameters": parameters,
+            "stock weights": fingerprint(dict(self._denoiser.unet.named_parameters())),
+            "text encoders": fingerprint_encoders(self._pipe),
+            "model": self._denoiser.describe(),
+            "processes": self._processes.count,
+            "mixed precision": self._processes.precision,
+        }
 
     @property
     def step(self) -> int:
@@ -133,15 +148,24 @@ class EraseTrainer:
         """Let every step make relearning harder as well, see :class:`~difffast.erase.meta.MetaTrap`.
 
         Raises:
-            ValueError: a trap is attached already, or steps were made.
+            ValueError: a trap is attached already, steps were made, or weights in bfloat16 are trained themselves.
         """
         if self._attack is not None or self.step:
             raise ValueError(f"one trap can be attached, before the first step; {self.step} steps were made")
+        if any(parameter.dtype == torch.bfloat16 for parameter in self.weights.parameters):
+            raise ValueError(
+                "a trap compares gradients before and after an attack whose steps bfloat16 weights round to nothing: "
+                "pipe.to(torch.float32), or lora_rank=8"
+            )
         trap.encode(self._pipe)
         self._attack = Attack(trap, self._denoiser, self.weights, self._state.generator)
+        if trap.compat == "published":
+            self._clip = PUBLISHED_CLIP if self.settings.clip is None else self._clip
+            if self.settings.weight_decay is None:
+                self._state.optimiser.set_weight_decay(PUBLISHED_DECAY)
         numbers = ("gammas", "batch_size", "learning_rate", "weight_decay", "second_order", "compat")
-        means = {name: getattr(trap, name).mean for name in ("harmful", "related", "unrelated")}
-        self._identity["trap"] = {**{name: getattr(trap, name) for name in numbers}, "examples": fingerprint(means)}
+        examples = {name: getattr(trap, name).fingerprint() for name in ("harmful", "related", "unrelated")}
+        self._identity["trap"] = {**{name: getattr(trap, name) for name in numbers}, **examples}
 
     def train(
         self,
@@ -157,7 +181,9 @@ class EraseTrainer:
 
         Args:
             steps: in all, those of the checkpoint among them.
-            resume: a checkpoint; or "latest", the last one in ``folder``, or none if there is none.
+            resume: a checkpoint; or "latest", the last one in ``folder``, or none if there is none.  Once a run has
+                written its own there, what another run or an abandoned branch left is called
+                step-N.abandoned-K.safetensors, which is never "latest".
             callbacks: called after every step with the trainer; they may call :meth:`stop`.
             progress: whether a bar is shown.
 
@@ -166,8 +192,7 @@ class EraseTrainer:
             NonFiniteLossError: see there; the last checkpoint stays.
             OSError: a checkpoint cannot be read, or not be written, in which case the earlier ones stay.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_whole("steps", steps)
         if self._trained is not None or self._fused:
             raise ValueError(f"the edit is {'fused' if self._fused else 'disabled'}, and cannot be trained further")
         if resume is not None:
@@ -211,18 +236,21 @@ class EraseTrainer:
             self.weights.load(self._stock)
 
     def fuse(self) -> None:
-        """Make the edit permanent: a LoRA is added to the weights, the stock ones are forgotten."""
+        """Make the edit permanent: a LoRA is added to the weights, the stock ones are forgotten.
+
+        Raises:
+            ValueError: the edit is a LoRA, and other adapters were loaded since.
+        """
         self.enable()
         if self.settings.lora_rank is not None and not self._fused:
-            self._pipe.fuse_lora()
-            remove_lora(self._pipe)
+            fuse_lora(self._denoiser.unet)
         self._stock, self._teacher, self._fused = [], [], True
 
     def remove(self) -> None:
         """Leave the pipeline as it was before the trainer: stock weights, no LoRA."""
         self.disable()
         if self.settings.lora_rank is not None:
-            remove_lora(self._pipe)
+            remove_lora(self._denoiser.unet)
 
     def save(self, folder: str | Path) -> None:
         """Write what was trained: the whole UNet, or the LoRA, which ``pipe.load_lora_weights(folder)`` loads.
@@ -281,20 +309,27 @@ class EraseTrainer:
         if not (math.isfinite(value) and math.isfinite(norm)):
             self._state.optimiser.zero_grad()
             raise NonFiniteLossError(self._explain(value, norm))
-        if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.settings.clip, torch.tensor(norm))
+        if self._clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self._clip, torch.tensor(norm))
         self._state.optimiser.step()
         self._state.optimiser.zero_grad()
         if self._method.ema_decay is not None:
-            for average, parameter in zip(self._teacher, self.weights.parameters, strict=True):
-                average.lerp_(parameter.detach(), 1 - self._method.ema_decay)
+            for average, master in zip(self._state.average, self._state.optimiser.masters, strict=True):
+                average.lerp_(master.detach(), 1 - self._method.ema_decay)
+            self._round_average()
         self._state.step += 1
         self._state.losses.append(value)
 
+    def _round_average(self) -> None:
+        """Let the teacher be the average; where parameters are as wide, it is anyway."""
+        for teacher, average in zip(self._teacher, self._state.average, strict=False):
+            teacher.copy_(average)
+
     def _explain(self, loss: float, norm: float) -> str:
-        kept = list_checkpoints(self._folder)[-1:] if self._folder is not None else []
+        here = Checkpoint(self.step, {"losses": self._state.stored_losses()}, self._identity)
+        kept = [] if self._folder is None else here.list_ancestors(self._folder)
         text = f"step {self.step + 1} has the loss {loss} and a gradient of norm {norm}; its update was not made. "
-        return text + (f"The last good checkpoint is {kept[0][1]}" if kept else "There is no checkpoint yet")
+        return text + (f"The last good checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet")
 
     @contextlib.contextmanager
     def _prepare(self) -> Iterator[None]:
@@ -330,3 +365,4 @@ class EraseTrainer:
                 return
             resume = found[-1][1]
         self._state.restore(read_checkpoint(Path(resume), self._identity), self._processes.rank)
+        self._round_average()

@@ -1,6 +1,7 @@
 """Erasure in closed form: the one map against each layer's own formula, and in and out of pipelines."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -253,10 +254,15 @@ def test_bad_calls_are_refused(pipe, arguments, error, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Uce(lam=0), "lam must be positive, got 0"),
-        (lambda: Uce(erase_scale=-1), "erase_scale must be at least 0, got -1"),
+        (lambda: Uce(lam=0), "lam must be positive and finite, got 0"),
+        (lambda: Uce(erase_scale=-1), "erase_scale must be finite and at least 0, got -1"),
         (lambda: Uce(tokens="first"), "tokens must be 'last' or 'all', got 'first'"),
-        (lambda: Rece(rho=0), "rho must be positive, got 0"),
+        (lambda: Rece(rho=0), "rho must be positive and finite, got 0"),
+        (lambda: Uce(lam=math.inf), "lam must be positive and finite, got inf"),
+        (lambda: Uce(erase_scale=math.inf), "erase_scale must be finite and at least 0, got inf"),
+        (lambda: Uce(preserve_scale=math.nan), "preserve_scale must be finite and at least 0, got nan"),
+        (lambda: Rece(rho=math.inf), "rho must be positive and finite, got inf"),
+        (lambda: Rece(epochs=1.5), "epochs must be an integer, got 1.5"),
         (lambda: Rece(epochs=0), "epochs must be at least 1, got 0"),
     ],
 )
@@ -294,3 +300,18 @@ def test_stock_weights_stay_while_nothing_is_erased(pipe):
         edit = difffast.erase(pipe, "red", guide="red")
     assert edit.map.rank == 0
     edit.disable()
+
+
+def test_an_edit_that_changes_nothing_is_no_lora(pipe, tmp_path):
+    edit = difffast.erase(pipe, "red", guide="red")
+    assert edit.map.rank == 0
+    with pytest.raises(ValueError, match="at least rank 1, got an edit of rank 0"):
+        edit.save_lora(tmp_path / "red.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_that_overflow_are_refused(pipe):
+    stock = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must leave the edit finite, got 0\.5, 1e\+308 and 1\.0"):
+        difffast.erase(pipe, "red", method=Uce(erase_scale=1e308))
+    assert all(torch.equal(value, stock[name]) for name, value in pipe.unet.state_dict().items())

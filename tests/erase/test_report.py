@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from PIL import Image
 from sampling import picture
 
@@ -56,6 +57,29 @@ def test_an_attack_is_adamw_on_the_loss(pipe64, pairs):
         assert (moved.abs() - 1e-3).abs().max() < 1e-6
 
 
+def test_attacks_that_cannot_be_made_are_refused_before_anything_changes(pipe, pairs):
+    switch = Switch()
+
+    def report(**given):
+        attack = {"name": difffast.Relearning(**{"examples": pairs, "steps": (1,), **given})}
+        difffast.erase_report(pipe, switch, lambda *_: pytest.fail("judged"), {"target": ["red"]}, attacks=attack)
+
+    with pytest.raises(TypeError, match="pairs of a picture and a prompt"):
+        report(examples=["x"])
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="mine")
+    with pytest.raises(ValueError, match="adapters are loaded already"):
+        report(lora_rank=2)
+    pipe.unet.unload_lora()
+    pipe.unet.to(torch.float16)
+    stock = weights_of(pipe.unet)
+    with pytest.raises(ValueError, match="float16 weights cannot be trained"):
+        report()
+    with pytest.raises(ValueError, match="float16 weights cannot be trained"):
+        next(relearn(pipe, difffast.Relearning(pairs, steps=(1,))))
+    assert_same(pipe.unet, stock)
+    assert switch.log == []
+
+
 class Switch:
     """An edit that makes everything darker."""
 
@@ -103,6 +127,24 @@ def test_a_report_counts_what_the_judge_says(pipe, pairs, tmp_path):
         report.share("binding")
 
 
+@pytest.mark.parametrize("asked", [1, 2, 3, 4])
+def test_a_report_that_is_interrupted_leaves_the_edit_in(pipe, pairs, asked):
+    edit, calls = difffast.erase(pipe, "red"), []
+    edited = weights_of(pipe.unet)
+
+    def judge(image, prompt):
+        calls.append(prompt)
+        if len(calls) == asked:  # with the stock weights, the edited ones, and twice in the attack
+            raise KeyboardInterrupt
+        return 1.0
+
+    attacks = {"full": difffast.Relearning(pairs, steps=(1, 2), learning_rate=1e-3)}
+    with pytest.raises(KeyboardInterrupt):
+        difffast.erase_report(pipe, edit, judge, {"target": ["red"]}, attacks=attacks, pictures=1, steps=1)
+    assert edit.enabled
+    assert_same(pipe.unet, edited)
+
+
 def test_both_kinds_of_edits_are_reported(pipe):
     seen = []
     for make in (lambda one: difffast.erase(one, "red"), lambda one: difffast.EraseTrainer(one, "red")):
@@ -124,7 +166,7 @@ def test_both_kinds_of_edits_are_reported(pipe):
         ({"neighbours": ["x"]}, {}, "must have a group 'target', got neighbours"),
         ({"target": []}, {}, "must be a list of at least one"),
         ({"target": "red"}, {}, "must be a list of at least one, got 'red'"),
-        ({"target": ["x"]}, {"pictures": 0}, "must be at least 1, got 0 and 25"),
+        ({"target": ["x"]}, {"pictures": 0}, "pictures must be at least 1, got 0"),
     ],
 )
 def test_bad_reports_are_refused(pipe, prompts, given, message):
@@ -132,9 +174,21 @@ def test_bad_reports_are_refused(pipe, prompts, given, message):
         difffast.erase_report(pipe, Switch(), lambda *_: 0.0, prompts, **given)
 
 
-@pytest.mark.parametrize("given", [{"steps": ()}, {"steps": (3, 3)}, {"steps": (0, 1)}, {"learning_rate": 0.0}])
-def test_bad_attacks_are_refused(pairs, given):
-    with pytest.raises(ValueError, match="must"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": ()}, r"steps must ascend from at least 1, got \(\)"),
+        ({"steps": (3, 3)}, r"steps must ascend from at least 1, got \(3, 3\)"),
+        ({"steps": (0, 1)}, "each of steps must be at least 1, got 0"),
+        ({"steps": (1.5,)}, "each of steps must be an integer, got 1.5"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
+        ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
+    ],
+)
+def test_bad_attacks_are_refused(pairs, given, message):
+    with pytest.raises(ValueError, match=message):
         difffast.Relearning(pairs, **given)
 
 

@@ -3,16 +3,19 @@
 import contextlib
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 import zoo
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from trained import FAST, assert_same, make_trap, weights_of
 
 import difffast
 from difffast.erase.params import select_parameters
+from difffast.erase.relearning import relearn
 from difffast.erase.trainer import NonFiniteLossError
 from difffast.models import tiny_pipeline
 
@@ -174,6 +177,12 @@ def test_callbacks_may_stop_and_a_bar_is_shown(pipe, capfd):
         ({"pool": 51}, ValueError, "pool must be at most sampling_steps, 50, got 51"),
         ({"learning_rate": -1.0}, ValueError, "learning_rate must be positive and finite, got -1.0"),
         ({"save_every": 0}, ValueError, "save_every must be at least 1, got 0"),
+        ({"eta": math.nan}, ValueError, "eta must be finite, got nan"),
+        ({"guidance_scale": math.inf}, ValueError, "guidance_scale must be finite, got inf"),
+        ({"weight_decay": math.inf}, ValueError, "weight_decay must be finite and at least 0, got inf"),
+        ({"sampling_steps": 2.5}, ValueError, "sampling_steps must be an integer, got 2.5"),
+        ({"lora_rank": True}, ValueError, "lora_rank must be an integer, got True"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"leraning_rate": 1.0}, TypeError, "unknown option 'leraning_rate', did you mean 'learning_rate'?"),
         ({"sampling_steps": 1000}, ValueError, "sampling_steps must lie in 1 .. 999, got 1000"),
         ({"params": ["conv_in.*"], "lora_rank": 2}, ValueError, "on linear layers, and none of the chosen"),
@@ -195,12 +204,38 @@ def test_benign_losses_are_held_as_much_as_they_are_raised_unless_as_published()
 
 
 @pytest.mark.parametrize(
+    ("compat", "given", "decay", "clip"),
+    [
+        (None, {}, 0.0, None),
+        ("published", {}, 1e-4, 1.0),
+        ("published", {"weight_decay": 0.0, "clip": 3e-3}, 0.0, 3e-3),
+    ],
+)
+def test_published_traps_come_with_the_published_optimiser(pipe, compat, given, decay, clip):
+    """Against torch's AdamW, given the gradients that the step has found."""
+    trainer = difffast.EraseTrainer(pipe, "red", params="xattn-strict", sampling_steps=3, learning_rate=0.1, **given)
+    trainer.attach(make_trap(compat=compat, gammas=(100, 100, 100, 100, 100)))
+    twins = [torch.nn.Parameter(value) for value in trainer.weights.copy()]
+    for parameter, twin in zip(trainer.weights.parameters, twins, strict=True):
+        parameter.register_post_accumulate_grad_hook(lambda p, twin=twin: setattr(twin, "grad", p.grad.clone()))
+    trainer.train(1, progress=False)
+    if clip is not None:
+        assert torch.nn.utils.clip_grad_norm_(twins, clip) > 1.0001 * clip
+    torch.optim.AdamW(twins, lr=0.1, weight_decay=decay).step()
+    for parameter, twin in zip(trainer.weights.parameters, twins, strict=True):
+        assert (parameter - twin).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"gammas": (1, 2)}, "gammas must be five finite numbers"),
         ({"gammas": (1, 2, 3, 4, -1)}, "gammas must be five finite numbers"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": math.inf}, "learning_rate must be positive and finite, got inf"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and at least 0, got nan"),
+        ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
         ({"compat": "old"}, "compat must be None or 'published', got 'old'"),
     ],
 )
@@ -235,6 +270,39 @@ def test_a_lora_is_trained_in_float32_on_half_precision(pipe):
     assert {p.dtype for p in trainer.weights.parameters} == {torch.float32}
     trainer.remove()
     assert_same(pipe.unet, stock)
+
+
+@pytest.mark.parametrize("end", ["remove", "fuse", "relearn"])
+def test_adapters_of_others_stay(pipe, end):
+    """The user's own on the text encoder, and one that was loaded on the UNet after the training."""
+    mine = {"r": 2, "init_lora_weights": False}
+    pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], **mine), adapter_name="mine")
+    encoder, embeds = weights_of(pipe.text_encoder), pipe.encode_prompt("red", "cpu", 1, False)[0]
+    if end == "relearn":
+        for _ in relearn(pipe, difffast.Relearning(make_trap().harmful, steps=(1,), lora_rank=2)):
+            pass
+    else:
+        trainer = difffast.EraseTrainer(pipe, "red", lora_rank=2, params="xattn", **FAST)
+        trainer.train(1, progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, of several adapters
+            pipe.unet.add_adapter(LoraConfig(target_modules=["attn1.to_q"], **mine), adapter_name="later")
+        if end == "fuse":
+            with pytest.raises(ValueError, match=r"loaded since \(later\): unload"):
+                trainer.fuse()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # peft's, of another adapter that becomes active
+                pipe.unet.delete_adapters("later")
+            trainer.fuse()
+        else:
+            trainer.remove()
+            assert list(pipe.unet.peft_config) == ["later"]
+            assert not [name for name in pipe.unet.state_dict() if "difffast" in name]
+            pipe.unet.unload_lora()
+    assert not getattr(pipe.unet, "peft_config", None)
+    assert_same(pipe.text_encoder, encoder)
+    assert list(pipe.text_encoder.peft_config) == ["mine"]
+    assert torch.equal(pipe.encode_prompt("red", "cpu", 1, False)[0], embeds)
 
 
 def test_sdxl_is_trained():

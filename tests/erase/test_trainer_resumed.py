@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from trained import FAST, assert_same, make_trap, weights_of
 import difffast
 from difffast.erase.params import select_parameters
 from difffast.erase.saving import read_tensors
+from difffast.erase.text import Conditions
+from difffast.erase.trainer import NonFiniteLossError
+from difffast.models.tiny import ddim_scheduler
 
 RUNS = {
     "ESD": {"method": "esd"},
@@ -68,6 +72,62 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(pipe, tmp_path):
     assert path.read_bytes() == before
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_was_written_last_is_latest_and_nothing_else_is_lost(pipe, tmp_path):
+    def make(**given):
+        options = {"params": "xattn-strict", "folder": tmp_path / "run", "save_every": 2, "keep": 2, **FAST, **given}
+        return difffast.EraseTrainer(copy.deepcopy(pipe), "red", **options)
+
+    make().train(8, progress=False)
+    first = contents(tmp_path / "run")
+    assert sorted(first) == ["step-0000006.safetensors", "step-0000008.safetensors"]
+    make(folder=tmp_path / "early").train(2, progress=False)
+
+    back = make()
+    back.train(4, resume=tmp_path / "early" / "step-0000002.safetensors", progress=False)
+    after = contents(tmp_path / "run")
+    aside = {name.replace(".", ".abandoned-1.", 1): data for name, data in first.items()}
+    assert {name: after[name] for name in aside} == aside
+    assert set(after) - set(aside) == {"step-0000004.safetensors"}
+    again = make()
+    again.train(5, resume="latest", progress=False)
+    assert again.losses[:4] == back.losses
+
+    second = contents(tmp_path / "run")
+    make(learning_rate=1e-2).train(4, progress=False)  # a run of its own, which comes by the same steps
+    third = contents(tmp_path / "run")
+    assert set(third) - {n for n in third if "abandoned" in n} == {
+        "step-0000002.safetensors",
+        "step-0000004.safetensors",
+    }
+    assert sorted(data for name, data in third.items() if "abandoned" in name) == sorted(second.values())
+
+
+def test_a_full_disk_leaves_a_checkpoint_of_another_run(pipe, tmp_path):
+    options = {"params": "xattn-strict", "folder": tmp_path, **FAST}
+    difffast.EraseTrainer(copy.deepcopy(pipe), "red", **options).train(1, progress=False)
+    before = contents(tmp_path)
+    with small_disk(10_000), pytest.raises(OSError, match="step-0000001"):
+        difffast.EraseTrainer(pipe, "blue", **options).train(1, progress=False)
+    assert contents(tmp_path) == before
+
+
+def test_an_error_names_the_last_checkpoint_of_its_own_branch(pipe, tmp_path):
+    options = {"params": "xattn-strict", "folder": tmp_path, "save_every": 2, **FAST}
+    difffast.EraseTrainer(copy.deepcopy(pipe), "red", **options).train(4, progress=False)
+    trainer = difffast.EraseTrainer(pipe, "red", **options)
+
+    def poison(trainer):
+        with torch.no_grad():
+            trainer.weights.parameters[0].fill_(float("nan"))
+
+    with pytest.raises(NonFiniteLossError, match=r"last good checkpoint is .*step-0000002"):
+        trainer.train(4, resume=tmp_path / "step-0000002.safetensors", callbacks=[poison], progress=False)
+
+
 def test_checkpoints_of_something_else_are_refused(pipe, tmp_path):
     options = {"params": "xattn-strict", **FAST}
     difffast.EraseTrainer(copy.deepcopy(pipe), "red", folder=tmp_path, **options).train(1, progress=False)
@@ -95,6 +155,68 @@ def test_checkpoints_of_something_else_are_refused(pipe, tmp_path):
         trainer.train(2, resume="latest", progress=False)
     with pytest.raises(FileNotFoundError, match="there is no nowhere"):
         trainer.train(2, resume="nowhere", progress=False)
+
+
+def _other_scheduler(pipe):
+    pipe.scheduler = ddim_scheduler(prediction_type="v_prediction")
+
+
+def _other_unet(pipe):
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[-1, -1, -1, -1] += 1  # nothing that is trained, and not among the first values
+
+
+def _other_text_encoder(pipe):
+    with torch.no_grad():
+        list(pipe.text_encoder.parameters())[-1][-1] += 1
+
+
+def _other_size(pipe):
+    pipe.unet.register_to_config(sample_size=16)
+
+
+def _change_trap(trap, **changed):
+    trap.related = replace(trap.related, **changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_other_scheduler, "model"),
+        (_other_size, "model"),
+        (_other_unet, "stock weights"),
+        (_other_text_encoder, "text encoders"),
+        (lambda pipe: pipe.to(torch.float64), "stock weights"),
+    ],
+)
+def test_checkpoints_of_another_pipeline_are_refused(pipe, tmp_path, change, named):
+    options = {"params": "xattn-strict", "folder": tmp_path, **FAST}
+    difffast.EraseTrainer(copy.deepcopy(pipe), "red", **options).train(1, progress=False)
+    change(pipe)
+    with pytest.raises(ValueError, match=f"differs in {named}"):
+        difffast.EraseTrainer(pipe, "red", **options).train(2, resume="latest", progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda trap: _change_trap(trap, conditions=Conditions(trap.related.conditions.embeds.flip(2))),
+        lambda trap: _change_trap(trap, std=trap.related.std * 2),
+        lambda trap: _change_trap(trap, mean=trap.related.mean + 1),
+    ],
+)
+def test_checkpoints_of_a_trap_with_other_examples_are_refused(pipe, tmp_path, change):
+    options = {"params": "xattn-strict", "folder": tmp_path, **FAST}
+    for steps in (1, 2):
+        trainer, trap = difffast.EraseTrainer(copy.deepcopy(pipe), "red", **options), make_trap()
+        if steps == 2:
+            change(trap)
+        trainer.attach(trap)
+        if steps == 1:
+            trainer.train(1, progress=False)
+        else:
+            with pytest.raises(ValueError, match="differs in trap"):
+                trainer.train(2, resume="latest", progress=False)
 
 
 TWO = """
