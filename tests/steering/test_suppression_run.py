@@ -232,6 +232,15 @@ def test_two_text_encoders_euler_and_a_loss_that_is_not_finite():
     assert torch.equal(pipe(PROMPT, generator=torch.Generator().manual_seed(0), **given).images, plain)
 
 
+def test_two_text_encoders_with_different_prompts_are_refused():
+    pipe = zoo.xl("StableDiffusionXLPipeline")()
+    with (
+        patched(pipe, "exact", steering=Suppression("elk")),
+        pytest.raises(ValueError, match="one prompt for both text encoders, got 'a ox by elk' and 'a red ox'"),
+    ):
+        pipe(PROMPT, prompt_2="a red ox", num_inference_steps=2, height=32, width=32)
+
+
 def test_what_cannot_be_is_said(pipe):
     with pytest.raises(ValueError, match="two steps of 50 in order, got"):
         Suppression("ox", optimise=(20, 10))

@@ -75,6 +75,9 @@ class Suppressor(Extension):
         self._read_by.pop(threading.get_ident(), None)
         if not call.prompts:
             return
+        for prompt, second in zip(call.prompts, call.second, strict=True):
+            if prompt != second:
+                raise ValueError(f"suppression needs one prompt for both text encoders, got {prompt!r} and {second!r}")
         images = len(call.embeds) // len(call.prompts)
         found, error = [], None
         for number, prompt in enumerate(call.prompts):
