@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..surgery.subclass import plain_class
-from ..words import Words, read_words
+from ..words import Words, convert_text, read_words, tokenizer_apart
 
 #: DeepFloyd IF's tokenizer knows no limit, and the pipeline has this one.
 _DEEPFLOYD_TOKENS = 77
+#: Arguments of ``encode_prompt`` that its result depends on besides the texts.
+_OPTIONS = ("clip_skip", "lora_scale")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class PromptCall:
         negative: the negative prompts as text; empty where there are none, or embeddings were given.
         negative_second: those of the second text encoder; ``negative`` where it has none of its own.
         negative_embeds: the negative embeddings that the pipeline was given, or None.
+        count: how many prompts, as text or as embeddings.
+        options: what else the embeddings depend on, by name: ``clip_skip``, ``lora_scale``.
     """
 
     prompts: tuple[str, ...]
@@ -36,6 +40,8 @@ class PromptCall:
     negative: tuple[str, ...]
     negative_second: tuple[str, ...]
     negative_embeds: Tensor | None
+    count: int
+    options: Mapping[str, Any]
 
     def find_rows(self, text: Any) -> int | None:
         """Return where the prompts' rows begin in a UNet call's text, whose last rows they are; None: they are not."""
@@ -66,7 +72,10 @@ def watch_encode_prompt(pipe: Any, remember: Callable[[Any, PromptCall], None]) 
         result = plain(self, *args, **kwargs)
         embeds = given.get("negative_prompt_embeds")
         prompts = _read_texts(given, "prompt", given.get("prompt_embeds"))
-        remember(self, PromptCall(*prompts, result[0], *_read_texts(given, "negative_prompt", embeds), embeds))
+        negative = _read_texts(given, "negative_prompt", embeds)
+        count = len(prompts[0]) or len(given.get("prompt_embeds", result[0]))
+        options = {name: given[name] for name in _OPTIONS if given.get(name) is not None}
+        remember(self, PromptCall(*prompts, result[0], *negative, embeds, count, options))
         return result
 
     encode_prompt.__signature__ = signature
@@ -84,13 +93,14 @@ def read_arguments(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return bound.arguments
 
 
-def encode_alone(pipe: Any, text: str, second: str | None = None) -> Mapping[str, Tensor]:
+def encode_alone(pipe: Any, text: str, second: str | None = None, **options: Any) -> Mapping[str, Tensor]:
     """Return what a pipeline makes of one text, without guidance, as arguments of its call.
 
     Args:
         pipe: the pipeline.
         text: the text.
         second: another text for the second text encoder; None: the same.
+        options: of :class:`PromptCall`.
 
     Raises:
         ValueError: the pipeline has no ``encode_prompt``, or the text encoder's result is not finite.
@@ -100,6 +110,7 @@ def encode_alone(pipe: Any, text: str, second: str | None = None) -> Mapping[str
         raise ValueError(f"{type(pipe).__name__} has no encode_prompt")
     taken = inspect.signature(plain).parameters
     given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    given |= options
     if second is not None and second != text:
         # An empty text would be taken for none, so that both encoders had the first; a space has no tokens either.
         given["prompt_2"] = second or " "
@@ -131,11 +142,10 @@ def read_prompt_words(pipe: Any, text: str, second: str | None = None) -> tuple[
         if tokenizer is None:
             continue
         # A pipeline without its first encoder (SDXL's refiner) gives the second one the first text.
-        own, longest = text if second is None or not found else second, None
-        if hasattr(pipe, "maybe_convert_prompt"):
-            own = pipe.maybe_convert_prompt(own, tokenizer)  # textual inversion: one word may stand for several vectors
-        if hasattr(pipe, "_text_preprocessing"):
-            own, longest = pipe._text_preprocessing(own)[0], _DEEPFLOYD_TOKENS
+        own = text if second is None or not found else second
+        with tokenizer_apart(tokenizer) as apart:
+            own = convert_text(pipe, apart, own)
+        longest = _DEEPFLOYD_TOKENS if hasattr(pipe, "_text_preprocessing") else None
         encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         config = getattr(encoder, "config", None)
         width = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..sampling.extension import Extension, ExtensionRun, Method, RunInfo
+from ..words import convert_text, tokenizer_apart
 from .prompt_calls import PromptCall, read_prompt_words, watch_encode_prompt
 from .suppression.embeds import check_words
 
@@ -80,11 +81,7 @@ class Guard(Extension):
     def __init__(self, config: SafeGuard, pipe: Any) -> None:
         self._config, self._watch = config, watch_encode_prompt(pipe, self._read)
         self._concepts = [
-            span(
-                torch.stack(
-                    [pool_text(encoder, tokenizer(each, truncation=True).input_ids) for each in config.concepts]
-                )
-            )
+            span(torch.stack([pool_text(encoder, _read_ids(pipe, tokenizer, each)) for each in config.concepts]))
             for encoder, tokenizer in _find_encoders(pipe)
         ]
         self._read_by: dict[int, tuple[PromptCall, list[Filtered]]] = {}  # by thread
@@ -238,6 +235,11 @@ def pool_text(encoder: nn.Module, ids: Sequence[int], hide: int | None = None) -
     with torch.no_grad():
         rows = encoder(torch.tensor([list(ids)], device=device), attention_mask=seen).last_hidden_state
     return rows[0, -1].to(torch.float64)
+
+
+def _read_ids(pipe: Any, tokenizer: Any, text: str) -> list[int]:
+    with tokenizer_apart(tokenizer) as own:
+        return own(convert_text(pipe, own, text), truncation=True).input_ids
 
 
 def _find_encoders(pipe: Any) -> list[tuple[nn.Module, Any]]:
