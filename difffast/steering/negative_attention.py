@@ -119,7 +119,12 @@ class NegativeTexts(Extension):
         if call.negative_embeds is not None:
             negative = call.negative_embeds
         else:
-            negative = torch.cat([encode_alone(pipe, *texts)["prompt_embeds"] for texts in _pair_negatives(call)])
+            # As in guidance, where clip_skip is for the prompt alone.
+            options = {name: value for name, value in call.options.items() if name != "clip_skip"}
+            pairs = _pair_negatives(call)
+            negative = torch.cat([encode_alone(pipe, *texts, **options)["prompt_embeds"] for texts in pairs])
+        if len(negative) not in (1, call.count):
+            raise ValueError(f"{call.count} prompts need 1 negative prompt or {call.count}, got {len(negative)}")
         self._read_by[threading.get_ident()] = call, negative.detach()
 
 

@@ -188,6 +188,11 @@ def test_what_cannot_be_is_refused_and_nothing_stays(pipe):
     deepfloyd = if_zoo.deepfloyd("IFPipeline")()
     with pytest.raises(ValueError, match="one softmax"):
         difffast.patch(deepfloyd, "exact", steering=NegativeAttention())
+    with (
+        patched(pipe, "exact", steering=NegativeAttention()),
+        pytest.raises(ValueError, match="4 prompts need 1 negative prompt or 4, got 2"),
+    ):
+        latents(pipe, ["a", "b", "c", "d"], negative_prompt=["fog", "red"], guidance_scale=1.0, steps=1)
     plain = latents(pipe, steps=2)
     with pytest.raises(ValueError, match="overridden once"):
         difffast.patch(pipe, "exact", steering=(NegativeAttention(), difffast.SafeGuard("fog")))
