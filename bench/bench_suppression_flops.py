@@ -65,7 +65,8 @@ def count_image(found: dict[str, Cost], config: Suppression) -> float:
     """Return the teraFLOP of an image with every iteration used."""
     first, end = config.find_window(STEPS)
     source = (end - first - 1) * found["source step with maps"].total + found["source maps alone"].total
-    optimisation = (end - first) * config.iterations * found["iteration"].total
+    guard = found["iteration"].forward if config.mode == "paper" and config.iterations else 0
+    optimisation = (end - first) * (config.iterations * found["iteration"].total + guard)
     return (STEPS * found["stock step"].total + source + optimisation) / 1e12
 
 

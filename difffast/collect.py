@@ -18,7 +18,7 @@ from .sites import find_site
 from .steering.prompts import strip_marks
 from .surgery.subclass import plain_class
 from .target import Target
-from .words import Words, read_words
+from .words import Words, convert_text, read_words, tokenizer_apart
 
 if TYPE_CHECKING:
     from .support import Pipeline
@@ -84,10 +84,11 @@ def _read_call(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, m
     if prompt is None:
         return _Called(reason="the pipeline was given no prompt as text", guided=guided)
     tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
-    prepare = getattr(pipe, "_text_preprocessing", lambda text: [text])  # DeepFloyd IF's
     try:
         texts = [strip_marks(each) if marked else each for each in ([prompt] if isinstance(prompt, str) else prompt)]
-        return _Called(tuple(read_words(tokenizer, prepare(each)[0]) for each in texts), "", guided)
+        with tokenizer_apart(tokenizer) as own:
+            texts = [convert_text(pipe, own, each) for each in texts]
+        return _Called(tuple(read_words(tokenizer, each) for each in texts), "", guided)
     except Exception as error:  # a tokenizer of whatever kind; maps of positions need none
         return _Called(reason=f"{type(tokenizer).__name__} does not tell where words are ({error})", guided=guided)
 

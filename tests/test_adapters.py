@@ -14,7 +14,7 @@ from sampling import largest
 from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 from torch import nn
 
-from difffast import EncoderPropagation, FeatureReuse, patch, patched, unpatch
+from difffast import EncoderPropagation, FeatureReuse, SemanticBinding, Suppression, patch, patched, unpatch
 
 AHEAD = EncoderPropagation(key_steps=3)
 STEP_BY_STEP = EncoderPropagation(key_steps=3, parallel=False)
@@ -155,6 +155,32 @@ def test_where_a_t2i_adapter_ends_there_is_a_key_step():
             results.append(ROWS[name].run(pipe, zoo.Inputs(), adapter_conditioning_factor=0.5))
         assert report.last_run.reasons == ["key step at 4: down_intrablock_additional_residuals changed"]
     assert largest(*results[:2]) <= LATENTS_FLOAT64
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionAdapterPipeline", "StableDiffusionXLAdapterPipeline"])
+@pytest.mark.parametrize(
+    ("prompt", "still", "off"),
+    [
+        (
+            "red elk",
+            {"steering": Suppression("elk", step_size=0.0, optimise=(10, 30), iterations=1)},
+            {"steering": Suppression("elk", optimise=(10, 30), iterations=0)},
+        ),
+        (
+            "a [red elk] and a [blue cat]",
+            {"binding": SemanticBinding(step_size=0.0, bind_step_size=0.0)},
+            {"binding": SemanticBinding(bind_steps=0, focus_steps=0)},
+        ),
+    ],
+    ids=["suppression", "binding"],
+)
+def test_an_optimisation_that_moves_nothing_leaves_a_t2i_adapters_picture(name, prompt, still, off):
+    results = []
+    for method in (still, off):
+        pipe = make(name)
+        with patched(pipe, "exact", **method):
+            results.append(ROWS[name].run(pipe, zoo.Inputs(prompt=prompt)))
+    assert largest(*results) <= LATENTS_FLOAT64
 
 
 def test_textual_inversion():

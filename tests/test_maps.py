@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from sampling import latents
 
-from difffast import AttentionMaps, SemanticBinding, collect_maps, models, patched
+from difffast import AttentionMaps, SafeGuard, SemanticBinding, collect_maps, models, patched
 from difffast.models.tokenizer import clip_tokenizer, learn_merges
+from difffast.steering.prompt_calls import read_prompt_words
+from difffast.steering.prompts import get_indices, parse_prompt
 from difffast.words import read_words
 
 PROMPT = "a cat, and a cat by a teddy bear"
@@ -53,6 +55,35 @@ def test_words_of_several_pieces_are_whole_words():
     assert words.find("cat") == (2, 3, 4)
     with pytest.raises(ValueError, match="no word 'at'"):
         words.find("at")
+
+
+def test_words_of_textual_inversion_are_words_with_all_their_vectors(pipe):
+    width = pipe.text_encoder.config.hidden_size
+    pipe.load_textual_inversion({"<toy>": torch.zeros(2, width)}, token="<toy>")
+    pipe.load_textual_inversion({"<one>": torch.zeros(1, width)}, token="<one>")
+    text = "a <toy> cat by <one> and a <toy>, teddy"
+    words = read_words(pipe.tokenizer, pipe.maybe_convert_prompt(text, pipe.tokenizer))
+    assert [word for word, _ in words.words] == ["a", "<toy>", "cat", "by", "<one>", "and", "a", "<toy>", ",", "teddy"]
+    expected = {"<toy>": (2, 3, 9, 10), "cat": (4,), "<one>": (6,), "and": (7,), "<toy> cat": (2, 3, 4), "teddy": (12,)}
+    assert {word: words.find(word) for word in expected} == expected
+    with collect_maps(pipe, tokens=["cat"]) as maps:
+        latents(pipe, text, steps=1)
+    assert "<toy> 2 3, cat 4" in str(maps)
+    assert get_indices(pipe, "a [<toy> cat]") == {1: "a</w>", 2: "<toy>", 3: "<toy>_1", 4: "cat</w>"}
+    (subject,) = parse_prompt(pipe, "a <toy> cat", [((4,), (2, 3))]).subjects
+    assert get_indices(pipe, subject.phrase) == {1: "<toy>", 2: "<toy>_1", 3: "cat</w>"}
+
+
+def test_reading_words_leaves_the_pipelines_tokenizer_alone(pipe):
+    """Another thread may be in the middle of a call with it."""
+    backend = pipe.tokenizer.backend_tokenizer
+    for padding in ("max_length", "do_not_pad"):
+        pipe.tokenizer("cat", padding=padding, truncation=padding == "max_length")
+        state = backend.padding, backend.truncation
+        read_prompt_words(pipe, PROMPT)[0][0].find("cat")
+        parse_prompt(pipe, "a [cat by a bear]")
+        with patched(pipe, "exact", steering=SafeGuard("bear")):
+            assert (backend.padding, backend.truncation) == state
 
 
 class Pieces:

@@ -58,6 +58,7 @@ def descend(
     """Move the rows of ``leaves`` down their losses.
 
     A row whose loss is not finite, or above its first one, goes back to the best values that it has had and stops.
+    What the last update has done is looked at as well, by one more evaluation without gradients.
 
     Args:
         rows: which rows of the leaves.
@@ -73,13 +74,15 @@ def descend(
     found = {row: Descended() for row in rows}
     best: dict[int, tuple[float, list[Tensor]]] = {}
     active = list(rows)
-    for _ in range(iterations):
+    for _ in range(iterations if active else 0):
         values, losses = _evaluate(leaves, active, evaluate)
         going = [i for i, loss in enumerate(losses.tolist()) if _goes_on(active[i], loss, leaves, found, best, is_done)]
         if not going or not losses.requires_grad:  # a constant loss moves nothing
             break
         _update(leaves, active, going, values, losses, loss_scale)
         active = [active[i] for i in going]
+    else:
+        _look_back(active if iterations else (), leaves, evaluate, found, best)
     for row in rows:
         if not all(bool(leaf.value[row].isfinite().all()) for leaf in leaves):
             _put_back(row, leaves, best)
@@ -152,7 +155,7 @@ def _goes_on(
     """Record a row's loss; returns whether it is to be updated."""
     record = found[row]
     record.losses.append(loss)
-    if not loss <= record.losses[0] < float("inf"):  # NaN fails as well
+    if not _is_sound(loss, record):
         record.outcome = "diverged"
         _put_back(row, leaves, best)
         return False
@@ -162,6 +165,29 @@ def _goes_on(
         record.outcome = "done"
         return False
     return True
+
+
+def _look_back(
+    rows: Sequence[int],
+    leaves: Sequence[Leaf],
+    evaluate: Callable[[Sequence[int], Sequence[Tensor]], Tensor],
+    found: dict[int, Descended],
+    best: dict[int, tuple[float, list[Tensor]]],
+) -> None:
+    """Put back the rows whose last update has made them worse than they began."""
+    if not rows:
+        return
+    with torch.no_grad():
+        losses = evaluate(rows, [leaf.value[list(rows)] for leaf in leaves]).tolist()
+    for row, loss in zip(rows, losses, strict=True):
+        if not _is_sound(loss, found[row]):
+            found[row].outcome = "diverged"
+            _put_back(row, leaves, best)
+
+
+def _is_sound(loss: float, record: Descended) -> bool:
+    """Return whether a loss is finite and not above the row's first; NaN is neither."""
+    return loss <= record.losses[0] < float("inf")
 
 
 def _put_back(row: int, leaves: Sequence[Leaf], best: dict[int, tuple[float, list[Tensor]]]) -> None:

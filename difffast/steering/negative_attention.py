@@ -34,7 +34,7 @@ class NegativeAttention(Method):
 
     Patch with ``difffast.patch(pipe, steering=difffast.NegativeAttention())``, then call
     ``pipe(prompt, negative_prompt="blurry", guidance_scale=1.0)``.  Without a negative prompt it is the empty one.
-    With guidance, the conditional half of the batch is changed.
+    With guidance, the conditional half of the batch is changed.  SDXL's ``negative_prompt_2`` is used as well.
 
     Args:
         scale: s, how far to go from the negative prompt; 1 is off, and changes no bit.
@@ -119,8 +119,28 @@ class NegativeTexts(Extension):
         if call.negative_embeds is not None:
             negative = call.negative_embeds
         else:
-            negative = torch.cat([encode_alone(pipe, text)["prompt_embeds"] for text in call.negative or ("",)])
+            # As in guidance, where clip_skip is for the prompt alone.
+            options = {name: value for name, value in call.options.items() if name != "clip_skip"}
+            pairs = _pair_negatives(call)
+            negative = torch.cat([encode_alone(pipe, *texts, **options)["prompt_embeds"] for texts in pairs])
+        if len(negative) not in (1, call.count):
+            raise ValueError(f"{call.count} prompts need 1 negative prompt or {call.count}, got {len(negative)}")
         self._read_by[threading.get_ident()] = call, negative.detach()
+
+
+def _pair_negatives(call: PromptCall) -> list[tuple[str, str]]:
+    """Return the negative prompts of both text encoders; without any, the empty one.
+
+    Raises:
+        ValueError: some encoder has neither one nor as many as the other.
+    """
+    first, second = call.negative or ("",), call.negative_second or ("",)
+    most = max(len(first), len(second))
+    if {len(first), len(second)} - {1, most}:
+        raise ValueError(
+            f"negative_prompt_2 needs one text or as many as negative_prompt, got {len(second)} and {len(first)}"
+        )
+    return list(zip(*(each * (most // len(each)) for each in (first, second)), strict=True))
 
 
 class NegativeRun(ExtensionRun):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..layers.context import AllCollected, CallContext, Text, use_context
 from ..layers.maps import AttentionMaps
 from ..surgery.trees import map_tensors
+from ..unet.parts import copy_lists
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Passes:
             **options,
         )
         with use_context(context):
-            return self.unet(**{**call, "encoder_hidden_states": text, "return_dict": False})
+            return self.unet(**{**copy_lists(call), "encoder_hidden_states": text, "return_dict": False})
 
 
 def input_scale(scheduler: Any, timestep: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..surgery.subclass import plain_class
-from ..words import Words, read_words
+from ..words import Words, convert_text, read_words, tokenizer_apart
 
 #: DeepFloyd IF's tokenizer knows no limit, and the pipeline has this one.
 _DEEPFLOYD_TOKENS = 77
+#: Arguments of ``encode_prompt`` that its result depends on besides the texts.
+_OPTIONS = ("clip_skip", "lora_scale")
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,23 @@ class PromptCall:
 
     Attributes:
         prompts: the prompts as text; empty where the pipeline was given embeddings.
+        second: those of the second text encoder; ``prompts`` where it has none of its own.
         embeds: [prompts * images_per_prompt, T, D], the embeddings of the prompts as the pipeline was given them.
         negative: the negative prompts as text; empty where there are none, or embeddings were given.
+        negative_second: those of the second text encoder; ``negative`` where it has none of its own.
         negative_embeds: the negative embeddings that the pipeline was given, or None.
+        count: how many prompts, as text or as embeddings.
+        options: what else the embeddings depend on, by name: ``clip_skip``, ``lora_scale``.
     """
 
     prompts: tuple[str, ...]
+    second: tuple[str, ...]
     embeds: Tensor
     negative: tuple[str, ...]
+    negative_second: tuple[str, ...]
     negative_embeds: Tensor | None
+    count: int
+    options: Mapping[str, Any]
 
     def find_rows(self, text: Any) -> int | None:
         """Return where the prompts' rows begin in a UNet call's text, whose last rows they are; None: they are not."""
@@ -60,10 +70,12 @@ def watch_encode_prompt(pipe: Any, remember: Callable[[Any, PromptCall], None]) 
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         result = plain(self, *args, **kwargs)
-        prompts = () if given.get("prompt_embeds") is not None else _as_texts(given.get("prompt"))
         embeds = given.get("negative_prompt_embeds")
-        negative = () if embeds is not None else _as_texts(given.get("negative_prompt"))
-        remember(self, PromptCall(prompts, result[0], negative, embeds))
+        prompts = _read_texts(given, "prompt", given.get("prompt_embeds"))
+        negative = _read_texts(given, "negative_prompt", embeds)
+        count = len(prompts[0]) or len(given.get("prompt_embeds", result[0]))
+        options = {name: given[name] for name in _OPTIONS if given.get(name) is not None}
+        remember(self, PromptCall(*prompts, result[0], *negative, embeds, count, options))
         return result
 
     encode_prompt.__signature__ = signature
@@ -81,8 +93,14 @@ def read_arguments(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return bound.arguments
 
 
-def encode_alone(pipe: Any, text: str) -> Mapping[str, Tensor]:
+def encode_alone(pipe: Any, text: str, second: str | None = None, **options: Any) -> Mapping[str, Tensor]:
     """Return what a pipeline makes of one text, without guidance, as arguments of its call.
+
+    Args:
+        pipe: the pipeline.
+        text: the text.
+        second: another text for the second text encoder; None: the same.
+        options: of :class:`PromptCall`.
 
     Raises:
         ValueError: the pipeline has no ``encode_prompt``, or the text encoder's result is not finite.
@@ -92,6 +110,10 @@ def encode_alone(pipe: Any, text: str) -> Mapping[str, Tensor]:
         raise ValueError(f"{type(pipe).__name__} has no encode_prompt")
     taken = inspect.signature(plain).parameters
     given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    given |= options
+    if second is not None and second != text:
+        # An empty text would be taken for none, so that both encoders had the first; a space has no tokens either.
+        given["prompt_2"] = second or " "
     with torch.no_grad():
         result = plain(pipe, prompt=text, **{name: value for name, value in given.items() if name in taken})
     found = {"prompt_embeds": result[0]}
@@ -103,8 +125,13 @@ def encode_alone(pipe: Any, text: str) -> Mapping[str, Tensor]:
     return found
 
 
-def read_prompt_words(pipe: Any, text: str) -> tuple[tuple[Words, int], ...]:
+def read_prompt_words(pipe: Any, text: str, second: str | None = None) -> tuple[tuple[Words, int], ...]:
     """Return, for each text encoder, the words of a prompt and how many channels of the embedding are its own.
+
+    Args:
+        pipe: the pipeline.
+        text: the prompt.
+        second: the second text encoder's; None: the same.
 
     Raises:
         ValueError: the pipeline has no tokenizer, or one that pads on the left.
@@ -114,11 +141,11 @@ def read_prompt_words(pipe: Any, text: str) -> tuple[tuple[Words, int], ...]:
         tokenizer = getattr(pipe, name, None)
         if tokenizer is None:
             continue
-        own, longest = text, None
-        if hasattr(pipe, "maybe_convert_prompt"):
-            own = pipe.maybe_convert_prompt(own, tokenizer)  # textual inversion: one word may stand for several vectors
-        if hasattr(pipe, "_text_preprocessing"):
-            own, longest = pipe._text_preprocessing(own)[0], _DEEPFLOYD_TOKENS
+        # A pipeline without its first encoder (SDXL's refiner) gives the second one the first text.
+        own = text if second is None or not found else second
+        with tokenizer_apart(tokenizer) as apart:
+            own = convert_text(pipe, apart, own)
+        longest = _DEEPFLOYD_TOKENS if hasattr(pipe, "_text_preprocessing") else None
         encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         config = getattr(encoder, "config", None)
         width = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)
@@ -126,6 +153,15 @@ def read_prompt_words(pipe: Any, text: str) -> tuple[tuple[Words, int], ...]:
     if not found:
         raise ValueError(f"{type(pipe).__name__} has no tokenizer")
     return tuple(found)
+
+
+def _read_texts(given: Mapping[str, Any], name: str, embeds: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the texts of both encoders by the argument's name, as many of each; none where there are embeddings."""
+    if embeds is not None:
+        return (), ()
+    first, second = _as_texts(given.get(name)), _as_texts(given.get(f"{name}_2") or None)
+    first = first or ("",) * len(second)
+    return first, second or first
 
 
 def _as_texts(prompt: Any) -> tuple[str, ...]:

@@ -15,9 +15,11 @@ Position 0 is the start token, 1 .. n are the word pieces; all pieces of a word 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..words import convert_text, is_further_vector, tokenizer_apart
 
 #: Words after which only attributes follow.  "-ing" alone would not do: king, ring.
 INTRODUCERS = frozenset(
@@ -228,8 +230,11 @@ def _explicit(pipe: Any, prompt: str, subjects: Sequence[Sequence[Sequence[int]]
 
 def _decode(pipe: Any, prompt: str, positions: Sequence[int]) -> str:
     tokenizer = _tokenizers(pipe)[0]
-    ids = _ids(pipe, tokenizer, prompt)
-    return " ".join(tokenizer.decode([ids[position - 1] for position in positions]).split())
+    ids, added = _ids(pipe, tokenizer, prompt), getattr(tokenizer, "added_tokens_encoder", {})
+    chosen = [ids[position - 1] for position in positions]
+    # The pipeline puts further vectors of a word in again.
+    chosen = [each for each in chosen if not is_further_vector(tokenizer.convert_ids_to_tokens(each), added)]
+    return " ".join(tokenizer.decode(chosen).split())
 
 
 def _tokens(pipe: Any, text: str) -> list[str]:
@@ -247,10 +252,8 @@ def _tokens(pipe: Any, text: str) -> list[str]:
 
 
 def _ids(pipe: Any, tokenizer: Any, text: str) -> list[int]:
-    convert: Callable[[str, Any], str] | None = getattr(pipe, "maybe_convert_prompt", None)
-    if convert is not None:
-        text = convert(text, tokenizer)  # textual inversion: one word may stand for several vectors
-    return tokenizer(text, add_special_tokens=False).input_ids
+    with tokenizer_apart(tokenizer) as own:
+        return own(convert_text(pipe, own, text), add_special_tokens=False).input_ids
 
 
 def _tokenizers(pipe: Any) -> list[Any]:

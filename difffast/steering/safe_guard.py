@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..sampling.extension import Extension, ExtensionRun, Method, RunInfo
+from ..words import convert_text, tokenizer_apart
 from .prompt_calls import PromptCall, read_prompt_words, watch_encode_prompt
 from .suppression.embeds import check_words
 
@@ -58,7 +59,7 @@ class GuardTrace:
     """What the guard did in the latest run.
 
     Attributes:
-        tokens: per prompt, the positions of the tokens whose rows were changed.
+        tokens: per prompt, the positions of the tokens whose rows were changed, in any text encoder's prompt.
         steps: per prompt, at how many steps from the first the changed text is used.
     """
 
@@ -80,11 +81,7 @@ class Guard(Extension):
     def __init__(self, config: SafeGuard, pipe: Any) -> None:
         self._config, self._watch = config, watch_encode_prompt(pipe, self._read)
         self._concepts = [
-            span(
-                torch.stack(
-                    [pool_text(encoder, tokenizer(each, truncation=True).input_ids) for each in config.concepts]
-                )
-            )
+            span(torch.stack([pool_text(encoder, _read_ids(pipe, tokenizer, each)) for each in config.concepts]))
             for encoder, tokenizer in _find_encoders(pipe)
         ]
         self._read_by: dict[int, tuple[PromptCall, list[Filtered]]] = {}  # by thread
@@ -113,8 +110,8 @@ class Guard(Extension):
             return
         images = len(call.embeds) // len(call.prompts)
         filtered = [
-            filter_prompt(pipe, text, call.embeds[number * images], self._concepts)
-            for number, text in enumerate(call.prompts)
+            filter_prompt(pipe, texts, call.embeds[number * images], self._concepts)
+            for number, texts in enumerate(zip(call.prompts, call.second, strict=True))
         ]
         self._read_by[threading.get_ident()] = call, filtered
 
@@ -170,33 +167,34 @@ class GuardRun(ExtensionRun):
         return {**call, "encoder_hidden_states": self._made[2]}
 
 
-def filter_prompt(pipe: Any, prompt: str, text: Tensor, concepts: Sequence[Tensor]) -> Filtered:
+def filter_prompt(pipe: Any, prompt: tuple[str, str], text: Tensor, concepts: Sequence[Tensor]) -> Filtered:
     """Return a prompt's embedding with the rows changed that speak of the concepts.
 
     Args:
         pipe: the pipeline.
-        prompt: the prompt as text.
+        prompt: the prompt as text, that of the first and that of the second text encoder.
         text: [T, D], its embedding.
         concepts: per text encoder, an orthonormal basis [D', r] of the concepts (:func:`span`).
     """
     text = text.detach()
-    changed, found, words = text.clone(), set(), read_prompt_words(pipe, prompt)
+    changed, found, words = text.clone(), set(), read_prompt_words(pipe, *prompt)
     widths = [width for _, width in words] if len(words) > 1 else [text.shape[-1]]
-    spoken = range(0)
+    longest = range(0)
     for part, (encoder, tokenizer), basis, (read, _) in zip(
         changed.split(widths, -1), _find_encoders(pipe), concepts, words, strict=True
     ):
         ids, spoken = tokenizer.convert_tokens_to_ids(list(read.pieces)), range(1, len(read.pieces) - 1)
         if not spoken:
             continue
+        longest = max(longest, spoken, key=len)
         hidden = torch.stack([pool_text(encoder, ids, hide=position) for position in spoken])
         tokens = [spoken[i] for i in choose_tokens(remove_span(hidden, basis).norm(dim=1))]
         rows = part[tokens].to(torch.float64)
         own = span(hidden)
         part[tokens] = remove_span(rows @ own @ own.T, basis).to(text.dtype)
         found.update(tokens)
-    old, new = (each[list(spoken)].to(torch.float64) for each in (text, changed))
-    change = 1 - float(functional.cosine_similarity(old, new, dim=-1).mean()) if len(spoken) else 0.0
+    old, new = (each[list(longest)].to(torch.float64) for each in (text, changed))
+    change = 1 - float(functional.cosine_similarity(old, new, dim=-1).mean()) if len(longest) else 0.0
     return Filtered(changed, tuple(sorted(found)), change)
 
 
@@ -237,6 +235,11 @@ def pool_text(encoder: nn.Module, ids: Sequence[int], hide: int | None = None) -
     with torch.no_grad():
         rows = encoder(torch.tensor([list(ids)], device=device), attention_mask=seen).last_hidden_state
     return rows[0, -1].to(torch.float64)
+
+
+def _read_ids(pipe: Any, tokenizer: Any, text: str) -> list[int]:
+    with tokenizer_apart(tokenizer) as own:
+        return own(convert_text(pipe, own, text), truncation=True).input_ids
 
 
 def _find_encoders(pipe: Any) -> list[tuple[nn.Module, Any]]:

@@ -61,7 +61,12 @@ def refuse_split(unet: nn.Module) -> str | None:
 
 def run_whole(unet: nn.Module, call: Mapping[str, Any]) -> Tensor:
     """Return the UNet's output [B, C_out, H, W]."""
-    return unet.forward(**{**call, "return_dict": False})[0]
+    return unet.forward(**{**copy_lists(call), "return_dict": False})[0]
+
+
+def copy_lists(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the call with lists of its own: ``forward`` pops adapters' states, and the caller's list must survive."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
 
 
 def count_skips(unet: nn.Module) -> int:

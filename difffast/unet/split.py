@@ -19,7 +19,7 @@ from ..layers.context import repeat_text, restore_text
 from ..surgery.facade import make_facade
 from . import shared_skips
 from .features import Features, drop_channels, extrapolate, find_bottleneck, find_skips, tile, tile_outputs
-from .parts import DECODER, ENCODER, RESIDUALS, Execute, execute_eagerly, make_stand_ins
+from .parts import DECODER, ENCODER, RESIDUALS, Execute, copy_lists, execute_eagerly, make_stand_ins
 
 #: ControlNet's arguments: what ``forward`` adds to the encoder's outputs.
 _ADDED_LATER = RESIDUALS[:2]
@@ -63,8 +63,7 @@ def run_encoder(
 
     children = {**make_stand_ins(unet, ENCODER, record), **make_stand_ins(unet, DECODER, hand_on)}
     half = make_facade(unet, {**children, "up_blocks": []})
-    # Adapters' lists are popped by forward; the caller's list must survive.
-    arguments = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
+    arguments = copy_lists(call)
     without = {name: None for name in _ADDED_LATER if name in arguments}  # torch 2.11 traces no `keys() &`
     half.forward(**{**arguments, **without, "return_dict": False})
     outputs = _add_residuals(outputs, call)

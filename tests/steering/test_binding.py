@@ -160,7 +160,7 @@ def test_sdxl(xl_pipe64, mode, name):
 
 
 def test_sdxl_with_propagated_steps(xl_pipe64):
-    ahead, report = run(xl_pipe64, binding(), preset="faster-diffusion", num_images_per_prompt=2)
+    ahead, report = run(xl_pipe64, binding(step_size=0.05), preset="faster-diffusion", num_images_per_prompt=2)
     assert ahead.shape[0] == 2
     assert report.last_run.propagated > 0
 

@@ -66,6 +66,7 @@ def test_step_sizes_fall_and_thresholds_follow_the_schedule():
         ({"mode": "code"}, "paper, reference, got 'code'"),
         ({"optimise": "vae"}, "got 'vae'"),
         ({"losses": {"beauty": 1}}, "unknown loss 'beauty'"),
+        ({"losses": {}}, "at least one"),
         ({"losses": {"entropy": float("nan")}}, "finite"),
         ({"losses": {"syngen": 1}}, "merge=False"),
         ({"merge": False}, "bind_steps=0"),

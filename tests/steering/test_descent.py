@@ -50,6 +50,39 @@ def test_only_guarded_rows_go_back():
     assert (values, found[0].losses, found[0].outcome) == ([-8.0], [0.5, 2.0, 8.0], "iterations")
 
 
+def test_guarded_the_last_update_is_looked_at_as_well():
+    values, found = run(descend, [1.0, 2.0], 3.0, iterations=1)
+    assert (values, found[0].losses, found[1].losses) == ([1.0, 2.0], [0.5], [2.0])
+    assert {each.outcome for each in found.values()} == {"diverged"}
+    values, found = run(descend, [1.0], 0.5, iterations=1)
+    assert (values, found[0].losses, found[0].outcome) == ([0.5], [0.5], "iterations")
+
+
+def test_what_falls_and_rises_in_the_last_update_goes_back_to_its_lowest():
+    leaf, heights = Leaf(torch.zeros(1, 1, dtype=torch.float64), 1.0), {0.0: 3.0, -1.0: 2.0, -2.0: 4.0}
+
+    def evaluate(rows, values):
+        (place,) = values[0]
+        return (
+            place - place.detach() + heights[float(place.detach())]
+        )  # the slope is 1 everywhere, the loss one of these
+
+    found = descend([0], [leaf], evaluate, iterations=2)
+    assert (leaf.value.tolist(), found[0].losses, found[0].outcome) == ([[-1.0]], [3.0, 2.0], "diverged")
+
+
+@pytest.mark.parametrize(("how", "looks"), [(descend, 4), (descend_unguarded, 3)])
+def test_the_guard_costs_one_look_without_gradients(how, looks):
+    wanted = []
+
+    def evaluate(rows, values):
+        wanted.append(torch.is_grad_enabled())
+        return values[0].square().sum(1)
+
+    how([0], [Leaf(torch.ones(1, 1), 0.1)], evaluate, iterations=3)
+    assert wanted == [True] * 3 + [False] * (looks - 3)
+
+
 @pytest.mark.parametrize("how", [descend, descend_unguarded])
 def test_nothing_to_do(how):
     assert run(how, [], 0.5)[1] == {}

@@ -154,6 +154,24 @@ def test_several_prompts_and_two_text_encoders():
     assert largest(both, run(["a ox", "a elk"], ["fog", "red"], (0, 1))) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "negative", [("fog", "red"), (None, "red"), (["fog"], "red"), ("fog", "")], ids=["both", "second", "list", "empty"]
+)
+def test_the_second_text_encoder_has_its_own_negative_prompt(negative):
+    pipe = zoo.xl("StableDiffusionXLPipeline")()
+    pipe.set_progress_bar_config(disable=True)
+    first, second = negative
+
+    def run(**given):
+        given |= {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent", "guidance_scale": 1.0}
+        return pipe("a ox", generator=torch.Generator().manual_seed(0), **given).images
+
+    plain = pipe.encode_prompt(first or "", second or first, do_classifier_free_guidance=False)
+    with patched(pipe, "exact", steering=NegativeAttention(**METHOD)):
+        expected = run(negative_prompt_embeds=plain[0].detach(), negative_pooled_prompt_embeds=plain[2].detach())
+        assert largest(run(negative_prompt=first, negative_prompt_2=second), expected) <= 1e-5
+
+
 def test_maps_are_of_the_prompt(pipe64):
     with patched(pipe64, "exact", steering=NegativeAttention(**METHOD)), difffast.collect_maps(pipe64) as maps:
         latents(pipe64, negative_prompt=NEGATIVE, guidance_scale=1.0, steps=2)
@@ -170,6 +188,11 @@ def test_what_cannot_be_is_refused_and_nothing_stays(pipe):
     deepfloyd = if_zoo.deepfloyd("IFPipeline")()
     with pytest.raises(ValueError, match="one softmax"):
         difffast.patch(deepfloyd, "exact", steering=NegativeAttention())
+    with (
+        patched(pipe, "exact", steering=NegativeAttention()),
+        pytest.raises(ValueError, match="4 prompts need 1 negative prompt or 4, got 2"),
+    ):
+        latents(pipe, ["a", "b", "c", "d"], negative_prompt=["fog", "red"], guidance_scale=1.0, steps=1)
     plain = latents(pipe, steps=2)
     with pytest.raises(ValueError, match="overridden once"):
         difffast.patch(pipe, "exact", steering=(NegativeAttention(), difffast.SafeGuard("fog")))

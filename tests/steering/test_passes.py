@@ -107,6 +107,21 @@ def test_one_token_needs_no_queries_or_keys(kind):
         assert flops[0] < flops[1]
 
 
+@torch.no_grad()
+def test_passes_of_one_call_all_have_its_adapters_states():
+    with passes("sd") as (unet, early):
+        call, text = arguments(unet)
+        states = [torch.randn(2, 32, 8, 8).double(), torch.randn(2, 64, 4, 4).double()]
+        given = {**call, "down_intrablock_additional_residuals": list(states)}
+        found = [early.prediction(given, text), early.prediction_and_maps(given, text)[0]]
+        maps = [early.maps(given, text)[0] for _ in range(2)]
+        call["down_intrablock_additional_residuals"] = list(states)
+        expected = unet(encoder_hidden_states=text, **call).sample
+    assert max(largest(each, expected) for each in found) <= OUTPUT_FLOAT64
+    assert torch.equal(*maps)
+    assert len(given["down_intrablock_additional_residuals"]) == 2
+
+
 def test_pooled_text_is_zero_and_time_ids_stay():
     with passes("sdxl") as (unet, _):
         call, _ = arguments(unet)

@@ -90,6 +90,25 @@ def test_several_prompts_images_and_two_encoders():
     assert not torch.equal(found, plain)
 
 
+def test_each_text_encoders_prompt_is_guarded_with_its_own_concepts():
+    pipe = zoo.xl("StableDiffusionXLPipeline")()
+    pipe.set_progress_bar_config(disable=True)
+    texts, second = [], "blood by a wolf"
+    pipe.unet.down_blocks[1].attentions[0].register_forward_pre_hook(
+        lambda _m, _a, given: texts.append(given["encoder_hidden_states"][-1]), with_kwargs=True
+    )
+    with difffast.patched(pipe, "exact", steering=difffast.SafeGuard(CONCEPTS)) as report:
+        for given in ((PROMPT, None), (second, None), (PROMPT, second)):
+            pipe(*given, num_inference_steps=1, height=32, width=32, output_type="latent")
+    stock = pipe.encode_prompt(PROMPT, second, do_classifier_free_guidance=False)[0][0]
+    width = pipe.text_encoder.config.hidden_size
+    first, other, both = texts
+    assert torch.equal(both[:, :width], first[:, :width])
+    assert torch.equal(both[:, width:], other[:, width:])
+    assert not torch.equal(both[:, width:], stock[:, width:])
+    assert len(report.trace.tokens[0]) > 0
+
+
 def test_what_cannot_be_guarded_is_said(pipe):
     with pytest.raises(ValueError, match="at least one word"):
         difffast.SafeGuard([])

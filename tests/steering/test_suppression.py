@@ -8,6 +8,7 @@ import torch
 import zoo
 
 import difffast
+from difffast.steering.suppression.embeds import drop_words
 from difffast.steering.suppression.regularise import regularise
 
 PROMPT = "a red ox by a elk"
@@ -113,3 +114,25 @@ def test_what_cannot_be_suppressed_is_refused_by_name(pipe):
         next(pipe.text_encoder.parameters())[:] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         difffast.suppress(pipe, PROMPT, "ox")
+
+
+def test_words_are_dropped_whole_however_they_are_ordered_and_spaced():
+    for words in (["red", "red circle"], ["red circle", "red"]):
+        assert drop_words("a red circle and a red cat", words) == "a and a cat"
+    assert drop_words("a well - known cat", ["well-known"]) == "a cat"
+    assert drop_words("a redcircle", ["red circle"]) == "a redcircle"
+
+
+def test_reencoded_rows_are_of_the_same_encoder_layer_as_the_prompt():
+    pipe = zoo.xl("StableDiffusionXLPipeline")()
+    pipe.set_progress_bar_config(disable=True)
+    texts = []
+    pipe.unet.down_blocks[1].attentions[0].register_forward_pre_hook(
+        lambda _m, _a, given: texts.append(given["encoder_hidden_states"][-1]), with_kwargs=True
+    )
+    with difffast.patched(pipe, "exact", steering=difffast.Suppression("ox", reencode=True, iterations=0)):
+        pipe("ox elk", num_inference_steps=5, height=32, width=32, output_type="latent", clip_skip=1)
+    alone = pipe.encode_prompt("elk", do_classifier_free_guidance=False, clip_skip=1)[0][0].detach()
+    pieces = len(pipe.tokenizer("ox").input_ids) - 2
+    rows = len(pipe.tokenizer("elk").input_ids) - 2
+    assert (texts[-1][1 + pieces : 1 + pieces + rows] - alone[1 : 1 + rows]).abs().max() <= 1e-5

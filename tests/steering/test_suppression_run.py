@@ -1,6 +1,7 @@
 """Content suppression with optimisation, against the method written out on the stock UNet."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -230,6 +231,38 @@ def test_two_text_encoders_euler_and_a_loss_that_is_not_finite():
     assert found.isfinite().all()
     assert not torch.equal(found, plain)
     assert torch.equal(pipe(PROMPT, generator=torch.Generator().manual_seed(0), **given).images, plain)
+
+
+def test_two_text_encoders_with_different_prompts_are_refused():
+    pipe = zoo.xl("StableDiffusionXLPipeline")()
+    with (
+        patched(pipe, "exact", steering=Suppression("elk")),
+        pytest.raises(ValueError, match="one prompt for both text encoders, got 'a ox by elk' and 'a red ox'"),
+    ):
+        pipe(PROMPT, prompt_2="a red ox", num_inference_steps=2, height=32, width=32)
+
+
+def test_a_run_sees_the_self_attention_of_its_own_thread_alone(pipe64):
+    given = {"mode": "reference", "optimise": (1, 2), "iterations": 1}
+    with patched(pipe64, "exact", steering=Suppression("elk", **given)):
+        expected = latents(pipe64, PROMPT, steps=2)
+    strangers, text = [], torch.zeros(1, 7, pipe64.unet.config.cross_attention_dim, dtype=torch.float64)
+    call = torch.zeros(1, 4, 8, 8, dtype=torch.float64), 1, text
+    watched = pipe64.unet.get_submodule(f"{LAYERS[0]}.attn1")
+
+    def call_from_another_thread(*_):
+        """In the middle of a pass whose self-attention is watched, as another pipeline with this UNet would."""
+        if not strangers and watched._forward_pre_hooks:
+            strangers.append(threading.Thread(target=pipe64.unet.forward, args=call))
+            strangers[0].start()
+            strangers[0].join()
+
+    handle = watched.to_q.register_forward_pre_hook(call_from_another_thread)
+    with patched(pipe64, "exact", steering=Suppression("elk", **given)):
+        found = latents(pipe64, PROMPT, steps=2)
+    handle.remove()
+    assert strangers
+    assert largest(found, expected) <= 1e-9
 
 
 def test_what_cannot_be_is_said(pipe):

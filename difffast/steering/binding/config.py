@@ -147,6 +147,8 @@ class BindingConfig:
         if self.losses is None:
             return (("entropy", 1.0), ("layout", 1.0)) if PRESETS[self.preset].layout else (("entropy", 1.0),)
         pairs = tuple(dict(self.losses).items())
+        if not pairs:
+            raise ValueError("losses must be at least one; focus_steps=0 optimises none")
         for name, weight in pairs:
             if name not in LOSSES:
                 raise ValueError(f"unknown loss {name!r}; available: {', '.join(LOSSES)}")

@@ -184,7 +184,8 @@ class BindingRun(ExtensionRun):
             arguments = take_rows(call, [batch - images + row for row in rows])
             arguments["sample"] = shift_latents(arguments["sample"], shift)
             maps, size = passes.maps(arguments, text.to(text_dtype), self._zero_rows(rows))
-            seen.update((row, (maps[i : i + 1].detach(), size)) for i, row in enumerate(rows))
+            if torch.is_grad_enabled():  # the guard's last look may be at what is put back
+                seen.update((row, (maps[i : i + 1].detach(), size)) for i, row in enumerate(rows))
             return torch.stack([self._loss(maps[i : i + 1], row, size) for i, row in enumerate(rows)])
 
         found = self._descend(
@@ -200,6 +201,8 @@ class BindingRun(ExtensionRun):
         )
         self._record(step, "focus", {row: [each] for row, each in found.items()})
         for row, (maps, size) in seen.items():
+            if not bool(maps.isfinite().all()):
+                continue  # what has been put back leaves nothing for the losses of later steps
             self._previous[row] = maps
             self._trace.maps[row] = maps[0, :, list(self._columns[row].anchors)].T.unflatten(-1, size)
         return None if config.optimise == "text" else moved

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -115,14 +117,17 @@ def regularise_text(
     return changed
 
 
-def reencode_others(pipe: Any, text: Tensor, prompt: str, words: Sequence[str]) -> Tensor:
+def reencode_others(pipe: Any, text: Tensor, prompt: str, words: Sequence[str], **options: Any) -> Tensor:
     """Return a prompt's embeddings [B, T, D] with the rows of all words but some from the prompt without these.
+
+    ``options`` are those that ``text`` was encoded with, as :func:`~difffast.steering.prompt_calls.encode_alone` takes
+    them.
 
     Raises:
         ValueError: the prompt without the words is cut into other pieces.
     """
     without = drop_words(prompt, words)
-    other, changed = encode_alone(pipe, without)["prompt_embeds"], text.clone()
+    other, changed = encode_alone(pipe, without, **options)["prompt_embeds"], text.clone()
     encoders = read_prompt_words(pipe, prompt)
     widths = [width for _, width in encoders] if len(encoders) > 1 else [text.shape[2]]
     parts = zip(
@@ -140,7 +145,10 @@ def reencode_others(pipe: Any, text: Tensor, prompt: str, words: Sequence[str]) 
 
 def drop_words(prompt: str, words: Sequence[str]) -> str:
     """Return a prompt without words, wherever it has them."""
-    for word in words:
-        inner = r"\s+".join(map(re.escape, word.split()))
+    for word in sorted(words, key=len, reverse=True):  # "red circle" before "red", which would leave a circle
+        # Tokenizers cut at punctuation, with spaces there or without.
+        parts = re.findall(r"\w+|[^\w\s]", word)
+        gaps = (r"\s+" if re.match(r"\w", a) and re.match(r"\w", b) else r"\s*" for a, b in pairwise(parts))
+        inner = "".join(itertools.chain.from_iterable(zip(map(re.escape, parts), (*gaps, ""), strict=True)))
         prompt = re.sub(rf"(?<!\w){inner}(?!\w)", " ", prompt, flags=re.IGNORECASE)
     return " ".join(prompt.split())

@@ -75,11 +75,14 @@ class Suppressor(Extension):
         self._read_by.pop(threading.get_ident(), None)
         if not call.prompts:
             return
+        for prompt, second in zip(call.prompts, call.second, strict=True):
+            if prompt != second:
+                raise ValueError(f"suppression needs one prompt for both text encoders, got {prompt!r} and {second!r}")
         images = len(call.embeds) // len(call.prompts)
         found, error = [], None
         for number, prompt in enumerate(call.prompts):
             try:
-                found.append(self._suppress(pipe, prompt, call.embeds[number * images].detach()))
+                found.append(self._suppress(pipe, prompt, call.embeds[number * images].detach(), call.options))
             except ValueError as missing:
                 error = missing
                 found.append(Suppressed())
@@ -87,7 +90,7 @@ class Suppressor(Extension):
             raise error
         self._read_by[threading.get_ident()] = call, found
 
-    def _suppress(self, pipe: Any, prompt: str, text: Tensor) -> Suppressed:
+    def _suppress(self, pipe: Any, prompt: str, text: Tensor, options: Mapping[str, Any]) -> Suppressed:
         present, error = [], None
         for word in self.config.words:
             try:
@@ -101,8 +104,9 @@ class Suppressor(Extension):
         *removed, _ = rows[0][0]
         words = read_prompt_words(pipe, prompt)[0][0].words
         if self.config.reencode:
-            text = reencode_others(pipe, text[None], prompt, present)[0]
-        without = encode_alone(pipe, drop_words(prompt, present)) if hasattr(pipe, "text_encoder_2") else {}
+            text = reencode_others(pipe, text[None], prompt, present, **options)[0]
+        two = hasattr(pipe, "text_encoder_2")
+        without = encode_alone(pipe, drop_words(prompt, present), **options) if two else {}
         return Suppressed(
             tuple(removed),
             tuple(position for _, positions in words for position in positions if position not in removed),

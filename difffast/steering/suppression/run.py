@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -150,10 +151,13 @@ class SuppressionRun(ExtensionRun):
     def _watch_self_attention(self) -> Iterator[list[Tensor]]:
         """Collect the self-attention maps [B, N, N] beside the chosen layers, where the loss wants them."""
         found: list[Tensor] = []
+        thread = threading.get_ident()
 
-        def hook(layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            hidden = arguments[0] if arguments else named["hidden_states"]
-            found.append(compute_self_maps(layer, hidden))
+        # PyTorch says in a second step that a hook takes arguments by name; another thread's call may come between.
+        def hook(layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> None:
+            if threading.get_ident() == thread:
+                hidden = arguments[0] if arguments else (named or {})["hidden_states"]
+                found.append(compute_self_maps(layer, hidden))
 
         with contextlib.ExitStack() as stack:
             for name in self._layers if self._config.mode == "reference" else ():
