@@ -181,7 +181,7 @@ def test_without_guidance_of_several_images_and_unfused(small):
 
 def test_two_text_encoders_velocity_and_another_size():
     pipe = zoo.xl("StableDiffusionXLPipeline")().to(dtype=torch.float64)
-    pipe.scheduler = DDIMScheduler.from_config({**scheduler("DDIM").config, "prediction_type": "v_prediction"})
+    pipe.scheduler = DDIMScheduler.from_config(scheduler("DDIM").config, prediction_type="v_prediction")
     pipe.set_progress_bar_config(disable=True)
     given = {"num_inference_steps": 4, "height": 24, "width": 40, "output_type": "latent"}
     start = torch.randn(1, 4, 6, 10, **DOUBLE).repeat(2, 1, 1, 1)

@@ -5,7 +5,8 @@ known, and nothing has to be inverted.  Of an edit with latents y, the picture i
     y_0 = (y - sqrt(1 - a) (e(y, target) - e(z, source) + e')) / sqrt(a)
 and both go to the next level, b, with the same new noise e'':
     z <- sqrt(b) z_0 + sqrt(1 - b) e'',    y <- sqrt(b) y_0 + sqrt(1 - b) e''
-The source comes out as it went in, exactly.
+With velocities v this is y_0 = z_0 + x_0(y, target) - x_0(z, source), x_0(x) = sqrt(a) x - sqrt(1 - a) v(x), which
+holds where a = 0 as well.  The source comes out as it went in, exactly.
 """
 
 from __future__ import annotations
@@ -116,13 +117,14 @@ class VirtualRun(ExtensionRun):
         next_root, next_rest = (1.0, 0.0) if last else read_level(levels[int(times[self._step + 1])])
         precise = torch.promote_types(latents.dtype, torch.float32)
         sample, output, picture = (x.to(latents.device, precise) for x in (sample, output, self._picture))
-        if scheduler.config.prediction_type == "v_prediction":
-            output = root * output + rest * sample
         sources = count // 2 if count % 2 == 0 else count
         shape = (sources, *latents.shape[1:])
         noise = randn_tensor(shape, generator=self._generator, device=latents.device, dtype=precise)
         following = next_root * picture + next_rest * noise
         if sources < count:
-            before, edited = ((x - rest * e) / root for x, e in zip(sample.chunk(2), output.chunk(2), strict=True))
+            if scheduler.config.prediction_type == "v_prediction":
+                before, edited = (root * sample - rest * output).chunk(2)
+            else:
+                before, edited = ((sample - rest * output) / root).chunk(2)
             following = torch.cat([following, following + next_root * (edited - before)])
         return following.to(latents.dtype)

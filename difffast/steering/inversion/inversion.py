@@ -128,7 +128,7 @@ class Inversion(Method):
         Raises:
             ValueError: another scheduler or UNet, an inversion by EDICT, or one that is not complete.
         """
-        check_scheduler(pipe.scheduler, noised=self.method == "ddcm")
+        check_scheduler(pipe.scheduler, self.steps, noised=self.method == "ddcm")
         self.arguments  # noqa: B018 - refuses EDICT
         if self.method in ("null", "style") and len(self.losses) < self.steps:
             raise ValueError(f"the inversion is not complete: {len(self.losses)} of {self.steps} steps are done")

@@ -78,7 +78,7 @@ def invert(
     with torch.no_grad():
         start = encode_image(pipe, image)
         if method == "ddcm":
-            check_scheduler(pipe.scheduler, noised=True)
+            check_scheduler(pipe.scheduler, steps, noised=True)
             return Inversion(method, prompt, guidance, size, start, steps)
         moves = Moves(pipe, target.unet, prompt, steps, size)
         if method == "edict":
