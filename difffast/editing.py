@@ -52,6 +52,8 @@ def edit(
             pipeline runs, other prompts than the edit's.
     """
     method = PromptEdit(source, target, cross=cross, self_=self_, reweight=reweight, blend=blend, **more)
+    if inversion is not None and not isinstance(inversion, Inversion):
+        raise TypeError(f"inversion must be what difffast.invert returns, got {type(inversion).__name__}")
     if inversion is not None and inversion.prompt != source:
         raise ValueError(f"the inversion is of {inversion.prompt!r}, and the source of the edit is {source!r}")
     methods: tuple[Method, ...] = (method,)

@@ -1,6 +1,7 @@
 """``difffast suppress`` and ``difffast edit``."""
 
 import pytest
+import zoo
 from PIL import Image
 
 import difffast
@@ -41,13 +42,22 @@ def test_reencoding_is_handed_on(tmp_path, monkeypatch, optimise):
 
 
 @pytest.mark.usefixtures("_small")
-def test_edit_writes_two_pictures_of_a_generated_and_of_a_real_one(tmp_path):
+def test_edit_writes_two_pictures_of_a_generated_and_of_a_real_one(tmp_path, pipe):
     out = tmp_path / "out.png"
     prompts = ["edit", "--source", "a ox in fog", "--target", "a elk in fog", "--steps", "2", "--out", str(out)]
     assert main(prompts) == 0
     assert size(out) == (64, 32)
     Image.new("RGB", (32, 32), "red").save(tmp_path / "real.png")
-    assert main([*prompts, "--image", str(tmp_path / "real.png"), "--blend", "ox", "elk"]) == 0
+    blended = [*prompts, "--image", str(tmp_path / "real.png"), "--blend", "ox", "elk"]
+    assert main(blended) == 2  # the small UNet has no layers for it
+    pipe.unet = zoo.unet(
+        block_out_channels=(32, 32, 64),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=2,
+        layers_per_block=1,
+    )
+    assert main(blended) == 0
     assert size(out) == (64, 32)
 
 

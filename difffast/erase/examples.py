@@ -48,10 +48,10 @@ def encode_examples(pipe: Any, pairs: Sequence[tuple[Any, str]]) -> Examples:
     Args:
         pipe: a pipeline with a VAE.
         pairs: (picture, prompt); a picture is what the pipeline's image processor takes, and is resized to the
-            model's size.
+            model's size; PIL's are converted to RGB.
 
     Raises:
-        ValueError: no pair.
+        ValueError: no pair, or a picture of another number of channels.
         TypeError: something else than pairs.
     """
     check_pipeline(pipe)
@@ -69,7 +69,10 @@ def encode_examples(pipe: Any, pairs: Sequence[tuple[Any, str]]) -> Examples:
     try:
         means, stds = [], []
         for picture, _ in pairs:
-            pixels = pipe.image_processor.preprocess(picture, height=height, width=width)
+            rgb = picture.convert("RGB") if hasattr(picture, "convert") else picture  # of PIL; palettes, alpha and grey
+            pixels = pipe.image_processor.preprocess(rgb, height=height, width=width)
+            if pixels.shape[1] != vae.config.in_channels:
+                raise ValueError(f"pictures must have {vae.config.in_channels} channels, got {pixels.shape[1]}")
             found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
             means.append(found.mean)
             stds.append(found.std)

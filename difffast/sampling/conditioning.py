@@ -100,6 +100,21 @@ class Conditioning:
         return held.settled
 
 
+def check_rows(text: Any, sample: Tensor) -> None:
+    """Refuse a text with another number of rows than the latents of pictures, as stock layers do.
+
+    Fused layers could take its rows for those of time steps or of a video's frames, which a text may have as well.
+
+    Raises:
+        ValueError: it has.
+    """
+    if isinstance(text, Tensor) and sample.ndim == 4 and len(text) != len(sample):
+        raise ValueError(
+            f"the UNet needs as many rows of text as of latents, got {len(text)} and {len(sample)}: latents must have "
+            "a row for every image of every prompt"
+        )
+
+
 def can_compare(tensor: Tensor) -> bool:
     """Return whether values of a tensor can be compared without waiting for a device."""
     return tensor.device.type == "cpu"

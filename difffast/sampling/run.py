@@ -20,7 +20,7 @@ from ..unet.contents import contents_of
 from ..unet.fingerprint import Fingerprint
 from .calls import find_pipeline_call
 from .cfg_reuse import CfgHalves
-from .conditioning import Conditioning
+from .conditioning import Conditioning, check_rows
 from .controlnet import ControlOutputs
 from .decode_ahead import DecodeAhead
 from .execution import Engine, Execution
@@ -224,6 +224,8 @@ class SamplingRun:
         if not (fused or sinks or self._edit is not None):
             return None
         sample = call["sample"]
+        if fused and self._text == "given":
+            check_rows(call.get("encoder_hidden_states"), sample)
         text = self._read_text(call.get("encoder_hidden_states"), sample, stock=stock)
         if engine is not None:
             text = None  # programs and graphs get text keys and values as inputs

@@ -93,6 +93,16 @@ def read_arguments(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return bound.arguments
 
 
+def count_images(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return how many images a call of a pipeline makes of each prompt."""
+    return read_arguments(pipe, args, kwargs).get("num_images_per_prompt") or 1
+
+
+def is_guided(pipe: Any, guidance: float) -> bool:
+    """Return whether a call has guidance: what its pipeline says, or where it does not, whether the scale is not 1."""
+    return bool(getattr(pipe, "do_classifier_free_guidance", guidance != 1))
+
+
 def encode_alone(pipe: Any, text: str, second: str | None = None, **options: Any) -> Mapping[str, Tensor]:
     """Return what a pipeline makes of one text, without guidance, as arguments of its call.
 

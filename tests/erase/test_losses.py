@@ -163,6 +163,16 @@ def test_moments_are_those_of_the_vae(pipe):
         assert (found.conditions.embeds[i] - text(pipe, f"prompt {i}")[0]).abs().max() < 1e-5
 
 
+def test_pictures_with_alpha_palettes_or_grey_are_examples_and_other_channels_are_named(pipe):
+    plain = picture((32, 32), 0)
+    for mode in ("RGBA", "L", "P"):
+        other = plain.convert(mode)
+        found, wanted = (encode_examples(pipe, [(each, "a")]) for each in (other, other.convert("RGB")))
+        assert torch.equal(found.mean, wanted.mean)
+    with pytest.raises(ValueError, match="pictures must have 3 channels, got 4"):
+        encode_examples(pipe, [(torch.zeros(1, 4, 32, 32), "a")])
+
+
 def test_an_epoch_has_every_example_once(pipe):
     examples = Examples(
         torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 8),

@@ -43,7 +43,7 @@ def test_a_run_is_the_method_written_out(pipe64, mode):
 def test_schedulers_step_from_the_moved_latents(pipe64, name):
     if name == "v-prediction":
         zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        pipe64.scheduler = DDIMScheduler.from_config({**scheduler("DDIM").config, **zero_snr})
+        pipe64.scheduler = DDIMScheduler.from_config(scheduler("DDIM").config, **zero_snr)
     else:
         pipe64.scheduler = scheduler(name)
     expected, _, _ = SAMPLE["paper"](pipe64, THINGS, numbers(bind=1, focus=2, replace=0), LAYERS)

@@ -165,6 +165,15 @@ def test_the_released_windows_and_tail(small):
     assert (config.count_cross_steps(10), config.count_self_steps(10)) == (8, 4)
 
 
+def test_the_released_tail_of_a_refined_prompt(small):
+    """ADDED ends at 12, SOURCE at 9: what stands after the end takes its attention from its own place."""
+    mix, keep = refine_mapper(77)
+    mix[:, 13:] = torch.eye(77, **DOUBLE)[:, 13:]
+    explicit = Explicit(mix, keep, torch.ones(77, **DOUBLE), cross=int(0.77 * 11), itself=0)
+    found = ours(small, ADDED, cross=0.77, self_=0.0, mode="reference")
+    assert largest(found, by_hand(small, ADDED, explicit)) <= EXACT_FLOAT64
+
+
 def test_without_guidance_of_several_images_and_unfused(small):
     given = {"preset": {"guidance_scale": 1.0}, "steps": 4, "cross": 0.5, "self_": 0.5}
     mix, keep = replace_mapper(77)
@@ -181,7 +190,7 @@ def test_without_guidance_of_several_images_and_unfused(small):
 
 def test_two_text_encoders_velocity_and_another_size():
     pipe = zoo.xl("StableDiffusionXLPipeline")().to(dtype=torch.float64)
-    pipe.scheduler = DDIMScheduler.from_config({**scheduler("DDIM").config, "prediction_type": "v_prediction"})
+    pipe.scheduler = DDIMScheduler.from_config(scheduler("DDIM").config, prediction_type="v_prediction")
     pipe.set_progress_bar_config(disable=True)
     given = {"num_inference_steps": 4, "height": 24, "width": 40, "output_type": "latent"}
     start = torch.randn(1, 4, 6, 10, **DOUBLE).repeat(2, 1, 1, 1)

@@ -25,7 +25,7 @@ V = {"prediction_type": "v_prediction"}
 def ready(pipe64, request):
     pipe64.scheduler = scheduler("DDIM")
     if request.param == "velocity":
-        pipe64.scheduler = DDIMScheduler.from_config({**pipe64.scheduler.config, **V})
+        pipe64.scheduler = DDIMScheduler.from_config(pipe64.scheduler.config, **V)
     return pipe64
 
 

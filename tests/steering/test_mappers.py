@@ -87,13 +87,14 @@ def longest_by_trying(before, after):
     return 0
 
 
-def test_refining_aligns_a_longest_common_subsequence():
+@pytest.mark.parametrize("shift", [True, False], ids=["moved", "released"])
+def test_refining_aligns_a_longest_common_subsequence(shift):
     generator = random.Random(1)
     for _ in range(250):
         words = draw(generator, 4)
         others = [word for word in words if generator.random() < 0.7] + draw(generator, 2)
         source, target = make(words), make(others)
-        found = map_refined(source, target, ROWS + 2)
+        found = map_refined(source, target, ROWS + 2, shift=shift)
         n, m = len(source.pieces) - 2, len(target.pieces) - 2
         pairs = [tuple(pair) for pair in found.mix.nonzero().tolist()]
         inner = [(i, j) for i, j in pairs if 1 <= j <= m]
@@ -101,6 +102,8 @@ def test_refining_aligns_a_longest_common_subsequence():
         assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(inner))
         assert len(inner) == longest_by_trying(source.pieces[1:-1], target.pieces[1:-1])
         outer = [(min(n + 1 + k, ROWS + 1), m + 1 + k) for k in range(ROWS + 1 - m)]
+        if not shift:  # mapper[len(y_seq):] = len(y_seq) + arange, y_seq with its start and end tokens
+            outer = [outer[0], *((j, j) for j in range(len(target.pieces), ROWS + 2))]
         assert sorted(pairs) == sorted([(0, 0), *inner, *outer])
         assert torch.equal(found.keep, found.mix.sum(0))
         assert set(found.mix.unique().tolist()) <= {0.0, 1.0}

@@ -286,7 +286,7 @@ def test_reconstructions_are_nearer_than_those_of_ddim(kind, pipe64, monkeypatch
     pipe = zoo.xl("StableDiffusionXLPipeline")() if kind == "two encoders" else pipe64
     pipe.scheduler = scheduler("DDIM")
     if kind == "velocity":
-        pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "prediction_type": "v_prediction"})
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
     pipe.set_progress_bar_config(disable=True)
     found = invert(pipe, picture((40, 24)), PROMPT, "style", steps=2)
     errors = []

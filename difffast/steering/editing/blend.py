@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .levels import BLEND_LEVEL, find_size
+
 
 class LocalBlend:
     """The maps of a word of the source and of one of the target over the steps, and what they leave of an edit.
@@ -27,9 +29,14 @@ class LocalBlend:
         self._source, self._target = self._source + source, self._target + target
 
     def mix(self, latents: Tensor) -> Tensor:
-        """Return latents [2n, C, H, W], sources before targets, the latter changed only where a word is."""
+        """Return latents [2n, C, H, W], sources before targets, the latter changed only where a word is.
+
+        Raises:
+            ValueError: there were no maps.
+        """
         if not (isinstance(self._source, Tensor) and isinstance(self._target, Tensor)):
-            return latents
+            size = "x".join(map(str, find_size(latents.shape[-2:], BLEND_LEVEL)))
+            raise ValueError(f"blend needs a cross-attention layer of {size} pixels, and the UNet's call had none")
         source, target = latents.chunk(2)
         where = self._find(self._source, latents) | self._find(self._target, latents)
         return torch.cat([source, torch.where(where, target, source)])

@@ -24,18 +24,21 @@ class EditConfig:
             where the numbers of words are equal.
         cross: the share of the steps, from the first, at which words of the target that the source has as well, or
             that stand for its words, look where the source's do.
-        self_: the same for the pixels' attention to each other, in layers of at most a sixteenth of the latents' size.
-        uncond_self: the same for the unconditional half of guidance's batch, up to a quarter of the latents' size
-            (P2Plus, StyleDiffusion, arXiv 2303.15649); 0 leaves it alone.
+        self_: the same for the pixels' attention to each other, in layers of at most a quarter of the latents' height
+            and width, rounded up.  The report says where a UNet has none.
+        uncond_self: the same for the unconditional half of guidance's batch, up to half of the latents' height and
+            width (P2Plus, StyleDiffusion, arXiv 2303.15649); 0 leaves it alone.
         values: with an inversion by "style", the share of the steps at which the target's values come from the picture
             as well; None: 0.6, or 0 without such an inversion.
         reweight: words of the target and by how much their maps are multiplied.
-        blend: a word of the source and one of the target: outside of where they are, the picture stays.  None: the
-            whole picture may change.
+        blend: a word of the source and one of the target: outside of where they are, the picture stays.  They are
+            looked for in layers of a quarter of the latents' height and width; a UNet without such layers is refused.
+            None: the whole picture may change.
         blend_threshold: the share of the largest value above which a word is there.
         blend_from: the share of the steps after which ``blend`` begins.
         mode: "paper", or "reference", which has what the released code does otherwise: rows after the last replaced
-            word do not move with it, and the windows are int(cross * (steps + 1)) and int(self_ * steps) steps long.
+            word, or after a refined prompt's end token, do not move with it, and the windows are
+            int(cross * (steps + 1)) and int(self_ * steps) steps long.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range.
@@ -68,12 +71,14 @@ class EditConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a share, 0 .. 1, got {value!r}")
-        for word, factor in dict(self.reweight or {}).items():
+        if self.reweight is not None and not isinstance(self.reweight, Mapping):
+            raise TypeError(f"reweight must be a mapping of words to factors, got {type(self.reweight).__name__}")
+        for word, factor in (self.reweight or {}).items():
             if not isinstance(word, str) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
                 raise ValueError(f"reweight must name words and finite factors, got {word!r}: {factor!r}")
         if self.blend is not None:
-            words = tuple(self.blend)
-            if isinstance(self.blend, str) or len(words) != 2 or not all(isinstance(word, str) for word in words):
+            pair = isinstance(self.blend, (tuple, list)) and len(self.blend) == 2
+            if not pair or not all(isinstance(word, str) for word in self.blend):
                 raise ValueError(f"blend must be a word of the source and one of the target, got {self.blend!r}")
 
     def count_cross_steps(self, total: int) -> int:

@@ -3,7 +3,8 @@
 With A and A' the maps of the two prompts, a mapper M [T, T'] and a mask keep [T'] say
     A'[:, j] <- sum_i A[:, i] M[i, j]    where keep[j] is 1;  token j keeps its own map where it is 0.
 Source: Prompt-to-Prompt (arXiv 2208.01626), section 3.2.  Its released code leaves the rows after the last replaced
-word where they are, although the words have moved if the replaced ones differ in pieces: ``shift=False``.
+word, and those after the end of a refined prompt, where they are, although they have moved if the numbers of pieces
+differ: ``shift=False``.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _map_tail(mix: Tensor, i: int, j: int) -> None:
         mix[i:, j:] = 1 / (rows - j)
 
 
-def map_refined(source: Words, target: Words, rows: int) -> Mapper:
+def map_refined(source: Words, target: Words, rows: int, *, shift: bool = True) -> Mapper:
     """Return the mapper of prompts of which one has words that the other has not.
 
     Their pieces are aligned by a longest common subsequence; of several, the one that matches the earliest pieces.
@@ -107,12 +108,13 @@ def map_refined(source: Words, target: Words, rows: int) -> Mapper:
     Args:
         source, target: the words of the two prompts.
         rows: T, of both embeddings.
+        shift: whether the rows after the end tokens move with these.
     """
     before, after = source.pieces[1:-1], target.pieces[1:-1]
     mix, keep = torch.zeros(rows, rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
     pairs = [(0, 0), *((i + 1, j + 1) for i, j in align(before, after))]
     i, j = len(before) + 1, len(after) + 1
-    pairs += [(min(i + k, rows - 1), j + k) for k in range(rows - j)]
+    pairs += [(i, j), *((min(i + k, rows - 1) if shift else j + k, j + k) for k in range(1, rows - j))]
     for a, b in pairs:
         mix[a, b] = keep[b] = 1
     return Mapper(mix, keep)

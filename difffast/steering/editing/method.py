@@ -36,7 +36,7 @@ class PromptEdit(EditConfig, Method):
         refuse_attention_edits(pipe, unet)
         if self._picture is not None:
             self._picture.check(pipe, unet)
-            return PromptEditor(self, pipe, ValueTexts(self._picture.features, self._picture.networks))
+            return PromptEditor(self, pipe, unet, ValueTexts(self._picture.features, self._picture.networks))
         if self.values:
             raise ValueError(f"values={self.values} needs a picture inverted by 'style', whose values these are")
-        return PromptEditor(self, pipe)
+        return PromptEditor(self, pipe, unet)

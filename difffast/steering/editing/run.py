@@ -18,12 +18,8 @@ from ..prompt_calls import PromptCall
 from .attention import attend_edited, average_map, weigh
 from .blend import LocalBlend
 from .config import EditConfig
+from .levels import BLEND_LEVEL, SELF_LEVEL, UNCOND_SELF_LEVEL, find_size
 from .mappers import EditedPrompts
-
-#: Shares of the latents' size up to which self-attention layers are edited, and those of the unconditional half.
-_SELF, _UNCOND_SELF = 16, 4
-#: The share of the latents' size that layers have whose maps the local blend looks at.
-_BLEND = 16
 
 
 class EditRun(ExtensionRun):
@@ -50,7 +46,7 @@ class EditRun(ExtensionRun):
         self._values = values
         self._kv: TextKV | None = None
         self._config, self._prompts, self._info = config, prompts, info
-        self._images, self._step, self._pixels = len(call.embeds) // 2, 0, 0
+        self._images, self._step, self._size = len(call.embeds) // 2, 0, (0, 0)
         self._blend = LocalBlend(config.blend_threshold)
         self._mixed: dict[str, tuple[Tensor, tuple[Tensor, Tensor | None]]] = {}  # by layer: of which values
         self._weights: dict[tuple[float, torch.device, torch.dtype], tuple[Tensor, Tensor | None]] = {}
@@ -61,15 +57,16 @@ class EditRun(ExtensionRun):
         """Return the call as it is, after a look at its size.
 
         Raises:
-            ValueError: its batch is not the pictures', once or twice.
+            ValueError: its batch is not the pictures', once or twice, or its text is for another one.
         """
-        rows = call["sample"].shape[0]
+        rows, texts = len(call["sample"]), len(call["encoder_hidden_states"])
         if rows not in (2 * self._images, 4 * self._images):
             raise ValueError(f"an edit needs a batch of {2 * self._images} or {4 * self._images} rows, got {rows}")
-        height, width = call["sample"].shape[-2:]
+        if rows != texts:
+            raise ValueError(f"an edit needs as many rows of latents as of text, got {rows} and {texts}")
         if step == 0:
             self._blend = LocalBlend(self._config.blend_threshold)  # a custom loop may start again
-        self._step, self._pixels = step, height * width
+        self._step, self._size = step, tuple(call["sample"].shape[-2:])
         if self._values is not None:
             self._kv = self._make_values(call["encoder_hidden_states"], step)
         return call
@@ -95,10 +92,10 @@ class EditRun(ExtensionRun):
         """Give the target's rows the queries and keys of the source's, in small layers."""
         config, total, images = self._config, self._info.total, self._images
         taken = list(range(rows))
-        if self._step < config.count_self_steps(total) and pixels * _SELF <= self._pixels:
+        if self._step < config.count_self_steps(total) and pixels <= self._count_pixels(SELF_LEVEL):
             taken[-images:] = taken[-2 * images : -images]
         unconditional = self._step < config.count_self_steps(total, unconditional=True) and rows == 4 * images
-        if unconditional and pixels * _UNCOND_SELF <= self._pixels:
+        if unconditional and pixels <= self._count_pixels(UNCOND_SELF_LEVEL):
             taken[images : 2 * images] = taken[:images]
         return None if taken == list(range(rows)) else taken
 
@@ -107,7 +104,7 @@ class EditRun(ExtensionRun):
         images = self._images
         source = call.query[-2 * images : -images], call.keys[-2 * images : -images]
         mine = call.query[-images:], call.keys[-images:]
-        if self._prompts.blend is not None and call.query.shape[2] * _BLEND == self._pixels:
+        if self._prompts.blend is not None and call.query.shape[2] == self._count_pixels(BLEND_LEVEL):
             self._look(call, source, mine)
         if self._kv is not None:
             if call.watched:
@@ -148,17 +145,15 @@ class EditRun(ExtensionRun):
             for query, keys in (mine, source)
         )
         (first, second), (mix, keep_own) = self._prompts.blend, self._weigh(call.values)
-        height = self._height(call)
+        height, _ = find_size(self._size, BLEND_LEVEL)
         self._blend.add(
             (theirs @ first.to(theirs)).unflatten(-1, (height, -1)),
             average_map(theirs, own, mix, keep_own, second).unflatten(-1, (height, -1)),
         )
 
-    def _height(self, call: CrossCall) -> int:
-        height, width = call.size
-        while height * width > call.query.shape[2]:
-            height, width = -(-height // 2), -(-width // 2)  # each level halves both, rounding up
-        return height
+    def _count_pixels(self, level: int) -> int:
+        height, width = find_size(self._size, level)
+        return height * width
 
     def blend(self, latents: Tensor) -> Tensor:
         """Return latents [2n, C, H, W] after a step of the scheduler, changed only where the blend's words are."""

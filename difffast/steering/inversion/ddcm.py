@@ -5,7 +5,8 @@ known, and nothing has to be inverted.  Of an edit with latents y, the picture i
     y_0 = (y - sqrt(1 - a) (e(y, target) - e(z, source) + e')) / sqrt(a)
 and both go to the next level, b, with the same new noise e'':
     z <- sqrt(b) z_0 + sqrt(1 - b) e'',    y <- sqrt(b) y_0 + sqrt(1 - b) e''
-The source comes out as it went in, exactly.
+With velocities v this is y_0 = z_0 + x_0(y, target) - x_0(z, source), x_0(x) = sqrt(a) x - sqrt(1 - a) v(x), which
+holds where a = 0 as well.  The source comes out as it went in, exactly.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ...sampling.extension import Extension, ExtensionRun, RunInfo
 from ...sampling.scheduler_step import Result
+from ..prompt_calls import count_images
 from .moves import read_level
 from .values import check_steps
 
@@ -37,14 +39,14 @@ class VirtualReplay(Extension):
 
     def __init__(self, picture: Tensor, steps: int, pipe: Any) -> None:
         self._picture, self._steps, self._pipe = picture, steps, weakref.ref(pipe)
-        self._generators: dict[int, Any] = {}  # by thread
+        self._calls: dict[int, tuple[Any, int]] = {}  # by thread: the generator, and images of each prompt
         self._run_by: dict[int, VirtualRun] = {}
 
     def describe(self) -> Iterator[tuple[str, str]]:
         yield "scheduler.step", "a picture noised anew at every step (DDCM)"
 
     def see_call(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._generators[threading.get_ident()] = kwargs.get("generator")
+        self._calls[threading.get_ident()] = kwargs.get("generator"), count_images(pipe, args, kwargs)
 
     def full_steps(self, total: int) -> Sequence[int]:
         return range(total)
@@ -60,9 +62,9 @@ class VirtualReplay(Extension):
         """
         check_steps(self._steps, info)
         thread = threading.get_ident()
-        found = self._generators.pop(thread, None)
+        found, images = self._calls.pop(thread, (None, 1))
         generator = found[0] if isinstance(found, (list, tuple)) else found
-        run = self._run_by[thread] = VirtualRun(self._picture, generator, self._pipe())
+        run = self._run_by[thread] = VirtualRun(self._picture, generator, self._pipe(), images)
         return run
 
     def _replace(self, scheduler: Any, _timestep: Any, latents: Tensor) -> Tensor:
@@ -73,17 +75,18 @@ class VirtualReplay(Extension):
 class VirtualRun(ExtensionRun):
     """A picture that is noised instead of inverted, in one run.
 
-    Of an even number of latents, the first half are the picture's and the other half are edits of them; one is the
+    Of an even number of prompts, the first half are the picture's and the other half are edits of them; one is the
     picture's.
 
     Args:
         picture: z_0 [1, C, h, w].
         generator: of the noise.
         pipe: the pipeline, which knows its guidance.
+        images: of each prompt.
     """
 
-    def __init__(self, picture: Tensor, generator: Any, pipe: Any) -> None:
-        self._picture, self._generator, self._pipe = picture, generator, pipe
+    def __init__(self, picture: Tensor, generator: Any, pipe: Any, images: int = 1) -> None:
+        self._picture, self._generator, self._pipe, self._images = picture, generator, pipe, images
         self._step = 0
         self._sample: Tensor | None = None
         self._output: Tensor | None = None
@@ -116,13 +119,14 @@ class VirtualRun(ExtensionRun):
         next_root, next_rest = (1.0, 0.0) if last else read_level(levels[int(times[self._step + 1])])
         precise = torch.promote_types(latents.dtype, torch.float32)
         sample, output, picture = (x.to(latents.device, precise) for x in (sample, output, self._picture))
-        if scheduler.config.prediction_type == "v_prediction":
-            output = root * output + rest * sample
-        sources = count // 2 if count % 2 == 0 else count
+        sources = count // 2 if count // self._images % 2 == 0 else count
         shape = (sources, *latents.shape[1:])
         noise = randn_tensor(shape, generator=self._generator, device=latents.device, dtype=precise)
         following = next_root * picture + next_rest * noise
         if sources < count:
-            before, edited = ((x - rest * e) / root for x, e in zip(sample.chunk(2), output.chunk(2), strict=True))
+            if scheduler.config.prediction_type == "v_prediction":
+                before, edited = (root * sample - rest * output).chunk(2)
+            else:
+                before, edited = ((sample - rest * output) / root).chunk(2)
             following = torch.cat([following, following + next_root * (edited - before)])
         return following.to(latents.dtype)

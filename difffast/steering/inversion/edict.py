@@ -55,11 +55,15 @@ def generate_edict(pipe: Pipeline, inversion: Inversion, prompt: str | None = No
     """Return the picture of an inversion by EDICT: the original, or with another prompt an edited one.
 
     Raises:
+        TypeError: a prompt that is no text.
         ValueError: an inversion by another method.
     """
+    if prompt is not None and not isinstance(prompt, str):
+        raise TypeError(f"prompt must be one text, got {type(prompt).__name__}")
     if inversion.method != "edict":
         raise ValueError(f"the inversion must be by 'edict', got {inversion.method!r}")
-    moves = Moves(pipe, Target.of(pipe).unet, prompt or inversion.prompt, inversion.steps, inversion.size)
+    prompt = inversion.prompt if prompt is None else prompt  # an empty one is a prompt
+    moves = Moves(pipe, Target.of(pipe).unet, prompt, inversion.steps, inversion.size)
     with torch.no_grad():
         noises = inversion.trajectory.to(moves.text.device)
         latents = follow_edict(pipe, moves, noises, inversion.guidance)[:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from ...sampling.extension import Extension, ExtensionRun, Method, RunInfo
 from ...sampling.position import find_step, is_element
 from ...sampling.scheduler_step import Result
 from ..negative_attention import refuse_attention_edits
+from ..prompt_calls import count_images, is_guided
 from .ddcm import VirtualReplay
 from .moves import check_scheduler
 from .values import StyleReplay, ValueTexts, check_steps
@@ -105,11 +107,12 @@ class Inversion(Method):
             raise ValueError(f"{path} is damaged: {error}") from None
         if said.get("format") != _FORMAT or "trajectory" not in tensors:
             raise ValueError(f"{path} is no {_FORMAT}, got {said.get('format', 'no format')!r}")
-        known = json.loads(said["inversion"])
-        known |= {"size": tuple(known["size"]), "losses": tuple(known["losses"])}
+        known = _read_fields(path, said.get("inversion", ""))
         networks = {name.removeprefix(_NETWORKS): each for name, each in tensors.items() if name.startswith(_NETWORKS)}
         found = [*networks.values(), *(tensors[name] for name in ("null",) if name in tensors)]
-        if any(len(each) != len(known["losses"]) for each in found) or (known["method"] == "style") != bool(networks):
+        has = {"style": bool(networks) and "features" in tensors, "null": "null" in tensors}
+        missing = any((known["method"] == method) != there for method, there in has.items())
+        if any(len(each) != len(known["losses"]) for each in found) or missing:
             raise ValueError(f"{path} is damaged: it has not what each of its {len(known['losses'])} steps has found")
         return cls(**{name: tensors.get(name) for name in _TENSORS}, networks=networks or None, **known)
 
@@ -119,7 +122,7 @@ class Inversion(Method):
             return VirtualReplay(self.trajectory, self.steps, pipe)
         if self.method == "style":
             refuse_attention_edits(pipe, unet)
-            return StyleReplay(ValueTexts(self.features, self.networks), self.guidance)
+            return StyleReplay(ValueTexts(self.features, self.networks), self.guidance, pipe)
         return Replay(self, pipe)
 
     def check(self, pipe: Any, unet: nn.Module) -> None:
@@ -128,12 +131,32 @@ class Inversion(Method):
         Raises:
             ValueError: another scheduler or UNet, an inversion by EDICT, or one that is not complete.
         """
-        check_scheduler(pipe.scheduler, noised=self.method == "ddcm")
+        check_scheduler(pipe.scheduler, self.steps, noised=self.method == "ddcm")
         self.arguments  # noqa: B018 - refuses EDICT
         if self.method in ("null", "style") and len(self.losses) < self.steps:
             raise ValueError(f"the inversion is not complete: {len(self.losses)} of {self.steps} steps are done")
         if unet.config.in_channels != self.trajectory.shape[1]:
             raise ValueError(f"latents must have {unet.config.in_channels} channels, got {self.trajectory.shape[1]}")
+
+
+def _read_fields(path: Path, text: str) -> dict[str, Any]:
+    """Return the fields of an inversion that a file's metadata hold.
+
+    Raises:
+        ValueError: they do not hold all of them, or something else.
+    """
+    kinds = {"method": str, "prompt": str, "guidance": (int, float), "size": list, "steps": int, "losses": list}
+    try:
+        known = json.loads(text)
+    except json.JSONDecodeError:
+        known = None
+    if not isinstance(known, dict) or set(known) != set(kinds):
+        said = sorted(known) if isinstance(known, dict) else "none"
+        raise ValueError(f"{path} is damaged: its metadata must hold {', '.join(kinds)}, got {said}")
+    for name, kind in kinds.items():
+        if not isinstance(known[name], kind) or (name == "method" and known[name] not in METHODS):
+            raise ValueError(f"{path} is damaged: its metadata say that {name} is {known[name]!r}")
+    return known | {"size": tuple(known["size"]), "losses": tuple(known["losses"])}
 
 
 class Replay(Extension):
@@ -143,9 +166,14 @@ class Replay(Extension):
 
     def __init__(self, inversion: Inversion, pipe: Any) -> None:
         self._inversion, self._pipe = inversion, weakref.ref(pipe)
+        self._images: dict[int, int] = {}  # of the first prompt, by thread: of the call, and of its run
+        self._restored: dict[int, int] = {}
 
     def describe(self) -> Iterator[tuple[str, str]]:
         yield "unet calls", f"replay of a picture inverted by {self._inversion.method!r}"
+
+    def see_call(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._images[threading.get_ident()] = count_images(pipe, args, kwargs)
 
     def full_steps(self, total: int) -> Sequence[int]:
         return range(total) if self._inversion.method in ("null", "direct") else ()
@@ -160,23 +188,31 @@ class Replay(Extension):
             ValueError: its schedule is not the inversion's.
         """
         check_steps(self._inversion.steps, info)
-        return ReplayRun(self._inversion)
+        thread = threading.get_ident()
+        images, guidance = self._images.pop(thread, None), self._inversion.guidance
+        self._restored[thread] = images or 1
+        return ReplayRun(self._inversion, is_guided(None if images is None else self._pipe(), guidance))
 
     def _correct(self, scheduler: Any, timestep: Any, latents: Tensor) -> Tensor:
-        """Put the first picture's latents where they were: direct inversion's offset of the source branch."""
+        """Put the first prompt's latents where the picture's were: direct inversion's offset of the source branch."""
         if not is_element(timestep, scheduler.timesteps):
             return latents
         step = find_step(timestep, scheduler.timesteps)
-        wanted = self._inversion.trajectory[step + 1].to(latents)
-        return torch.cat([wanted[None], latents[1:]])
+        wanted, images = self._inversion.trajectory[step + 1].to(latents), self._restored.get(threading.get_ident(), 1)
+        return torch.cat([wanted.expand(images, -1, -1, -1), latents[images:]])
 
 
 class ReplayRun(ExtensionRun):
-    """An inversion in one run: the text in place of the empty prompt."""
+    """An inversion in one run: the text in place of the empty prompt.
 
-    def __init__(self, inversion: Inversion) -> None:
-        self._inversion = inversion
-        self._made: tuple[Any, Tensor] | None = None
+    Args:
+        inversion: the inversion.
+        guided: whether the first half of a batch is unconditional.
+    """
+
+    def __init__(self, inversion: Inversion, guided: bool) -> None:
+        self._inversion, self._guided = inversion, guided
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}  # of which tensor, by what it is
 
     def edit_call(
         self, call: Mapping[str, Any], step: int, scheduler: Any, stock: Callable[..., Any]
@@ -184,12 +220,24 @@ class ReplayRun(ExtensionRun):
         """Return the call with its unconditional half as the inversion has it; without guidance, as it is."""
         text, rows = call["encoder_hidden_states"], call["sample"].shape[0]
         method = self._inversion.method
-        if method not in ("null", "npi") or self._inversion.guidance == 1 or rows % 2:
+        if method not in ("null", "npi") or not self._guided or rows % 2:
             return call
-        if method == "npi" and self._made is not None and self._made[0] is text:
-            return {**call, "encoder_hidden_states": self._made[1]}
-        half = len(text) // 2
-        own = text[half] if method == "npi" else self._inversion.null[step].to(text)
-        changed = torch.cat([own.expand(half, -1, -1), text[half:]])
-        self._made = text, changed
-        return {**call, "encoder_hidden_states": changed}
+        if method == "null":
+            half = len(text) // 2
+            null = self._inversion.null[step].to(text)
+            return {**call, "encoder_hidden_states": torch.cat([null.expand(half, -1, -1), text[half:]])}
+        changed = {"encoder_hidden_states": self._repeat_prompt("text", text)}
+        added = call.get("added_cond_kwargs") or {}
+        if "text_embeds" in added:  # SDXL's pooled embedding is of the prompt as well
+            pooled = self._repeat_prompt("pooled", added["text_embeds"])
+            changed["added_cond_kwargs"] = {**added, "text_embeds": pooled}
+        return {**call, **changed}
+
+    def _repeat_prompt(self, name: str, rows: Tensor) -> Tensor:
+        """Return rows [2B, ...] with the first prompt's as unconditional half; the same tensor as long as they are."""
+        before, made = self._made.get(name, (None, None))
+        if before is not rows or made is None:
+            half = len(rows) // 2
+            made = torch.cat([rows[half : half + 1].expand_as(rows[half:]), rows[half:]])
+            self._made[name] = rows, made
+        return made

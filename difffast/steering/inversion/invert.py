@@ -46,7 +46,7 @@ def invert(
 
     Args:
         pipe: a pipeline of Stable Diffusion's kind, with a DDIMScheduler; for "ddcm" an LCMScheduler will do as well.
-        image: the picture, its sides multiples of the autoencoder's factor.
+        image: the picture, its sides multiples of the autoencoder's factor; of other modes than RGB it is converted.
         prompt: what it shows.
         method: "ddim" keeps the noise alone; "direct" also the way, which the source's latents are put back to at every
             step, so that it comes out exactly; "npi" has the prompt in place of the empty one; "null" optimises a text
@@ -62,9 +62,10 @@ def invert(
         The inversion, with ``save`` and ``load``.
 
     Raises:
-        TypeError, ValueError: unknown method, a picture of a wrong size, another scheduler, or a checkpoint of another
-            inversion.
+        TypeError, ValueError: something else than a picture or one text, unknown method, a picture of a wrong size,
+            another scheduler, or a checkpoint of another inversion.
     """
+    _check_types(image, prompt, guidance, checkpoint)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if check_int("steps", steps) < 1:
@@ -78,7 +79,7 @@ def invert(
     with torch.no_grad():
         start = encode_image(pipe, image)
         if method == "ddcm":
-            check_scheduler(pipe.scheduler, noised=True)
+            check_scheduler(pipe.scheduler, steps, noised=True)
             return Inversion(method, prompt, guidance, size, start, steps)
         moves = Moves(pipe, target.unet, prompt, steps, size)
         if method == "edict":
@@ -92,6 +93,19 @@ def invert(
     with freeze(target.unet), use_text_layers(target.unet):
         fit = NullFit(moves, guidance) if method == "null" else StyleFit(moves, target.unet, found)
         return _optimise(pipe, moves, found, fit, None if checkpoint is None else Path(checkpoint))
+
+
+def _check_types(image: Any, prompt: Any, guidance: Any, checkpoint: Any) -> None:
+    from PIL.Image import Image
+
+    for name, value, kinds, wanted in (
+        ("image", image, Image, "a PIL image"),
+        ("prompt", prompt, str, "one text"),
+        ("guidance", guidance, (int, float), "a number"),
+        ("checkpoint", checkpoint, (str, Path, type(None)), "a path"),
+    ):
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
 def encode_image(pipe: Any, image: Image) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from ...layers.context import CrossCall
 from ...layers.text_kv import TextKV
 from ...sampling.extension import Extension, ExtensionRun, RunInfo
+from ..prompt_calls import is_guided
 from .networks import make_network
 
 
@@ -75,13 +78,23 @@ def swap_values(call: CrossCall, kv: TextKV) -> CrossCall:
 
 
 class StyleReplay(Extension):
-    """An inversion by "style" in one pipeline."""
+    """An inversion by "style" in one pipeline.
+
+    Args:
+        texts: what gives the values.
+        guidance: the guidance scale of the inversion, for loops that are not the pipeline's.
+        pipe: the pipeline; only a weak reference is kept.
+    """
 
     alone = True
     edits_attention = True
 
-    def __init__(self, texts: ValueTexts, guidance: float) -> None:
-        self._texts, self._guidance = texts, guidance
+    def __init__(self, texts: ValueTexts, guidance: float, pipe: Any) -> None:
+        self._texts, self._guidance, self._pipe = texts, guidance, weakref.ref(pipe)
+        self._called: set[int] = set()  # threads
+
+    def see_call(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._called.add(threading.get_ident())
 
     def describe(self) -> Iterator[tuple[str, str]]:
         yield "attn2", "values of a picture inverted by 'style'"
@@ -96,14 +109,16 @@ class StyleReplay(Extension):
             ValueError: its schedule is not the inversion's.
         """
         self._texts.check(info)
-        return StyleRun(self._texts, self._guidance)
+        called = threading.get_ident() in self._called
+        self._called.discard(threading.get_ident())
+        return StyleRun(self._texts, is_guided(self._pipe() if called else None, self._guidance))
 
 
 class StyleRun(ExtensionRun):
     """An inversion by "style" in one run; it is its edit of attention as well, at every step."""
 
-    def __init__(self, texts: ValueTexts, guidance: float) -> None:
-        self._texts, self._guidance = texts, guidance
+    def __init__(self, texts: ValueTexts, guided: bool) -> None:
+        self._texts, self._guided = texts, guided
         self._kv: TextKV | None = None
 
     def edit_call(
@@ -111,7 +126,7 @@ class StyleRun(ExtensionRun):
     ) -> Mapping[str, Any]:
         """Return the call as it is; its conditional half's values are made."""
         text = call["encoder_hidden_states"]
-        first = 0 if self._guidance == 1 or len(text) % 2 else len(text) // 2
+        first = len(text) // 2 if self._guided and len(text) % 2 == 0 else 0
         self._kv = TextKV(self._texts.mix(text[first:], step), Counter())
         return call
 
