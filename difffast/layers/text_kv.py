@@ -90,3 +90,30 @@ class TextKV:
         if state is not None:
             self._entries[layer] = (state, keys, values)
         return keys, values
+
+
+class LatestTexts:
+    """The texts that a run has met last: the whole, and its half.
+
+    Args:
+        counts: where "computed" and "reused" are counted.
+    """
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+        self._known: list[TextKV] = []
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, text: Tensor, frames: int) -> TextKV:
+        """Return where keys and values of a text [B * frames, T, D] are kept."""
+        for kv in self._known:
+            if kv.belongs_to(text):
+                return kv
+        self._known = [TextKV(text, self._counts, frames), *self._known[:1]]
+        return self._known[0]
+
+    def forget(self) -> None:
+        """Drop all of them."""
+        self._known = []
