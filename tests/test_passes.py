@@ -11,7 +11,6 @@ from difffast import patched
 from difffast.sampling import passes
 from difffast.sampling.passes import Passes
 
-
 STEPS = 3
 LORA = LoraConfig(r=2, init_lora_weights=False, target_modules=["conv1", "conv2", "to_k", "to_q"])
 
@@ -77,7 +76,7 @@ def test_which_calls_begin_another_pass(monkeypatch):
 
     def followed(calls):
         watched = Passes()
-        return [watched.follow(*call) for call in calls]
+        return [watched.follow(*call, merges=0) for call in calls]
 
     two_texts = [(step, text) for step in range(2) for text in (negative, positive)]
     assert followed(two_texts) == [False] * 4, "guidance by two calls is one pass"

@@ -22,6 +22,7 @@ class Passes:
     """
 
     def __init__(self) -> None:
+        self._merges: int | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -30,8 +31,8 @@ class Passes:
         self._step: int | None = None  # of the latest call
         self._texts: list[Any] = []  # of the calls at that step
 
-    def follow(self, step: int, text: Any) -> bool:
-        """Return whether a call begins another pass.
+    def follow(self, step: int, text: Any, merges: int) -> bool:
+        """Return whether a call begins another pass, or is to be treated as if it did: once adapters have been merged.
 
         It does if its step is earlier than the one before.  In a loop of one's own it may as well if both are the same:
         guidance calls the UNet for two texts at a step, but an evaluation at a single step for the same one again.
@@ -39,15 +40,16 @@ class Passes:
         Args:
             step: its position in the schedule.
             text: the tensor, which is the same as long as its values are.
+            merges: how often adapters have been merged, as :class:`~difffast.unet.contents.Contents` counts.
         """
+        merged, self._merges = self._merges not in (None, merges), merges
         again = any(each is text for each in self._texts)
         back = self._step is not None and step < self._step
-        if back or (step == self._step and again and find_pipeline_call() is None):
-            self.begin()
-            self._step, self._texts = step, [text]
-            return True
-        if step != self._step:
+        another = merged or back or (step == self._step and again and find_pipeline_call() is None)
+        if another:
+            self.current = Pass()
+        if another or step != self._step:
             self._step, self._texts = step, [text]
         elif not again:
             self._texts.append(text)
-        return False
+        return another

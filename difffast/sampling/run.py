@@ -172,7 +172,7 @@ class SamplingRun:
     def note_stock(self, reason: str, index: int) -> None:
         """Count a call at a step that runs the unpatched forward, and forget what it may invalidate."""
         self._follow(index)
-        if self._passes.follow(index, None):
+        if self._passes.follow(index, None, self._contents.merges):
             self._compare_anew()
         self.forget()
         self.state.stats.stock += 1
@@ -288,8 +288,6 @@ class SamplingRun:
         """
         self._follow(index)
         given = call = self._conditioning.settle(call, key=self.state.plan.is_key(index))
-        if self._passes.follow(index, call.get("encoder_hidden_states")):
-            self._compare_anew()
         self._compare(call, index)
         for extension in self._extensions:
             known = extension.replace_output(index)
@@ -328,6 +326,8 @@ class SamplingRun:
         fingerprint = Fingerprint(self._conditioning.identify(call))
         change = None if self._fingerprint is None else fingerprint.find_change(self._fingerprint)
         seen = self._contents.look()
+        if self._passes.follow(index, call.get("encoder_hidden_states"), self._contents.merges):
+            self._compare_anew()
         if seen != self._looks:
             change, self._looks = change or self._contents.name_change(self._looks), seen
             self._respect_contents()
