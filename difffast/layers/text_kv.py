@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery.unchanged import ProjectionWatch, are_same, read_projection, read_version
+from ..surgery.unchanged import ProjectionWatch, are_same, read_autocast, read_projection, read_version
 
 
 class TextKV:
     """Keys and values of one text tensor, per layer: they do not change over the steps.
 
-    An entry holds as long as the layer's weights do: LoRA, hot-swaps, moves and updates are noticed.
+    An entry holds as long as the layer's weights do: LoRA, hot-swaps, moves and updates are noticed, and so is autocast
+    that is switched on or off.
 
     Args:
         text: the tensor [B * frames, T, D].
@@ -32,7 +33,7 @@ class TextKV:
         first = text[::frames]
         equal = frames > 1 and torch.equal(text, first.repeat_interleave(frames, 0))
         self._distinct, self.rows = (first, 1) if equal else (text, frames)
-        self._entries: dict[nn.Module, tuple[Any, Tensor, Tensor]] = {}
+        self._entries: dict[nn.Module, tuple[Any, Any, Tensor, Tensor]] = {}
         self._projected: tuple[list[Any], TextKV] | None = None
         self._all: tuple[Any, ...] | None = None
         self._counts = counts
@@ -44,6 +45,8 @@ class TextKV:
     def project(self, projection: nn.Module) -> TextKV:
         """Return those of the text that ``projection`` makes of this one; it is made once as well."""
         state = read_projection(projection)
+        if state is not None:
+            state.append(read_autocast(self.text.device))
         if state is not None and self._projected is not None and are_same(self._projected[0], state):
             return self._projected[1]
         projected = TextKV(projection(self.text), self._counts)
@@ -52,7 +55,9 @@ class TextKV:
 
     def recall_all(self, layers: Any, how: Any) -> Any:
         """Return what :meth:`remember_all` was given for these layers, if all of it still holds, or None."""
-        if self._all is None or self._all[0] is not layers or self._all[1] != how or not self._all[3].is_unchanged():
+        if self._all is None or self._all[0] is not layers or not self._all[3].is_unchanged():
+            return None
+        if self._all[1] != (how, read_autocast(self.text.device)):
             return None
         self._counts["reused"] += len(self._all[2])
         return self._all[2]
@@ -66,7 +71,7 @@ class TextKV:
             found: the pairs (keys, values) by name.
             watch: tells whether they still hold; None: nothing is remembered.
         """
-        self._all = None if watch is None else (layers, how, found, watch)
+        self._all = None if watch is None else (layers, (how, read_autocast(self.text.device)), found, watch)
 
     def get(
         self,
@@ -81,14 +86,14 @@ class TextKV:
             state: all that they depend on besides the text, or None where that cannot be told: they are made anew.
             project: makes them.
         """
-        entry = self._entries.get(layer)
-        if state is not None and entry is not None and are_same(entry[0], state):
+        entry, autocast = self._entries.get(layer), read_autocast(self.text.device)
+        if state is not None and entry is not None and entry[0] is autocast and are_same(entry[1], state):
             self._counts["reused"] += 1
-            return entry[1:]
+            return entry[2:]
         keys, values = project(layer, self._distinct)
         self._counts["computed"] += 1
         if state is not None:
-            self._entries[layer] = (state, keys, values)
+            self._entries[layer] = (autocast, state, keys, values)
         return keys, values
 
 

@@ -24,6 +24,11 @@ def read_version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def read_autocast(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast has layers on a device compute in; None: it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def flatten_leaves(value: Any) -> list[Any]:
     """Return what decides whether a nested value is unchanged: keys, lengths, tensors with versions, other leaves."""
     found: list[Any] = []
