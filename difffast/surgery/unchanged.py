@@ -26,7 +26,9 @@ def read_version(tensor: Tensor) -> int | None:
 
 def read_autocast(device: torch.device) -> torch.dtype | None:
     """Return the dtype that autocast has layers on a device compute in; None: it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # which meta has none of
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def flatten_leaves(value: Any) -> list[Any]:
