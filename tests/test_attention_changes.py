@@ -137,3 +137,48 @@ def test_a_prompt_changed_in_place_is_seen(pipe):
     stock = run()
     with patched(pipe, "exact"):
         assert largest(run(), stock) <= EXACT_FLOAT32
+
+
+HIDDEN = {"data": lambda text: text.data.mul_(0.5), "NumPy": lambda text: text.numpy().__imul__(0.5)}
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+def test_a_prompt_changed_past_its_version_is_seen(pipe, how):
+    embeddings = pipe.encode_prompt("a red circle", "cpu", 1, False)[0].detach().clone()
+
+    @torch.no_grad()
+    def run():
+        def change(_pipe, step, _t, values):
+            if step in (3, 5):
+                HIDDEN[how](values["prompt_embeds"])
+            return values
+
+        edits = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        return latents(pipe, None, steps=9, prompt_embeds=embeddings.clone(), guidance_scale=1.0, **edits)
+
+    stock = run()
+    with patched(pipe, "exact"):
+        assert largest(run(), stock) <= EXACT_FLOAT32
+    with patched(pipe, propagation=EncoderPropagation(key_steps=8)) as report:
+        run()
+    changed = [f"key step at {step}: encoder_hidden_states changed" for step in (4, 6)]
+    assert report.last_run.reasons == changed
+
+
+@torch.no_grad()
+def test_two_texts_by_turns_that_change_past_their_versions_are_seen(pipe):
+    """A loop of one's own that calls the UNet once for each of guidance's halves."""
+    given = pipe.encode_prompt("a cat", "cpu", 1, True)[:2]
+
+    def run():
+        texts = [text.clone() for text in given]
+        pipe.scheduler.set_timesteps(4)
+        x, outputs = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+        for t in pipe.scheduler.timesteps:
+            outputs += [pipe.unet(x, t, text).sample for text in texts]
+            texts[0].data.mul_(0.5)
+        return torch.stack(outputs)
+
+    stock = run()
+    with patched(pipe, "exact"):
+        assert largest(run(), stock) <= EXACT_FLOAT32

@@ -231,3 +231,22 @@ def test_under_freeu_every_step_is_stock(pipe, cfg):
         assert torch.equal(run(pipe), stock)
     assert report.last_run.controlnet == {"computed": 12}
     assert report.last_run.halves == 0
+
+
+def test_two_pipelines_that_share_it_and_the_scheduler(pipe):
+    """The time steps tell nothing of which pipeline calls it; the one that is running does."""
+    other = copy.deepcopy(pipe)
+    with torch.no_grad():
+        other.unet.conv_in.weight.mul_(1.2)
+    other.controlnet, other.scheduler = pipe.controlnet, pipe.scheduler
+    pipes = pipe, other
+    alone = []
+    for each in pipes:
+        with patched(each, propagation=KEYS):
+            alone.append(run(each))
+    reports = [patch(each, propagation=KEYS) for each in pipes]
+    for _ in range(2):
+        for each, report, expected in zip(pipes, reports, alone, strict=True):
+            assert torch.equal(run(each), expected)
+            assert report.last_run.controlnet == {"computed": 3, "reused": 9}
+            assert not report.last_run.reasons

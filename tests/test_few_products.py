@@ -347,3 +347,20 @@ def test_where_no_kernel_may_run_parts_are_stocks():
             assert convolution.convolve_channels(layer, x, slice(24, None), None).dtype == torch.bfloat16
     assert layer.weight.grad[:, 24:].abs().min() > 0
     assert layer not in transformed._kept
+
+
+@pytest.mark.parametrize("unfused", [3, 99])
+def test_a_lora_that_callbacks_fuse_and_unfuse(pipe, unfused):
+    """PEFT merges through ``.data``, which PyTorch does not count."""
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["conv1", "conv2", "to_k"]))
+
+    def change(pipe, step, time, tensors):
+        changes = {1: lambda unet: unet.fuse_lora(lora_scale=2.0), unfused: lambda unet: unet.unfuse_lora()}
+        changes.get(step, lambda unet: None)(pipe.unet)
+        return tensors
+
+    before, stock = latents(pipe, steps=6), latents(copy.deepcopy(pipe), steps=6, callback_on_step_end=change)
+    with patched(pipe, "exact"):
+        ours = latents(pipe, steps=6, callback_on_step_end=change)
+    assert distance(stock, before) > 0.01
+    assert distance(ours, stock) <= 1e-5

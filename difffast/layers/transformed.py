@@ -2,7 +2,7 @@
 
 Users, LoRAs and textual inversions change weights in place, some of them past PyTorch's count of versions
 (``weight.data += ...``).  So whatever is kept is compared with the layer's weights: their identity, place and version
-at every call, and all of their bytes once in every call of a pipeline.
+at every call, and all of their bytes once in every pass over a schedule.
 """
 
 from __future__ import annotations

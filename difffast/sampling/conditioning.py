@@ -1,7 +1,8 @@
 """What a run is conditioned on: texts and the like, which must be the same tensors at every step to be shared.
 
-Some callers make them anew at every step, with equal values; and under ``torch.inference_mode`` edits in place are not
-counted.  Where tensors can be compared without waiting for a device, on the CPU, they are.
+Some callers make them anew at every step, with equal values; and edits in place are not counted under
+``torch.inference_mode``, through ``.data`` or through NumPy.  Where tensors can be compared without waiting for a
+device, on the CPU, they are.
 """
 
 from __future__ import annotations
@@ -19,15 +20,28 @@ from ..unet.parts import RESIDUALS
 
 
 class _Held:
-    """A tensor that the caller gave, and the one that layers get for it."""
+    """A tensor that the caller gave, and the one that layers get for it.
 
-    def __init__(self, given: Tensor) -> None:
+    Args:
+        given: the tensor.
+        hidden: whether it had other values before, of which its version says nothing: layers get a copy, which tells.
+    """
+
+    def __init__(self, given: Tensor, *, hidden: bool = False) -> None:
         self.source, self.version = given, read_version(given)
-        self.settled = _copy(given) if self.version is None else given
+        copied = hidden or self.version is None
+        self.values = _copy(given) if copied or can_compare(given) else None
+        self.settled = self.values if copied else given
 
     def is_intact(self) -> bool:
-        """Return whether the layers' tensor has the values that it had; a copy always has."""
-        return self.settled is not self.source or read_version(self.source) == self.version
+        """Return whether the layers' tensor is as often written to as it was; a copy never is."""
+        return self.settled is not self.source or self.source._version == self.version
+
+    def has_values_of(self, given: Tensor) -> bool:
+        """Return whether another tensor on the CPU has the values that layers have been given, and still are."""
+        if not self.is_intact() or not torch.equal(self.values, given):
+            return False
+        return self.settled is given or self.settled is self.values or torch.equal(self.values, self.settled)
 
 
 class Conditioning:
@@ -83,20 +97,19 @@ class Conditioning:
         return value
 
     def _settle_tensor(self, path: tuple[str, ...], given: Tensor, key: bool) -> Tensor:
-        held = self._held.get(path)
-        counted = read_version(given) is not None
+        held, hidden = self._held.get(path), False
+        version = read_version(given)
         if held is not None and _is_alike(held.settled, given):
             same = held.source is given or is_same_view(held.source, given)
-            if same and counted and held.is_intact():
-                return held.settled
             if can_compare(given):
-                if held.is_intact() and torch.equal(held.settled, given):
+                if held.has_values_of(given):
                     if not same and self.remade is None and path[0] not in self._remakes:
                         self.remade = path[0]
                     return held.settled
-            elif path[0] in self._remakes or (same and not counted and not key):
+                hidden = same and version == held.version
+            elif path[0] in self._remakes or (same and (not key if version is None else held.is_intact())):
                 return held.settled
-        held = self._held[path] = _Held(given)
+        held = self._held[path] = _Held(given, hidden=hidden)
         return held.settled
 
 

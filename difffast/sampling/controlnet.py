@@ -22,6 +22,7 @@ from ..surgery.calls import bind_arguments
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..unet.fingerprint import Fingerprint
 from ..unet.parts import RESIDUALS
+from .calls import find_pipeline_call
 from .components import forget, run_model, time_part
 from .settings import Settings
 
@@ -127,7 +128,10 @@ def _override_controlnet(controlnet: nn.Module) -> dict[str, Any]:
             return plain.__call__(self, *args, **kwargs)
         arguments = bind_arguments(unwrap(self), args, kwargs)
         stock = functools.partial(plain.__call__, self, *args, **kwargs)
-        for settings, finder in users:
+        running = find_pipeline_call()
+        pipe = None if running is None else running.pipe()
+        # Pipelines may share the scheduler, whose time steps then tell nothing of whose call it is.
+        for settings, finder in sorted(users, key=lambda user: user[0].pipe() is not pipe):
             run = finder.find_run(arguments["timestep"], arguments["sample"].device)
             if run is not None:
                 if settings.engine == "openvino" and not is_compiled_wrapper(self) and not torch.is_grad_enabled():

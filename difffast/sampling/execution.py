@@ -61,10 +61,14 @@ class Execution:
             self._engine = engines["inductor"] if following is not None else None
         else:
             self._engine = engines.get(choose_engine(asked, device))
-        if isinstance(self._engine, OpenVino):
-            self._engine.distrust()  # once a run
+        self.distrust()
         self._inputs: InputReader | None = None
         self._changes = 0  # of the UNet, as graphs count them, that the inputs' layers were looked for after
+
+    def distrust(self) -> None:
+        """Have what has taken weights in compare all of their bytes at the next call."""
+        if isinstance(self._engine, OpenVino):
+            self._engine.distrust()
 
     def find_engine(self, unet: nn.Module, foreign: str | None, *, watched: str) -> Engine | None:
         """Return what executes the functions of a call, or None where Python does.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers.context import AttentionEdit, CallContext, Text, use_context
 from ..layers.kind import ProgramCall
-from ..layers.text_kv import TextKV
+from ..layers.text_kv import LatestTexts, TextKV
 from ..ops._dispatch import describe_unforced
 from ..plan import MIN_STEPS, EncoderPropagation
 from ..support import denoiser_of
@@ -28,7 +28,9 @@ from .extension import RunInfo
 from .forecasts import Forecasts
 from .memory import keep_freed_memory
 from .outer_layers import OuterLayers
+from .passes import Passes
 from .position import count_steps, find_step, is_element
+from .schedule import count_denoising_steps
 from .settings import Settings
 from .state import RunState, Step
 from .stats import RunStats
@@ -82,7 +84,8 @@ class SamplingRun:
         remakes = first.support.remakes
         self._conditioning, self._controlled = Conditioning(remakes), Conditioning(remakes)
         self._text = denoiser_of(type(unet)).text
-        self._texts: list[TextKV] = []  # of the texts seen last: the whole, and its half
+        self._texts = LatestTexts(self.state.stats.text_kv)
+        self._passes = Passes()
         self._edit: AttentionEdit | None = None  # of the call that is being answered
         self._kv: TextKV | None = None  # of the call that is being answered
         self._dropouts = [m for m in self._contents.modules if type(m) is nn.Dropout and m.p > 0]
@@ -91,7 +94,7 @@ class SamplingRun:
         guarded = self.state.plan.guard is not None
         self._forecasts = Forecasts(self.state, first.read_schedule(len(timesteps)).noise if guarded else None)
         self.finished = False
-        self._steps = _count_denoising_steps(scheduler, timesteps)
+        self._steps = count_denoising_steps(scheduler, timesteps)
         self._plan_from(0)
         self._strategy = self._choose_strategy()
         self._pipeline_call = find_pipeline_call()
@@ -151,7 +154,14 @@ class SamplingRun:
         self._cfg.forget()
         self._conditioning.forget()
         self._controlled.forget()
-        self._texts, self._kv, self._edit = [], None, None
+        self._kv, self._edit = None, None
+        self._passes.begin()
+        self._compare_anew()
+
+    def _compare_anew(self) -> None:
+        """Trust nothing that was made of weights, which may have been written past PyTorch's count of versions."""
+        self._texts.forget()
+        self._execution.distrust()
 
     def forget(self) -> None:
         """Drop the features; ControlNet's outputs stay, which were made for the step that is being answered."""
@@ -162,6 +172,8 @@ class SamplingRun:
     def note_stock(self, reason: str, index: int) -> None:
         """Count a call at a step that runs the unpatched forward, and forget what it may invalidate."""
         self._follow(index)
+        if self._passes.follow(index, None, self._contents.merges):
+            self._compare_anew()
         self.forget()
         self.state.stats.stock += 1
         self.state.note(f"stock forward: {reason}")
@@ -230,25 +242,17 @@ class SamplingRun:
         if engine is not None:
             text = None  # programs and graphs get text keys and values as inputs
         size = tuple(sample.shape[-2:])
-        return CallContext(
-            fused, self.state.note, self.state.record, text, sinks, size, edit=self._edit, within=self.state
-        )
+        within = self._passes.current
+        return CallContext(fused, self.state.note, self.state.record, text, sinks, size, edit=self._edit, within=within)
 
     def _read_text(self, text: Any, sample: Tensor, *, stock: bool) -> Text | None:
         if not isinstance(text, Tensor) or self._text == "extended":
             return None
         frames = max(1, text.shape[0] // sample.shape[0])  # the text of a video may have a row for each
-        self._kv = self._find_kv(text, frames)
+        self._kv = self._texts.find(text, frames)
         seen = None if self._text == "repeated" and not stock else text
         kv = None if torch.is_grad_enabled() else self._kv  # remembered ones would cut the graph
         return Text(seen, text, kv, frames=frames)
-
-    def _find_kv(self, text: Tensor, frames: int) -> TextKV:
-        for kv in self._texts:
-            if kv.belongs_to(text):
-                return kv
-        self._texts = [TextKV(text, self.state.stats.text_kv, frames), *self._texts[:1]]
-        return self._texts[0]
 
     def _map_sinks(self) -> tuple[Any, ...]:
         return tuple([sink for each in self.settings for sink in each.map_sinks()])
@@ -324,6 +328,8 @@ class SamplingRun:
         fingerprint = Fingerprint(self._conditioning.identify(call))
         change = None if self._fingerprint is None else fingerprint.find_change(self._fingerprint)
         seen = self._contents.look()
+        if self._passes.follow(index, call.get("encoder_hidden_states"), self._contents.merges):
+            self._compare_anew()
         if seen != self._looks:
             change, self._looks = change or self._contents.name_change(self._looks), seen
             self._respect_contents()
@@ -392,9 +398,3 @@ class SamplingRun:
         if self.finished:
             self.end()
         return output
-
-
-def _count_denoising_steps(scheduler: Any, timesteps: Tensor) -> int:
-    """Return the denoising steps of the schedule; second-order schedulers call the UNet about twice for each."""
-    steps = getattr(scheduler, "num_inference_steps", None)
-    return steps if isinstance(steps, int) else len(timesteps)

@@ -31,6 +31,12 @@ SOLVERS = {
 }
 
 
+def count_denoising_steps(scheduler: Any, timesteps: Tensor) -> int:
+    """Return the denoising steps of the schedule; second-order schedulers call the UNet about twice for each."""
+    steps = getattr(scheduler, "num_inference_steps", None)
+    return steps if isinstance(steps, int) else len(timesteps)
+
+
 def name_solver(scheduler: Any) -> str:
     """Return the name of what makes a scheduler's steps, as in "DPM++ 2M SDE Karras"."""
     plain, config = plain_class(scheduler).__name__, scheduler.config

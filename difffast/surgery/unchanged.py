@@ -24,6 +24,13 @@ def read_version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def read_autocast(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast has layers on a device compute in; None: it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # which meta has none of
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def flatten_leaves(value: Any) -> list[Any]:
     """Return what decides whether a nested value is unchanged: keys, lengths, tensors with versions, other leaves."""
     found: list[Any] = []

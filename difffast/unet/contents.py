@@ -42,6 +42,7 @@ class Contents:
 
     Attributes:
         changes: how often it was found changed, but for values: of weights, and the scales of LoRAs.
+        merges: how often adapters may have been merged into weights, or taken out, which PyTorch does not count.
         foreign: the first that is not one of the known libraries' own, as a sentence's subject and verb; or None.
         replaced: which known class's ``forward`` or ``__call__`` has been replaced, for which no operator can stand
             in, as a sentence; or None.
@@ -51,7 +52,7 @@ class Contents:
 
     def __init__(self, unet: nn.Module) -> None:
         self._unet = weakref.ref(unet)
-        self.changes = 0
+        self.changes = self.merges = 0
         self._seen = 0  # changes, of values as well
         self._latest: str | None = None
         self._lock = threading.Lock()
@@ -65,11 +66,13 @@ class Contents:
             if not self._is_same_structure():
                 self._take_note(self._find_change())
                 self.changes += 1
+                self.merges += 1
                 self._remembered.clear()
                 self._collect()
             elif not _are_equal(switches, self._switches):
                 self._take_note(self._name_switch(switches))
                 self.changes += 1
+                self.merges += not _are_equal(*(each[len(self._processors) :] for each in (switches, self._switches)))
                 self._remembered.clear()
                 self._switches = switches
             self._compare_values()

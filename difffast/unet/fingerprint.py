@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..surgery.unchanged import are_same, flatten_leaves
+from ..surgery.unchanged import are_same, flatten_leaves, read_autocast
 from .parts import RESIDUALS
 
 _ABSENT: list[Any] = [None]
@@ -29,7 +29,10 @@ class Fingerprint:
 
     def __init__(self, call: Mapping[str, Any]) -> None:
         sample = call["sample"]
-        self._parts: dict[str, list[Any]] = {"the latents' shape": [sample.shape, sample.dtype, sample.device]}
+        self._parts: dict[str, list[Any]] = {
+            "the latents' shape": [sample.shape, sample.dtype, sample.device],
+            "autocast's dtype": [read_autocast(sample.device)],
+        }
         for name, value in call.items():
             if name not in FREE:
                 self._parts[name] = _shapes(value) if name in RESIDUALS else flatten_leaves(value)
