@@ -85,7 +85,8 @@ def test_where_pytorchs_product_is_as_fast(pipe, counted, monkeypatch):
 
 
 def test_gradients_run_stock_whatever_is_forced(pipe, counted):
-    binding = SemanticBinding("attribute", bind_steps=1, focus_steps=1, iterations=1, bind_iterations=1)
+    short = {"bind_steps": 1, "focus_steps": 1, "iterations": 1, "bind_iterations": 1}
+    binding = SemanticBinding("attribute", step_size=0.05, bind_step_size=0.05, **short)
     with ops.use_backend("onednn"), patched(pipe, "exact", binding=binding) as report:
         latents(pipe, "a [red circle] and a [blue square]", steps=8)
     assert {step.kind for step in report.trace.steps} == {"bind", "focus"}

@@ -49,7 +49,8 @@ def test_layers_are_stock_outside_the_pipeline(pipe, counted):
 
 def test_gradients_run_stock_whatever_is_forced(pipe, counted):
     """Semantic binding differentiates the UNet: a kernel that was forced must not refuse there."""
-    binding = SemanticBinding("attribute", bind_steps=1, focus_steps=1, iterations=1, bind_iterations=1)
+    short = {"bind_steps": 1, "focus_steps": 1, "iterations": 1, "bind_iterations": 1}
+    binding = SemanticBinding("attribute", step_size=0.05, bind_step_size=0.05, **short)
     with ops.use_backend("cpp"), patched(pipe, "exact", binding=binding) as report:
         latents(pipe, "a [red circle] and a [blue square]", steps=8)
     assert {step.kind for step in report.trace.steps} == {"bind", "focus"}

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery.unchanged import ProjectionWatch, are_same, read_autocast, read_projection, read_version
+from ..surgery.unchanged import (
+    ProjectionWatch,
+    are_same,
+    have_equal_bits,
+    read_autocast,
+    read_projection,
+    read_version,
+)
 
 
 class TextKV:
@@ -44,7 +51,7 @@ class TextKV:
         """Return whether they are of this very tensor, unchanged."""
         if text is not self.text or read_version(text) != self._version:
             return False
-        return self._values is None or torch.equal(self._values, text)
+        return self._values is None or have_equal_bits(self._values, text)
 
     def project(self, projection: nn.Module) -> TextKV:
         """Return those of the text that ``projection`` makes of this one; it is made once as well."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..surgery.trees import map_tensors
-from ..surgery.unchanged import is_same_view, read_version
+from ..surgery.unchanged import have_equal_bits, is_same_view, read_version
 from ..unet.fingerprint import FREE
 from ..unet.parts import RESIDUALS
 
@@ -39,9 +39,9 @@ class _Held:
 
     def has_values_of(self, given: Tensor) -> bool:
         """Return whether another tensor on the CPU has the values that layers have been given, and still are."""
-        if not self.is_intact() or not torch.equal(self.values, given):
+        if not self.is_intact() or not have_equal_bits(self.values, given):
             return False
-        return self.settled is given or self.settled is self.values or torch.equal(self.values, self.settled)
+        return self.settled is given or self.settled is self.values or have_equal_bits(self.values, self.settled)
 
 
 class Conditioning:
