@@ -50,13 +50,7 @@ def test_edit_writes_two_pictures_of_a_generated_and_of_a_real_one(tmp_path, pip
     Image.new("RGB", (32, 32), "red").save(tmp_path / "real.png")
     blended = [*prompts, "--image", str(tmp_path / "real.png"), "--blend", "ox", "elk"]
     assert main(blended) == 2  # the small UNet has no layers for it
-    pipe.unet = zoo.unet(
-        block_out_channels=(32, 32, 64),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=2,
-        layers_per_block=1,
-    )
+    pipe.unet = zoo.three_levels()
     assert main(blended) == 0
     assert size(out) == (64, 32)
 

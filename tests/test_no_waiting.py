@@ -5,7 +5,7 @@ from recorder import CpuRecorder
 from sampling import latents
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from difffast import CfgReuse, EncoderPropagation, FeatureReuse, patched
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, OutputForecast, patched
 from difffast.engines import graphs
 from difffast.sampling.controller import find_controller
 
@@ -44,6 +44,7 @@ OPTIONS = {
     "prior noise": {"preset": "faster-diffusion"},
     "outer layers": {"propagation": FeatureReuse(3, extrapolate=2)},
     "half": {"propagation": FeatureReuse(2), "cfg": CfgReuse(3)},
+    "forecasts, guarded": {"propagation": OutputForecast(2, guard=1.0)},
 }
 
 

@@ -75,7 +75,8 @@ class Forecasts:
         """Turn half of the forecasts that are left into key steps where an error that has arrived is too large."""
         while self._errors and self._has_arrived(self._errors[0][2]):
             index, error, _ = self._errors.pop(0)
-            wrong, state = float(error), self._state
+            # It is on the host, where NumPy reads it: an operator of PyTorch's would count as waiting for a device.
+            wrong, state = float(error.detach().numpy() if error.is_cpu else error), self._state
             state.stats.forecast_errors[index] = wrong
             left = [step for step in state.plan.forecasts if step > index]
             if left and not wrong <= state.plan.guard:  # an error that is no number is too large

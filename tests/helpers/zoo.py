@@ -139,6 +139,17 @@ def unet(**config: Any) -> Any:
     return seeded(diffusers.UNet2DConditionModel, **{**layout, **config})
 
 
+def three_levels():
+    """A UNet with cross-attention on three levels, the third of a sixteenth of the latents' pixels."""
+    return unet(
+        block_out_channels=(32, 32, 64),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=2,
+        layers_per_block=1,
+    )
+
+
 def build(pipeline: str, parts: dict[str, Any], **config: Any) -> Any:
     """A pipeline of those ``parts`` that it takes, and of ``config``."""
     cls = getattr(diffusers, pipeline)

@@ -8,10 +8,12 @@ from difffast import ops
 Q, K = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
 
 
+needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+
+
+@needs_cpp
 def test_the_kernel_checks_for_itself():
     """Called without the public function, e.g. from an exported graph."""
-    if ops.missing("cpp"):
-        pytest.skip(str(ops.missing("cpp")))
     for q, k, tokens in ((Q, torch.ones(2, 2, 129, 8), []), (Q[:1], K, []), (Q, K, [7]), (Q.half(), K.half(), [])):
         with pytest.raises(RuntimeError):
             torch.ops.difffast.cross_attention.cpp(q, k, k, 1.0, 0, tokens)
@@ -51,7 +53,7 @@ def test_unproved_gpu_kernels_are_no_default():
                 assert not is_proved(operator, backend, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+@needs_cpp
 @pytest.mark.parametrize(
     ("gradients", "message"),
     [

@@ -99,7 +99,7 @@ def test_backend_from_the_environment(backend, outcome):
     assert outcome in result.stdout + result.stderr
 
 
-@pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
+@needs_cpp
 @pytest.mark.parametrize("repeats", [2**62, 6148914691236517206])
 def test_sizes_that_64_bits_do_not_hold_are_refused(repeats):
     with pytest.raises(RuntimeError, match="repeats must leave a size that 64 bits hold"):

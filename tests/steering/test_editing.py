@@ -106,13 +106,7 @@ def ours(pipe, target, preset=None, steps=STEPS, prompts=None, **options):
 @pytest.fixture
 def small(pipe64):
     """Layers of 8x8 and 4x4 pixels; a third level of 2x2, a sixteenth of the latents' size, has cross-attention."""
-    pipe64.unet = zoo.unet(
-        block_out_channels=(32, 32, 64),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=2,
-        layers_per_block=1,
-    ).double()
+    pipe64.unet = zoo.three_levels().double()
     pipe64.scheduler = scheduler("DDIM")
     return pipe64
 

@@ -24,13 +24,7 @@ LEVELS |= {"up_blocks.0": 2, "up_blocks.1": 1, "up_blocks.2": 0}
 
 @pytest.fixture
 def three(pipe64):
-    pipe64.unet = zoo.unet(
-        block_out_channels=(32, 32, 64),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=2,
-        layers_per_block=1,
-    ).double()
+    pipe64.unet = zoo.three_levels().double()
     pipe64.scheduler = scheduler("DDIM")
     return pipe64
 
