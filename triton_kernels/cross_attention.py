@@ -36,7 +36,7 @@ from .attention_tiles import (
     tile_sizes,
 )
 from .cross_attention_backward import backward_kv_kernel, backward_kv_launch, backward_q_kernel, backward_q_launch
-from .launch import bits, on_device_of
+from .launch import ROUND_PRODUCTS, bits, on_device_of
 
 
 @triton.jit(
@@ -150,7 +150,7 @@ def forward_launch(d: int, n_keys: int, dtype: torch.dtype, maps: bool) -> tuple
         sizes = tile_sizes(d, n_keys, dtype, math.gcd(triton.cdiv(d, 16) * 16, 64 if d <= 64 else 32))
         block = 16 if d > 96 else 64 if sizes["KEYS"] <= 64 else 32
         options = {"num_warps": 4, "num_stages": 1}
-    return {**sizes, "MAPS": maps, "BLOCK": block}, options
+    return {**sizes, "MAPS": maps, "BLOCK": block}, options | ROUND_PRODUCTS
 
 
 def _split_rows(programs: int, queries: int) -> int:

@@ -24,7 +24,7 @@ from .attention_tiles import (
     store_weighted,
     tile_sizes,
 )
-from .launch import registers
+from .launch import ROUND_PRODUCTS, registers
 
 
 @triton.jit(
@@ -308,7 +308,7 @@ def backward_q_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: 
     if pipelined or dtype.itemsize == 4:
         # Left alone, ptxas stops at 128 registers and spills two.
         options |= registers(224 if pipelined and (n_keys > 96 or d > 128) else 168)
-    return {**sizes, "OUT": out, "MAPS": maps, "BLOCK": block}, options
+    return {**sizes, "OUT": out, "MAPS": maps, "BLOCK": block}, options | ROUND_PRODUCTS
 
 
 def backward_kv_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps: bool) -> tuple[dict, dict]:
@@ -325,4 +325,4 @@ def backward_kv_launch(d: int, n_keys: int, dtype: torch.dtype, out: bool, maps:
     options = {"num_warps": 4 if dtype.itemsize == 4 else 8, "num_stages": 2 if sizes["CHUNKS"] == 1 else 1}
     block = 64 if d <= 64 and dtype.itemsize == 2 and not maps else 32
     widths = {"WIDTH": width, "WIDTH_REST": width_rest}
-    return {**sizes, **widths, "OUT": out, "MAPS": maps, "BLOCK": block}, options
+    return {**sizes, **widths, "OUT": out, "MAPS": maps, "BLOCK": block}, options | ROUND_PRODUCTS

@@ -33,7 +33,7 @@ from .attention_tiles import (
     strides_in,
     tile_sizes,
 )
-from .launch import on_device_of, registers
+from .launch import ROUND_PRODUCTS, on_device_of, registers
 
 
 @triton.jit
@@ -220,7 +220,7 @@ def forward_launch(d: int, n_source: int, n_keys: int, dtype: torch.dtype) -> tu
     source, _, source_rest = partition(n_source, 128)
     # From 64 rows on products are wgmma's, for which the assembler has a bug (see the top of attention_tiles.py).
     tiles = {"SOURCE_KEYS": source, "SOURCE_REST": source_rest, "BLOCK": 16 if exact else 32}
-    options = {"num_warps": 8 if exact else 4, "num_stages": 1}
+    options = {"num_warps": 8 if exact else 4, "num_stages": 1, **ROUND_PRODUCTS}
     # Left alone, ptxas stops at 128 registers and spills two; of 168 it spills as many for wide heads.
     return {**sizes, **tiles}, options | registers(224) if exact else options
 

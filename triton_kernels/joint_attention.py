@@ -43,7 +43,7 @@ from .attention_tiles import (
     summed,
     tile_sizes,
 )
-from .launch import bits, on_device_of, registers
+from .launch import ROUND_PRODUCTS, bits, on_device_of, registers
 
 MAX_HEAD_DIM = 128
 
@@ -291,16 +291,17 @@ def forward_launch(d: int, n_text: int, queries: int, dtype: torch.dtype, statis
     if exact:
         # Left alone, ptxas stops at 64 or 128 registers and spills two.
         options = {"num_warps": 8, **registers(168)} if width > 64 else {"num_warps": 4}
-        return {**sizes, **tiles, "STATISTICS": statistics, "BLOCK": 16}, {**options, "num_stages": 1}
+        return {**sizes, **tiles, "STATISTICS": statistics, "BLOCK": 16}, {**options, "num_stages": 1, **ROUND_PRODUCTS}
     # The deepest level of a UNet has 64 pixels.
     block = 64 if queries <= 64 else 128
-    return {**sizes, **tiles, "STATISTICS": statistics, "BLOCK": block}, {"num_warps": block // 16, "num_stages": 2}
+    options = {"num_warps": block // 16, "num_stages": 2, **ROUND_PRODUCTS}
+    return {**sizes, **tiles, "STATISTICS": statistics, "BLOCK": block}, options
 
 
 def maps_launch(d: int, n_text: int, dtype: torch.dtype) -> tuple[dict, dict]:
     """(compile-time arguments, compiler options) of :data:`maps_kernel`, all but VECTOR."""
     exact = dtype.itemsize == 4
-    options = {"num_warps": 8 if exact else 4, "num_stages": 1}
+    options = {"num_warps": 8 if exact else 4, "num_stages": 1, **ROUND_PRODUCTS}
     return {**tile_sizes(d, n_text, dtype), "BLOCK": 16 if exact else 64}, options
 
 

@@ -143,11 +143,15 @@ struct Block {
   int64_t width;  // rows, rounded up to whole vectors
   E *q, *p;  // [packed head_dim][width], [packed kTile][width]: probabilities; s where operands are what sums are in
   T *s, *o, *top, *sum;  // [kTile][width], [head_dim][width], [width], [width]
-  T factor;  // of logits; of operands that are not rounded it is in q
+  // Of products to logits of base 2.  Operands that are not rounded hold it in q; pairs hold its sign, so that the largest
+  // product has the largest logit.
+  T factor;
 
-  DIFFFAST_INLINE Vec<T> logit(const T* at) const {
-    if constexpr (std::is_same_v<E, Pair>) return load(at) * factor;
-    return load(at);
+  // `apart`, a difference of products, as one of logits.  Products are subtracted first: a compiler makes one rounding of
+  // s * factor - top, and where logits are in the billions the rounding that top had overflows the exponential.
+  DIFFFAST_INLINE Vec<T> to_logits(Vec<T> apart) const {
+    if constexpr (std::is_same_v<E, Pair>) return apart * std::abs(factor);
+    return apart;
   }
 };
 
@@ -158,6 +162,13 @@ DIFFFAST_TARGET void take_queries(const Block<E>& block, const S* from, int64_t 
   const int64_t width = block.width;
   if constexpr (std::is_same_v<E, Pair>) {
     pair_up(from, rows, row, head_dim, step, block.q, 1, width);
+    if (!(block.factor > 0)) {
+      const float sign = block.factor < 0 ? -1.0f : 0.0f;
+      for (Pair* pair = block.q; pair < block.q + packed<E>(head_dim) * width; ++pair) {
+        narrow(sign * widen(pair->first), &pair->first);
+        narrow(sign * widen(pair->second), &pair->second);
+      }
+    }
   } else {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = 0; c < head_dim; ++c) block.q[c * width + i] = block.factor * widen(from[i * row + c * step]);
@@ -178,16 +189,16 @@ DIFFFAST_TARGET void add_tile(const Block<E>& block, const Part<E>& part, int64_
   for (int64_t i = 0; i < width; i += lanes<T>) {
     const Vec<T> before = load(block.top + i);
     Vec<T> top = before;
-    for (int64_t t = 0; t < keys; ++t) top = maximum<T>(top, block.logit(block.s + t * width + i));
-    const bool grown = exceeds_anywhere<T>(top - before, kGrowth);
+    for (int64_t t = 0; t < keys; ++t) top = maximum<T>(top, load(block.s + t * width + i));
+    const bool grown = exceeds_anywhere<T>(block.to_logits(top - before), kGrowth);
     if (!grown) top = before;
     Vec<T> sum{};
     for (int64_t t = 0; t < keys; t += kPacked<E>) {
       const T* at = block.s + t * width + i;
-      const Vec<T> e = exp2_of(block.logit(at) - top);
+      const Vec<T> e = exp2_of(block.to_logits(load(at) - top));
       sum += e;
       if constexpr (std::is_same_v<E, Pair>) {
-        const Vec<T> next = t + 1 < keys ? exp2_of(block.logit(at + width) - top) : Vec<T>{};
+        const Vec<T> next = t + 1 < keys ? exp2_of(block.to_logits(load(at + width) - top)) : Vec<T>{};
         sum += next;
         store_pairs(block.p + t / 2 * width + i, e, next);
       } else {
@@ -195,7 +206,7 @@ DIFFFAST_TARGET void add_tile(const Block<E>& block, const Part<E>& part, int64_
       }
     }
     if (grown) {
-      const Vec<T> shrink = exp2_of(before - top);
+      const Vec<T> shrink = exp2_of(block.to_logits(before - top));
       store(block.top + i, top);
       sum += load(block.sum + i) * shrink;
       for (int64_t c = 0; c < head_dim; ++c) {
@@ -219,7 +230,7 @@ DIFFFAST_TARGET void add_maps(const JointAttention& p, const Block<E>& block, co
     matmul(int64_t{1}, block.width, packed<E>(p.head_dim), text.k + p.map_tokens[m] * text.k_row, text.k_row,
            text.k_column, block.q, block.width, block.s, block.width);
     for (int64_t i = 0; i < block.width; i += lanes<T>) {
-      const Vec<T> e = exp2_of(block.logit(block.s + i) - load(block.top + i));
+      const Vec<T> e = exp2_of(block.to_logits(load(block.s + i) - load(block.top + i)));
       T* at = mean + m * block.width + i;
       store(at, load(at) + e / load(block.sum + i));
     }

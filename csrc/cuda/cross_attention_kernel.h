@@ -130,20 +130,21 @@ __device__ __forceinline__ void exponentiate(
         largest = fmaxf(largest, scores[j][e]);
       }
     }
-    // The scale is positive: the largest score stays the largest.
-    largest = over_row(largest, [](float a, float b) { return fmaxf(a, b); }) * scale;
+    // The scale is positive: the largest score has the largest logit.  Scores are subtracted before they are scaled: with
+    // fmaf(score, scale, -largest) the one rounding of `largest` would overflow where logits are in the billions.
+    largest = over_row(largest, [](float a, float b) { return fmaxf(a, b); });
     if (args.sink > 0) largest = fmaxf(largest, 0.0f);
     float total = 0.0f;
 #pragma unroll
     for (int j = 0; j < 2 * GROUPS; ++j) {
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        scores[j][e] = exp2_fast(fmaf(scores[j][e], scale, -largest));
+        scores[j][e] = exp2_fast((scores[j][e] - largest) * scale);
         total += scores[j][e];
       }
     }
     total = over_row(total, [](float a, float b) { return a + b; });
-    if (args.sink > 0) total += static_cast<float>(args.sink) * exp2_fast(-largest);
+    if (args.sink > 0) total += static_cast<float>(args.sink) * exp2_fast(-largest * scale);
     sum[half] = total;
   }
 }

@@ -31,6 +31,9 @@ from triton.compiler import ASTSource
 
 MODULES = ("attention_entropy", "cross_attention", "edited_attention", "geglu", "group_norm_silu", "joint_attention")
 
+#: Those whose exponents of a softmax are s * scale - peak: see ROUND_PRODUCTS in triton_kernels/launch.py.
+ROUNDED = ("cross_attention", "edited_attention", "joint_attention")
+
 #: Shared memory of one block in bytes (CUDA C++ programming guide, table of technical specifications).
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 CAPABILITIES = (80, 89, 90, 100)
@@ -50,12 +53,15 @@ class Compiled:
     warps: int
     seconds: float
     unwritten: str | None
+    fused: bool
 
     @property
     def complaint(self) -> str | None:
         """Why this kernel must not be shipped, or None."""
         if self.unwritten is not None:
             return f"reads a register that nothing has written: {self.unwritten}"
+        if self.fused and self.name.startswith(ROUNDED):
+            return "multiplies and subtracts in one operation"
         if self.stack:
             return f"{self.stack} bytes of registers spilled"
         if self.shared > SHARED[self.capability]:
@@ -88,7 +94,8 @@ def compile_case(case: tuple, capability: int) -> Compiled:
     registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     shared, warps = binary.metadata.shared, binary.metadata.num_warps
     unwritten = find_unwritten(disassemble(binary.asm["cubin"])) if capability >= 90 else None
-    return Compiled(name, capability, registers, stack + local, shared, warps, seconds, unwritten)
+    fused = re.search(r"\bfma\.rn\.f32\b", binary.asm["ptx"]) is not None
+    return Compiled(name, capability, registers, stack + local, shared, warps, seconds, unwritten, fused)
 
 
 def compile_for_amd(case: tuple, architecture: str) -> tuple[str, str | None]:

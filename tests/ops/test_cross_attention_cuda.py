@@ -123,6 +123,18 @@ def test_emulated_kernel_is_the_definition(emulated, case, dtype):
         assert_no_worse(call.maps, eager_maps, maps)
 
 
+def test_the_largest_of_logits_in_the_billions_takes_everything(emulated):
+    """Where one rounding of a logit is hundreds, as far as the softmax of others reaches."""
+    call = Call(Case(head_dim=8, queries=9, heads=1, batch=1, tokens=every(77)), torch.bfloat16)
+    call.q.copy_(torch.linspace(4e4, 5e4, 9)[:, None].expand(9, 8))
+    call.k.copy_(torch.linspace(-5e4, 5e4, 77)[:, None].expand(77, 8))
+    call.v.copy_(torch.arange(77.0)[:, None].expand(77, 8))
+    for call.scale in (0.7, 1.0, 3.0):
+        assert call.run(emulated) is None
+        assert torch.equal(call.out, torch.full_like(call.out, 76.0))
+        assert torch.equal(call.maps, torch.eye(77)[-1:].expand(1, 9, 77))
+
+
 def test_maps_leave_the_output_alone(emulated):
     for keys, head_dim in [(77, 40), (128, 64), (128, 256)]:
         case = Case(keys=keys, head_dim=head_dim, batch=1)

@@ -22,11 +22,13 @@ KERNELS = [
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 
 
-def attend(operator, q, k, v, **options):
+def attend(operator, q, k, v, *, scale=1.0, **options):
     if operator != "joint_attention":
-        return getattr(ops, operator)(q, k, v, scale=1.0, **options)
+        return getattr(ops, operator)(q, k, v, scale=scale, **options)
     half = k.shape[2] // 2
-    return ops.joint_attention(q, k[:, :, :half], v[:, :, :half], k[:, :, half:], v[:, :, half:], scale=1.0, **options)
+    return ops.joint_attention(
+        q, k[:, :, :half], v[:, :, :half], k[:, :, half:], v[:, :, half:], scale=scale, **options
+    )
 
 
 def operands(logits, value=0.0, rows=3):
@@ -50,6 +52,17 @@ def check_overflow(operator, keys):
     out = attend(operator, q, k, v)
     assert out[0, 0, 0].isnan().all()
     torch.testing.assert_close(out[0, 0, 1:], torch.full((2, 1), 5.0))
+
+
+def check_billions(operator, keys):
+    """Among logits of billions, whose float32 neighbours are hundreds apart, the largest takes everything."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.linspace(4e4, 5e4, 9).to(dtype).reshape(1, 1, 9, 1)
+        k = torch.linspace(-5e4, 5e4, keys).to(dtype).reshape(1, 1, keys, 1)
+        v = torch.arange(1.0, keys + 1).to(dtype).reshape(1, 1, keys, 1)
+        for scale in (0.7, 1.0, 3.0, -7.3):
+            out = attend(operator, q, k, v, scale=scale)
+            assert torch.equal(out, torch.full_like(out, keys if scale > 0 else 1)), (dtype, scale, out.flatten())
 
 
 def check_infinite_queries_and_sinks(keys):
@@ -108,7 +121,7 @@ def check_all(backend):
             continue
         with ops.use_backend(backend, operator):
             for keys in KEYS:
-                for check in (check_weightless_keys, check_overflow):
+                for check in (check_weightless_keys, check_overflow, check_billions):
                     check(operator, keys)
     with ops.use_backend(backend):
         for keys in KEYS:
@@ -121,7 +134,7 @@ def check_all(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("check", [check_weightless_keys, check_overflow])
+@pytest.mark.parametrize("check", [check_weightless_keys, check_overflow, check_billions])
 @pytest.mark.parametrize("operator", ATTENTION)
 def test_attention(operator, check, keys, backend):
     if backend not in ops.OPERATORS[operator]:
