@@ -16,8 +16,8 @@ def bits(columns: Sequence[int]) -> tuple[int, int]:
     return low - ((low >> 63) << 64), high - ((high >> 63) << 64)
 
 
-#: Compiler options of kernels that exponentiate s * scale - peak.  Contracted to one fused operation, the rounding of the
-#: peak alone would be left where s is largest: hundreds where logits are in the billions, which overflows.
+#: Compiler options of kernels that exponentiate s * scale - peak.  Contracted to one fused operation, the rounding of
+#: the peak alone would be left where s is largest: hundreds where logits are in the billions, which overflows.
 ROUND_PRODUCTS = {"enable_fp_fusion": False}
 
 
