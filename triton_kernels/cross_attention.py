@@ -139,8 +139,8 @@ def forward_launch(d: int, n_keys: int, dtype: torch.dtype, maps: bool) -> tuple
     if dtype.itemsize == 4:
         block, options = 16, {"num_warps": 8, "num_stages": 2 if one_chunk else 1}
     elif not maps:
-        # Tiles of 128 queries halve what the keys and values cost.  A second stage keeps clear of the assembler's bug (see
-        # attention_tiles.py); AMD's lacks it, and the memory for it.
+        # Tiles of 128 queries halve what the keys and values cost.  A second stage keeps clear of the assembler's bug
+        # (see attention_tiles.py); AMD's lacks it, and the memory for it.
         stages = 2 if torch.version.hip is None else 1
         block, options = 128 if one_chunk else 64, {"num_warps": 8, "num_stages": stages}
     else:

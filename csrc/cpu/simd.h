@@ -224,6 +224,7 @@ DIFFFAST_INLINE void store_pairs(Pair* p, Vec<float> first, Vec<float> second) {
   std::memcpy(p, &pairs, sizeof pairs);
 }
 
+// The instruction takes subnormal numbers as zeros, those of bfloat16 too.
 DIFFFAST_INLINE Vec<float> add_product(Vec<float> sum, PairBits a, PairBits b) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
