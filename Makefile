@@ -11,7 +11,7 @@ BUILT  := $(VENV)/.difffast
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test suite test-oldest test-slow test-sanitized bench fidelity lint readme clean
+.PHONY: install demo test suite test-oldest test-slow test-all test-sanitized bench fidelity lint readme clean
 
 install: $(BUILT)
 
@@ -48,6 +48,10 @@ test-oldest:
 test-slow: install
 	$(PYTEST) -m slow
 
+# Both in one run: tests are collected once, and nobody waits for the last of the first.
+test-all: lint install
+	$(PYTEST) -m "not gpu"
+
 # The operators' C++ kernels, of each instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer: in a build
 # of its own, which the normal one never sees. Python is not built for them: its interpreter's leaks are not looked for.
 SANITIZED := build/sanitized
@@ -58,9 +62,8 @@ test-sanitized: install
 	CXXFLAGS="$(CHECKED) $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	DIFFFAST_BUILD_CPP=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib \
 	> $(SANITIZED)/log 2>&1 || { tail -n 40 $(SANITIZED)/log; exit 1; }
-	for set in avx512_bf16 avx2 baseline; do \
-	    DIFFFAST_INSTRUCTION_SET=$$set $(BIN)/python tests/helpers/sanitized.py $(SANITIZED)/lib || exit 1; \
-	done
+	printf '%s\n' avx512_bf16 avx2 baseline | xargs -P 2 -I SET \
+	env DIFFFAST_INSTRUCTION_SET=SET $(BIN)/python tests/helpers/sanitized.py $(SANITIZED)/lib
 
 bench: install
 	$(BIN)/python bench/run.py --budget-minutes 14

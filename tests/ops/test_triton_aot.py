@@ -26,10 +26,11 @@ def test_usual_kernels_compile_without_spills():
 
 
 @pytest.mark.slow
-# 8.0 has the instructions of 8.9, and more shared memory.
-@pytest.mark.parametrize("capability", ["89", "90", "100"])
-def test_all_kernels_compile_without_spills(capability):
-    _compile("--capability", capability)
+# 8.0 has the instructions of 8.9, and more shared memory.  bfloat16's kernels are float16's but for the products: what
+# one GPU shows of them is not looked for on all.
+@pytest.mark.parametrize(("capability", "names"), [("89", "fp"), ("90", ""), ("100", "fp16")])
+def test_all_kernels_compile_without_spills(capability, names):
+    _compile("--capability", capability, "--only", names)
 
 
 def test_usual_kernels_compile_for_amd():
