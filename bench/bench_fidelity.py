@@ -129,7 +129,7 @@ def fill(pipe: Any, cell: Cell, arguments: argparse.Namespace, version: str, mac
         for way in ways:
             store.make_pictures(pipe, way, wanted)
     if not arguments.pictures_only:
-        store.make_times(pipe, ways, wanted[0].caption, arguments.rounds)
+        store.make_times(pipe, ways, [scene.caption for scene in wanted], arguments.rounds)
     return store, ways
 
 

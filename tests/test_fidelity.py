@@ -1,5 +1,6 @@
 """The fidelity benchmark's own machinery, and what its committed table promises; it is made by ``make fidelity``."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -147,13 +148,21 @@ def test_pictures_are_made_once_and_go_on(tmp_path):
     assert len(Store(tmp_path, {"w": "w, but another plan"}, "here").pictures(way, 5)) == 0
 
 
+def test_presets_make_one_picture_at_a_time(tmp_path):
+    """A guard looks at all pictures of a batch, and users make one."""
+    painter = Painter()
+    way = Way("balanced", PRESET, 7, lambda pipe: contextlib.nullcontext())
+    Store(tmp_path, {"balanced": ""}, "here").make_pictures(painter, way, bench_fidelity.scenes(3))
+    assert painter.batches == [1, 1, 1]
+
+
 def test_seconds_are_measured_in_rounds_with_stock(tmp_path):
     ways = [Way("stock", STOCK, 7), Way("a", PLAN, 7), Way("b", PLAN, 7)]
     keys = {way.name: way.name for way in ways}
-    Store(tmp_path, keys, "here").make_times(Painter(), ways[:2], "a red circle", 2)
+    Store(tmp_path, keys, "here").make_times(Painter(), ways[:2], ["a red circle", "a dog"], 2)
     store = Store(tmp_path, keys, "here")
     assert [len(store.times(way)[0]) for way in ways] == [2, 2, 0]
-    store.make_times(Painter(), ways, "a red circle", 3)
+    store.make_times(Painter(), ways, ["a red circle", "a dog"], 3)
     # Way b lacked three rounds, and a went along.
     assert [len(store.times(way)[0]) for way in ways] == [5, 5, 3]
     assert store.times(ways[0])[1] == [1.0] * 5

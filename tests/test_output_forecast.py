@@ -277,53 +277,99 @@ def test_decoders_batch_up_to_a_forecast(pipe):
 # The guard.
 
 
-def test_the_guard_measures_forecasts_and_thins_them_out(pipe):
-    outputs = {}
+def watch(pipe, found, look=lambda output: output[0]):
+    """Add what every UNet call returns to a list, until the returned function is called."""
+    call = type(pipe.unet).__call__
+
+    def watched(self, *args, **kwargs):
+        output = call(self, *args, **kwargs)
+        found.append(look(output))
+        return output
+
+    type(pipe.unet).__call__ = watched
+    return lambda: setattr(type(pipe.unet), "__call__", call)
+
+
+def changes(pipe, outputs, steps):
+    """What repeating each output would be off by: of the row that changes most, times the share of noise."""
+    noise = (1 - pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps]).sqrt()
+    found = {}
+    for step, before in steps.items():
+        parts = [
+            float((outputs[before][row] - outputs[step][row]).norm() / outputs[step][row].norm())
+            for row in range(len(outputs[step]))
+        ]
+        found[step] = float(noise[step]) * max(parts)
+    return found
+
+
+def test_the_guard_runs_steps_whose_output_changes_too_much(pipe):
+    """By what was measured at the step before: of 4, 6, 8, 10 the first is forecast if 3 was near enough to 2."""
+    keys, outputs = [0, 1, 2, 3, 5, 7, 9, 11], []
     with patched(pipe, propagation=OutputForecast(1), fused=False):
-        call = type(pipe.unet).__call__
-        steps = iter(range(STEPS))
-
-        def watch(self, *args, **kwargs):
-            output = call(self, *args, **kwargs)
-            outputs[next(steps)] = output[0]
-            return output
-
-        type(pipe.unet).__call__ = watch
+        stop = watch(pipe, outputs)
         run(pipe)
-        type(pipe.unet).__call__ = call
-    # Up to the first forecast both runs are the same.
+        stop()
+    known = changes(pipe, outputs, {1: 0, 2: 1, 3: 2})  # up to the first forecast both runs are the same
+    for factor, first in ((0.99, "run"), (1.01, "forecast")):
+        guard = known[3] * factor
+        with patched(pipe, propagation=OutputForecast(keys, guard=guard), fused=False) as report:
+            run(pipe)
+        ran = report.last_run
+        assert {step: ran.forecast_errors[step] for step in known} == pytest.approx(known, rel=1e-4)
+        assert (4 in ran.forecast_errors) == (first == "run"), "what was forecast is not measured"
+        reason = "forecasts became key steps, that of step 4 first: by then the output was expected to have changed "
+        reason += f"by {known[3]:.3f}"
+        assert any(reason in each for each in ran.reasons) == (first == "run")
+        assert ran.forecast + ran.guarded == 4
+        assert ran.key == len(keys) + ran.guarded
+
+
+def test_a_guard_that_trusts_nothing_leaves_every_step_to_the_unet(pipe):
+    expected = run(pipe)
+    with patched(pipe, propagation=OutputForecast(2, guard=1e-9), fused=False) as report:
+        assert torch.equal(run(pipe), expected)
+    assert report.last_run.forecast == 0
+    assert f"{report.last_run.guarded} kept from it by the guard" in str(report.last_run)
+
+
+def test_a_guard_that_trusts_all_changes_nothing(pipe):
     keys = [0, 1, 2, 3, 5, 7, 9, 11]
-    with patched(pipe, propagation=OutputForecast(keys, guard=1e-6), fused=False) as report:
-        run(pipe)
-    errors = report.last_run.forecast_errors
-    assert list(errors) == [5, 9]
-    assert report.last_run.forecast == 2, "4 is one; of 6, 8 and 10 the first and the last become key steps; then 8 ..."
-    wanted = "2 of 3 forecasts became key steps: the one before step 5 was off by"
-    assert any(wanted in reason for reason in report.last_run.reasons)
+    with patched(pipe, propagation=OutputForecast(keys), fused=False):
+        expected = run(pipe)
     with patched(pipe, propagation=OutputForecast(keys, guard=1e6), fused=False) as report:
+        assert torch.equal(run(pipe), expected)
+    assert (report.last_run.forecast, report.last_run.guarded) == (4, 0)
+    assert list(report.last_run.forecast_errors) == [1, 2, 3, 5, 7, 9], "nothing is left to decide after the last"
+
+
+def test_a_row_of_forecasts_is_expected_to_leave_the_truth_as_it_grows(pipe):
+    outputs = []
+    with patched(pipe, propagation=OutputForecast(1), fused=False):
+        stop = watch(pipe, outputs)
         run(pipe)
-    assert report.last_run.forecast == 4
-    assert list(report.last_run.forecast_errors) == [5, 7, 9], "nothing is left to decide after the last"
-
-
-def test_the_error_is_that_of_what_the_step_would_have_returned(pipe):
-    made = []
-    with patched(pipe, propagation=OutputForecast([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11], guard=1e6)) as report:
-        call = type(pipe.unet).__call__
-
-        def watch(self, *args, **kwargs):
-            made.append(call(self, *args, **kwargs))
-            return made[-1]
-
-        type(pipe.unet).__call__ = watch
+        stop()
+    change = changes(pipe, outputs, {3: 2})[3]
+    with patched(pipe, propagation=OutputForecast([0, 1, 2, 3, 7, 8, 9, 10, 11], guard=2.5 * change)) as report:
         run(pipe)
-        type(pipe.unet).__call__ = call
-    (error,) = report.last_run.forecast_errors.values()
-    repeated, true = made[3][0], made[4][0]
-    assert torch.equal(repeated, made[2][0])
-    alpha = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps[4]]
-    noise = float((1 - alpha).sqrt())  # the share of noise in the latents of that step
-    assert error == pytest.approx(noise * float((repeated - true).norm() / true.norm()), rel=1e-5)
+    assert (report.last_run.forecast, report.last_run.guarded) == (2, 1), "4 and 5; 6 is three steps behind 3"
+
+
+def test_nothing_is_forecast_before_anything_was_measured(pipe):
+    with patched(pipe, propagation=OutputForecast([0, *range(2, STEPS)], guard=1e6)) as report:
+        run(pipe)
+    assert (report.last_run.forecast, report.last_run.guarded) == (0, 1)
+
+
+def test_each_picture_of_a_batch_can_keep_the_others_from_forecasts(pipe):
+    """Of two pictures the one that changes more decides."""
+    changed = []
+    for prompts in (["a cat"], ["two dogs"], ["a cat", "two dogs"]):
+        with patched(pipe, propagation=OutputForecast([0, 1, 2, 3, *range(5, STEPS)], guard=1e6)) as report:
+            generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+            pipe(prompts, num_inference_steps=STEPS, height=16, width=16, generator=generators, output_type="latent")
+        changed.append(report.last_run.forecast_errors[3])
+    assert changed[2] == pytest.approx(max(changed[:2]), rel=1e-4)
 
 
 def test_a_plan_is_for_schedules_of_its_length(pipe):

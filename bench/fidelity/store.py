@@ -22,6 +22,7 @@ from difffast.files import write_whole
 from .cells import PLAN, PRESET, STOCK, Way
 
 #: Pictures made at once.  Batches begin at multiples of it, so that more prompts leave those before them as they are.
+#: Presets make one at a time, as their users do: what their guard does depends on all pictures of a batch.
 BATCH = 12
 
 
@@ -60,18 +61,20 @@ class Store:
         made = self.pictures(way, len(wanted))
         if len(made) == len(wanted):
             return
-        made = list(made[: len(made) // BATCH * BATCH])
+        batch = 1 if way.kind == PRESET else BATCH
+        made = list(made[: len(made) // batch * batch])
         with way.context(pipe):
-            for start in tqdm(range(len(made), len(wanted), BATCH), desc=way.name):
-                prompts = [scene.caption for scene in wanted[start : start + BATCH]]
+            for start in tqdm(range(len(made), len(wanted), batch), desc=way.name):
+                prompts = [scene.caption for scene in wanted[start : start + batch]]
                 made += (np.asarray(image) for image in generate(pipe, way, prompts, start))
                 with write_whole(self._file(way)) as part:
                     np.save(part, np.stack(made))
 
-    def make_times(self, pipe: Any, ways: Sequence[Way], prompt: str, rounds: int) -> None:
+    def make_times(self, pipe: Any, ways: Sequence[Way], prompts: Sequence[str], rounds: int) -> None:
         """Measure seconds of a whole call for one picture, all ways in turn, until each has so many rounds.
 
-        Every way has a pipeline of its own, which is patched before and has run once: its user does so once as well.
+        Each round has the next prompt, because a guard makes some pictures slower than others.  Every way has a
+        pipeline of its own, which is patched before and has run once: its user does so once as well.
         Each round has stock, because only the ratio to stock in the same round tells what a way is worth.
         """
         lacking = [way for way in ways if len(self.times(way)[0]) < rounds]
@@ -83,12 +86,12 @@ class Store:
             for way in ways:
                 pipes[way.name] = _copy(pipe, own_weights=way.kind in (PRESET, PLAN))
                 stack.enter_context(way.context(pipes[way.name]))
-                generate(pipes[way.name], way, [prompt], 0)
-            for _ in tqdm(range(rounds - min(len(self.times(way)[0]) for way in lacking)), desc="rounds"):
-                measured = {}
+                generate(pipes[way.name], way, prompts[:1], 0)
+            for index in tqdm(range(min(len(self.times(way)[0]) for way in lacking), rounds), desc="rounds"):
+                measured, at = {}, index % len(prompts)
                 for way in ways:
                     start = time.perf_counter()
-                    generate(pipes[way.name], way, [prompt], 0)
+                    generate(pipes[way.name], way, prompts[at : at + 1], at)
                     measured[self._keys[way.name]] = time.perf_counter() - start
                 self.rounds.append(measured)
                 with write_whole(self._seconds) as part:

@@ -80,9 +80,9 @@ class MeasuredPlan:
 
     Args:
         name: of a column of the table, "balanced" or "turbo".
-        guard: the error of a forecast, measured at the next step that runs, above which half of the forecasts that are
-            left in this run become key steps: relative, times the share of noise in the latents, because late errors
-            change little.  None never measures.
+        guard: the largest error that a forecast may be expected to have; with more the step runs.  What a forecast
+            would have been off by is measured at the steps that run: relative, times the share of noise in the latents,
+            because late errors change little, and of the picture in a batch that changes most.  None never measures.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or no such column.

@@ -42,8 +42,8 @@ class Plan:
             returned.  None of them is a key step, runs one half, or is part of a decoder's batch.
         extrapolate: the degree of a forecast that stands alone between two other steps: 0 repeats the last output, 1
             extends the line through the last two.  In longer rows forecasts repeat it, because lines leave the truth.
-        guard: the error of a forecast, measured at the next step that runs, above which half of the forecasts that are
-            left become key steps: relative, times the share of noise in the latents; None never measures.
+        guard: the largest error that a forecast may be expected to have, by what is measured at the steps that run:
+            relative, times the share of noise in the latents; with more the step runs.  None never measures.
         start: the first step that is executed, which is the first key step; later than 0 in img2img, for instance.
 
     Raises:

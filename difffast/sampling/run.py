@@ -289,6 +289,7 @@ class SamplingRun:
             stock: the unpatched UNet, called with arguments by name.
         """
         self._follow(index)
+        self._forecasts.heed_guard(index)
         given = call = self._conditioning.settle(call, key=self.state.plan.is_key(index))
         self._compare(call, index)
         for extension in self._extensions:

@@ -16,7 +16,8 @@ class RunStats:
         propagated: calls answered from cached encoder features.
         reused: calls that ran the outer layers alone.
         forecast: calls at which nothing of the UNet ran.
-        forecast_errors: relative errors of forecasts, as the guard has measured them, by the step that told.
+        guarded: forecasts that became key steps, because the guard did not trust them.
+        forecast_errors: what forecasts of steps that ran would have been off by, as the guard has measured it, by step.
         halves: calls, of any of these kinds, that ran the conditional half of the batch alone.
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.
         forced: key steps that the plan did not ask for (conditioning or shape changed, features dropped).
@@ -34,6 +35,7 @@ class RunStats:
     propagated: int = 0
     reused: int = 0
     forecast: int = 0
+    guarded: int = 0
     forecast_errors: dict[int, float] = field(default_factory=dict)
     halves: int = 0
     stock: int = 0
@@ -55,8 +57,10 @@ class RunStats:
         if self.controlnet:
             counts = self.controlnet
             text += f"; ControlNet computed {counts['computed']} times, reused {counts['reused']} times"
-        if self.forecast:
+        if self.forecast or self.guarded:
             text += f"; {self.forecast} forecast without the UNet"
+        if self.guarded:
+            text += f", {self.guarded} kept from it by the guard"
         if self.halves:
             text += f"; guidance's conditional half alone {self.halves} times"
         if self.exchanged:
