@@ -148,12 +148,12 @@ def test_pictures_are_made_once_and_go_on(tmp_path):
     assert len(Store(tmp_path, {"w": "w, but another plan"}, "here").pictures(way, 5)) == 0
 
 
-def test_presets_make_one_picture_at_a_time(tmp_path):
+def test_presets_and_plans_make_one_picture_at_a_time(tmp_path):
     """A guard looks at all pictures of a batch, and users make one."""
-    painter = Painter()
-    way = Way("balanced", PRESET, 7, lambda pipe: contextlib.nullcontext())
-    Store(tmp_path, {"balanced": ""}, "here").make_pictures(painter, way, bench_fidelity.scenes(3))
-    assert painter.batches == [1, 1, 1]
+    for kind in (PRESET, PLAN):
+        painter, way = Painter(), Way(kind, kind, 7, lambda pipe: contextlib.nullcontext())
+        Store(tmp_path, {kind: kind}, "here").make_pictures(painter, way, bench_fidelity.scenes(3))
+        assert painter.batches == [1, 1, 1]
 
 
 def test_seconds_are_measured_in_rounds_with_stock(tmp_path):

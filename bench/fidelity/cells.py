@@ -16,6 +16,7 @@ import peers
 import torch
 
 from difffast import OutputForecast, patched
+from difffast.plan import MeasuredPlan
 from difffast.presets import PRESETS
 
 #: Name, as ``difffast.sampling.schedule`` has it -> (class, what differs from the model's own configuration).
@@ -109,6 +110,8 @@ def list_ways(cell: Cell, config: Any) -> list[Way]:
         "forecast every 2, lines": OutputForecast(2, extrapolate=1),
         "forecast every 3": OutputForecast(3),
         "forecast every 4": OutputForecast(4),
+        # What a picture whose output still changes asks for: as many steps more as leave its things where they are.
+        "balanced, guarded": MeasuredPlan("balanced", guard=0.045),
     }
     return [
         Way(STOCK, STOCK, cell.steps),

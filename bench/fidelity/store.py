@@ -22,7 +22,7 @@ from difffast.files import write_whole
 from .cells import PLAN, PRESET, STOCK, Way
 
 #: Pictures made at once.  Batches begin at multiples of it, so that more prompts leave those before them as they are.
-#: Presets make one at a time, as their users do: what their guard does depends on all pictures of a batch.
+#: Presets and plans make one at a time, as their users do: what a guard does depends on all pictures of a batch.
 BATCH = 12
 
 
@@ -61,7 +61,7 @@ class Store:
         made = self.pictures(way, len(wanted))
         if len(made) == len(wanted):
             return
-        batch = 1 if way.kind == PRESET else BATCH
+        batch = 1 if way.kind in (PRESET, PLAN) else BATCH
         made = list(made[: len(made) // batch * batch])
         with way.context(pipe):
             for start in tqdm(range(len(made), len(wanted), batch), desc=way.name):
