@@ -302,8 +302,7 @@ class SamplingRun:
         forecast = self._forecasts.answer(index)
         if forecast is not None:
             return self._end(index, forecast)
-        half = self._cfg.runs_half(index, call)
-        if half:
+        if half := self._cfg.runs_half(index, call):
             call = self._cfg.prepare(call)
         if self.state.division is not None:
             reason = self._refuse_halves(call) or self._name_watch() or None
