@@ -11,7 +11,7 @@ BUILT  := $(VENV)/.difffast
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test suite test-oldest test-slow test-all test-sanitized bench fidelity lint readme clean
+.PHONY: install demo test suite test-oldest test-slow test-sanitized bench fidelity lint readme clean
 
 install: $(BUILT)
 
@@ -47,10 +47,6 @@ test-oldest:
 
 test-slow: install
 	$(PYTEST) -m slow
-
-# Both in one run: tests are collected once, and nobody waits for the last of the first.
-test-all: lint install
-	$(PYTEST) -m "not gpu"
 
 # The operators' C++ kernels, of each instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer: in a build
 # of its own, which the normal one never sees. Python is not built for them: its interpreter's leaks are not looked for.
