@@ -142,7 +142,7 @@ def main() -> None:
     setting = {
         "model": name_model(arguments.model),
         "prompts": arguments.prompts,
-        "batch": BATCH,
+        "batch": BATCH,  # of presets and plans one
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "dtype": "float32",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .plan import CfgReuse, EncoderPropagation, MeasuredPlan, Sharing
 
-#: Error of a forecast, times the share of noise, above which "turbo" takes half of the forecasts back that are left.
+#: The largest error that a forecast of "turbo" may be expected to have, times the share of noise: with more, steps run.
 GUARD = 0.4
 
 

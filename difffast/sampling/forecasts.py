@@ -59,7 +59,8 @@ class Forecasts:
         plan = self._state.plan
         if not plan.forecasts:
             return
-        if plan.guard is not None and self._known and plan.forecasts[-1] > index:
+        # What is measured is asked for one step later, or two: see _read.
+        if plan.guard is not None and self._known and (plan.is_forecast(index + 1) or plan.is_forecast(index + 2)):
             self._measure(index, output)
         # A copy: the pipeline may write into what it gets.
         self._known = [(index, output.clone()), *self._known[: plan.extrapolate]]
