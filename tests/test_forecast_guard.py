@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import if_zoo
 import pytest
 import torch
-from sampling import latents
+import zoo
+from sampling import largest, latents, picture
 
 from difffast import OutputForecast, Plan, patched
 from difffast.sampling.forecasts import Forecasts, _Measured
@@ -101,15 +103,83 @@ def test_nothing_is_forecast_before_anything_was_measured(pipe):
     assert (report.last_run.forecast, report.last_run.guarded) == (0, 1)
 
 
-def test_each_picture_of_a_batch_can_keep_the_others_from_forecasts(pipe):
-    """Of two pictures the one that changes more decides."""
+def make(pipe, prompts, guard, seeds=None, keys=(0, 1, 2, 3, *range(5, STEPS, 2)), **options):
+    """Latents [n, C, H, W] of prompts, with seeds of their own, and what happened."""
+    with patched(pipe, propagation=OutputForecast(keys, extrapolate=1, guard=guard), fused=False) as report:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
+        options = {"height": 16, "width": 16, **options}
+        made = pipe(prompts, num_inference_steps=STEPS, generator=generators, output_type="latent", **options)
+    return made.images, report.last_run
+
+
+PROMPTS = ["a cat", "two dogs", "red"]
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_pictures_of_a_batch_each_have_a_guard_of_their_own(pipe64, guidance):
+    """The UNet runs where any of them asks for it; the others keep their forecasts, and are what they are alone."""
+    options = {"guidance_scale": guidance}
+    errors = [
+        make(pipe64, [prompt], 1e6, [seed], **options)[1].forecast_errors[3] for seed, prompt in enumerate(PROMPTS)
+    ]
+    low, middle, high = sorted(errors)
+    for guard in ((low + middle) / 2, (middle + high) / 2):
+        together, ran = make(pipe64, PROMPTS, guard, **options)
+        assert ran.forecast_errors[3] == pytest.approx(high, rel=1e-9)
+        alone = [make(pipe64, [prompt], guard, [seed], **options) for seed, prompt in enumerate(PROMPTS)]
+        guarded = [each.guarded for _, each in alone]
+        assert len(set(guarded)) > 1, "one of them asks for more steps than another"
+        assert max(guarded) <= ran.guarded <= sum(guarded)
+        for row, (latents_alone, _) in enumerate(alone):
+            assert largest(together[row], latents_alone[0]) <= 1e-9
+
+
+def test_the_guard_decides_for_all_rows_where_pictures_are_not_told_apart(pipe64):
+    """As in a loop that is not a pipeline's: which rows are a picture's halves is not known."""
+    forecast = OutputForecast([0, 1, 2, 3, *range(5, STEPS)], guard=1e6)
+    text = torch.randn(3, 77, pipe64.unet.config.cross_attention_dim, dtype=torch.float64)
     changed = []
-    for prompts in (["a cat"], ["two dogs"], ["a cat", "two dogs"]):
-        with patched(pipe, propagation=OutputForecast([0, 1, 2, 3, *range(5, STEPS)], guard=1e6)) as report:
-            generators = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
-            pipe(prompts, num_inference_steps=STEPS, height=16, width=16, generator=generators, output_type="latent")
+    for rows in ([0], [1], [2], [0, 1, 2]):
+        with patched(pipe64, propagation=forecast, fused=False) as report:
+            pipe64.scheduler.set_timesteps(STEPS)
+            x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()[rows]
+            for t in pipe64.scheduler.timesteps:
+                with torch.no_grad():
+                    x = pipe64.scheduler.step(pipe64.unet(x, t, text[rows]).sample, t, x).prev_sample
         changed.append(report.last_run.forecast_errors[3])
-    assert changed[2] == pytest.approx(max(changed[:2]), rel=1e-4)
+    assert changed[3] == pytest.approx(max(changed[:3]), rel=1e-9)
+
+
+@pytest.mark.parametrize("row", ["StableDiffusionPAGPipeline", "StableDiffusionInstructPix2PixPipeline", "IFPipeline"])
+def test_batches_of_other_halves_are_one_picture(row):
+    """Three halves, and pipelines that do not tell whether they guide."""
+    row = {**zoo.ROWS, **if_zoo.ROWS}[row]
+    pipe = row.build()
+    pipe.set_progress_bar_config(disable=True)
+    counted, learn = [], Forecasts.learn
+
+    def count(self, index, output, call):
+        learned = learn(self, index, output, call)
+        counted.append(len(self._pictures))
+        return learned
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(Forecasts, "learn", count)
+        with patched(pipe, propagation=OutputForecast(2, guard=1e6), fused=False):
+            row.run(pipe, zoo.Inputs(steps=STEPS, images=2))
+    assert set(counted) == {1}
+
+
+def test_controlnet_runs_where_the_guard_makes_a_step_run():
+    pipe, calls = zoo.ROWS["StableDiffusionControlNetPipeline"].build(), []
+    pipe.set_progress_bar_config(disable=True)
+    options = {"image": picture(), "height": 32, "width": 32, "steps": STEPS}
+    expected = latents(pipe, **options)
+    pipe.controlnet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    with patched(pipe, propagation=OutputForecast(2, guard=1e-9), fused=False) as report:
+        assert torch.equal(latents(pipe, **options), expected)
+    assert report.last_run.guarded > 0
+    assert len(calls) == STEPS
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -122,11 +192,11 @@ def test_a_gpus_errors_are_read_two_steps_later_or_at_once_by_processes_that_sha
         division=object() if shared else None,
         record=lambda reason: None,
     )
-    forecasts = Forecasts(state)
-    forecasts.learn(2, torch.ones(1, 4))
+    forecasts = Forecasts(state, lambda call: 1)
+    forecasts.learn(2, torch.ones(1, 4), {})
     for step in (2, 3):  # as _measure leaves them on a GPU
         event = SimpleNamespace(synchronize=lambda step=step: waited.append(step))
-        forecasts._measured.append(_Measured(step, 1, torch.tensor(0.1 * step), event))
+        forecasts._measured.append(_Measured(step, {0: 1}, torch.tensor([0.1 * step]), event))
     forecasts.heed_guard(4)
     assert waited == ([2, 3] if shared else [2])
     assert list(state.stats.forecast_errors) == waited

@@ -22,7 +22,7 @@ from difffast.files import write_whole
 from .cells import PLAN, PRESET, STOCK, Way
 
 #: Pictures made at once.  Batches begin at multiples of it, so that more prompts leave those before them as they are.
-#: Presets and plans make one at a time, as their users do: what a guard does depends on all pictures of a batch.
+#: Presets and plans make one at a time, as their users do.
 BATCH = 12
 
 

@@ -30,7 +30,8 @@ class OutputForecast:
         longest: the most forecasts in a row.
         guard: the largest error that a forecast may be expected to have; with more the step runs.  What a forecast
             would have been off by is measured at the steps that run: relative, times the share of noise in the latents,
-            because late errors change little, and of the picture in a batch that changes most.  None never measures.
+            because late errors change little.  Every picture of a batch has a guard of its own: where the UNet runs for
+            another, its forecast stands, so that it is the same in any batch.  None never measures.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range.

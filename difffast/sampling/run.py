@@ -30,6 +30,7 @@ from .memory import keep_freed_memory
 from .outer_layers import OuterLayers
 from .passes import Passes
 from .position import count_steps, find_step, is_element
+from .rows import Rows
 from .schedule import count_denoising_steps
 from .settings import Settings
 from .state import RunState, Step
@@ -90,9 +91,10 @@ class SamplingRun:
         self._kv: TextKV | None = None  # of the call that is being answered
         self._dropouts = [m for m in self._contents.modules if type(m) is nn.Dropout and m.p > 0]
         self._control = ControlOutputs(self.state.stats.controlnet)
-        self._cfg = CfgHalves(self.state, self._refuse_halves, self._wants_both)
-        guarded = self.state.plan.guard is not None
-        self._forecasts = Forecasts(self.state, first.read_schedule(len(timesteps)).noise if guarded else None)
+        self._rows = Rows(settings, self._find_pipe)
+        self._cfg = CfgHalves(self.state, self._rows.refuse_halves, self._wants_both)
+        noise = first.read_schedule(len(timesteps)).noise if self.state.plan.guard is not None else None
+        self._forecasts = Forecasts(self.state, self._rows.count_pictures, noise)
         self.finished = False
         self._steps = count_denoising_steps(scheduler, timesteps)
         self._plan_from(0)
@@ -207,6 +209,7 @@ class SamplingRun:
             stock: runs it.
         """
         step = self.step_of(call["timestep"])
+        self._forecasts.heed_guard(step)
         goes_on = not self.state.restart and self._last is not None and step == self._last + 1
         builds = goes_on and not self.state.plan.is_key(step) and self._contents.look() == self._looks
         # Where the output is forecast, nothing takes ControlNet's.
@@ -264,21 +267,6 @@ class SamplingRun:
             return None
         return running.pipe()
 
-    def _refuse_halves(self, call: Mapping[str, Any]) -> str | None:
-        """Return why a call's batch is not known to be [unconditional, conditional], or None."""
-        pipe = self._find_pipe()
-        settings = next((each for each in self.settings if each.pipe() is pipe), None)
-        if pipe is None or settings is None:
-            return "the loop that calls the UNet is not a patched pipeline's own"
-        if settings.support.guidance:
-            return settings.support.guidance
-        if not getattr(pipe, "do_classifier_free_guidance", False):
-            return "guidance is off"
-        rows, text = call["sample"].shape[0], call.get("encoder_hidden_states")
-        if rows % 2 or (isinstance(text, Tensor) and text.shape[0] % rows):
-            return f"the batch has {rows} rows" + ("" if text is None else f", and the text {len(text)}")
-        return None
-
     def _wants_both(self) -> str | None:
         return "attention maps of both are collected" if self._map_sinks() else None
 
@@ -305,7 +293,7 @@ class SamplingRun:
         if half := self._cfg.runs_half(index, call):
             call = self._cfg.prepare(call)
         if self.state.division is not None:
-            reason = self._refuse_halves(call) or self._name_watch() or None
+            reason = self._rows.refuse_halves(call) or self._name_watch() or None
             self.state.division.compare(given["sample"], index)
             call, changed = self.state.division.take_half(call, reason)
             if changed:
@@ -387,8 +375,7 @@ class SamplingRun:
     def _finish(self, index: int, half: bool, output: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Return what the pipeline gets of what the UNet has returned."""
         output = self._cfg.complete(half, output, call)
-        self._forecasts.learn(index, output)
-        return self._end(index, output)
+        return self._end(index, self._forecasts.learn(index, output, call))
 
     def _end(self, index: int, output: Tensor) -> Tensor:
         """Return the output; at the last step, drop everything."""
