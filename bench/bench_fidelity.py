@@ -37,7 +37,8 @@ from difffast.tools.demo import device_name, psnr
 
 #: Scenes of this seed are in no training set.
 SEED = 7
-PROMPTS = 100
+#: Prompts of the ways that presets are held against, and of the others.
+PROMPTS, OTHERS = 100, 24
 ROUNDS = 5
 
 
@@ -68,21 +69,29 @@ def judged(made: np.ndarray, control: np.ndarray, wanted: Sequence[Scene], truth
 
 def lost(rows: Mapping[str, Any], name: str) -> tuple[float, float, float]:
     """Points of binding accuracy lost against stock on the same prompts: (value, 95% bootstrap low, high)."""
-    things = np.array(rows[STOCK]["things"])
-    difference = np.array(rows[STOCK]["bound"]) - np.array(rows[name]["bound"])
+    things = np.array(rows[name]["things"])
+    difference = np.array(rows[STOCK]["bound"])[: len(things)] - np.array(rows[name]["bound"])
     draws = np.random.default_rng(0).integers(0, len(things), (2000, len(things)))
     spread = 100 * difference[draws].sum(1) / things[draws].sum(1)
     return 100 * difference.sum() / things.sum(), *np.quantile(spread, (0.025, 0.975)).tolist()
 
 
-def judge_cell(store: Store, ways: Sequence[Way], wanted: Sequence[Scene], truth: np.ndarray) -> dict[str, Any]:
-    """Return the rows of a cell whose pictures are all there."""
-    control = store.pictures(ways[0], len(wanted))
+def judge_cell(store: Store, ways: Mapping[Way, int], truth: np.ndarray) -> dict[str, Any]:
+    """Return the rows of a cell whose pictures are all there.
+
+    Args:
+        store: of its pictures.
+        ways: with their numbers of prompts; the first is stock, which has the most.
+        truth: features [n, d] of drawn scenes.
+    """
+    (stock, most), *_ = ways.items()
+    control, wanted = store.pictures(stock, most), scenes(most)
     rows: dict[str, Any] = {}
-    for way in ways:
+    for way, count in ways.items():
         seconds, ratios = store.times(way)
-        row = judged(store.pictures(way, len(wanted)), control, wanted, truth)
-        rows[way.name] = {"kind": way.kind, "steps": way.steps, "seconds": seconds, "ratios": ratios, **row}
+        row = judged(store.pictures(way, count), control[:count], wanted[:count], truth)
+        about = {"kind": way.kind, "steps": way.steps, "prompts": count}
+        rows[way.name] = {**about, "seconds": seconds, "ratios": ratios, **row}
     for name, row in rows.items():
         row["binding_points_lost"] = lost(rows, name)
     for row in rows.values():
@@ -96,7 +105,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {str(cell): cell for cell in CELLS}
     parser.add_argument("--cells", nargs="+", metavar="CELL", default=list(names), help=f"of: {'; '.join(names)}")
-    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of stock, presets, fewer steps and DeepCache")
+    parser.add_argument("--others", type=int, default=OTHERS, help="prompts of the other ways, if these are fewer")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of timing; 0 for none")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these beside stock, by name or kind; default: all")
     parser.add_argument("--pictures-only", action="store_true", help="fill the cache with pictures, and end")
@@ -108,29 +118,35 @@ def parse_arguments() -> argparse.Namespace:
     unknown = set(arguments.cells) - set(names)
     if unknown:
         parser.error(f"--cells must name cells of the table, got {'; '.join(sorted(unknown))}")
-    if arguments.prompts < 5:
-        parser.error(f"--prompts must be at least 5, the first with one, two and three things, got {arguments.prompts}")
+    for name in ("prompts", "others"):
+        if getattr(arguments, name) < 5:
+            least = "at least 5, the first with one, two and three things"
+            parser.error(f"--{name} must be {least}, got {getattr(arguments, name)}")
     if arguments.pictures_only and arguments.times_only:
         parser.error("--pictures-only and --times-only exclude each other")
     arguments.cells = [names[name] for name in arguments.cells]
     return arguments
 
 
-def fill(pipe: Any, cell: Cell, arguments: argparse.Namespace, version: str, machine: str) -> tuple[Store, list[Way]]:
-    """Make what lacks of a cell, as far as the arguments ask for it."""
+def fill(
+    pipe: Any, cell: Cell, arguments: argparse.Namespace, version: str, machine: str
+) -> tuple[Store, dict[Way, int]]:
+    """Make what lacks of a cell, as far as the arguments ask for it; returns its ways with their numbers of prompts."""
     config = pipe.scheduler.config
     pipe.scheduler = cell.make_scheduler(config)
     ways = list_ways(cell, config)
     if arguments.only:
         ways = choose_ways(ways, arguments.only)
     store = Store(arguments.cache / version / str(cell), {way.name: describe(way, pipe) for way in ways}, machine)
-    wanted = scenes(arguments.prompts)
+    most, few = arguments.prompts, min(arguments.prompts, arguments.others)
+    counts = {way: most if way.is_promised else few for way in ways}
+    wanted = scenes(most)
     if not arguments.times_only:
-        for way in ways:
-            store.make_pictures(pipe, way, wanted)
+        for way, count in counts.items():
+            store.make_pictures(pipe, way, wanted[:count])
     if not arguments.pictures_only:
         store.make_times(pipe, ways, [scene.caption for scene in wanted], arguments.rounds)
-    return store, ways
+    return store, counts
 
 
 def main() -> None:
@@ -156,7 +172,7 @@ def main() -> None:
         pipe.scheduler = own
         store, ways = fill(pipe, cell, arguments, version, machine)
         if judging:
-            record = {**setting, "rows": judge_cell(store, ways, scenes(arguments.prompts), truth)}
+            record = {**setting, "rows": judge_cell(store, ways, truth)}
             write(str(cell), record, arguments.out)
 
 

@@ -253,6 +253,10 @@ def test_pictures_of_the_truth_are_judged_right_and_wrong_ones_are_not():
     assert low < value < high
     assert value == pytest.approx(100 * (control["all"]["binding"] - wrong["all"]["binding"]))
     assert bench_fidelity.lost(rows, STOCK) == (0, 0, 0)
+    few = bench_fidelity.judged(np.roll(right, 1, 0)[:15], right[:15], wanted[:15], truth)
+    first = bench_fidelity.judged(right[:15], right[:15], wanted[:15], truth)
+    value, *_ = bench_fidelity.lost({**rows, "fewer prompts": few}, "fewer prompts")
+    assert value == pytest.approx(100 * (first["all"]["binding"] - few["all"]["binding"])), "against stock on the same"
 
 
 def test_the_10th_percentile_is_that_of_the_pictures():
@@ -296,7 +300,11 @@ def test_tables_say_who_is_beaten(tmp_path, rows):
     every = rows | deepcache | {"balanced": row("preset", 0.4, 26.0, 17.0), "turbo": row("preset", 0.2, 22.0, 12.0)}
     setting = {"prompts": 1, "device": "d", "threads": 2, "dtype": "float32", "torch": "2"}
     record = {**setting, "rows": {name: {**each, **judged} for name, each in every.items()}}
+    record["prompts"] = 100
+    record["rows"]["DeepCache 5, branch 0"]["prompts"] = 24
     (tmp_path / "fidelity.json").write_text(json.dumps({"cells": {"Euler, 20 steps": record}}))
+    assert "| DeepCache 5, branch 0, 24 prompts |" in ways_of_cells_table(tmp_path)
+    assert "branch 1, " not in ways_of_cells_table(tmp_path)
     balanced, turbo = cells_table(tmp_path).splitlines()[2:4]
     assert balanced == (
         "| Euler, 20 steps | `balanced` | 0.40 | 26.0 (17.0) | 26.5 (16.0) **balanced is beaten** "

@@ -96,6 +96,11 @@ class Way:
     steps: int
     context: Context = contextlib.nullcontext
 
+    @property
+    def is_promised(self) -> bool:
+        """Whether a promise names it: presets, and what they are held against."""
+        return self.kind in (STOCK, FEWER, PRESET) or self.name.startswith("DeepCache")
+
 
 def list_ways(cell: Cell, config: Any) -> list[Way]:
     """Return every way of a cell: stock, stock with fewer steps, difffast's, and peers'.
@@ -110,8 +115,9 @@ def list_ways(cell: Cell, config: Any) -> list[Way]:
         "forecast every 2, lines": OutputForecast(2, extrapolate=1),
         "forecast every 3": OutputForecast(3),
         "forecast every 4": OutputForecast(4),
-        # What a picture whose output still changes asks for: as many steps more as leave its things where they are.
-        "balanced, guarded": MeasuredPlan("balanced", guard=0.045),
+        # What the guards do: without them every picture has the same steps.
+        "balanced, unguarded": MeasuredPlan("balanced", guard=None),
+        "turbo, unguarded": MeasuredPlan("turbo", guard=None),
     }
     return [
         Way(STOCK, STOCK, cell.steps),

@@ -85,13 +85,16 @@ def _show_cell(cell: str, record: Mapping[str, Any]) -> str:
     heads = "| way | seconds | share | PSNR (10th percentile) | things right | of one, two, three | lost of 100 (95%) |"
     lines = [heads, "|" + "---|" * 7]
     dominated = find_dominated(record["rows"])
+    most = record["prompts"]
     for name, row in record["rows"].items():
         seconds, share = "not timed", ""
         if row["ratios"]:
             seconds, share = f"{statistics.median(row['seconds']):.2f}", f"{share_of(row):.2f}"
         right = ", ".join(f"{100 * row[f'{count} things']['binding']:.0f}" for count in (1, 2, 3))
         cells = (
-            name + (" (beaten by fewer steps)" if name in dominated else ""),
+            name
+            + (f", {row['prompts']} prompts" if row.get("prompts", most) < most else "")
+            + (" (beaten by fewer steps)" if name in dominated else ""),
             seconds,
             share,
             show_likeness(*(likeness_of(row, of) for of in LIKENESS)),
