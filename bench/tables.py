@@ -27,6 +27,7 @@ from picture_tables import (
     presets_table,
     ways_table,
 )
+from plan_tables import plans_table
 from records import RESULTS, ROOT, Record, describe_bars, load, machine, measured, measured_on
 
 __all__ = ["RESULTS", "TABLES", "Record", "find_pages", "load", "machine", "render"]
@@ -194,6 +195,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,
     "cells": cells_table,
+    "plans": plans_table,
     "fidelity": ways_of_cells_table,
     "branches": partial(ways_of_cells_table, name="branches"),
     "attention": partial(

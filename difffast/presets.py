@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from .plan import CfgReuse, EncoderPropagation, MeasuredPlan, Sharing
 
-#: The largest error that a forecast of "turbo" may be expected to have, times the share of noise: with more, steps run.
-GUARD = 0.4
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -26,14 +23,15 @@ class Preset:
 
 
 #: Everything a preset stands for.  "exact" approximates nothing: every step runs the whole UNet.  "balanced" and
-#: "turbo" forecast the UNet's output at the steps where that was measured to change pictures least: to a median PSNR of
-#: 40 and 31 dB against stock on the embedded model (bench/measure_plans.py; beside fewer steps and others' ways in
-#: docs/results.md).  "faster-diffusion" is the paper's published table, with
-#: gaps of up to 14 of 50, which costs the embedded model half of the colours; for large models its authors report no
-#: such loss.  Their release always injects prior noise, and so does the preset, where it is meant for the pipeline.
+#: "turbo" forecast the UNet's output at the steps where that was measured to change pictures least, and less often
+#: where a picture's output still changes: their table has plans and guards, made with the embedded model
+#: (bench/measure_plans.py; beside fewer steps and others' ways in docs/results.md).  "faster-diffusion" is the paper's
+#: published table, with gaps of up to 14 of 50, which costs the embedded model half of the colours; for large models
+#: its authors report no such loss.  Their release always injects prior noise, and so does the preset, where it is meant
+#: for the pipeline.
 PRESETS: dict[str, Preset] = {
     "exact": Preset(EncoderPropagation(key_steps=1)),
     "balanced": Preset(MeasuredPlan("balanced")),
     "faster-diffusion": Preset(EncoderPropagation(prior_noise=0.003)),
-    "turbo": Preset(MeasuredPlan("turbo", guard=GUARD)),
+    "turbo": Preset(MeasuredPlan("turbo")),
 }

@@ -13,6 +13,7 @@ import ranks_mesh
 from ranks_mesh import PROMPTS, Case
 
 from difffast import CfgReuse, EncoderPropagation, FeatureReuse
+from difffast.plan import MeasuredPlan
 
 #: Windows of 4, 3 and 2 steps, which two processes cannot divide evenly.
 UNEVEN = EncoderPropagation(key_steps=(0, 1, 5, 8), prior_noise=None)
@@ -22,7 +23,7 @@ TWO = {
     "cfg exact": Case(CFG, {"preset": "exact"}, 4),
     "cfg, two images": Case(CFG, {"preset": "exact"}, 3, {"num_images_per_prompt": 2}),
     "cfg, guidance off": Case(CFG, {"preset": "exact"}, 3, {"guidance_scale": 1.0}),
-    "cfg, forecasts": Case(CFG, {"preset": "turbo"}, 14),
+    "cfg, forecasts": Case(CFG, {"propagation": MeasuredPlan("turbo", guard=10.0)}, 14),
     "cfg, reuse": Case(CFG, {"propagation": FeatureReuse(interval=3)}),
     "cfg, propagation": Case(CFG, {"propagation": UNEVEN}),
     "dec, uneven": Case(DEC, {"propagation": UNEVEN}),

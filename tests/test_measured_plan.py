@@ -4,8 +4,10 @@ import contextlib
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import measure_plans
 import pytest
@@ -38,6 +40,7 @@ def test_a_schedule_that_was_measured_has_its_plan(row, name):
     plan = MeasuredPlan(name).plan(len(row.log_snr), schedule=Schedule(row.solver, row.log_snr))
     assert measure_plans.write_steps(plan) == row.plans[name]
     assert plan.key_steps[0] == 0
+    assert plan.guard == row.guards[name]
     assert len(row.plans[name]) == len(row.log_snr)
     assert list(row.log_snr) == sorted(row.log_snr)
 
@@ -89,6 +92,11 @@ def test_no_preset_is_dominated_by_as_many_steps_of_stock():
             assert found["psnr_db"] > found["stock_psnr_db"], where
             assert found["psnr_db_p10"] >= found["stock_psnr_db_p10"], where
         assert row["plans"]["turbo"].count("K") <= row["plans"]["balanced"].count("K")
+        for name, found in row["guarded"].items():
+            where = f"{row['solver']}, {row['steps']} steps, {name} with its guard"
+            assert row["plans"][name].count("K") <= found["calls"] <= len(row["plans"][name]), where
+            assert found["psnr_db"] > found["stock_psnr_db"], where
+            assert found["psnr_db_p10"] >= found["stock_psnr_db_p10"], where
 
 
 def test_other_noise_schedules_of_a_solver_take_its_plans():
@@ -103,7 +111,9 @@ def test_without_a_row_the_first_two_fifths_run_and_then_every_other_step():
     plan = MeasuredPlan().plan(21, schedule=Schedule("Unheard", tuple(range(-10, 11))))
     assert plan.forecasts == (9, 11, 13, 15, 17, 19)  # log-SNR -2 is the first behind 40% of -10 .. 10
     assert MeasuredPlan().plan(21) == plan
+    assert plan.guard == min(row.guards["balanced"] for row in ROWS)
     assert MeasuredPlan("turbo", guard=0.3).plan(21) == replace(plan, guard=0.3)
+    assert MeasuredPlan(guard=None).plan(21) == replace(plan, guard=None)
     assert MeasuredPlan().plan(21, start=10) == plan.begin_at(10)
 
 
@@ -179,14 +189,18 @@ def test_presets_run_what_the_report_plans(pipe, preset):
     plan = report.plan(20)
     assert isinstance(plan, Plan)
     assert plan.forecasts
-    found = latents(pipe, steps=20)
-    assert report.last_run.key == len(plan.key_steps)
-    assert report.last_run.forecast == len(plan.forecasts)
+    found, ran = latents(pipe, steps=20), report.last_run
+    assert ran.forecast > 0
+    assert ran.key == len(plan.key_steps) + ran.guarded
+    assert ran.forecast == len(plan.forecasts) - ran.guarded
     assert 0 < float((found - stock).norm() / stock.norm()) < 0.5
     assert report.plan(50).total == 50  # although the scheduler has another schedule now
     with patched(pipe, propagation=plan) as by_hand:
-        assert torch.equal(latents(pipe, steps=20), found) or PRESETS[preset].propagation.guard is not None
-    assert by_hand.last_run.forecast == len(plan.forecasts)
+        assert torch.equal(latents(pipe, steps=20), found)
+    assert by_hand.last_run.forecast == ran.forecast
+    with patched(pipe, propagation=replace(PRESETS[preset].propagation, guard=None)) as unguarded:
+        latents(pipe, steps=20)
+    assert (unguarded.last_run.forecast, unguarded.last_run.guarded) == (len(plan.forecasts), 0)
 
 
 def test_a_plan_is_confirmed_on_other_pictures_than_it_was_chosen_by(monkeypatch):
@@ -199,3 +213,42 @@ def test_a_plan_is_confirmed_on_other_pictures_than_it_was_chosen_by(monkeypatch
     plan = Plan(total=3, key_steps=(0, 1), max_batch=1, forecasts=(2,))
     for pictures in ((("a", "b"), "one"), (("c", "d"), "other")):
         assert cell._try_plan(plan, pictures) == pictures
+
+
+@pytest.mark.parametrize(
+    ("tails", "asked", "tried", "taken"),
+    [
+        ((43.9, 44.0), (1, 1), 2, 1),  # reached
+        ((1.0,) * 5, (0, 0, 1, 1, 1), 5, 4),  # not even by the strictest
+        ((1.0,) * 5, (1, 1, 1, 3), 4, 2),  # 11.5 calls would be more than a tenth more than 10
+        ((50.0,), (9,), 1, 0),
+    ],
+)
+def test_the_laxest_guard_that_reaches_the_aim_is_taken_or_the_strictest_that_costs_little(
+    monkeypatch, tails, asked, tried, taken
+):
+    cell = object.__new__(measure_plans.Cell)
+    cell.pipe, cell.steps, cell.total, cell._confirmed = None, 12, 12, (("a", "b"), "stock")
+    guards, answers = [], iter(zip(tails, asked, strict=False))
+
+    @contextlib.contextmanager
+    def patched(pipe, *, propagation, fused):
+        guards.append(propagation.guard)
+        cell.low, more = next(answers)
+        yield SimpleNamespace(last_run=SimpleNamespace(guarded_for=Counter({1: more})))
+
+    monkeypatch.setattr(measure_plans, "patched", patched)
+    monkeypatch.setattr(cell, "_call", lambda captions, steps, after=lambda pictures: None: after(2))
+    monkeypatch.setattr(cell, "_compare", lambda latents, expected: (50.0, cell.low))
+    monkeypatch.setattr(cell, "_try_stock", lambda calls: (40.0, 30.0))
+    found = cell.measure_guards({"balanced": "KKKKKKKKKK--"})
+    ladder = measure_plans.GUARDS["balanced"]
+    assert guards == list(ladder[:tried])
+    assert found["guards"] == {"balanced": ladder[taken]}
+    assert found["guarded"]["balanced"]["calls"] == 10 + asked[taken] / 2, "10 for the first picture"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.solver} {row.steps}")
+def test_plans_are_read_as_they_are_written(row):
+    for text in row.plans.values():
+        assert measure_plans.write_steps(measure_plans.read_steps(text)) == text

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Literal
 
 from .key_steps import check_int
 from .steps import Plan, check_guard
@@ -51,12 +52,14 @@ class MeasuredRow:
         solver, log_snr: of the schedule that was measured.
         steps: denoising steps, as a pipeline is asked for them.
         plans: by name: for every UNet call "K" where it runs and "-" where its output is forecast.
+        guards: by name: the guard that the plan was measured with.
     """
 
     solver: str
     steps: int
     log_snr: tuple[float, ...]
     plans: dict[str, str]
+    guards: dict[str, float]
 
 
 @functools.cache
@@ -64,7 +67,7 @@ def read_rows() -> tuple[MeasuredRow, ...]:
     """Return the table, which bench/measure_plans.py has made with the embedded model."""
     text = resources.files(__package__).joinpath("measured.json").read_text(encoding="utf-8")
     return tuple(
-        MeasuredRow(row["solver"], row["steps"], tuple(row["log_snr"]), row["plans"])
+        MeasuredRow(row["solver"], row["steps"], tuple(row["log_snr"]), row["plans"], row["guards"])
         for row in json.loads(text)["rows"]
     )
 
@@ -83,19 +86,21 @@ class MeasuredPlan:
         guard: the largest error that a forecast may be expected to have; with more the step runs.  What a forecast
             would have been off by is measured at the steps that run: relative, times the share of noise in the latents,
             because late errors change little.  Every picture of a batch has a guard of its own: where the UNet runs for
-            another, its forecast stands, so that it is the same in any batch.  None never measures.
+            another, its forecast stands, so that it is the same in any batch.  "measured" takes the table's, and where
+            nothing was measured the strictest of them; None never measures.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or no such column.
     """
 
     name: str = "balanced"
-    guard: float | None = None
+    guard: float | Literal["measured"] | None = "measured"
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"name must be one of {', '.join(NAMES)}, got {self.name!r}")
-        check_guard(self.guard)
+        if self.guard != "measured":
+            check_guard(self.guard)
 
     def plan(self, total: int, *, start: int = 0, schedule: Schedule | None = None) -> Plan:
         """Return the plan of a schedule with ``total`` UNet calls, of which ``start`` is executed first.
@@ -114,15 +119,20 @@ class MeasuredPlan:
         if known is not None and len(known) != total:
             raise ValueError(f"the schedule has {len(known)} UNet calls, and the plan is to have {total}")
         forecasts: tuple[int, ...] = ()
+        row = self._find_row(schedule)
         if total >= LEAST_CALLS:
-            row = self._find_row(schedule)
             if row is None or known is None:
                 forecasts = _choose_without_row(known or tuple(range(total)))
             else:
                 forecasts = _fit(row.plans[self.name], row.log_snr, known)
         keys = tuple(step for step in range(total) if step not in set(forecasts))
-        plan = Plan(total=total, key_steps=keys, max_batch=1, forecasts=forecasts, guard=self.guard)
+        plan = Plan(total=total, key_steps=keys, max_batch=1, forecasts=forecasts, guard=self._choose_guard(row))
         return plan.begin_at(start)
+
+    def _choose_guard(self, row: MeasuredRow | None) -> float | None:
+        if self.guard != "measured":
+            return self.guard
+        return min(each.guards[self.name] for each in (read_rows() if row is None else (row,)))
 
     def _find_row(self, schedule: Schedule | None) -> MeasuredRow | None:
         """Return the row of the solver that has the nearest number of UNet calls, or None."""

@@ -58,6 +58,7 @@ class Forecasts:
                 f"changed by {much} of itself, with guard={plan.guard:g}"
             )
         self._state.stats.guarded += 1
+        self._state.stats.guarded_for.update(set(range(len(expected))) - set(trusted))
         self._state.plan = plan.add_key_steps([index])
         self._trusted = trusted
 
