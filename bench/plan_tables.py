@@ -24,7 +24,7 @@ def plans_table(_results: Path | None = None) -> str:
                 str(row["steps"]),
                 f"`{preset}`",
                 f"{found['calls']} of {of}, guarded {guarded['calls']:.1f}",
-                f"{row['guards'][preset]:g}",
+                "none" if (guard := row["guards"][preset]) is None else f"{guard:g}",
                 show_likeness(found["psnr_db"], found["psnr_db_p10"]),
                 show_likeness(guarded["psnr_db"], guarded["psnr_db_p10"]),
                 _show_stock(guarded),

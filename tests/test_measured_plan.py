@@ -111,7 +111,7 @@ def test_without_a_row_the_first_two_fifths_run_and_then_every_other_step():
     plan = MeasuredPlan().plan(21, schedule=Schedule("Unheard", tuple(range(-10, 11))))
     assert plan.forecasts == (9, 11, 13, 15, 17, 19)  # log-SNR -2 is the first behind 40% of -10 .. 10
     assert MeasuredPlan().plan(21) == plan
-    assert plan.guard == min(row.guards["balanced"] for row in ROWS)
+    assert plan.guard == min(row.guards["balanced"] for row in ROWS if row.guards["balanced"] is not None)
     assert MeasuredPlan("turbo", guard=0.3).plan(21) == replace(plan, guard=0.3)
     assert MeasuredPlan(guard=None).plan(21) == replace(plan, guard=None)
     assert MeasuredPlan().plan(21, start=10) == plan.begin_at(10)
@@ -218,10 +218,12 @@ def test_a_plan_is_confirmed_on_other_pictures_than_it_was_chosen_by(monkeypatch
 @pytest.mark.parametrize(
     ("tails", "asked", "tried", "taken"),
     [
-        ((43.9, 44.0), (1, 1), 2, 1),  # reached
-        ((1.0,) * 5, (0, 0, 1, 1, 1), 5, 4),  # not even by the strictest
-        ((1.0,) * 5, (1, 1, 1, 3), 4, 2),  # 11.5 calls would be more than a tenth more than 10
-        ((50.0,), (9,), 1, 0),
+        ((43.0, 43.9, 44.0), (0, 1, 1), 2, 1),  # reached
+        ((35.0,) * 6, (0, 0, 0, 1, 1, 1), 5, 4),  # not even by the strictest
+        ((35.0,) * 6, (0, 1, 1, 1, 3), 4, 2),  # 11.5 calls would be more than a tenth more than 10
+        ((35.0, 36.0, 29.0), (0, 1, 1), 2, 0),  # no better than stock
+        ((50.0, 51.0), (0, 1), 1, 0),
+        ((35.0, 50.0), (0, 9), 1, None),  # even the laxest costs too much
     ],
 )
 def test_the_laxest_guard_that_reaches_the_aim_is_taken_or_the_strictest_that_costs_little(
@@ -243,9 +245,10 @@ def test_the_laxest_guard_that_reaches_the_aim_is_taken_or_the_strictest_that_co
     monkeypatch.setattr(cell, "_try_stock", lambda calls: (40.0, 30.0))
     found = cell.measure_guards({"balanced": "KKKKKKKKKK--"})
     ladder = measure_plans.GUARDS["balanced"]
-    assert guards == list(ladder[:tried])
-    assert found["guards"] == {"balanced": ladder[taken]}
-    assert found["guarded"]["balanced"]["calls"] == 10 + asked[taken] / 2, "10 for the first picture"
+    assert guards == [None, *ladder[:tried]]
+    assert found["guards"] == {"balanced": None if taken is None else ladder[taken]}
+    more = 0 if taken is None else asked[taken + 1] / 2
+    assert found["guarded"]["balanced"]["calls"] == 10 + more, "10 for the first picture"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.solver} {row.steps}")

@@ -52,14 +52,14 @@ class MeasuredRow:
         solver, log_snr: of the schedule that was measured.
         steps: denoising steps, as a pipeline is asked for them.
         plans: by name: for every UNet call "K" where it runs and "-" where its output is forecast.
-        guards: by name: the guard that the plan was measured with.
+        guards: by name: the guard that the plan was measured with; None: no guard is worth its time.
     """
 
     solver: str
     steps: int
     log_snr: tuple[float, ...]
     plans: dict[str, str]
-    guards: dict[str, float]
+    guards: dict[str, float | None]
 
 
 @functools.cache
@@ -87,7 +87,7 @@ class MeasuredPlan:
             would have been off by is measured at the steps that run: relative, times the share of noise in the latents,
             because late errors change little.  Every picture of a batch has a guard of its own: where the UNet runs for
             another, its forecast stands, so that it is the same in any batch.  "measured" takes the table's, and where
-            nothing was measured the strictest of them; None never measures.
+            nothing was measured the strictest of them; None never looks.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or no such column.
@@ -132,7 +132,9 @@ class MeasuredPlan:
     def _choose_guard(self, row: MeasuredRow | None) -> float | None:
         if self.guard != "measured":
             return self.guard
-        return min(each.guards[self.name] for each in (read_rows() if row is None else (row,)))
+        if row is not None:
+            return row.guards[self.name]
+        return min(guard for each in read_rows() if (guard := each.guards[self.name]) is not None)
 
     def _find_row(self, schedule: Schedule | None) -> MeasuredRow | None:
         """Return the row of the solver that has the nearest number of UNet calls, or None."""
