@@ -52,11 +52,9 @@ OPENVINO = {
     "cfg": Case(CFG, {"preset": "exact", "engine": "openvino"}, 3),
     "cfg, forecasts": Case(CFG, {"preset": "turbo", "engine": "openvino"}, 12),
     "dec": Case(DEC, {"propagation": UNEVEN, "engine": "openvino"}),
-    "dp": Case(DP, {"preset": "exact", "engine": "openvino"}, 3),
 }
 INDUCTOR = {
-    name: replace(OPENVINO[name], options={**OPENVINO[name].options, "engine": "inductor"})
-    for name in ("cfg", "dec", "dp")
+    name: replace(OPENVINO[name], options={**OPENVINO[name].options, "engine": "inductor"}) for name in ("cfg", "dec")
 }
 
 
