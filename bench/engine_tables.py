@@ -20,9 +20,9 @@ def engines_table(results: Path = RESULTS) -> str:
     return _tabulate(load(results / "engines.json"))
 
 
-def engines_unets_table(results: Path = RESULTS) -> str:
+def engines_unets_table(results: Path = RESULTS, file: str = "engines_unets.json") -> str:
     """The same of the seconds inside the UNet alone."""
-    return _tabulate(load(results / "engines_unets.json"))
+    return _tabulate(load(results / file))
 
 
 def _tabulate(found: Sequence[Record]) -> str:
@@ -68,12 +68,12 @@ def recorded_table(file: str, first: str, columns: Mapping[str, str], *, ours: s
         seconds = info["seconds"]
         times = [f"{statistics.median(seconds[name]) * 1e3:.2f} ms" for name in columns.values()]
         faster = [f"{ratio(seconds, name, ours)[1]:.2f}x" for name in others.values()]
-        rows.append(f"| {' | '.join([_name_record(info, found), *times, *faster])} |")
+        rows.append(f"| {' | '.join([name_record(info, found), *times, *faster])} |")
     note = f"{machine(found[0])}; {len(found[0]['seconds'][ours])} interleaved rounds, medians of ratios."
     return "\n".join([*rows, "", note])
 
 
-def _name_record(info: Record, found: Sequence[Record]) -> str:
+def name_record(info: Record, found: Sequence[Record]) -> str:
     """The case, and its dtype where the record has several."""
     several = len({each["dtype"] for each in found}) > 1
     return info["case"].split(":")[0] + (f", {info['dtype']}" if several else "")

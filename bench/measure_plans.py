@@ -145,9 +145,10 @@ class Cell:
             if found["psnr_db_p10"] >= GUARDED[preset] and guard is not None:
                 break
             tried = self._compare_with_stock(plan, stricter)
-            if tried["calls"] > MORE_CALLS * len(plan.key_steps) or not _is_ahead(tried):
+            if tried["calls"] > MORE_CALLS * len(plan.key_steps):
                 break
-            guard, found = stricter, tried
+            if _is_ahead(tried):
+                guard, found = stricter, tried
         return guard, _round(found)
 
     def _compare_with_stock(self, plan: Plan, guard: float | None) -> dict[str, float]:

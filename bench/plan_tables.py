@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 from fidelity.tables import show_likeness
 from records import ROOT
@@ -12,7 +11,7 @@ from records import ROOT
 MEASURED = ROOT / "difffast" / "plan" / "measured.json"
 
 
-def plans_table(_results: Path | None = None) -> str:
+def plans_table() -> str:
     """Every plan of ``measured.json``, which ``measure_plans.py`` has made, with its guard and what they reach."""
     heads = ("solver", "steps", "preset", "UNet calls", "guard", "PSNR, unguarded", "PSNR", "fewer steps", "pictures")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]

@@ -14,7 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from editing_tables import edited_attention_table, edits_table, negative_table, suppression_table
-from engine_tables import convolution_table, engines_table, engines_unets_table, openvino_table, recorded_table
+from engine_tables import (
+    convolution_table,
+    engines_table,
+    engines_unets_table,
+    name_record,
+    openvino_table,
+    recorded_table,
+)
 from erasure_tables import erasure_cost_table, erasure_table
 from fidelity.tables import cells_table, ways_of_cells_table
 from gpu_tables import gpu_images_table, gpu_kernels_table, gpu_remedies_table
@@ -84,7 +91,7 @@ def operator_table(
         seconds = info["seconds"]
         times = (f"{statistics.median(seconds[name]) * factor:.{digits}f} {unit}" for name in columns.values())
         faster = (_quartiles(seconds, *pair) for pair in ratios.values())
-        rows.append(f"| {' | '.join((info['case'].split(':')[0], *times, *faster))} |")
+        rows.append(f"| {' | '.join((name_record(info, found), *times, *faster))} |")
     rounds = sorted({len(seconds) for info in found for seconds in info["seconds"].values()})
     setting = f"{machine(found[0])}; {' and '.join(map(str, rounds))} interleaved rounds, quartiles."
     return "\n".join([*rows, "", f"{note} {setting}".lstrip()])
@@ -191,6 +198,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "unet": unet_table,
     "engines": engines_table,
     "engines_unets": engines_unets_table,
+    "engines_amx": partial(engines_unets_table, file="engines_amx.json"),
+    "pixels_amx": partial(
+        recorded_table,
+        "self_attention_amx.json",
+        "shape",
+        {"SDPA": "SDPA", "SDPA compiled": "SDPA compiled", "C++": "cpp"},
+        ours="cpp",
+    ),
     "openvino": openvino_table,
     "savings": partial(unet_table, group="savings"),
     "demo": demo_table,

@@ -15,6 +15,7 @@ from difffast import EncoderPropagation, ops, patch, patched, unpatch
 from difffast.layers import convolution, transformed
 from difffast.layers.context import CallContext, use_context
 from difffast.layers.convolution import Convolution, Way, choose_way
+from difffast.ops import _installed
 from difffast.surgery.subclass import is_swapped
 
 pytestmark = pytest.mark.skipif(absent("cpp") is not None, reason=str(absent("cpp")))
@@ -44,6 +45,7 @@ def kept_layers(unet):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_pictures_are_stocks(pipe, dtype, monkeypatch, counted):
     monkeypatch.setattr(convolution, "advantage", lambda: 1.0)
+    monkeypatch.setattr(_installed, "INSTRUCTION_SET", "avx512")  # with AMX, bfloat16 stays PyTorch's
     pipe = copy.deepcopy(pipe).to(dtype=dtype)
     stock = latents(pipe)
     with patched(pipe, "exact") as report:

@@ -129,6 +129,7 @@ def test_short_schedules_run_in_full(total):
     ("make", "message"),
     [
         (lambda: MeasuredPlan("fast"), "name must be one of balanced, turbo, got 'fast'"),
+        (lambda: MeasuredPlan(guard="strict"), "guard must be \"measured\", a number or None, got 'strict'"),
         (lambda: MeasuredPlan(guard=-1.0), "guard must be positive and finite, or None, got -1.0"),
         (lambda: MeasuredPlan().plan(0), "a schedule needs at least one step, got 0"),
         (
@@ -221,7 +222,7 @@ def test_a_plan_is_confirmed_on_other_pictures_than_it_was_chosen_by(monkeypatch
         ((43.0, 43.9, 44.0), (0, 1, 1), 2, 1),  # reached
         ((35.0,) * 6, (0, 0, 0, 1, 1, 1), 5, 4),  # not even by the strictest
         ((35.0,) * 6, (0, 1, 1, 1, 3), 4, 2),  # 11.5 calls would be more than a tenth more than 10
-        ((35.0, 36.0, 29.0), (0, 1, 1), 2, 0),  # no better than stock
+        ((35.0, 36.0, 29.0, 45.0), (0, 1, 1, 1), 3, 2),  # the second is no better than stock
         ((50.0, 51.0), (0, 1), 1, 0),
         ((35.0, 50.0), (0, 9), 1, None),  # even the laxest costs too much
     ],

@@ -8,7 +8,9 @@ import torch
 from sampling import largest
 from torch import nn
 
-from difffast.layers import gpu
+import difffast
+from difffast.layers import convolution, gpu
+from difffast.ops import _installed
 from difffast.surgery.memory_format import ChannelsLast, find_weights, lies_channels_last, suits_channels_last
 from difffast.surgery.subclass import is_swapped
 
@@ -62,12 +64,42 @@ def test_an_interruption_leaves_nothing(calls, monkeypatch):
     assert all(weight.is_contiguous() for weight in find_weights(model))
 
 
-def test_only_half_precision_on_cuda_is_faster_so():
+@pytest.mark.parametrize("instruction_set", ["amx", "avx512_bf16", None])
+def test_half_precision_on_cuda_and_bfloat16_with_amx_are_faster_so(instruction_set, monkeypatch):
+    monkeypatch.setattr(_installed, "INSTRUCTION_SET", instruction_set)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert suits_channels_last(cuda, torch.float16)
     assert suits_channels_last(cuda, torch.bfloat16)
     assert not suits_channels_last(cuda, torch.float32)
-    assert not suits_channels_last(cpu, torch.bfloat16)
+    assert suits_channels_last(cpu, torch.bfloat16) == (instruction_set == "amx")
+    assert not suits_channels_last(cpu, torch.float32)
+    assert not suits_channels_last(cpu, torch.float16)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["convolutions", "linear projections"])
+def test_a_picture_in_bfloat16_with_amx(pipe, linear, monkeypatch):
+    """What is chosen there, on any processor: as near to float32 as stock in bfloat16, and exactly back."""
+    config = {**pipe.unet.config, "use_linear_projection": linear}
+    pipe.unet = type(pipe.unet).from_config(config).eval()
+
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=4, generator=generator, output_type="latent").images.double()
+
+    exact = run()
+    pipe.to(torch.bfloat16)
+    stock = run()
+    monkeypatch.setattr(_installed, "INSTRUCTION_SET", "amx")
+    convolution.advantage.cache_clear()
+    report = difffast.patch(pipe, "exact")
+    assert lies_channels_last(pipe.unet)
+    ours = run()
+    convolution.advantage.cache_clear()
+    assert (ours - exact).square().mean() <= 1.2**2 * (stock - exact).square().mean()
+    assert "narrow" in str(report)
+    difffast.unpatch(pipe)
+    assert all(weight.is_contiguous() for weight in find_weights(pipe.unet))
+    assert torch.equal(run(), stock)
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["convolutions", "linear projections"])

@@ -252,6 +252,17 @@ def test_weights_in_bfloat16_run_in_bfloat16_whatever_the_inputs_are(small):
     assert report.programs.precisions in (("bf16",), ("f32",))  # processors without bfloat16 keep float32
 
 
+def test_weights_in_bfloat16_and_channels_last_are_read_as_they_are(small):
+    """OpenVINO copies them, and used to read the copy when its memory was others' already."""
+    load(small)
+    small.unet.to(torch.bfloat16, memory_format=torch.channels_last)
+    small.text_encoder.to(torch.bfloat16)
+    report = patch(small, "exact", engine="openvino")
+    latents(small, steps=2)
+    assert not report.last_run.reasons
+    assert report.programs.kept
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_inputs_are_handed_over_once_and_again_when_they_change(copied, monkeypatch):
     x = torch.randn(4, 3).T if copied else torch.randn(3, 4)

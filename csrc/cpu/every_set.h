@@ -1,6 +1,7 @@
 // Compiles an operator's kernels once per instruction set.  Included by <stem>.cpp inside its anonymous namespace,
 // after instruction_set.h and the headers that simd.h and the kernels need; no include guard.
-// Before: DIFFFAST_KERNELS, the file in quotes, and DIFFFAST_WITH_BF16 if they multiply Pairs where a set can.
+// Before: DIFFFAST_KERNELS, the file in quotes, and DIFFFAST_WITH_BF16 if they multiply Pairs where a set can, in tiles
+// where it has them.
 // After: DIFFFAST_BY_SET(call) returns the call's value from the best set.
 
 #define DIFFFAST_TARGET
@@ -37,29 +38,47 @@ namespace avx512 {
 #include DIFFFAST_KERNELS
 }  // namespace avx512
 
-#define DIFFFAST_WIDEST avx512
 #ifdef DIFFFAST_WITH_BF16
 #undef DIFFFAST_TARGET
-#undef DIFFFAST_WIDEST
 #define DIFFFAST_TARGET \
   __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
 #define DIFFFAST_BF16_PRODUCTS
-#define DIFFFAST_WIDEST avx512_bf16
 namespace avx512_bf16 {
 #include "simd.h"
 #include DIFFFAST_KERNELS
 }  // namespace avx512_bf16
+
+#define DIFFFAST_TILES
+namespace amx {
+#include "simd.h"
+#include DIFFFAST_KERNELS
+}  // namespace amx
+
+#define DIFFFAST_EMULATED_TILES
+namespace emulated_amx {
+#include "simd.h"
+#include DIFFFAST_KERNELS
+}  // namespace emulated_amx
+#define DIFFFAST_BF16_CASES(call)                                        \
+  case InstructionSet::kEmulatedAmx: return emulated_amx::call;          \
+  case InstructionSet::kAmx: return amx::call;                           \
+  case InstructionSet::kAvx512Bf16: return avx512_bf16::call;
+#else
+#define DIFFFAST_BF16_CASES(call)     \
+  case InstructionSet::kEmulatedAmx:  \
+  case InstructionSet::kAmx:          \
+  case InstructionSet::kAvx512Bf16:
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
-#define DIFFFAST_BY_SET(call)                                     \
-  switch (best_instruction_set()) {                               \
-    case InstructionSet::kAvx512Bf16: return DIFFFAST_WIDEST::call; \
-    case InstructionSet::kAvx512: return avx512::call;            \
-    case InstructionSet::kAvx2: return avx2::call;                \
-    default: return baseline::call;                               \
+#define DIFFFAST_BY_SET(call)                          \
+  switch (best_instruction_set()) {                    \
+    DIFFFAST_BF16_CASES(call)                          \
+    case InstructionSet::kAvx512: return avx512::call; \
+    case InstructionSet::kAvx2: return avx2::call;     \
+    default: return baseline::call;                    \
   }
 #else
 #define DIFFFAST_BY_SET(call) return baseline::call;

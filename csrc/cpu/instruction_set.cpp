@@ -1,10 +1,19 @@
 #include "instruction_set.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace difffast {
 namespace {
@@ -47,18 +56,32 @@ double shortest_seconds(void (*run)(int64_t)) {
 // Whether the instruction for pairs is as fast as that for floats (AMD's Zen 4), not half as fast, as it may be: then
 // nothing is gained for probabilities that are rounded.
 bool multiplies_pairs_fast() { return shortest_seconds(add_pair_products) < 1.5 * shortest_seconds(add_float_products); }
+
+// Whether there is AMX for bfloat16, and the system lets this process have its registers, for which one asks.
+bool may_use_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr int kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 InstructionSet detect() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("DIFFFAST_INSTRUCTION_SET");
-  const std::string most = asked ? asked : "";
+  const std::string most = asked ? asked : "amx";
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  if (has_bf16 && (most == "avx512_bf16" || (most.empty() && multiplies_pairs_fast()))) return InstructionSet::kAvx512Bf16;
+  if (has_bf16 && most == "amx" && may_use_amx()) return InstructionSet::kAmx;
+  if (has_bf16 && most == "emulated_amx") return InstructionSet::kEmulatedAmx;
+  if (has_bf16 && (most == "avx512_bf16" || (most == "amx" && multiplies_pairs_fast()))) return InstructionSet::kAvx512Bf16;
   if (has_avx512 && most != "avx2" && most != "baseline") return InstructionSet::kAvx512;
   if (has_avx2 && most != "baseline") return InstructionSet::kAvx2;
 #endif
@@ -74,6 +97,8 @@ InstructionSet best_instruction_set() {
 
 const char* instruction_set() {
   switch (best_instruction_set()) {
+    case InstructionSet::kAmx: return "amx";
+    case InstructionSet::kEmulatedAmx: return "emulated_amx";
     case InstructionSet::kAvx512Bf16: return "avx512_bf16";
     case InstructionSet::kAvx512: return "avx512";
     case InstructionSet::kAvx2: return "avx2";

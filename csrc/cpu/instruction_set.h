@@ -7,14 +7,15 @@
 
 namespace difffast {
 
-enum class InstructionSet { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+enum class InstructionSet { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kEmulatedAmx, kAmx };
 
 // The best that this processor has; of pairs of bfloat16, if it multiplies them as fast as floats, which is measured.
-// DIFFFAST_INSTRUCTION_SET=baseline, avx2, avx512 or avx512_bf16 keeps to that one, or a smaller one that there is, so
-// that tests reach all of them on one machine.
+// Of AMX there are products of bfloat16 in tiles; what does not use these is kAvx512's.
+// DIFFFAST_INSTRUCTION_SET=baseline, avx2, avx512, avx512_bf16, emulated_amx or amx keeps to that one, or a smaller one
+// that there is, so that tests reach all of them on one machine.
 InstructionSet best_instruction_set();
 
-// Its name: "avx512_bf16", "avx512", "avx2", or "baseline".
+// Its name: "amx", "emulated_amx", "avx512_bf16", "avx512", "avx2", or "baseline".
 const char* instruction_set();
 
 }  // namespace difffast

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -22,11 +23,27 @@ void run(const JointAttention& p, void* out, void* maps, int64_t begin, int64_t 
   DIFFFAST_BY_SET(forward<S>(p, out, maps, begin, end))
 }
 
+template <class S>
+int64_t blocks_of(const JointAttention& p) {
+  DIFFFAST_BY_SET(count_blocks<S>(p))
+}
+
+int64_t blocks_of(const JointAttention& p) {
+  switch (p.dtype) {
+    case Scalar::kFloat32: return blocks_of<float>(p);
+    case Scalar::kFloat64: return blocks_of<double>(p);
+    default: return blocks_of<BFloat16>(p);
+  }
+}
+
 }  // namespace
 
-int64_t forward_count(const JointAttention& p) {
-  return p.batch * ((p.queries + baseline::kRows - 1) / baseline::kRows) * (p.map_count > 0 ? 1 : p.heads);
+bool multiplies_in_tiles(Scalar dtype) {
+  const InstructionSet set = best_instruction_set();
+  return dtype == Scalar::kBFloat16 && (set == InstructionSet::kAmx || set == InstructionSet::kEmulatedAmx);
 }
+
+int64_t forward_count(const JointAttention& p) { return p.batch * blocks_of(p) * (p.map_count > 0 ? 1 : p.heads); }
 
 void forward(const JointAttention& p, void* out, void* maps, int64_t begin, int64_t end) {
   switch (p.dtype) {

@@ -21,6 +21,9 @@ struct JointAttention {
   View4 q, text_k, text_v, k, v;
 };
 
+// Whether operands of a dtype are multiplied in AMX's tiles: then this is the fastest way to attend to few keys as well.
+bool multiplies_in_tiles(Scalar dtype);
+
 // One item is a block of query rows; it runs through all heads if `maps` is asked for, else through one.  Items of one
 // head follow each other: a thread that has several copies the head's keys and values once.
 int64_t forward_count(const JointAttention& p);

@@ -6,129 +6,14 @@
 // query rows.  So maximum and sum over the keys need no reduction within a vector, and narrow heads fill whole vectors.
 //
 // Where a set multiplies pairs of bfloat16, these are the operands, and probabilities are rounded to bfloat16, as in
-// PyTorch's kernels: one instruction for two products, and no copies in float32.
+// PyTorch's kernels: one instruction for two products, and no copies in float32.  With AMX one instruction does 16 x 16 x
+// 32 products: operands are laid out in whole tiles of its registers, with zeros beyond the sizes.
 
-#include "operands.h"
+#include "joint_attention_operands.h"
 
-// Query rows of a block, at most, and keys of a tile.
-constexpr int64_t kRows = 64, kTile = 64;
 // Logits of base 2 may be larger than the running maximum by so much before all that is summed up is scaled anew, which
 // would otherwise happen at nearly every tile.  Exponentials are then at most 2^8 (as in FlashAttention-4).
 constexpr int kGrowth = 8;
-
-// Operands of both products: what sums are in, or pairs.
-#ifdef DIFFFAST_BF16_PRODUCTS
-template <class S>
-using Operand = std::conditional_t<std::is_same_v<S, BFloat16>, Pair, typename Compute<S>::type>;
-#else
-template <class S>
-using Operand = typename Compute<S>::type;
-#endif
-template <class E>
-constexpr int64_t kPacked = std::is_same_v<E, Pair> ? 2 : 1;
-template <class E>
-constexpr int64_t packed(int64_t n) {
-  return (n + kPacked<E> - 1) / kPacked<E>;
-}
-
-// Keys and values of one head as operands: of key t, operand c along the head is at k + t * k_row + c * k_column; of
-// element c, operand t along the keys at v + t * v_row + c * v_column.
-template <class E>
-struct Part {
-  const E *k, *v;
-  int64_t keys, k_row, k_column, v_row, v_column;
-};
-
-// to[i][j] = elements 2 j and 2 j + 1 of row i of `from`, zero beyond `size`.
-DIFFFAST_TARGET inline void pair_up(const BFloat16* from, int64_t rows, int64_t row, int64_t size, int64_t step, Pair* to,
-                                    int64_t to_row, int64_t to_step) {
-  const auto pair = [&](int64_t i, int64_t j) {
-    const BFloat16* x = from + i * row + 2 * j * step;
-    to[i * to_row + j * to_step] = {x[0], 2 * j + 1 < size ? x[step] : BFloat16{0}};
-  };
-  const int64_t whole = size / 2;
-  if (step == 1 && to_step == 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      std::memcpy(to + i * to_row, from + i * row, static_cast<size_t>(whole) * sizeof(Pair));
-    }
-  } else if (row == 1 && to_row == 1) {
-    for (int64_t j = 0; j < whole; ++j) {
-      const BFloat16 *first = from + 2 * j * step, *second = first + step;
-      for (int64_t i = 0; i < rows; ++i) to[i + j * to_step] = {first[i], second[i]};
-    }
-  } else {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < whole; ++j) pair(i, j);
-    }
-  }
-  if (size % 2) {
-    for (int64_t i = 0; i < rows; ++i) pair(i, whole);
-  }
-}
-
-// The keys and values of one head, of the text and of the pixels, as a thread reads them.
-template <class S>
-class Head {
- public:
-  using E = Operand<S>;
-
-  // lay_out: what are operands already is copied as well, row after row.  As it comes, the rows of a head are as far
-  // apart as those of a picture's pixels: in many pages, and in few of the first cache's sets.
-  Head(const JointAttention& p, bool lay_out) : p_(p), copies_(!std::is_same_v<S, E> || lay_out) {
-    if (copies_) memory_.resize(count_operands(p.text_keys, p.head_dim) + count_operands(p.keys, p.head_dim));
-  }
-
-  DIFFFAST_TARGET void go_to(int64_t b, int64_t h) {
-    if (b == b_ && h == h_) return;
-    b_ = b;
-    h_ = h;
-    E* to = memory_.data();
-    for (const bool text : {true, false}) {
-      const View4 &k = text ? p_.text_k : p_.k, &v = text ? p_.text_v : p_.v;
-      const int64_t keys = text ? p_.text_keys : p_.keys, row = text ? b / p_.repeats : b;
-      Part<E>& part = text ? text_ : pixels_;
-      if (keys == 0) {
-        part = {};
-      } else if (copies_) {
-        part = copy(k, v, row, h, keys, to);
-        to += count_operands(keys, p_.head_dim);
-      } else if constexpr (std::is_same_v<S, E>) {
-        part = {static_cast<const E*>(k.data) + row * k.stride[0] + h * k.stride[1],
-                static_cast<const E*>(v.data) + row * v.stride[0] + h * v.stride[1],
-                keys, k.stride[2], k.stride[3], v.stride[2], v.stride[3]};
-      }
-    }
-  }
-
-  const Part<E>& text() const { return text_; }
-  const Part<E>& pixels() const { return pixels_; }
-
- private:
-  static int64_t count_operands(int64_t keys, int64_t dim) { return keys * packed<E>(dim) + packed<E>(keys) * dim; }
-
-  // Keys and values row after row; of pairs, two rows of values in one.
-  DIFFFAST_TARGET Part<E> copy(const View4& k, const View4& v, int64_t b, int64_t h, int64_t keys, E* to) const {
-    const int64_t dim = p_.head_dim, k_row = packed<E>(dim);
-    E* values = to + keys * k_row;
-    if constexpr (std::is_same_v<E, Pair>) {
-      const auto start = [&](const View4& x) {
-        return static_cast<const BFloat16*>(x.data) + b * x.stride[0] + h * x.stride[1];
-      };
-      pair_up(start(k), keys, k.stride[2], dim, k.stride[3], to, k_row, 1);
-      pair_up(start(v), dim, v.stride[3], keys, v.stride[2], values, 1, dim);
-    } else {
-      copy_rows<S, E>(k, b, h, 0, keys, dim, E{1}, to, dim);
-      copy_rows<S, E>(v, b, h, 0, keys, dim, E{1}, values, dim);
-    }
-    return {to, values, keys, k_row, 1, dim, 1};
-  }
-
-  const JointAttention& p_;
-  const bool copies_;
-  std::vector<E> memory_;
-  int64_t b_ = -1, h_ = -1;
-  Part<E> text_{}, pixels_{};
-};
 
 // Whether laying a head out costs little beside what it spares: it is read by several blocks of query rows.
 inline bool pays_to_lay_out(const JointAttention& p, int64_t blocks) {
@@ -142,7 +27,7 @@ struct Block {
   using T = Sum<E>;
   int64_t width;  // rows, rounded up to whole vectors
   E *q, *p;  // [packed head_dim][width], [packed kTile][width]: probabilities; s where operands are what sums are in
-  T *s, *o, *top, *sum;  // [kTile][width], [head_dim][width], [width], [width]
+  T *s, *o, *top, *sum;  // [kTile][width], [laid out head_dim][width], [width], [width]
   // Of products to logits of base 2.  Operands that are not rounded hold it in q; pairs hold its sign, so that the largest
   // product has the largest logit.
   T factor;
@@ -177,31 +62,82 @@ DIFFFAST_TARGET void take_queries(const Block<E>& block, const S* from, int64_t 
   for (int64_t i = rows; i < width; ++i) {
     for (int64_t c = 0; c < packed<E>(head_dim); ++c) block.q[c * width + i] = E{};
   }
+  const int64_t used = (head_dim + kPacked<E> - 1) / kPacked<E>;
+  std::fill(block.q + used * width, block.q + packed<E>(head_dim) * width, E{});
 }
 
-// Adds a tile of keys.
+// s = logits of keys from `first` on, before they are scaled.
+template <class E>
+DIFFFAST_TARGET void multiply_queries(const Block<E>& block, const Part<E>& part, int64_t first, int64_t keys,
+                                      int64_t head_dim) {
+  const int64_t width = block.width;
+  const E* k = part.k + first * part.k_row;
+#ifdef DIFFFAST_TILES
+  if constexpr (kInTiles<E>) {
+    return matmul_of_tiles(whole_tiles(keys), width, packed<E>(head_dim), k, part.k_row, block.q, width, block.s, width);
+  }
+#endif
+  matmul(keys, width, packed<E>(head_dim), k, part.k_row, part.k_column, block.q, width, block.s, width);
+}
+
+// o += values of keys from `first` on, by their probabilities.
+template <class E>
+DIFFFAST_TARGET void add_values(const Block<E>& block, const Part<E>& part, int64_t first, int64_t keys, int64_t head_dim) {
+  const int64_t width = block.width;
+  const E* v = part.v + first / kPacked<E> * part.v_row;
+#ifdef DIFFFAST_TILES
+  if constexpr (kInTiles<E>) {
+    const int64_t used = (keys + 1) / 2, pairs = packed<E>(keys);
+    std::fill(block.p + used * width, block.p + pairs * width, E{});
+    return matmul_of_tiles(whole_tiles(head_dim), width, pairs, v, part.v_column, block.p, width, block.o, width, true);
+  }
+#endif
+  matmul(head_dim, width, packed<E>(keys), v, part.v_column, part.v_row, block.p, width, block.o, width, true);
+}
+
+// Adds a step's keys.
 template <class E>
 DIFFFAST_TARGET void add_tile(const Block<E>& block, const Part<E>& part, int64_t first, int64_t keys, int64_t head_dim) {
   using T = Sum<E>;
   const int64_t width = block.width;
-  matmul(keys, width, packed<E>(head_dim), part.k + first * part.k_row, part.k_row, part.k_column, block.q, width, block.s,
-         width);
+  multiply_queries(block, part, first, keys, head_dim);
   for (int64_t i = 0; i < width; i += lanes<T>) {
     const Vec<T> before = load(block.top + i);
-    Vec<T> top = before;
-    for (int64_t t = 0; t < keys; ++t) top = maximum<T>(top, load(block.s + t * width + i));
+    const T* at = block.s + i;
+    Vec<T> tops[4] = {before, before, before, before};
+    int64_t t = 0;
+    for (; t + 4 <= keys; t += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) tops[j] = maximum<T>(tops[j], load(at + (t + j) * width));
+    }
+    for (; t < keys; ++t) tops[0] = maximum<T>(tops[0], load(at + t * width));
+    Vec<T> top = maximum<T>(maximum<T>(tops[0], tops[1]), maximum<T>(tops[2], tops[3]));
     const bool grown = exceeds_anywhere<T>(block.to_logits(top - before), kGrowth);
     if (!grown) top = before;
     Vec<T> sum{};
-    for (int64_t t = 0; t < keys; t += kPacked<E>) {
-      const T* at = block.s + t * width + i;
-      const Vec<T> e = exp2_of(block.to_logits(load(at) - top));
-      sum += e;
-      if constexpr (std::is_same_v<E, Pair>) {
-        const Vec<T> next = t + 1 < keys ? exp2_of(block.to_logits(load(at + width) - top)) : Vec<T>{};
-        sum += next;
+    if constexpr (std::is_same_v<E, Pair>) {
+      Vec<T> sums[4] = {};
+      for (t = 0; t + 4 <= keys; t += 4) {
+        Vec<T> e[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          e[j] = exp2_roughly(block.to_logits(load(at + (t + j) * width) - top));
+          sums[j] += e[j];
+        }
+        store_pairs(block.p + t / 2 * width + i, e[0], e[1]);
+        store_pairs(block.p + (t / 2 + 1) * width + i, e[2], e[3]);
+      }
+      sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (; t < keys; t += 2) {
+        const Vec<T> e = exp2_roughly(block.to_logits(load(at + t * width) - top));
+        const Vec<T> next = t + 1 < keys ? exp2_roughly(block.to_logits(load(at + (t + 1) * width) - top)) : Vec<T>{};
+        sum += e + next;
         store_pairs(block.p + t / 2 * width + i, e, next);
-      } else {
+      }
+    } else {
+      for (t = 0; t < keys; ++t) {
+        const Vec<T> e = exp2_of(block.to_logits(load(at + t * width) - top));
+        sum += e;
         store(block.p + t * width + i, e);
       }
     }
@@ -218,8 +154,7 @@ DIFFFAST_TARGET void add_tile(const Block<E>& block, const Part<E>& part, int64_
     }
     store(block.sum + i, sum);
   }
-  matmul(head_dim, width, packed<E>(keys), part.v + first / kPacked<E> * part.v_row, part.v_column, part.v_row, block.p,
-         width, block.o, width, true);
+  add_values(block, part, first, keys, head_dim);
 }
 
 // mean[map_count][width] += probabilities of the chosen keys.
@@ -228,13 +163,41 @@ DIFFFAST_TARGET void add_maps(const JointAttention& p, const Block<E>& block, co
   using T = Sum<E>;
   for (int64_t m = 0; m < p.map_count; ++m) {
     matmul(int64_t{1}, block.width, packed<E>(p.head_dim), text.k + p.map_tokens[m] * text.k_row, text.k_row,
-           text.k_column, block.q, block.width, block.s, block.width);
+           text.k_column, block.q, block.width, block.s, block.width);  // one row would waste a tile's others
     for (int64_t i = 0; i < block.width; i += lanes<T>) {
       const Vec<T> e = exp2_of(block.to_logits(load(block.s + i) - load(block.top + i)));
       T* at = mean + m * block.width + i;
       store(at, load(at) + e / load(block.sum + i));
     }
   }
+}
+
+// to[rows][dim] = o / sum, transposed.
+template <class E, class S>
+DIFFFAST_TARGET void write_out(const Block<E>& block, int64_t rows, int64_t dim, S* to, int64_t to_row) {
+  using T = Sum<E>;
+#ifdef DIFFFAST_BF16_PRODUCTS
+  if constexpr (std::is_same_v<E, Pair>) {
+    for (int64_t row = 0; row < rows; row += 16) {
+      const Vec<float> inverse = 1.0f / load(block.sum + row);
+      for (int64_t c = 0; c < dim; c += 16) {
+        turn_and_narrow(block.o + c * block.width + row, block.width, inverse, std::min<int64_t>(16, rows - row),
+                        std::min<int64_t>(16, dim - c), to + row * to_row + c, to_row);
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t row = 0; row < rows; ++row, to += to_row) {
+    const T inverse = T{1} / block.sum[row];
+    for (int64_t c = 0; c < dim; ++c) narrow(inverse * block.o[c * block.width + row], to + c);
+  }
+}
+
+// Blocks of query rows.
+template <class S>
+int64_t count_blocks(const JointAttention& p) {
+  return (p.queries + kRows<Operand<S>> - 1) / kRows<Operand<S>>;
 }
 
 template <class S>
@@ -244,23 +207,27 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* out_data, void* maps
   S* out = static_cast<S*>(out_data);
   T* maps = static_cast<T*>(maps_data);
   const int64_t dim = p.head_dim;
-  std::vector<T> scratch(kRows * (dim + kTile + 2 + p.map_count));
-  std::vector<E> operands(kRows * (packed<E>(dim) + (std::is_same_v<E, Pair> ? packed<E>(kTile) : 0)));
+#ifdef DIFFFAST_TILES
+  std::optional<TileRegisters> registers;
+  if constexpr (kInTiles<E>) registers.emplace();
+#endif
+  Lines<T> scratch(kRows<E> * (laid_out<E>(dim) + kTile<E> + 2 + p.map_count));
+  Lines<E> operands(kRows<E> * (packed<E>(dim) + (std::is_same_v<E, Pair> ? packed<E>(kTile<E>) : 0)));
   Block<E> block;
   block.q = operands.data();
   block.o = scratch.data();
-  block.s = block.o + kRows * dim;
-  block.top = block.s + kRows * kTile;
-  block.sum = block.top + kRows;
+  block.s = block.o + kRows<E> * laid_out<E>(dim);
+  block.top = block.s + kRows<E> * kTile<E>;
+  block.sum = block.top + kRows<E>;
   if constexpr (std::is_same_v<E, Pair>) {
-    block.p = block.q + kRows * packed<E>(dim);
+    block.p = block.q + kRows<E> * packed<E>(dim);
   } else {
     block.p = block.s;
   }
-  T* mean = block.sum + kRows;
+  T* mean = block.sum + kRows<E>;
   block.factor = static_cast<T>(p.scale * kLog2E);
-  const int64_t blocks = (p.queries + kRows - 1) / kRows, groups = maps ? 1 : p.heads, share = p.heads / groups;
-  Head<S> head(p, !maps && pays_to_lay_out(p, blocks));  // with maps, each block goes through all heads
+  const int64_t blocks = count_blocks<S>(p), groups = maps ? 1 : p.heads, share = p.heads / groups;
+  Head<S> head(p, !maps && pays_to_lay_out(p, blocks), share);  // with maps, each block goes through all heads
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t index = item % blocks, group = item / blocks % groups, b = item / blocks / groups;
@@ -271,19 +238,17 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* out_data, void* maps
     for (int64_t h = group * share; h < (group + 1) * share; ++h) {
       const S* q = static_cast<const S*>(p.q.data) + b * p.q.stride[0] + h * p.q.stride[1] + first * p.q.stride[2];
       take_queries(block, q, rows, p.q.stride[2], dim, p.q.stride[3]);
-      std::fill(block.o, block.o + dim * block.width, T{0});
+      std::fill(block.o, block.o + laid_out<E>(dim) * block.width, T{0});
       std::fill(block.sum, block.sum + block.width, T{0});
       std::fill(block.top, block.top + block.width, std::numeric_limits<T>::lowest());
       head.go_to(b, h);
       for (const Part<E>& part : {head.text(), head.pixels()}) {
-        for (int64_t t = 0; t < part.keys; t += kTile) add_tile(block, part, t, std::min(kTile, part.keys - t), dim);
+        for (int64_t t = 0; t < part.keys; t += kTile<E>) {
+          add_tile(block, part, t, std::min(kTile<E>, part.keys - t), dim);
+        }
       }
       if (maps) add_maps(p, block, head.text(), mean);
-      for (int64_t row = 0; row < rows; ++row) {
-        S* to = out + ((b * p.queries + first + row) * p.heads + h) * dim;
-        const T inverse = T{1} / block.sum[row];
-        for (int64_t c = 0; c < dim; ++c) narrow(inverse * block.o[c * block.width + row], to + c);
-      }
+      write_out(block, rows, dim, out + ((b * p.queries + first) * p.heads + h) * dim, p.heads * dim);
     }
     if (maps) {
       T* to = maps + (b * p.queries + first) * p.map_count;

@@ -43,9 +43,28 @@ Tensor packed_keys(const CrossAttention& p, const Tensor& like) {
   return packed;
 }
 
+// Results of operands that are checked: out [batch, heads, queries, head_dim], and maps.
+std::tuple<Tensor, Tensor> attend(const JointAttention& p, const Tensor& like) {
+  const auto sums = p.dtype == Scalar::kFloat64 ? like.scalar_type() : torch::headeronly::ScalarType::Float;
+  Tensor out = empty({p.batch, p.queries, p.heads, p.head_dim}, like.scalar_type(), like);
+  Tensor maps = empty({p.batch, p.queries, p.map_count}, sums, like);
+  if (out.numel() > 0) {
+    void* maps_data = p.map_count > 0 ? maps.mutable_data_ptr() : nullptr;
+    torch::stable::parallel_for(0, forward_count(p), 1, [&](int64_t begin, int64_t end) {
+      forward(p, out.mutable_data_ptr(), maps_data, begin, end);
+    });
+  }
+  return {torch::stable::transpose(out, 1, 2), maps};
+}
+
 std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t sink,
                                            std::vector<int64_t> map_tokens) {
   const CrossAttention p = cross_attention_on_cpu(q, k, v, scale, sink, map_tokens, false);
+  if (sink == 0 && multiplies_in_tiles(p.dtype)) {  // the keys are those of a text alone
+    const JointAttention in_tiles{p.dtype, p.batch,      p.heads,     p.queries, p.head_dim, p.keys, 0, p.repeats,
+                                  scale,   p.map_tokens, p.map_count, p.q,       p.k,        p.v,    {}, {}};
+    return attend(in_tiles, q);
+  }
   const auto sums = p.dtype == Scalar::kFloat64 ? q.scalar_type() : torch::headeronly::ScalarType::Float;
   Tensor out = empty({p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type(), q);
   Tensor maps = empty({p.batch, p.queries, p.map_count}, sums, q);
@@ -137,17 +156,7 @@ std::tuple<Tensor, Tensor> joint_attention_parts(const Tensor& q, const Tensor* 
   }
   p.map_tokens = map_tokens.data();
   p.map_count = static_cast<int64_t>(map_tokens.size());
-
-  const auto sums = p.dtype == Scalar::kFloat64 ? q.scalar_type() : torch::headeronly::ScalarType::Float;
-  Tensor out = empty({p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type(), q);
-  Tensor maps = empty({p.batch, p.queries, p.map_count}, sums, q);
-  if (out.numel() > 0) {
-    void* maps_data = p.map_count > 0 ? maps.mutable_data_ptr() : nullptr;
-    torch::stable::parallel_for(0, forward_count(p), 1, [&](int64_t begin, int64_t end) {
-      forward(p, out.mutable_data_ptr(), maps_data, begin, end);
-    });
-  }
-  return {torch::stable::transpose(out, 1, 2), maps};
+  return attend(p, q);
 }
 
 std::tuple<Tensor, Tensor> joint_attention(const Tensor& q, const Tensor& text_k, const Tensor& text_v, const Tensor& k,

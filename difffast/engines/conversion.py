@@ -147,11 +147,13 @@ def convert(function: Callable[..., Any], module: nn.Module, tensors: Sequence[T
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
+    # Of weights that lie otherwise OpenVINO makes a copy, and of bfloat16 it reads that when it is gone.
+    lie_as_expected = all(weight.dtype != torch.bfloat16 or weight.is_contiguous() for weight in module.parameters())
     traced = _Function(function, module)
     with warnings.catch_warnings(), torch.no_grad(), use_context(None), _PlainSizes():
         warnings.simplefilter("ignore")  # of what a trace takes as constant, which here is all but tensors
         graph = torch.jit.trace(traced, tuple(tensors), check_trace=False, strict=False)
-        decoder = TorchScriptPythonDecoder(graph, example_input=tuple(tensors))
+        decoder = TorchScriptPythonDecoder(graph, example_input=tuple(tensors), shared_memory=lie_as_expected)
     frontend = FrontEndManager().load_by_framework("pytorch")
     model = frontend.convert(frontend.load(decoder))
     if len(model.inputs) != len(tensors):

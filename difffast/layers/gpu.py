@@ -1,6 +1,7 @@
-"""Layers that are fused on GPUs alone: transformers' norms, and how their results lie in memory.
+"""Layers that are fused where channels_last is the faster format: transformers' norms, and how their results lie.
 
-On a CPU these are a few percent of a UNet call, and asking at every call costs as much as it would save.
+That is on GPUs, and in bfloat16 on processors with AMX.  On other CPUs the norms are a few percent of a UNet call, and
+asking at every call costs as much as it would save.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._local import has_kernel
 from ..ops.group_norm_silu import choose as choose_norm
+from ..surgery.memory_format import suits_channels_last
 from ..surgery.pristine import is_plain
 from ..surgery.subclass import is_swapped, plain_class
 from .kind import LayerKind
 
-#: Types of devices on which the layers of this file are put in; on the meta device to see what they would ask for.
+#: Pixels from which on PyTorch's norm of CPUs is the faster one where nothing follows it.
+_MANY_PIXELS = 1024
+#: Types of devices on which the layers of this file are always put in; meta to see what they would ask for.
 DEVICES = ("cuda", "meta")
 
 
 class TransformerNorm(LayerKind):
     """The GroupNorm at the entrance of a transformer, and that of the UNet's output.
 
-    PyTorch has no GroupNorm for channels_last on GPUs: it copies the operand there and back.
+    PyTorch has no GroupNorm for channels_last on GPUs: it copies the operand there and back.  Its one for CPUs is slow
+    where groups are narrow and pixels few.
     """
 
     name = "transformers' norms"
@@ -38,10 +43,12 @@ class TransformerNorm(LayerKind):
         }
 
     def may_pay(self, weight: Tensor) -> bool:
-        return weight.device.type in DEVICES
+        return weight.device.type in DEVICES or suits_channels_last(weight.device, weight.dtype)
 
     def pays(self, layer: Any, hidden: Tensor) -> bool:
-        return hidden.ndim == 4 and choose_norm("group_norm_silu", hidden, _size(layer)) != "reference"
+        if hidden.ndim != 4 or (hidden.is_cpu and hidden.shape[2:].numel() >= _MANY_PIXELS):
+            return False
+        return choose_norm("group_norm_silu", hidden, _size(layer)) != "reference"
 
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if not hidden.is_meta and not is_plain(layer, nn.GroupNorm):
@@ -52,7 +59,11 @@ class TransformerNorm(LayerKind):
         return ops.group_norm_silu(hidden, layer.num_groups, layer.weight, layer.bias, layer.eps, silu=False)
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
-        if layers and not compiled and has_kernel(weight.device, "group_norm_silu", weight.dtype):
+        if not layers or compiled:
+            return
+        if weight.device.type == "cpu":
+            yield f"{self.name} ({len(layers)})", "group_norm_silu, where groups are narrow and pixels few"
+        elif has_kernel(weight.device, "group_norm_silu", weight.dtype):
             yield f"{self.name} ({len(layers)})", "group_norm_silu (by proof)"
 
 
@@ -70,7 +81,8 @@ class TransformerOutput(LayerKind):
         return {name: module for name, module in unet.named_modules() if plain_class(module) is Transformer2DModel}
 
     def put_in(self, unet: nn.Module, *, always: bool = False) -> None:
-        if next(unet.parameters()).device.type in DEVICES:
+        first = next(unet.parameters())
+        if first.device.type in DEVICES or suits_channels_last(first.device, first.dtype):
             for layer in self.find(unet).values():
                 if not is_swapped(layer) and hasattr(layer, _OUTPUT):
                     self.override(unet, layer, {_OUTPUT: _to_pixels})

@@ -88,7 +88,7 @@ _missing: dict[str, str | None] = {
     "cuda": _explain_cuda(),
     **dict.fromkeys(SDPA_KERNELS, None if torch.cuda.is_available() else "no CUDA device is visible"),
 }
-#: The instruction set of the C++ kernels: "avx512", "avx2" or "baseline"; None without them.
+#: The instruction set of the C++ kernels, as csrc/cpu/instruction_set.h names them; None without them.
 INSTRUCTION_SET: str | None = _extension.difffast_instruction_set().decode() if _extension else None
 
 _DEVICES = {
@@ -98,6 +98,11 @@ _DEVICES = {
     "cuda": ("cuda",),
     **dict.fromkeys(SDPA_KERNELS, ("cuda",)),
 }
+
+
+def has_amx() -> bool:
+    """Return whether this processor multiplies bfloat16 in tiles, many times as fast as float32, and lets us do so."""
+    return INSTRUCTION_SET == "amx"
 
 
 def missing(backend: str) -> str | None:

@@ -155,7 +155,9 @@ def _loses(backend: str) -> bool:
 
 def _count_transformed(weight_shape: tuple[int, ...], dtype: torch.dtype, tile: int) -> int:
     """Return how many numbers the kernel's weights are: output channels come in panels of two vectors."""
-    vector = {"avx512_bf16": 64, "avx512": 64, "avx2": 32}.get(_installed.INSTRUCTION_SET or "", 16)
+    vector = {"amx": 64, "emulated_amx": 64, "avx512_bf16": 64, "avx512": 64, "avx2": 32}.get(
+        _installed.INSTRUCTION_SET or "", 16
+    )
     width = 2 * vector // (8 if dtype == torch.float64 else 4)
     return -(-weight_shape[0] // width) * width * weight_shape[1] * (tile + 2) ** 2
 

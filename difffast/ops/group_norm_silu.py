@@ -236,6 +236,8 @@ def _sum_for(dz: Tensor, addend: Tensor) -> Tensor:
     return dz.to(addend.dtype)
 
 
+#: Numbers in channels_last below which the C++ kernel loses in bfloat16, and pixels below which PyTorch's may be fast.
+_FEW_LAST, _FEW_PIXELS = 3 << 13, 1024
 #: Of a group, in the CUDA kernel (kMaxGroupChannels of csrc/cuda/group_norm_silu.h).
 _CUDA_CHANNELS = 2048
 
@@ -274,20 +276,24 @@ def choose_for(operator: str, forced: Forced, x: Operand, layout: Layout, size: 
         x.device,
         x.dtype,
         lambda backend: find_obstacle(backend, x.dtype, size),
-        lambda backend: _loses(backend, x, layout),
+        lambda backend: _loses(backend, x, layout, size),
         case,
     )
 
 
-def _loses(backend: str, x: Operand, layout: Layout) -> bool:
+def _loses(backend: str, x: Operand, layout: Layout, size: int) -> bool:
     """Whether a backend that could run is slower than the next (measured, bench/ops)."""
     if backend != "cpp":
         return False
-    # Its exponential of doubles takes one at a time, PyTorch's a vector: 2.5 times slower in all.  And a call takes
-    # some 20 us, in which PyTorch has done small operands; channels_last it lost at 2 x 2560 x 8 x 8 and won at
-    # 2 x 1280 x 16 x 16 (float32; other dtypes are not measured).
-    small = 1 << 19 if lies_channels_last(layout) else 1 << 16
-    return x.dtype == torch.float64 or math.prod(x.shape) < small
+    if x.dtype == torch.float64:  # its exponential takes one at a time, PyTorch's a vector: 2.5 times slower in all
+        return True
+    if lies_channels_last(layout):
+        if x.dtype == torch.bfloat16:
+            # PyTorch's takes small images group by group, up to eight times as long where groups do not fill vectors.
+            is_fast = math.prod(x.shape[2:]) < _FEW_PIXELS and size % 16 == 0
+            return is_fast or math.prod(x.shape) < _FEW_LAST
+        return math.prod(x.shape) < 1 << 19  # it lost at 2 x 2560 x 8 x 8 and won at 2 x 1280 x 16 x 16, in float32
+    return math.prod(x.shape) < 1 << 16  # a call takes some 20 us, in which PyTorch has done small operands
 
 
 _ARGUMENTS = (

@@ -5,7 +5,7 @@
 Shapes: q [B, H, N, d]; k, v [B, H, M, d]; out [B, H, N, d].  On a GPU PyTorch's attention leaves little to win, and is
 what runs.  On a CPU the C++ kernel takes half of its time or less (bench/ops/bench_self_attention.py).  A vector of the
 kernel holds several rows of queries, so that heads of any width fill it and softmax needs no sums across it.  In
-bfloat16 it rounds probabilities as PyTorch's does, where the processor multiplies pairs of bfloat16 fast.
+bfloat16 it rounds probabilities as PyTorch's does, where the processor multiplies pairs of bfloat16 fast, or has AMX.
 
 Sources: softmax with a running maximum is from arXiv 1805.02867, its use on tiles of keys is FlashAttention's (arXiv
 2205.14135, section 3.1).
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _dispatch, _sdpa
+from . import _dispatch, _installed, _sdpa
 from ._attention_checks import check_attention, check_scale
 from ._dispatch import Case, Forced, Operand
 from ._installed import SDPA_KERNELS
 from ._library import LIBRARY
 from .cross_attention import reference
 
-#: Products q k below which the C++ kernel loses to PyTorch's attention, and keys in bfloat16.
+#: Products q k below which the C++ kernel loses to PyTorch's attention; in bfloat16 keys, or rows and width of heads.
 _SMALL, _FEW = 1 << 14, 64
 
 
@@ -123,8 +123,13 @@ def _loses(backend: str, q: Operand, k: Operand) -> bool:
     """Whether a backend that could run is slower than the next on this shape (measured, bench/ops)."""
     if backend != "cpp":
         return False
-    # A few thousand products do not pay for the call, and few keys not for widening bfloat16.
-    return math.prod(q.shape) * k.shape[2] < _SMALL or (q.dtype == torch.bfloat16 and k.shape[2] < _FEW)
+    if math.prod(q.shape) * k.shape[2] < _SMALL:  # a few thousand products do not pay for the call
+        return True
+    if q.dtype != torch.bfloat16:
+        return False
+    if _installed.has_amx():  # where heads are wide, rows pay for being laid out in tiles from twice as many on
+        return _FEW <= k.shape[2] < 2 * q.shape[3]
+    return k.shape[2] < _FEW  # and few keys not for widening them
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

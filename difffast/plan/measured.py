@@ -100,6 +100,8 @@ class MeasuredPlan:
         if self.name not in NAMES:
             raise ValueError(f"name must be one of {', '.join(NAMES)}, got {self.name!r}")
         if self.guard != "measured":
+            if isinstance(self.guard, str):
+                raise ValueError(f'guard must be "measured", a number or None, got {self.guard!r}')
             check_guard(self.guard)
 
     def plan(self, total: int, *, start: int = 0, schedule: Schedule | None = None) -> Plan:

@@ -77,13 +77,18 @@ def _take_out_compiled(compiled: Any, unet: nn.Module, settings: Settings) -> No
 
 
 def put_in_channels_last(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
-    """Lay out convolutions' weights in channels_last where that is the faster way and no norm has to copy for it."""
+    """Lay out convolutions' weights in channels_last where that is the faster way and no norm has to copy for it.
+
+    Engines of CPUs lay weights out as they like it.
+    """
     device, dtype = unet.device, unet.dtype
-    if (
-        settings.fused
-        and suits_channels_last(device, dtype)
-        and has_kernel(device, "group_norm_silu", dtype, "channels_last")
-    ):
+    if not settings.fused or not suits_channels_last(device, dtype):
+        return
+    if device.type == "cpu":
+        pays = not settings.runs_programs(device)
+    else:
+        pays = has_kernel(device, "group_norm_silu", dtype, "channels_last")
+    if pays:
         layout = ChannelsLast()
         undo.add(layout.take_out)
         layout.put_in(unet)

@@ -90,6 +90,10 @@ class Settings:
         """Return how the user has compiled the pipeline's UNet as of now, or None."""
         return find_user_compile(getattr(self.pipe(), "unet", None))
 
+    def runs_programs(self, device: torch.device) -> bool:
+        """Return whether an engine, or the user's own compilation, makes programs of the UNet on a device."""
+        return choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
+
     @property
     def asked(self) -> dict[str, Any]:
         """What pipelines must agree on that share a UNet and a scheduler."""
@@ -171,8 +175,7 @@ class Settings:
 
     def plan(self, total: int, device: torch.device, start: int = 0) -> Plan:
         """Return the plan of a schedule with ``total`` UNet calls on a device, of which ``start`` is executed first."""
-        static = choose_engine(self.engine, device) != "eager" or self.find_user_compile() is not None
-        batches = BATCHES if static else None  # one program for each
+        batches = BATCHES if self.runs_programs(device) else None  # one program for each
         asked = self.propagation
         if isinstance(asked, EncoderPropagation):
             kind = self.support.key_steps

@@ -17,7 +17,8 @@ class RunStats:
         reused: calls that ran the outer layers alone.
         forecast: calls at which nothing of the UNet ran.
         guarded: forecasts that became key steps, because the guard did not trust them.
-        guarded_for: how many of these there were for each picture of the batch, by its number in it.
+        guarded_for: how many of these there were for each picture of the batch, by its number in it; all are
+            number 0 where they cannot be told apart.
         forecast_errors: what forecasts of steps that ran would have been off by, as the guard has measured it, by step.
         halves: calls, of any of these kinds, that ran the conditional half of the batch alone.
         stock: calls that ran the unpatched forward on purpose, with the reasons in ``reasons``.

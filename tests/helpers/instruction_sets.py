@@ -8,7 +8,7 @@ import textwrap
 from difffast import ops
 
 #: From the smallest.
-SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "emulated_amx", "amx")
 #: Those that other tests do not run, on a machine that has all.
 SMALLER = SETS[:2]
 

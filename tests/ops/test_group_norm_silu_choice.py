@@ -142,6 +142,16 @@ def test_the_default(operator):
         assert choose(operator, large, 2) == "reference"
 
 
+@pytest.mark.parametrize("operator", ["group_norm_silu", "skip_norm_silu"])
+def test_the_default_in_channels_last_and_bfloat16(operator):
+    """PyTorch's is fast where groups fill its vectors, and slow for few pixels where they do not."""
+    cpp = "reference" if ops.missing("cpp") else "cpp"
+    for channels, side, expected in ((192, 8, cpp), (256, 16, cpp), (512, 8, "reference"), (512, 32, cpp)):
+        x = torch.zeros(2, channels, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        assert choose(operator, x, channels // 32) == expected
+    assert choose(operator, x.double(), 6) == "reference"
+
+
 @needs_cpp
 @pytest.mark.parametrize("instruction_set", instruction_sets.SMALLER)
 def test_smaller_instruction_sets(instruction_set):

@@ -8,7 +8,9 @@ import torch
 from attention_operands import LAYOUTS, absent, assert_as_good, with_dtypes
 
 from difffast import ops
+from difffast.ops import _installed
 from difffast.ops.cross_attention import reference
+from difffast.ops.self_attention import choose
 
 needs_cpp = pytest.mark.skipif(absent("cpp") is not None, reason=str(absent("cpp")))
 BACKENDS = ["reference", "sdpa", pytest.param("cpp", marks=needs_cpp)]
@@ -108,6 +110,14 @@ def test_rounded_probabilities_are_no_worse_than_pytorchs(mean):
     assert errors[0] <= 1.1 * errors[1]
 
 
+@needs_cpp
+def test_few_pixels_in_wide_heads_are_pytorchs_with_amx(monkeypatch):
+    monkeypatch.setattr(_installed, "INSTRUCTION_SET", "amx")
+    for pixels, dim, expected in ((100, 51, "sdpa"), (100, 50, "cpp"), (16, 51, "cpp"), (1024, 160, "cpp")):
+        q = torch.zeros(2, 8, pixels, dim, dtype=torch.bfloat16)
+        assert choose(q, q.shape, q.stride()) == expected
+
+
 def test_empty_queries():
     assert ops.self_attention(*operands((2, 2, 0, 77, 8), torch.float32)).shape == (2, 2, 0, 8)
 
@@ -150,14 +160,16 @@ def test_every_instruction_set(instruction_set):
         from difffast.ops.joint_attention import reference as joint
         torch.manual_seed(0)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 5e-2)):
-            for batch, keys, dim in ((2, 77, 40), (1, 128, 256), (3, 1, 1), (2, 200, 8), (2, 5, 33)):
+            for batch, keys, dim in ((2, 77, 40), (1, 128, 256), (3, 1, 1), (2, 200, 8), (2, 5, 33), (1, 300, 160)):
                 q, k, v = (torch.randn(batch, 2, n, dim, dtype=dtype) for n in (67, keys, keys))
                 text = [torch.randn(1, 2, 20, dim, dtype=dtype) for _ in range(2)]
                 q[0, 0, 3, 0] = float("nan")
                 with ops.use_backend("cpp"):
                     ours = ops.self_attention(q, k, v), *ops.joint_attention(q, *text, k, v, map_tokens=[0, 19])
+                    ours += (cross_attention(q, *text),)
                 q, k, v, *text = (x.double() for x in (q, k, v, *text))
                 theirs = reference(q, k, v, dim**-0.5)[0], *joint(q, *text, k, v, dim**-0.5, [0, 19])
+                theirs += reference(q, *(x.expand(batch, -1, -1, -1) for x in text), dim**-0.5)[:1]
                 for a, b in zip(ours, theirs):
                     torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, equal_nan=True)
     """
