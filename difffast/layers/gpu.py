@@ -61,7 +61,7 @@ class TransformerNorm(LayerKind):
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:
         if not layers or compiled:
             return
-        if weight.device.type == "cpu":
+        if weight.device.type == "cpu" and suits_channels_last(weight.device, weight.dtype):
             yield f"{self.name} ({len(layers)})", "group_norm_silu, where groups are narrow and pixels few"
         elif has_kernel(weight.device, "group_norm_silu", weight.dtype):
             yield f"{self.name} ({len(layers)})", "group_norm_silu (by proof)"
