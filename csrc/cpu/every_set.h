@@ -2,7 +2,8 @@
 // after instruction_set.h and the headers that simd.h and the kernels need; no include guard.
 // Before: DIFFFAST_KERNELS, the file in quotes, and DIFFFAST_WITH_BF16 if they multiply Pairs where a set can, in tiles
 // where it has them.
-// After: DIFFFAST_BY_SET(call) returns the call's value from the best set.
+// After: DIFFFAST_BY_SET(call) returns the call's value from the best set, and DIFFFAST_BY_BF16_SET(call) from the best
+// for bfloat16: others have nothing of those, and each is compiled for what it is called for.
 
 #define DIFFFAST_TARGET
 #define DIFFFAST_VECTOR_BYTES 16
@@ -59,27 +60,27 @@ namespace emulated_amx {
 #include "simd.h"
 #include DIFFFAST_KERNELS
 }  // namespace emulated_amx
-#define DIFFFAST_BF16_CASES(call)                                        \
-  case InstructionSet::kEmulatedAmx: return emulated_amx::call;          \
-  case InstructionSet::kAmx: return amx::call;                           \
-  case InstructionSet::kAvx512Bf16: return avx512_bf16::call;
-#else
-#define DIFFFAST_BF16_CASES(call)     \
-  case InstructionSet::kEmulatedAmx:  \
-  case InstructionSet::kAmx:          \
-  case InstructionSet::kAvx512Bf16:
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
-#define DIFFFAST_BY_SET(call)                          \
-  switch (best_instruction_set()) {                    \
-    DIFFFAST_BF16_CASES(call)                          \
-    case InstructionSet::kAvx512: return avx512::call; \
-    case InstructionSet::kAvx2: return avx2::call;     \
-    default: return baseline::call;                    \
+// Those without products of bfloat16.
+#define DIFFFAST_OTHER_SETS(call)                        \
+  case InstructionSet::kAvx2: return avx2::call;         \
+  case InstructionSet::kBaseline: return baseline::call; \
+  default: return avx512::call;
+
+#define DIFFFAST_BY_SET(call) \
+  switch (best_instruction_set()) { DIFFFAST_OTHER_SETS(call) }
+#define DIFFFAST_BY_BF16_SET(call)                                \
+  switch (best_instruction_set()) {                               \
+    case InstructionSet::kEmulatedAmx: return emulated_amx::call; \
+    case InstructionSet::kAmx: return amx::call;                  \
+    case InstructionSet::kAvx512Bf16: return avx512_bf16::call;   \
+    DIFFFAST_OTHER_SETS(call)                                     \
   }
 #else
 #define DIFFFAST_BY_SET(call) return baseline::call;
+#define DIFFFAST_BY_BF16_SET(call) return baseline::call;
 #endif

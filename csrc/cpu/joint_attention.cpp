@@ -19,13 +19,21 @@ namespace {
 #include "every_set.h"
 
 template <class S>
-void run(const JointAttention& p, void* out, void* maps, int64_t begin, int64_t end) {
-  DIFFFAST_BY_SET(forward<S>(p, out, maps, begin, end))
+int64_t blocks_of(const JointAttention& p) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    DIFFFAST_BY_BF16_SET(count_blocks<S>(p))
+  } else {
+    DIFFFAST_BY_SET(count_blocks<S>(p))
+  }
 }
 
 template <class S>
-int64_t blocks_of(const JointAttention& p) {
-  DIFFFAST_BY_SET(count_blocks<S>(p))
+void run(const JointAttention& p, void* out, void* maps, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    DIFFFAST_BY_BF16_SET(forward<S>(p, out, maps, begin, end))
+  } else {
+    DIFFFAST_BY_SET(forward<S>(p, out, maps, begin, end))
+  }
 }
 
 int64_t blocks_of(const JointAttention& p) {
