@@ -9,7 +9,7 @@ from sampling import largest
 from torch import nn
 
 import difffast
-from difffast.layers import convolution, gpu
+from difffast.layers import channels_last, convolution
 from difffast.ops import _installed
 from difffast.surgery.memory_format import ChannelsLast, find_weights, lies_channels_last, suits_channels_last
 from difffast.surgery.subclass import is_swapped
@@ -111,9 +111,9 @@ def test_transformers_hand_on_the_format_and_the_values(pipe, linear, monkeypatc
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, unet.config.cross_attention_dim)
     with torch.no_grad():
         expected = unet(sample, 3, text).sample
-    layout, kind = ChannelsLast(), gpu.TransformerOutput()
+    layout, kind = ChannelsLast(), channels_last.TransformerOutput()
     layout.put_in(unet)
-    monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
+    monkeypatch.setattr(channels_last, "DEVICES", ("cpu",))
     kind.put_in(unet)
     formats = []
     for layer in kind.find(unet).values():

@@ -57,9 +57,10 @@ double shortest_seconds(void (*run)(int64_t)) {
 // nothing is gained for probabilities that are rounded.
 bool multiplies_pairs_fast() { return shortest_seconds(add_pair_products) < 1.5 * shortest_seconds(add_float_products); }
 
-// Whether there is AMX for bfloat16, and the system lets this process have its registers, for which one asks.
+// Whether there is AMX for bfloat16 and a compiler that knows it, and the system lets this process have its registers, for
+// which one asks.
 bool may_use_amx() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(__linux__) && defined(SYS_arch_prctl) && __has_include(<amxtileintrin.h>)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
   constexpr int kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -157,15 +157,21 @@ DIFFFAST_TARGET void add_tile(const Block<E>& block, const Part<E>& part, int64_
   add_values(block, part, first, keys, head_dim);
 }
 
-// mean[map_count][width] += probabilities of the chosen keys.
+// mean[map_count][width] += probabilities of the chosen keys.  Their logits are multiplied out as they were for the sum:
+// where they are huge, rounded otherwise they would lie far apart.
 template <class E>
 DIFFFAST_TARGET void add_maps(const JointAttention& p, const Block<E>& block, const Part<E>& text, Sum<E>* mean) {
   using T = Sum<E>;
-  for (int64_t m = 0; m < p.map_count; ++m) {
-    matmul(int64_t{1}, block.width, packed<E>(p.head_dim), text.k + p.map_tokens[m] * text.k_row, text.k_row,
-           text.k_column, block.q, block.width, block.s, block.width);  // one row would waste a tile's others
+  const int64_t together = laid_out<E>(1);
+  for (int64_t m = 0, first = -1; m < p.map_count; ++m) {
+    const int64_t within = p.map_tokens[m] % together;
+    if (p.map_tokens[m] - within != first) {
+      first = p.map_tokens[m] - within;
+      multiply_queries(block, text, first, together, p.head_dim);
+    }
+    const T* s = block.s + within * block.width;
     for (int64_t i = 0; i < block.width; i += lanes<T>) {
-      const Vec<T> e = exp2_of(block.to_logits(load(block.s + i) - load(block.top + i)));
+      const Vec<T> e = exp2_of(block.to_logits(load(s + i) - load(block.top + i)));
       T* at = mean + m * block.width + i;
       store(at, load(at) + e / load(block.sum + i));
     }

@@ -3,13 +3,14 @@
 //
 // A register holds 16 rows of 64 bytes: 16 x 32 numbers of A, 16 x 16 pairs of B, or 16 x 16 sums of C.  One instruction
 // adds up 16 x 16 x 32 products, sixteen times what AVX512_BF16 does in that time.
-// With DIFFFAST_EMULATED_TILES the registers are memory, so that tests run the kernels on any processor.
+// With DIFFFAST_EMULATED_TILES the registers are memory, so that tests run the kernels on any processor; and for compilers
+// that do not know AMX, whose kernels then are never called (may_use_amx in instruction_set.cpp).
 
 constexpr int64_t kTileRows = 16, kTilePairs = 16;
 
 inline int64_t whole_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows * kTileRows; }
 
-#ifdef DIFFFAST_EMULATED_TILES
+#if defined(DIFFFAST_EMULATED_TILES) || !__has_include(<amxtileintrin.h>)
 inline thread_local float emulated_tiles[8][kTileRows * kTilePairs];
 
 struct TileRegisters {};

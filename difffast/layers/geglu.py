@@ -22,8 +22,8 @@ from ..ops.linear import choose as choose_linear
 from ..ops.linear import through_onednn
 from ..surgery.pristine import HOOKS, is_wrapped
 from ..surgery.subclass import MARK, plain_class
+from .channels_last import DEVICES
 from .context import CURRENT
-from .gpu import DEVICES
 from .kind import LayerKind
 
 _kernel = torch.ops.difffast.geglu.cpp

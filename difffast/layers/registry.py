@@ -6,10 +6,10 @@ nothing but this list.
 
 from __future__ import annotations
 
+from .channels_last import TransformerNorm, TransformerOutput
 from .convolution import Convolution
 from .cross_attention import CrossAttention
 from .geglu import Geglu
-from .gpu import TransformerNorm, TransformerOutput
 from .kind import LayerKind
 from .linear import Linear
 from .resnet import Resnet
