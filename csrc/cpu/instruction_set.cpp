@@ -74,7 +74,7 @@ bool may_use_amx() {
 InstructionSet detect() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("DIFFFAST_INSTRUCTION_SET");
-  const std::string most = asked ? asked : "amx";
+  const std::string most = asked && *asked ? asked : "amx";  // the largest
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&

@@ -187,8 +187,8 @@ DIFFFAST_TARGET void write_out(const Block<E>& block, int64_t rows, int64_t dim,
     for (int64_t row = 0; row < rows; row += 16) {
       const Vec<float> inverse = 1.0f / load(block.sum + row);
       for (int64_t c = 0; c < dim; c += 16) {
-        turn_and_narrow(block.o + c * block.width + row, block.width, inverse, std::min<int64_t>(16, rows - row),
-                        std::min<int64_t>(16, dim - c), to + row * to_row + c, to_row);
+        transpose_and_narrow(block.o + c * block.width + row, block.width, inverse, std::min<int64_t>(16, rows - row),
+                             std::min<int64_t>(16, dim - c), to + row * to_row + c, to_row);
       }
     }
     return;

@@ -71,8 +71,8 @@ constexpr __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u <
 // to[j][i] = pair j of row i of `from`, for up to 16 rows and columns: neighbours, or with `apart` an element of each of
 // two rows, which are `second` apart.
 template <bool apart>
-DIFFFAST_TARGET inline void turn(const BFloat16* from, int64_t row, int64_t second, int64_t rows, int64_t columns, Pair* to,
-                                 int64_t to_row) {
+DIFFFAST_TARGET inline void transpose_pairs(const BFloat16* from, int64_t row, int64_t second, int64_t rows,
+                                            int64_t columns, Pair* to, int64_t to_row) {
   const __mmask16 read = first_lanes(columns), written = first_lanes(rows);
   Vec<float> x[16] = {};
   for (int64_t i = 0; i < rows; ++i, from += row) {
@@ -89,8 +89,8 @@ DIFFFAST_TARGET inline void turn(const BFloat16* from, int64_t row, int64_t seco
 }
 
 // to[j][i] = factor[i] x[i][j], x transposed: x[j][i] at from + j * row.
-DIFFFAST_TARGET inline void turn_and_narrow(const float* from, int64_t row, Vec<float> factor, int64_t rows,
-                                            int64_t columns, BFloat16* to, int64_t to_row) {
+DIFFFAST_TARGET inline void transpose_and_narrow(const float* from, int64_t row, Vec<float> factor, int64_t rows,
+                                                 int64_t columns, BFloat16* to, int64_t to_row) {
   Vec<float> x[16] = {};
   for (int64_t j = 0; j < columns; ++j) x[j] = load(from + j * row) * factor;
   transpose<float>(x);
@@ -129,15 +129,15 @@ DIFFFAST_TARGET inline void pair_up(const BFloat16* from, int64_t rows, int64_t 
   } else if (step == 1 && to_row == 1) {
     for (int64_t i = 0; i < rows; i += 16) {
       for (int64_t j = 0; j < whole; j += 16) {
-        turn<false>(from + i * row + 2 * j, row, 0, std::min<int64_t>(16, rows - i), std::min<int64_t>(16, whole - j),
-                    to + i + j * to_step, to_step);
+        transpose_pairs<false>(from + i * row + 2 * j, row, 0, std::min<int64_t>(16, rows - i),
+                               std::min<int64_t>(16, whole - j), to + i + j * to_step, to_step);
       }
     }
   } else if (row == 1 && to_step == 1) {
     for (int64_t i = 0; i < rows; i += 16) {
       for (int64_t j = 0; j < whole; j += 16) {
-        turn<true>(from + i + 2 * j * step, 2 * step, step, std::min<int64_t>(16, whole - j),
-                   std::min<int64_t>(16, rows - i), to + i * to_row + j, to_row);
+        transpose_pairs<true>(from + i + 2 * j * step, 2 * step, step, std::min<int64_t>(16, whole - j),
+                              std::min<int64_t>(16, rows - i), to + i * to_row + j, to_row);
       }
     }
 #endif
