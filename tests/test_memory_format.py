@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from sampling import largest
+from sampling import largest, latents
 from torch import nn
 
 import difffast
@@ -76,9 +76,50 @@ def test_half_precision_on_cuda_and_bfloat16_with_amx_are_faster_so(instruction_
     assert not suits_channels_last(cpu, torch.float16)
 
 
+@pytest.fixture
+def _amx(monkeypatch):
+    """What is chosen on a processor with AMX."""
+    monkeypatch.setattr(_installed, "INSTRUCTION_SET", "amx")
+    convolution.advantage.cache_clear()
+    yield
+    convolution.advantage.cache_clear()
+
+
+@pytest.mark.usefixtures("_amx")
+def test_a_unet_that_is_cast_runs_as_if_it_had_been_patched_then(pipe):
+    """In either direction: how its weights lie, and which layers are put in."""
+    twin = copy.deepcopy(pipe)
+    difffast.patch(pipe, "exact")
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        pipe.to(dtype)
+        twin.to(dtype)
+        with difffast.patched(twin, "exact"):
+            anew = latents(twin, steps=2)
+            swapped = {name for name, layer in twin.unet.named_modules() if is_swapped(layer)}
+            assert lies_channels_last(twin.unet) == (dtype == torch.bfloat16)
+        assert torch.equal(latents(pipe, steps=2), anew)
+        assert lies_channels_last(pipe.unet) == (dtype == torch.bfloat16)
+        assert swapped <= {name for name, layer in pipe.unet.named_modules() if is_swapped(layer)}
+    difffast.unpatch(pipe)
+    assert all(weight.is_contiguous() for weight in find_weights(pipe.unet))
+    assert not any(map(is_swapped, pipe.unet.modules()))
+
+
+@pytest.mark.usefixtures("_amx")
+def test_weights_lie_so_for_as_long_as_any_pipeline_is_patched(pipe):
+    pipe.to(torch.bfloat16)
+    other = type(pipe)(**pipe.components, requires_safety_checker=False)
+    for each in (pipe, other):
+        difffast.patch(each, "exact")
+    difffast.unpatch(pipe)
+    assert lies_channels_last(pipe.unet)
+    difffast.unpatch(other)
+    assert all(weight.is_contiguous() for weight in find_weights(pipe.unet))
+
+
 @pytest.mark.parametrize("linear", [False, True], ids=["convolutions", "linear projections"])
-def test_a_picture_in_bfloat16_with_amx(pipe, linear, monkeypatch):
-    """What is chosen there, on any processor: as near to float32 as stock in bfloat16, and exactly back."""
+def test_a_picture_in_bfloat16_with_amx(pipe, linear, request):
+    """What is chosen there: as near to float32 as stock in bfloat16, and exactly back."""
     config = {**pipe.unet.config, "use_linear_projection": linear}
     pipe.unet = type(pipe.unet).from_config(config).eval()
 
@@ -91,12 +132,10 @@ def test_a_picture_in_bfloat16_with_amx(pipe, linear, monkeypatch):
         assert "narrow" not in str(report), "nothing of it in float32"
     pipe.to(torch.bfloat16)
     stock = run()
-    monkeypatch.setattr(_installed, "INSTRUCTION_SET", "amx")
-    convolution.advantage.cache_clear()
+    request.getfixturevalue("_amx")
     report = difffast.patch(pipe, "exact")
     assert lies_channels_last(pipe.unet)
     ours = run()
-    convolution.advantage.cache_clear()
     assert (ours - exact).square().mean() <= 1.2**2 * (stock - exact).square().mean()
     assert "narrow" in str(report)
     difffast.unpatch(pipe)

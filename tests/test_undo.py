@@ -180,7 +180,7 @@ def test_a_pipeline_that_is_dropped_in_the_middle_of_a_patch(pipe, monkeypatch):
     monkeypatch.setattr("difffast.sites.PARTS", [drop, *parts.PARTS])
     patch(pipe, "exact")
     assert is_swapped(pipe.unet)
-    assert len(find_controller(pipe.unet)._settings) == 1
+    assert len(find_controller(pipe.unet).settings) == 1
     unpatch(pipe)
     assert swapped(pipe) == []
 

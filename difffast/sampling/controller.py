@@ -21,13 +21,13 @@ from ..engines.openvino import OpenVino
 from ..engines.programs import Programs, ProgramStats
 from ..layers.context import use_context
 from ..layers.cross_attention import process_text
-from ..layers.kind import LayerKind
 from ..support import output_of
 from ..surgery.calls import bind_arguments
 from ..unet.contents import drop_contents
 from ..unet.parts import refuse_split
 from .components import count_models, time_part
 from .execution import Engine
+from .fused_layers import FusedLayers
 from .position import is_element
 from .run import SamplingRun
 from .settings import Settings
@@ -49,36 +49,37 @@ class Controller:
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        #: The kinds of layers that have been put into the UNet.
-        self.kinds: list[LayerKind] = []
+        #: What has been put into the UNet's layers.
+        self.layers = FusedLayers()
         self._engines: dict[str, Engine] = {"inductor": Programs(), "cudagraphs": Graphs(), "openvino": OpenVino()}
         self._unet = weakref.ref(unet)
-        self._settings: list[Settings] = []
+        #: What the patched pipelines that use the UNet have asked for.
+        self.settings: list[Settings] = []
         self._runs: list[SamplingRun] = []
         self._lock = threading.RLock()  # an extension that begins may invalidate its run
 
     def add(self, settings: Settings) -> None:
         """Answer for one more pipeline."""
         with self._lock:
-            self._settings.append(settings)
+            self.settings.append(settings)
 
     def remove(self, settings: Settings) -> bool:
         """Forget a pipeline and its runs; returns whether no other patched pipeline is left."""
         with self._lock:
-            self._settings = [s for s in self._settings if s is not settings and s.pipe() is not None]
+            self.settings = [s for s in self.settings if s is not settings and s.pipe() is not None]
             self._runs = [run for run in self._runs if settings not in run.settings]
-            return not self._settings
+            return not self.settings
 
     def is_held(self, compiled: Any, but: Settings) -> bool:
         """Return whether any pipeline but one holds what ``torch.compile`` has made of the UNet."""
-        pipes = [settings.pipe() for settings in self._settings if settings is not but]
+        pipes = [settings.pipe() for settings in self.settings if settings is not but]
         return any(pipe is not None and pipe.unet is compiled for pipe in pipes)
 
     def count_programs(self) -> ProgramStats:
         """Return what the UNet's compiled programs and recorded graphs take."""
         unet = self._unet()
         device = torch.device("cpu") if unet is None else unet.device
-        pipes = [pipe for pipe in (settings.pipe() for settings in self._settings) if pipe is not None]
+        pipes = [pipe for pipe in (settings.pipe() for settings in self.settings) if pipe is not None]
         parts = [count for pipe in pipes[:1] for count in count_models(pipe)]
         first, *others = [*(engine.count(device) for engine in self._engines.values()), *parts]
         return sum(others, first)
@@ -131,13 +132,14 @@ class Controller:
             for run in self._runs:
                 if run.thread == thread and is_element(timestep, run.state.timesteps()):
                     return run
-            asking = [s for s in self._settings if is_element(timestep, s.timesteps())]
+            asking = [s for s in self.settings if is_element(timestep, s.timesteps())]
             if not asking:
-                asking = [s for s in self._settings if s.takes_any_time()][:1]
+                asking = [s for s in self.settings if s.takes_any_time()][:1]
                 for run in self._runs:
                     if run.thread == thread and run.settings == asking and run.state.timesteps() is run.schedule():
                         return run
             if asking:
+                self.layers.put_in(self._unet(), self.settings)  # it may have been moved or cast
                 run = SamplingRun(asking, self._unet(), device, self._engines)
                 self._runs.append(run)
                 return run
@@ -145,7 +147,7 @@ class Controller:
 
     def _explain_unknown(self, timestep: Any) -> None:
         """Warn when a patched pipeline is probably meant but its schedule was not recognised."""
-        if any(settings.pipe() is not None for settings in self._settings):
+        if any(settings.pipe() is not None for settings in self.settings):
             warnings.warn(
                 "difffast: this UNet call runs unpatched: its timestep is not an element of scheduler.timesteps of a "
                 f"patched pipeline (got {type(timestep).__name__}), so its position in the schedule is unknown",

@@ -15,15 +15,13 @@ from typing import Any
 from torch import nn
 
 from ..engines.user_compiled import is_compiled_wrapper, unwrap
-from ..layers.registry import LAYERS
-from ..ops._local import has_kernel
-from ..surgery.memory_format import ChannelsLast, suits_channels_last
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from . import controlnet
 from .calls import begin_pipeline_call
 from .components import put_in_components
 from .controller import drop_controller, find_controller, give_controller, override_compiled, override_unet
+from .fused_layers import FusedLayers
 from .settings import Settings
 
 #: (pipeline, its plain UNet, what was asked for, where the way out is registered)
@@ -43,11 +41,8 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
     if not is_swapped(unet):
         swap_in(unet, override_unet(type(unet)), equal=True)
     controller = find_controller(unet)
-    for kind in LAYERS:
-        if kind not in controller.kinds:
-            controller.kinds.append(kind)
-        kind.put_in(unet, always=any(each.edits_attention for each in settings.extensions))
     controller.add(settings)
+    controller.layers.put_in(unet, controller.settings)
 
 
 def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
@@ -55,8 +50,7 @@ def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
     controller = find_controller(unet)
     if controller is not None and not controller.remove(settings):
         return  # another pipeline needs it
-    for kind in reversed(controller.kinds if controller is not None else LAYERS):
-        kind.take_out(unet)
+    (FusedLayers() if controller is None else controller.layers).take_out(unet)
     swap_out(unet)
     drop_controller(unet)
 
@@ -74,24 +68,6 @@ def _take_out_compiled(compiled: Any, unet: nn.Module, settings: Settings) -> No
     controller = find_controller(unet)
     if controller is None or not controller.is_held(compiled, but=settings):
         swap_out(compiled)
-
-
-def put_in_channels_last(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
-    """Lay out convolutions' weights in channels_last where that is the faster way and no norm has to copy for it.
-
-    Engines of CPUs lay weights out as they like it.
-    """
-    device, dtype = unet.device, unet.dtype
-    if not settings.fused or not suits_channels_last(device, dtype):
-        return
-    if device.type == "cpu":
-        pays = not settings.runs_programs(device)
-    else:
-        pays = has_kernel(device, "group_norm_silu", dtype, "channels_last")
-    if pays:
-        layout = ChannelsLast()
-        undo.add(layout.take_out)
-        layout.put_in(unet)
 
 
 def put_in_controlnet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
@@ -158,7 +134,6 @@ def _watch_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
 PARTS: Sequence[Part] = (
     put_in_unet,
     put_in_compiled_unet,
-    put_in_channels_last,
     put_in_controlnet,
     put_in_components,
     put_in_scheduler,
