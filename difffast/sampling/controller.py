@@ -139,7 +139,7 @@ class Controller:
                     if run.thread == thread and run.settings == asking and run.state.timesteps() is run.schedule():
                         return run
             if asking:
-                self.layers.put_in(self._unet(), self.settings)  # it may have been moved or cast
+                self.layers.follow(self._unet(), self.settings)  # it may have been moved or cast
                 run = SamplingRun(asking, self._unet(), device, self._engines)
                 self._runs.append(run)
                 return run

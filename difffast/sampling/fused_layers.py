@@ -26,20 +26,14 @@ class FusedLayers:
         self._seen: tuple[object, ...] | None = None
 
     def put_in(self, unet: nn.Module, settings: Sequence[Settings]) -> None:
-        """Put in all that pays for the UNet's weights as of now; where they are as they were, that is done already.
+        """Put in all that pays for the UNet's weights as of now.
 
         Args:
             unet: the UNet.
             settings: of all patched pipelines that use it.
         """
-        weight = next(unet.parameters())
-        device, dtype = weight.device, weight.dtype
-        edited = any(each.edits_attention for asked in settings for each in asked.extensions)
-        last = any(asked.fused and _channels_last_pays(device, dtype, asked) for asked in settings)
-        seen = device, dtype, edited, last, len(LAYERS)
-        if seen == self._seen:
-            return
-        self._seen = None  # whatever interrupts this, the next call begins anew
+        self._seen = None  # whatever interrupts this, the next run begins anew
+        seen = edited, last, *_ = _find_conditions(unet, settings)
         for kind in LAYERS:
             if kind not in self._kinds:
                 self._kinds.append(kind)
@@ -50,6 +44,11 @@ class FusedLayers:
             self._layout.take_out()
         self._seen = seen
 
+    def follow(self, unet: nn.Module, settings: Sequence[Settings]) -> None:
+        """Do what :meth:`put_in` does, if anything that it depends on has changed since."""
+        if _find_conditions(unet, settings) != self._seen:
+            self.put_in(unet, settings)
+
     def take_out(self, unet: nn.Module) -> None:
         """Undo :meth:`put_in`; what was put in by a controller that is gone is found all the same."""
         self._layout.take_out()
@@ -57,12 +56,20 @@ class FusedLayers:
             kind.take_out(unet)
 
 
+def _find_conditions(unet: nn.Module, settings: Sequence[Settings]) -> tuple[bool, bool, torch.device, torch.dtype]:
+    """Return whether attention is edited, whether weights are to lie in channels_last, where they are and of what."""
+    weight = next(unet.parameters())
+    device, dtype = weight.device, weight.dtype
+    edited = any(each.edits_attention for asked in settings for each in asked.extensions)
+    return edited, any(_channels_last_pays(device, dtype, asked) for asked in settings), device, dtype
+
+
 def _channels_last_pays(device: torch.device, dtype: torch.dtype, asked: Settings) -> bool:
     """Return whether weights in channels_last are the faster ones and no norm has to copy for them.
 
     Engines of CPUs lay weights out as they like it.
     """
-    if not suits_channels_last(device, dtype):
+    if not asked.fused or not suits_channels_last(device, dtype):
         return False
     if device.type == "cpu":
         return not asked.runs_programs(device)
