@@ -96,13 +96,32 @@ def test_a_unet_that_is_cast_runs_as_if_it_had_been_patched_then(pipe):
         with difffast.patched(twin, "exact"):
             anew = latents(twin, steps=2)
             swapped = {name for name, layer in twin.unet.named_modules() if is_swapped(layer)}
-            assert lies_channels_last(twin.unet) == (dtype == torch.bfloat16)
         assert torch.equal(latents(pipe, steps=2), anew)
-        assert lies_channels_last(pipe.unet) == (dtype == torch.bfloat16)
+        with torch.no_grad():
+            pipe.vae.decode(anew)
+        for part in (pipe.unet, pipe.vae.decoder):
+            assert lies_channels_last(part) == (dtype == torch.bfloat16)
         assert swapped <= {name for name, layer in pipe.unet.named_modules() if is_swapped(layer)}
     difffast.unpatch(pipe)
-    assert all(weight.is_contiguous() for weight in find_weights(pipe.unet))
-    assert not any(map(is_swapped, pipe.unet.modules()))
+    assert all(weight.is_contiguous() for part in (pipe.unet, pipe.vae) for weight in find_weights(part))
+    assert not any(map(is_swapped, [*pipe.unet.modules(), *pipe.vae.modules()]))
+
+
+@pytest.mark.usefixtures("_amx")
+def test_outputs_lie_in_memory_as_stocks_do(pipe, monkeypatch):
+    """Callbacks and schedulers may call ``view``; who works in channels_last stays in it."""
+    pipe.to(torch.bfloat16)
+    steps, plain = [], type(pipe.scheduler).step
+    monkeypatch.setattr(
+        type(pipe.scheduler), "step", lambda *args, **options: (steps.append(args[1]), plain(*args, **options))[1]
+    )
+    with difffast.patched(pipe, "exact"), torch.no_grad():
+        picture = pipe("a cat", num_inference_steps=2, guidance_scale=1.0, output_type="pt", height=32, width=24).images
+        assert lies_channels_last(pipe.unet)
+        assert lies_channels_last(pipe.vae.decoder)
+        last = torch.randn(1, 4, 4, 3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        assert pipe.vae.decode(last).sample.is_contiguous(memory_format=torch.channels_last)
+    assert all(each.is_contiguous() for each in [*steps, picture])
 
 
 @pytest.mark.usefixtures("_amx")

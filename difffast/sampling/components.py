@@ -28,6 +28,7 @@ from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from ..unet.contents import contents_of, drop_contents
 from .calls import PipelineCall, find_caller, find_pipeline_call
+from .fused_layers import FusedLayers
 from .settings import Settings
 
 #: Components of pipelines that are run as a whole.
@@ -58,6 +59,10 @@ _components: weakref.WeakKeyDictionary[nn.Module, _Component] = weakref.WeakKeyD
 _users: weakref.WeakKeyDictionary[nn.Module, list[tuple[Settings, bool]]] = weakref.WeakKeyDictionary()
 
 
+#: What has been put into the layers of modules that are fused.
+_fused: weakref.WeakKeyDictionary[nn.Module, FusedLayers] = weakref.WeakKeyDictionary()
+
+
 def find_components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield the parts of a pipeline that are run as functions of tensors, by the names that reports have for them."""
     for name in _WHOLE:
@@ -80,8 +85,8 @@ def put_in_components(pipe: Any, unet: nn.Module, settings: Settings, undo: Undo
             if not is_swapped(module):
                 swap_in(module, _override(module, name), equal=True)
             _users.setdefault(module, []).append((settings, fuses))
-            for kind in _KINDS if fuses else ():
-                kind.put_in(module)
+            if fuses:
+                _fused.setdefault(module, FusedLayers(_KINDS)).put_in(module, lay_out=_is_on_cpu(module))
 
 
 def take_out(module: nn.Module, user: Settings) -> None:
@@ -92,8 +97,7 @@ def take_out(module: nn.Module, user: Settings) -> None:
         return
     swap_out(module)
     _users.pop(module, None)
-    for kind in _KINDS:
-        kind.take_out(module)
+    _fused.pop(module, FusedLayers(_KINDS)).take_out(module)
     forget(module)
 
 
@@ -126,12 +130,19 @@ def _override(module: nn.Module, name: str) -> dict[str, Any]:
         with time_part(name):
             if settings.engine == "openvino":
                 return run_model(self, name, settings, stock, args, kwargs)
-            if not fuses:
+            layers = _fused.get(self)
+            if not fuses or layers is None:
                 return stock()
+            layers.follow(self, lay_out=_is_on_cpu(self))
             with use_context(CallContext(True, _ignore, _ignore, within=find_pipeline_call())):
-                return stock()
+                return layers.give_back(stock(), next(iter([*args, *kwargs.values()]), None))
 
     return {"__call__": call}
+
+
+def _is_on_cpu(module: nn.Module) -> bool:
+    """Return whether a module's weights may be laid out; on GPUs its norms are proved in the default format."""
+    return next(module.parameters()).is_cpu
 
 
 def _find_user(users: list[tuple[Settings, bool]]) -> tuple[Settings, bool] | None:

@@ -21,6 +21,7 @@ from ..engines.openvino import OpenVino
 from ..engines.programs import Programs, ProgramStats
 from ..layers.context import use_context
 from ..layers.cross_attention import process_text
+from ..layers.registry import LAYERS
 from ..support import output_of
 from ..surgery.calls import bind_arguments
 from ..unet.contents import drop_contents
@@ -50,7 +51,7 @@ class Controller:
 
     def __init__(self, unet: nn.Module) -> None:
         #: What has been put into the UNet's layers.
-        self.layers = FusedLayers()
+        self.layers = FusedLayers(LAYERS)
         self._engines: dict[str, Engine] = {"inductor": Programs(), "cudagraphs": Graphs(), "openvino": OpenVino()}
         self._unet = weakref.ref(unet)
         #: What the patched pipelines that use the UNet have asked for.
@@ -83,6 +84,19 @@ class Controller:
         parts = [count for pipe in pipes[:1] for count in count_models(pipe)]
         first, *others = [*(engine.count(device) for engine in self._engines.values()), *parts]
         return sum(others, first)
+
+    def fuse_layers(self, unet: nn.Module, *, again: bool = True) -> None:
+        """Put into the UNet's layers what pays for all pipelines that use it.
+
+        Args:
+            unet: the UNet.
+            again: also where nothing that this depends on has changed since the last time.
+        """
+        asked = self.settings
+        always = any(extension.edits_attention for each in asked for extension in each.extensions)
+        device = unet.device  # engines of CPUs lay weights out as they like it
+        lay_out = any(each.fused and not (device.type == "cpu" and each.runs_programs(device)) for each in asked)
+        (self.layers.put_in if again else self.layers.follow)(unet, always=always, lay_out=lay_out)
 
     def invalidate(self, settings: Settings) -> None:
         """Make the next call of every run of a pipeline a key step."""
@@ -118,6 +132,7 @@ class Controller:
         except BaseException:
             run.forget()
             raise
+        sample = self.layers.give_back(sample, call["sample"])
         if call.get("return_dict", True):
             return output_of(type(unet))(sample=sample)
         return (sample,)
@@ -139,7 +154,7 @@ class Controller:
                     if run.thread == thread and run.settings == asking and run.state.timesteps() is run.schedule():
                         return run
             if asking:
-                self.layers.follow(self._unet(), self.settings)  # it may have been moved or cast
+                self.fuse_layers(self._unet(), again=False)  # it may have been moved or cast
                 run = SamplingRun(asking, self._unet(), device, self._engines)
                 self._runs.append(run)
                 return run

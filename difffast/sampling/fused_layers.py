@@ -1,76 +1,77 @@
-"""What is put into a UNet's layers, which depends on where its weights are and on their dtype, and follows both."""
+"""What is put into a module's layers, which depends on where its weights are and on their dtype, and follows both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.kind import LayerKind
-from ..layers.registry import LAYERS
 from ..ops._local import has_kernel
 from ..surgery.memory_format import ChannelsLast, suits_channels_last
-from .settings import Settings
 
 
 class FusedLayers:
-    """The kinds of layers that have been put into one UNet, and how its convolutions' weights lie in memory.
+    """The kinds of layers that have been put into one module, and how its convolutions' weights lie in memory.
 
-    A UNet that is moved or cast after it was patched runs as if it had been patched there.
+    A module that is moved or cast after it was patched runs as if it had been patched there.
+
+    Args:
+        kinds: the kinds of layers; those that are added to the list later are put in from then on.
     """
 
-    def __init__(self) -> None:
-        self._kinds: list[LayerKind] = []
+    def __init__(self, kinds: Sequence[LayerKind]) -> None:
+        self._known, self._kinds = kinds, list[LayerKind]()
         self._layout = ChannelsLast()
         self._seen: tuple[object, ...] | None = None
 
-    def put_in(self, unet: nn.Module, settings: Sequence[Settings]) -> None:
-        """Put in all that pays for the UNet's weights as of now.
+    def put_in(self, module: nn.Module, *, always: bool = False, lay_out: bool = True) -> None:
+        """Put in all that pays for the module's weights as of now.
 
         Args:
-            unet: the UNet.
-            settings: of all patched pipelines that use it.
+            module: a UNet, or a half of a VAE.
+            always: also layers that cannot pay, if they can be edited.
+            lay_out: whether weights may be laid out.
         """
         self._seen = None  # whatever interrupts this, the next run begins anew
-        seen = edited, last, *_ = _find_conditions(unet, settings)
-        for kind in LAYERS:
+        for kind in self._known:
             if kind not in self._kinds:
                 self._kinds.append(kind)
-            kind.put_in(unet, always=edited)
-        if last:
-            self._layout.put_in(unet)
+            kind.put_in(module, always=always)
+        weight = next(module.parameters())
+        if lay_out and _channels_last_pays(weight):
+            self._layout.put_in(module)
         else:
             self._layout.take_out()
-        self._seen = seen
+        self._seen = weight.device, weight.dtype, always, lay_out
 
-    def follow(self, unet: nn.Module, settings: Sequence[Settings]) -> None:
+    def follow(self, module: nn.Module, *, always: bool = False, lay_out: bool = True) -> None:
         """Do what :meth:`put_in` does, if anything that it depends on has changed since."""
-        if _find_conditions(unet, settings) != self._seen:
-            self.put_in(unet, settings)
+        weight = next(module.parameters())
+        if (weight.device, weight.dtype, always, lay_out) != self._seen:
+            self.put_in(module, always=always, lay_out=lay_out)
 
-    def take_out(self, unet: nn.Module) -> None:
-        """Undo :meth:`put_in`; what was put in by a controller that is gone is found all the same."""
+    def give_back(self, output: Any, sample: Any) -> Any:
+        """Return a module's output as it would lie in memory if the module's weights were as the user has them.
+
+        Args:
+            output: what the module has made.
+            sample: of what.
+        """
+        plain = self._layout.is_in and isinstance(output, Tensor) and isinstance(sample, Tensor)
+        return output.contiguous() if plain and sample.is_contiguous() else output
+
+    def take_out(self, module: nn.Module) -> None:
+        """Undo :meth:`put_in`, also of what was put in by another object of this class, which is gone."""
         self._layout.take_out()
-        for kind in reversed(self._kinds or LAYERS):
-            kind.take_out(unet)
+        for kind in reversed(self._kinds or self._known):
+            kind.take_out(module)
 
 
-def _find_conditions(unet: nn.Module, settings: Sequence[Settings]) -> tuple[bool, bool, torch.device, torch.dtype]:
-    """Return whether attention is edited, whether weights are to lie in channels_last, where they are and of what."""
-    weight = next(unet.parameters())
+def _channels_last_pays(weight: Tensor) -> bool:
+    """Return whether weights in channels_last are the faster ones, and no norm has to copy for them."""
     device, dtype = weight.device, weight.dtype
-    edited = any(each.edits_attention for asked in settings for each in asked.extensions)
-    return edited, any(_channels_last_pays(device, dtype, asked) for asked in settings), device, dtype
-
-
-def _channels_last_pays(device: torch.device, dtype: torch.dtype, asked: Settings) -> bool:
-    """Return whether weights in channels_last are the faster ones and no norm has to copy for them.
-
-    Engines of CPUs lay weights out as they like it.
-    """
-    if not asked.fused or not suits_channels_last(device, dtype):
+    if not suits_channels_last(device, dtype):
         return False
-    if device.type == "cpu":
-        return not asked.runs_programs(device)
-    return has_kernel(device, "group_norm_silu", dtype, "channels_last")
+    return device.type == "cpu" or has_kernel(device, "group_norm_silu", dtype, "channels_last")

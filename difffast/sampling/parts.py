@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..engines.user_compiled import is_compiled_wrapper, unwrap
+from ..layers.registry import LAYERS
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
 from . import controlnet
@@ -42,7 +43,7 @@ def put_in_unet(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack)
         swap_in(unet, override_unet(type(unet)), equal=True)
     controller = find_controller(unet)
     controller.add(settings)
-    controller.layers.put_in(unet, controller.settings)
+    controller.fuse_layers(unet)
 
 
 def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
@@ -50,7 +51,7 @@ def take_out_unet(unet: nn.Module, settings: Settings | None = None) -> None:
     controller = find_controller(unet)
     if controller is not None and not controller.remove(settings):
         return  # another pipeline needs it
-    (FusedLayers() if controller is None else controller.layers).take_out(unet)
+    (FusedLayers(LAYERS) if controller is None else controller.layers).take_out(unet)
     swap_out(unet)
     drop_controller(unet)
 

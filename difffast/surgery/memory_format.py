@@ -42,6 +42,11 @@ class ChannelsLast:
     def __init__(self) -> None:
         self._changed: list[weakref.ref[Tensor]] = []
 
+    @property
+    def is_in(self) -> bool:
+        """Whether any weight has been laid out."""
+        return bool(self._changed)
+
     def put_in(self, module: nn.Module) -> None:
         """Lay out all weights that are contiguous; values, parameters and references to them stay."""
         for weight in find_weights(module):
