@@ -112,8 +112,8 @@ def pipeline(
     steps, batch = shapes["steps"], shapes["batch"]
     compared: tuple[Provider, ...] = (
         providers.stock(),
-        *providers.presets(),
-        *([providers.stock_compiled(), *providers.presets(compiled=True)] if compiled else []),
+        *providers.presets(guarded=trained),
+        *([providers.stock_compiled(), *providers.presets(compiled=True, guarded=trained)] if compiled else []),
         providers.deepcache(3, 0),
         providers.deepcache(3, 1),
         providers.published_key_steps(),

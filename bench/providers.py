@@ -27,7 +27,7 @@ from registry import (
 )
 from workloads import Images, Run
 
-from difffast import CfgReuse, EncoderPropagation, FeatureReuse, ops, patched
+from difffast import CfgReuse, EncoderPropagation, FeatureReuse, MeasuredPlan, ops, patched
 from difffast.layers.registry import LAYERS
 from difffast.options import PatchOptions
 from difffast.presets import PRESETS
@@ -130,7 +130,7 @@ def plain_openvino(precision: str) -> Provider:
 
 
 def openvino_presets() -> tuple[Provider, ...]:
-    """The presets with engine="openvino", in float32 and in bfloat16."""
+    """The presets with engine="openvino", in float32 and in bfloat16, without their guards."""
     return tuple(
         difffast(
             f"difffast {preset} OpenVINO {precision}",
@@ -138,6 +138,7 @@ def openvino_presets() -> tuple[Provider, ...]:
             gate if precision == "f32" else _APPROXIMATES,
             engine="openvino",
             precision=precision,
+            **_unguarded(preset),
         )
         for precision in ("f32", "bf16")
         for preset, gate in _GATES.items()
@@ -242,14 +243,29 @@ _GATES = {
 }
 
 
-def presets(*, compiled: bool = False) -> tuple[Provider, ...]:
-    """The presets of today and of tomorrow, and what balanced has to equal; or all with compile=True."""
+def presets(*, compiled: bool = False, guarded: bool = False) -> tuple[Provider, ...]:
+    """The presets, and what balanced has to equal; or all with compile=True.
+
+    Args:
+        compiled: with compile=True.
+        guarded: with the plans' guards, which are for trained weights: of random ones outputs change so much from step
+            to step that guards ask for nearly all of them.
+    """
+    options = {preset: {} if guarded else _unguarded(preset) for preset in _GATES}
     if compiled:
         return tuple(
-            difffast(f"difffast {preset} compiled", preset, gate, compile=True) for preset, gate in _GATES.items()
+            difffast(f"difffast {preset} compiled", preset, gate, compile=True, **options[preset])
+            for preset, gate in _GATES.items()
         )
-    plain = difffast(_UNFUSED, "balanced", _GATES["turbo"], fused=False)
-    return (*(difffast(f"difffast {preset}", preset, gate) for preset, gate in _GATES.items()), plain)
+    plain = difffast(_UNFUSED, "balanced", _GATES["turbo"], fused=False, **options["balanced"])
+    return (
+        *(difffast(f"difffast {preset}", preset, gate, **options[preset]) for preset, gate in _GATES.items()),
+        plain,
+    )
+
+
+def _unguarded(preset: str) -> dict[str, Any]:
+    return {} if preset == "exact" else {"propagation": MeasuredPlan(preset, guard=None)}
 
 
 def published_key_steps() -> Provider:
