@@ -217,13 +217,13 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* out_data, void* maps
   std::optional<TileRegisters> registers;
   if constexpr (kInTiles<E>) registers.emplace();
 #endif
-  Lines<T> scratch(kRows<E> * (laid_out<E>(dim) + kTile<E> + 2 + p.map_count));
-  Lines<E> operands(kRows<E> * (packed<E>(dim) + (std::is_same_v<E, Pair> ? packed<E>(kTile<E>) : 0)));
+  Lines<T> scratch(kRows<E> * (laid_out<E>(dim) + kTile + 2 + p.map_count));
+  Lines<E> operands(kRows<E> * (packed<E>(dim) + (std::is_same_v<E, Pair> ? packed<E>(kTile) : 0)));
   Block<E> block;
   block.q = operands.data();
   block.o = scratch.data();
   block.s = block.o + kRows<E> * laid_out<E>(dim);
-  block.top = block.s + kRows<E> * kTile<E>;
+  block.top = block.s + kRows<E> * kTile;
   block.sum = block.top + kRows<E>;
   if constexpr (std::is_same_v<E, Pair>) {
     block.p = block.q + kRows<E> * packed<E>(dim);
@@ -249,8 +249,8 @@ DIFFFAST_TARGET void forward(const JointAttention& p, void* out_data, void* maps
       std::fill(block.top, block.top + block.width, std::numeric_limits<T>::lowest());
       head.go_to(b, h);
       for (const Part<E>& part : {head.text(), head.pixels()}) {
-        for (int64_t t = 0; t < part.keys; t += kTile<E>) {
-          add_tile(block, part, t, std::min(kTile<E>, part.keys - t), dim);
+        for (int64_t t = 0; t < part.keys; t += kTile) {
+          add_tile(block, part, t, std::min(kTile, part.keys - t), dim);
         }
       }
       if (maps) add_maps(p, block, head.text(), mean);

@@ -41,11 +41,11 @@ template <class E>
 constexpr bool kInTiles = false;
 constexpr int64_t whole_tiles(int64_t n) { return n; }
 #endif
-// Query rows of a block, at most, and keys of a step.  Sums leave AMX's registers after each.
+// Query rows of a block, at most, and keys of a step: logits, probabilities, sums and what a step reads of keys and
+// values fit into the first cache together.
 template <class E>
 constexpr int64_t kRows = kInTiles<E> ? 32 : 64;
-template <class E>
-constexpr int64_t kTile = kInTiles<E> ? 128 : 64;
+constexpr int64_t kTile = 64;
 // How many operands, and how many rows or columns of them, n elements are laid out as.
 template <class E>
 constexpr int64_t packed(int64_t n) {
@@ -99,17 +99,13 @@ DIFFFAST_TARGET inline void transpose_and_narrow(const float* from, int64_t row,
   }
 }
 
-// 2^x for x < 128, for probabilities that are rounded to bfloat16, and their sums: a polynomial of the fourth degree,
-// relative error 3e-6, and none for 0.  Zero below 2^-149, NaN for NaN.
+// 2^x for x < 128, for probabilities that are rounded to bfloat16, and their sums: a polynomial of the third degree, whose
+// relative error of 9e-5 is a twentieth of that rounding's (as in FlashAttention-4), and none for whole numbers.  Zero for
+// minus infinity, NaN for NaN.
 DIFFFAST_INLINE Vec<float> exp2_roughly(Vec<float> x) {
-  const Vec<float> lowest = broadcast(-200.0f);  // minus infinity less itself would be NaN
-  x = lowest > x ? lowest : x;
-  const Vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
-  Vec<float> p = broadcast(0.009582852945f);
-  p = p * f + 0.05590642616f;
-  p = p * f + 0.2402409911f;
-  p = p * f + 0.6931241751f;
-  return _mm512_scalef_ps(p * f + 1.0f, n);
+  const Vec<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // zero for minus infinity
+  const Vec<float> p = (broadcast(0.0770672403f) * f + 0.227644978f) * f + 0.695116631f;
+  return _mm512_scalef_ps(p * f + 1.0f, x);  // by two to the floor of x
 }
 #endif
 
@@ -208,7 +204,7 @@ class Head {
     return count_operands(p_.text_keys, p_.head_dim) + count_operands(p_.keys, p_.head_dim);
   }
   static int64_t count_operands(int64_t keys, int64_t dim) {
-    const int64_t pairs = kInTiles<E> ? (keys + kTile<E> - 1) / kTile<E> * kTile<E> / 2 : packed<E>(keys);
+    const int64_t pairs = kInTiles<E> ? (keys + kTile - 1) / kTile * kTile / 2 : packed<E>(keys);
     return laid_out<E>(keys) * packed<E>(dim) + pairs * laid_out<E>(dim);
   }
 
@@ -223,11 +219,11 @@ class Head {
       pair_up(start(k), keys, k.stride[2], dim, k.stride[3], to, k_row, 1);
       if constexpr (kInTiles<E>) {
         const int64_t v_row = laid_out<E>(dim);
-        for (int64_t t = 0; t < keys; t += kTile<E>) {
-          pair_up(start(v) + t * v.stride[2], dim, v.stride[3], std::min(kTile<E>, keys - t), v.stride[2],
-                  values + t / 2 * v_row, kTile<E> / 2, 1);
+        for (int64_t t = 0; t < keys; t += kTile) {
+          pair_up(start(v) + t * v.stride[2], dim, v.stride[3], std::min(kTile, keys - t), v.stride[2],
+                  values + t / 2 * v_row, kTile / 2, 1);
         }
-        return {to, values, keys, k_row, 1, v_row, kTile<E> / 2};
+        return {to, values, keys, k_row, 1, v_row, kTile / 2};
       }
       pair_up(start(v), dim, v.stride[3], keys, v.stride[2], values, 1, dim);
     } else {
