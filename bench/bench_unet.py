@@ -17,7 +17,7 @@ import workloads
 from registry import STOCK, Bar, Case, Gate, Provider, Run
 from session import REPLAY
 from torch import Tensor, nn
-from workloads import Images
+from workloads import Decodings, Images
 
 from difffast import models
 from difffast.surgery.calls import bind_arguments
@@ -83,6 +83,7 @@ def cases(size: str, model: str | None) -> list[Case]:
             rounds=(3, 5),
             bars=_BY_ENGINE,
         ),
+        decoder(32),
     ]
 
 
@@ -166,7 +167,11 @@ def by_engine(
     by_openvino = {provider.name: provider for provider in providers.openvino_presets()}
     compared = [providers.stock(), providers.difffast("difffast exact", "exact", Gate())]
     if "bf16" in precisions:
-        compared += [providers.stock_bfloat16(), providers.exact_bfloat16()]
+        compared += [
+            providers.stock_bfloat16(),
+            providers.stock_bfloat16(channels_last=True),
+            providers.exact_bfloat16(),
+        ]
     for each in precisions:
         compared += [providers.plain_openvino(each), by_openvino[f"difffast exact OpenVINO {each}"]]
     return Case(
@@ -182,6 +187,29 @@ def by_engine(
         rounds=rounds,
         weight=weight,
         bars=tuple(bars),
+    )
+
+
+def decoder(latent: int) -> Case:
+    """Pictures of latents, by the decoder of Stable Diffusion's VAE, in float32 and in bfloat16."""
+    return Case(
+        group="engines",
+        name=f"VAE decoder at {latent}x{latent}, by engine",
+        shapes={"vae": "SD1.5", "latent": latent, "batch": 1},
+        dtype="float32",
+        device="cpu",
+        build=lambda: Decodings([pipelines.full_decoder()], 1, latent_size=latent),
+        providers=(
+            providers.stock(),
+            providers.difffast("difffast exact", "exact", Gate()),
+            providers.stock_bfloat16(),
+            providers.stock_bfloat16(channels_last=True),
+            providers.exact_bfloat16(),
+        ),
+        timed="seconds a picture",
+        headline="difffast exact",
+        rounds=(3, 11),
+        weight=20,
     )
 
 

@@ -95,7 +95,7 @@ def openvino_table(results: Path = RESULTS) -> str:
 
 def _describe(info: Record, name: str) -> list[str]:
     seconds = info["seconds"]
-    plain = f"{_PLAIN} {'bf16' if name.endswith(('bf16', 'bfloat16')) else 'f32'}"
+    plain = f"{_PLAIN} {'bf16' if any(each in name for each in ('bf16', 'bfloat16')) else 'f32'}"
     shares = [ratio(seconds, name, "stock")[1], ratio(seconds, name, plain)[1] if plain in seconds else None]
     return [f"{statistics.median(seconds[name]):.2f} s", *("" if each is None else f"{each:.2f}" for each in shares)]
 

@@ -87,6 +87,15 @@ def embedded() -> Stage:
     return Stage(models.embedded_pipeline(), {"prompt": PROMPT})
 
 
+def full_decoder() -> Stage:
+    """The small pipeline with Stable Diffusion's VAE in full, for what that takes alone."""
+    stage = tiny((32, 64), 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stage.pipe.vae = _Builder(True, 1, torch.device("cpu"), torch.float32).vae(latent_channels=4)
+    return stage
+
+
 def checkpoint(model: str, *, device: str, dtype: torch.dtype) -> Stage:
     """A user's own pipeline, from a folder in Diffusers format."""
     return Stage(models.load_pipeline(model).to(device, dtype), {"prompt": PROMPT})

@@ -100,6 +100,8 @@ def stock_steps(steps: int, of: int) -> Provider:
 def _channels_last(images: Images) -> None:
     for stage in images.stages:
         stage.pipe.unet.to(memory_format=torch.channels_last)
+        if hasattr(stage.pipe, "vae"):
+            stage.pipe.vae.to(memory_format=torch.channels_last)
 
 
 def deepcache(interval: int, branch: int) -> Provider:
@@ -145,15 +147,16 @@ def openvino_presets() -> tuple[Provider, ...]:
     )
 
 
-def stock_bfloat16() -> Provider:
-    """Stock with weights and latents in bfloat16."""
-    return on_images(
-        "stock bfloat16",
-        "stock",
-        lambda images, stack: images.cast(torch.bfloat16),
-        Gate(tolerance=APPROXIMATION),
-        own_weights=True,
-    )
+def stock_bfloat16(*, channels_last: bool = False) -> Provider:
+    """Stock with weights and latents in bfloat16, and with the weights in channels_last if asked for."""
+
+    def prepare(images: Images, stack: ExitStack) -> None:
+        images.cast(torch.bfloat16)
+        if channels_last:
+            _channels_last(images)
+
+    name = "stock bfloat16 channels_last" if channels_last else "stock bfloat16"
+    return on_images(name, "stock", prepare, Gate(tolerance=APPROXIMATION), own_weights=True)
 
 
 def exact_bfloat16() -> Provider:

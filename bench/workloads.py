@@ -150,6 +150,24 @@ class Images:
     _count.observes = True  # or it would run at every step
 
 
+@dataclass
+class Decodings(Images):
+    """Pictures of random latents, by the VAE alone.
+
+    Args:
+        latent_size: height and width of the latents.
+    """
+
+    latent_size: int = 32
+
+    @torch.no_grad()
+    def _make(self, seed: int) -> Tensor:
+        vae = self.stages[0].pipe.vae
+        shape = 1, vae.config.latent_channels, self.latent_size, self.latent_size
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return vae.decode(latents.to(vae.device, vae.dtype)).sample
+
+
 class _UNetClock:
     """In place of ``pipe.unet``: remembers how long its calls took, without waiting for a GPU in between."""
 
