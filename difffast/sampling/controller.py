@@ -94,7 +94,7 @@ class Controller:
         """
         asked = self.settings
         always = any(extension.edits_attention for each in asked for extension in each.extensions)
-        device = unet.device  # engines of CPUs lay weights out as they like it
+        device = next(unet.parameters()).device  # engines of CPUs lay weights out as they like it
         lay_out = any(each.fused and not (device.type == "cpu" and each.runs_programs(device)) for each in asked)
         (self.layers.put_in if again else self.layers.follow)(unet, always=always, lay_out=lay_out)
 
