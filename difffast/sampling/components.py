@@ -135,7 +135,8 @@ def _override(module: nn.Module, name: str) -> dict[str, Any]:
                 return stock()
             layers.follow(self, lay_out=_is_on_cpu(self))
             with use_context(CallContext(True, _ignore, _ignore, within=find_pipeline_call())):
-                return layers.give_back(stock(), next(iter([*args, *kwargs.values()]), None))
+                output = stock()
+            return layers.give_back(output, next(iter([*args, *kwargs.values()]))) if layers.laid_out else output
 
     return {"__call__": call}
 

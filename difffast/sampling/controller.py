@@ -132,7 +132,8 @@ class Controller:
         except BaseException:
             run.forget()
             raise
-        sample = self.layers.give_back(sample, call["sample"])
+        if self.layers.laid_out:
+            sample = self.layers.give_back(sample, call["sample"])
         if call.get("return_dict", True):
             return output_of(type(unet))(sample=sample)
         return (sample,)

@@ -25,6 +25,8 @@ class FusedLayers:
         self._known, self._kinds = kinds, list[LayerKind]()
         self._layout = ChannelsLast()
         self._seen: tuple[object, ...] | None = None
+        #: Whether weights lie otherwise than the user has them: then outputs are to be given to :meth:`give_back`.
+        self.laid_out = False
 
     def put_in(self, module: nn.Module, *, always: bool = False, lay_out: bool = True) -> None:
         """Put in all that pays for the module's weights as of now.
@@ -44,6 +46,7 @@ class FusedLayers:
             self._layout.put_in(module)
         else:
             self._layout.take_out()
+        self.laid_out = self._layout.is_in
         self._seen = weight.device, weight.dtype, always, lay_out
 
     def follow(self, module: nn.Module, *, always: bool = False, lay_out: bool = True) -> None:
@@ -59,8 +62,8 @@ class FusedLayers:
             output: what the module has made.
             sample: of what.
         """
-        plain = self._layout.is_in and isinstance(output, Tensor) and isinstance(sample, Tensor)
-        return output.contiguous() if plain and sample.is_contiguous() else output
+        plain = isinstance(output, Tensor) and isinstance(sample, Tensor) and sample.is_contiguous()
+        return output.contiguous() if plain else output
 
     def take_out(self, module: nn.Module) -> None:
         """Undo :meth:`put_in`, also of what was put in by another object of this class, which is gone."""
