@@ -79,7 +79,7 @@ def solvers() -> dict[str, Callable[[Any], Any]]:
         functools.partial(multistep, use_karras_sigmas=True),
         functools.partial(multistep, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++"),
         diffusers.UniPCMultistepScheduler.from_config,
-        diffusers.PNDMScheduler.from_config,
+        functools.partial(diffusers.PNDMScheduler.from_config, skip_prk_steps=True),  # as Stable Diffusion has it
         diffusers.HeunDiscreteScheduler.from_config,
     ]
     return {name_solver(make({})): make for make in made}
