@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import measure_plans
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import latents, scheduler
@@ -115,6 +115,15 @@ def test_without_a_row_the_first_two_fifths_run_and_then_every_other_step():
     assert MeasuredPlan("turbo", guard=0.3).plan(21) == replace(plan, guard=0.3)
     assert MeasuredPlan(guard=None).plan(21) == replace(plan, guard=None)
     assert MeasuredPlan().plan(21, start=10) == plan.begin_at(10)
+
+
+def test_a_solver_of_which_no_step_is_left_out_is_named(pipe):
+    """Stable Diffusion 1's own scheduler: whoever patches it is told why nothing is gained."""
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    with patched(pipe, "balanced") as report:
+        latents(pipe, steps=50)
+    assert report.last_run.forecast == 0
+    assert "'balanced' leaves none of PNDM's out, as measured" in str(report.last_run)
 
 
 @pytest.mark.parametrize("total", [1, 2, 8, 11])

@@ -213,8 +213,13 @@ class Settings:
             return plan.run_in_full(), f"every step runs in full: {why}"
         if plan.shares:
             return plan, None
-        few = isinstance(self.propagation, MeasuredPlan) and total < LEAST_CALLS
-        why = f"{self.propagation.name!r} shares nothing below {LEAST_CALLS}" if few else "all of them are key steps"
+        why = "all of them are key steps"
+        if isinstance(self.propagation, MeasuredPlan):
+            name, solver = self.propagation.name, self.read_schedule(total).solver
+            if total < LEAST_CALLS:
+                why = f"{name!r} shares nothing below {LEAST_CALLS}"
+            elif not any(each.full_steps(total) for each in self.extensions):
+                why = f"{name!r} leaves none of {solver}'s out, as measured (docs/presets.md: what other solvers allow)"
         return plan, f"every step runs in full: with {total} steps, {why}"
 
     @property
