@@ -100,7 +100,7 @@ def stock_steps(steps: int, of: int) -> Provider:
 def _channels_last(images: Images) -> None:
     for stage in images.stages:
         stage.pipe.unet.to(memory_format=torch.channels_last)
-        if hasattr(stage.pipe, "vae"):
+        if getattr(stage.pipe, "vae", None) is not None:
             stage.pipe.vae.to(memory_format=torch.channels_last)
 
 

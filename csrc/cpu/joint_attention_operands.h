@@ -41,8 +41,8 @@ template <class E>
 constexpr bool kInTiles = false;
 constexpr int64_t whole_tiles(int64_t n) { return n; }
 #endif
-// Query rows of a block, at most, and keys of a step: logits, probabilities, sums and what a step reads of keys and
-// values fit into the first cache together.
+// Query rows of a block, at most, and keys of a step.  In tiles the logits, probabilities and sums of a step, and what it
+// reads of keys and values, fit into the first-level cache together: steps of 128 keys took a third longer.
 template <class E>
 constexpr int64_t kRows = kInTiles<E> ? 32 : 64;
 constexpr int64_t kTile = 64;

@@ -71,7 +71,7 @@ class LayerKind(ABC):
     def may_pay(self, weight: Tensor) -> bool:
         """Return whether the operator can be the faster one for any input, of layers with weights like this one.
 
-        Layers are left alone where it cannot.  One that goes elsewhere later runs stock, which is right.
+        Layers are left alone where it cannot.  Asked again when the weights have gone elsewhere, or have been cast.
         """
         return True
 

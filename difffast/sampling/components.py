@@ -86,7 +86,7 @@ def put_in_components(pipe: Any, unet: nn.Module, settings: Settings, undo: Undo
                 swap_in(module, _override(module, name), equal=True)
             _users.setdefault(module, []).append((settings, fuses))
             if fuses:
-                _fused.setdefault(module, FusedLayers(_KINDS)).put_in(module, lay_out=_is_on_cpu(module))
+                _fused.setdefault(module, FusedLayers(_KINDS)).put_in(module, lay_out=_may_lay_out(module))
 
 
 def take_out(module: nn.Module, user: Settings) -> None:
@@ -133,7 +133,7 @@ def _override(module: nn.Module, name: str) -> dict[str, Any]:
             layers = _fused.get(self)
             if not fuses or layers is None:
                 return stock()
-            layers.follow(self, lay_out=_is_on_cpu(self))
+            layers.follow(self, lay_out=_may_lay_out(self))
             with use_context(CallContext(True, _ignore, _ignore, within=find_pipeline_call())):
                 output = stock()
             return layers.give_back(output, next(iter([*args, *kwargs.values()]))) if layers.laid_out else output
@@ -141,7 +141,7 @@ def _override(module: nn.Module, name: str) -> dict[str, Any]:
     return {"__call__": call}
 
 
-def _is_on_cpu(module: nn.Module) -> bool:
+def _may_lay_out(module: nn.Module) -> bool:
     """Return whether a module's weights may be laid out; on GPUs its norms are proved in the default format."""
     return next(module.parameters()).is_cpu
 

@@ -213,14 +213,16 @@ class Settings:
             return plan.run_in_full(), f"every step runs in full: {why}"
         if plan.shares:
             return plan, None
-        why = "all of them are key steps"
-        if isinstance(self.propagation, MeasuredPlan):
-            name, solver = self.propagation.name, self.read_schedule(total).solver
-            if total < LEAST_CALLS:
-                why = f"{name!r} shares nothing below {LEAST_CALLS}"
-            elif not any(each.full_steps(total) for each in self.extensions):
-                why = f"{name!r} leaves none of {solver}'s out, as measured (docs/presets.md: what other solvers allow)"
-        return plan, f"every step runs in full: with {total} steps, {why}"
+        return plan, f"every step runs in full: with {total} steps, {self._explain_none_left_out(total, start)}"
+
+    def _explain_none_left_out(self, total: int, start: int) -> str:
+        forced = start > 0 or any(each.full_steps(total) for each in self.extensions)
+        if not isinstance(self.propagation, MeasuredPlan) or (forced and total >= LEAST_CALLS):
+            return "all of them are key steps"
+        name, solver = self.propagation.name, self.read_schedule(total).solver
+        if total < LEAST_CALLS:
+            return f"{name!r} shares nothing below {LEAST_CALLS}"
+        return f"{name!r} leaves none of {solver}'s out, as measured (docs/presets.md: what other solvers allow)"
 
     @property
     def shares(self) -> bool:
