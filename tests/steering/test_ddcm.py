@@ -32,7 +32,7 @@ def encode(pipe, image):
 
 
 @torch.no_grad()
-def by_hand(pipe, z0, start, guidance):
+def by_hand(pipe, z0, start, guidance, rescale):
     """Both latents at the end; start [1, C, h, w] is the first noise."""
     source, target, null = (pipe.encode_prompt(each, "cpu", 1, False)[0] for each in (PROMPT, TARGET, ""))
     levels, noise = pipe.scheduler.alphas_cumprod, torch.Generator().manual_seed(7)
@@ -42,7 +42,9 @@ def by_hand(pipe, z0, start, guidance):
         e = pipe.unet(x, t, text).sample
         if guidance > 1:
             nothing = pipe.unet(x, t, null).sample
-            e = nothing + guidance * (e - nothing)
+            guided = nothing + guidance * (e - nothing)
+            same_deviation = guided * e.std() / guided.std()
+            e = rescale * same_deviation + (1 - rescale) * guided
         return e if pipe.scheduler.config.prediction_type == "epsilon" else a**0.5 * e + (1 - a) ** 0.5 * x
 
     e_own, a = start, levels[times[0]]
@@ -60,15 +62,16 @@ def by_hand(pipe, z0, start, guidance):
     return torch.cat([z, y])
 
 
-def test_latents_are_those_of_the_formula(ready):
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+def test_latents_are_those_of_the_formula(ready, rescale):
     guidance = 1.0 if type(ready.scheduler).__name__ == "LCMScheduler" else 3.0
     found = invert(ready, picture(32), PROMPT, "ddcm", steps=STEPS, guidance=guidance)
     start = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-    given = {"latents": start, "output_type": "latent", **found.arguments}
+    given = {"latents": start, "output_type": "latent", "guidance_rescale": rescale, **found.arguments}
     with difffast.edit(ready, PROMPT, TARGET, cross=0.0, self_=0.0, inversion=found) as edited:
         got = ready(edited.prompts, generator=torch.Generator().manual_seed(7), **given).images
     assert torch.equal(got[:1], encode(ready, picture(32)))
-    expected = by_hand(ready, encode(ready, picture(32)), start, guidance)
+    expected = by_hand(ready, encode(ready, picture(32)), start, guidance, rescale)
     assert largest(got, expected) <= EXACT_FLOAT64 * expected.abs().max()
     assert largest(got[:1], got[1:]) > 1e-3
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...sampling.extension import Extension, ExtensionRun, RunInfo
 from ...sampling.scheduler_step import Result
+from ..guidance import guide
 from ..prompt_calls import count_images
 from .moves import read_level
 from .values import check_steps
@@ -111,8 +112,8 @@ class VirtualRun(ExtensionRun):
 
         sample, output, count = self._sample[-len(latents) :], self._output, len(latents)
         if len(output) > count:
-            nothing, wanted = output.chunk(2)
-            output = nothing + self._pipe.guidance_scale * (wanted - nothing)
+            rescale = getattr(self._pipe, "guidance_rescale", 0.0)  # not every pipeline has it
+            output = guide(*output.chunk(2), self._pipe.guidance_scale, rescale)
         levels, times = scheduler.alphas_cumprod, scheduler.timesteps
         root, rest = read_level(levels[int(times[self._step])])
         last = self._step + 1 == len(times)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...surgery.subclass import plain_class
+from ..guidance import guide
 from ..prompt_calls import encode_alone
 
 
@@ -91,7 +92,7 @@ class Moves:
         if guidance == 1:
             return wanted
         nothing = self.predict_null(latents, step, null)
-        return nothing + guidance * (wanted - nothing)
+        return guide(nothing, wanted, guidance)
 
     def forwards(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
         """Return the latents after a denoising step; takes what :meth:`predict` returns, or :meth:`guide`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guidance import guide
 from .inversion import Inversion
 from .moves import Moves
 
@@ -88,7 +89,7 @@ def optimise_null_text(
     for _ in range(_UPDATES):
         with torch.enable_grad():
             nothing = moves.predict_null(latents, step, text[None].to(null.dtype))
-            moved = moves.forwards(latents, nothing + guidance * (own - nothing), step)
+            moved = moves.forwards(latents, guide(nothing, own, guidance), step)
             loss = measure_error(moved, wanted)
         if not math.isfinite(loss.item()):
             warnings.warn(f"difffast: the null text of step {step} diverged; the best one is kept", stacklevel=5)

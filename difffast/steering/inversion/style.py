@@ -27,6 +27,7 @@ from ...layers.text_projections import project_text
 from ...surgery.subclass import is_swapped
 from ..binding.extension import choose_map_layers
 from ..descent import LOSS_SCALES
+from ..guidance import guide
 from .inversion import Inversion
 from .moves import Moves
 from .networks import make_network
@@ -185,7 +186,7 @@ class StyleFit:
 
 
 def _guide(nothing: Tensor | None, wanted: Tensor, guidance: float) -> Tensor:
-    return wanted if nothing is None else nothing + guidance * (wanted - nothing)
+    return wanted if nothing is None else guide(nothing, wanted, guidance)
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.cross_attention import find_layers, has_added_keys
+from ..guidance import guide
 from ..passes import Passes, input_scale, take_rows
 
 
@@ -45,14 +46,8 @@ class SourceSampling:
     def guide(self, output: Tensor, images: int) -> Tensor:
         """Return what the scheduler is given of the UNet's output, [images or 2 images, C, H, W]."""
         wanted, variance = output[-images:].tensor_split((self.channels,), 1)
-        noise = wanted
-        if len(output) > images:
-            nothing = output[:images, : self.channels]
-            noise = nothing + self.guidance * (wanted - nothing)
-        if self.rescale and len(output) > images:
-            from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-
-            noise = rescale_noise_cfg(noise, wanted, self.rescale)
+        nothing = output[:-images, : self.channels]
+        noise = guide(nothing, wanted, self.guidance, self.rescale) if len(nothing) else wanted
         return torch.cat([noise, variance], 1) if self.learned else noise
 
     def step(self, scheduler: Any, output: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
