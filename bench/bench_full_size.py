@@ -5,6 +5,8 @@ Half an hour and 16 GB, so ``difffast bench`` runs it by name only.  On a GPU th
 
 from __future__ import annotations
 
+from typing import Any
+
 import bench_pipelines
 import bench_unet
 import pipelines
@@ -16,8 +18,11 @@ from registry import Case
 from session import REPLAY
 
 NAME = "SD1.5"
-#: Who is compared with stock and with plain OpenVINO.
-_EXACT = ("difffast exact", "difffast exact OpenVINO f32")
+#: Who is compared with stock and with plain OpenVINO, by precision.
+_EXACT = {
+    "f32": ("difffast exact", "difffast exact OpenVINO f32"),
+    "bf16": ("difffast exact", "difffast exact bfloat16", "difffast exact OpenVINO bf16"),
+}
 
 
 def cases(size: str, model: str | None) -> list[Case]:
@@ -26,31 +31,43 @@ def cases(size: str, model: str | None) -> list[Case]:
     shapes = {"pipeline": NAME, "latent": pipelines.latent_size(NAME, full=True)}
     return [
         bench_unet.exact_savings(f"{NAME} in full", shapes, _stages, steps=2, rounds=(3, 9), weight=1),
-        bench_unet.by_engine(
-            f"{NAME} in full",
-            shapes["latent"],
-            _stages,
-            steps=2,
-            weight=2,
-            precisions=("f32",),
-            rounds=(2, 5),
-            bars=bench_unet.ENGINE_BARS[:1],
-        ),
-        bench_pipelines.engines(
-            f"{NAME} in full, 4 steps, guidance 1",
-            lambda: _stages()[0],
-            {**shapes, "steps": 4, "batch": 1},
-            1.0,
-            (
-                providers.stock(),
-                providers.plain_openvino("f32"),
-                *(each for each in (*providers.presets(), *providers.openvino_presets()) if each.name in _EXACT),
-            ),
-            rounds=(2, 5),
-            weight=2,
-            bars=bench_pipelines.FEW_STEPS,
-        ),
+        *(_by_engine(precision) for precision in _EXACT),
+        *(_few_steps(shapes, precision) for precision in _EXACT),
     ]
+
+
+def _by_engine(precision: str) -> Case:
+    """In one precision: the models of all would not fit into memory together."""
+    return bench_unet.by_engine(
+        f"{NAME} in full, {precision}",
+        pipelines.latent_size(NAME, full=True),
+        _stages,
+        steps=2,
+        weight=2,
+        precisions=(precision,),
+        rounds=(2, 5),
+        bars=[bar for bar in bench_unet.ENGINE_BARS if precision in bar.provider],
+    )
+
+
+def _few_steps(shapes: dict[str, Any], precision: str) -> Case:
+    stocks = [] if precision == "f32" else [providers.stock_bfloat16(), providers.stock_bfloat16(channels_last=True)]
+    ours = (*providers.presets(), *providers.openvino_presets(), providers.exact_bfloat16())
+    return bench_pipelines.engines(
+        f"{NAME} in full, 4 steps, guidance 1, {precision}",
+        lambda: _stages()[0],
+        {**shapes, "steps": 4, "batch": 1},
+        1.0,
+        (
+            providers.stock(),
+            *stocks,
+            providers.plain_openvino(precision),
+            *(each for each in ours if each.name in _EXACT[precision]),
+        ),
+        rounds=(2, 5),
+        weight=2,
+        bars=bench_pipelines.FEW_STEPS if precision == "f32" else (),
+    )
 
 
 @pytest.mark.benchmark(timer=REPLAY)
