@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from difffast import ops, patch, unpatch
 from difffast.layers.context import CallContext, use_context
@@ -75,6 +76,32 @@ def test_half_precision_is_no_worse():
     fused, reasons = run(holder, torch.bfloat16)
     assert not reasons
     assert float((fused - exact).norm()) <= 1.1 * float((stock - exact).norm())
+
+
+@pytest.mark.parametrize("of", ["conv1", "conv2", "every module"])
+def test_outputs_that_somebody_keeps_stay(of, monkeypatch):
+    """A norm and the sum take the place of what nobody else will read."""
+    holder, kept, overwrites = make(out_channels=48), [], []
+    plain = ops.group_norm_silu
+    monkeypatch.setattr(
+        ops, "group_norm_silu", lambda *a, **k: overwrites.append(k.get("overwrite", False)) or plain(*a, **k)
+    )
+
+    def keep(module, _inputs, output):
+        if isinstance(module, nn.Conv2d):
+            kept.append((output, output.clone()))
+
+    layer = getattr(holder["resnet"], of, None)
+    Resnet().put_in(holder)
+    with register_module_forward_hook(keep) if layer is None else layer.register_forward_hook(keep):
+        watched, reasons = run(holder)
+    assert not reasons
+    assert len(kept) == (2 if layer is None else 1)
+    assert all(torch.equal(output, before) for output, before in kept)
+    assert overwrites == [False, of == "conv2"]
+    overwrites.clear()
+    assert torch.equal(run(holder)[0], watched)
+    assert overwrites == [False, True]
 
 
 @pytest.mark.parametrize(

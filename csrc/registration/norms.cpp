@@ -103,16 +103,17 @@ void run_norm(const cuda::GroupNormSilu& p, const Tensor& like) {
 }
 #endif
 
+// Computes into `out`, or into a new tensor; `out` may be the input: no number is read after one in its place is written.
 template <typename Norm>
-Tensor group_norm_silu(const Tensor& input, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
-                       std::optional<Tensor> addend, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                       bool silu) {
+Tensor compute_norm(const Tensor& input, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
+                    std::optional<Tensor> addend, std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu,
+                    std::optional<Tensor> into) {
   check_norm(input, input.size(1), groups, weight, bias);
   const auto format = norm_format(input);
   const Tensor x = torch::stable::contiguous(input, format);
   const Tensor gain = torch::stable::contiguous(weight), offset = torch::stable::contiguous(bias);
   Norm p = norm_of<Norm>(x, x.size(1), groups, gain, offset, eps, silu, format);
-  Tensor out = empty_norm(x, p.batch, p.channels, format);
+  Tensor out = into ? *into : empty_norm(x, p.batch, p.channels, format);
   p.out = out.mutable_data_ptr();
   if (addend) {
     const int64_t rows = addend->size(0);
@@ -140,6 +141,22 @@ Tensor group_norm_silu(const Tensor& input, int64_t groups, const Tensor& weight
   }
   run_norm(p, x);
   return out;
+}
+
+template <typename Norm>
+Tensor group_norm_silu(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
+                       std::optional<Tensor> addend, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                       bool silu) {
+  return compute_norm<Norm>(x, groups, weight, bias, eps, addend, scale, shift, silu, std::nullopt);
+}
+
+// In the place of x, which must be dense in one of the two formats.
+Tensor group_norm_silu_in_place(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
+                                std::optional<Tensor> addend, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                bool silu) {
+  STD_TORCH_CHECK(torch::stable::contiguous(x, norm_format(x)).const_data_ptr() == x.const_data_ptr(),
+                  "x must be contiguous or channels_last");
+  return compute_norm<GroupNormSilu>(x, groups, weight, bias, eps, addend, scale, shift, silu, x);
 }
 
 template <typename Norm>
@@ -176,6 +193,7 @@ std::tuple<Tensor, Tensor> skip_norm_silu(const Tensor& hidden, const Tensor& sk
 
 STABLE_TORCH_LIBRARY_IMPL(difffast, CPU, m) {
   m.impl("group_norm_silu.cpp", TORCH_BOX(&difffast::group_norm_silu<difffast::GroupNormSilu>));
+  m.impl("group_norm_silu_.cpp", TORCH_BOX(&difffast::group_norm_silu_in_place));
   m.impl("skip_norm_silu.cpp", TORCH_BOX(&difffast::skip_norm_silu<difffast::GroupNormSilu>));
 }
 

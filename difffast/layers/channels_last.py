@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._local import has_kernel
-from ..ops.group_norm_silu import choose as choose_norm
+from ..ops._norm_choice import choose as choose_norm
 from ..surgery.memory_format import suits_channels_last
 from ..surgery.pristine import is_plain
 from ..surgery.subclass import is_swapped, plain_class

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from .. import ops
 from ..ops._local import has_kernel
-from ..ops.group_norm_silu import choose
+from ..ops._norm_choice import choose
 from ..surgery.pristine import is_plain, is_wrapped
 from ..surgery.subclass import plain_class
 from .kind import LayerKind
@@ -35,6 +36,11 @@ def _knows_time_as_we_do(resnet: Any) -> bool:
     """Whether a resnet's second norm is one that is fused; a VAE's up blocks say "group", and have no time to add."""
     kind = resnet.time_embedding_norm
     return kind in ("default", "scale_shift") or (kind == "group" and resnet.time_emb_proj is None)
+
+
+def _has_made_its_own(conv: nn.Module) -> bool:
+    """Whether what a layer returned is a tensor that nobody else has seen, who might want to read it later."""
+    return is_plain(conv, nn.Conv2d) and not modules._global_forward_hooks
 
 
 class Resnet(LayerKind):
@@ -96,12 +102,15 @@ class Resnet(LayerKind):
                 modulation = {"addend": temb}
             else:
                 modulation = dict(zip(("scale", "shift"), temb.chunk(2, 1), strict=True))
-        x = ops.group_norm_silu(x, norm2.num_groups, norm2.weight, norm2.bias, norm2.eps, **modulation)
+        given = norm2.num_groups, norm2.weight, norm2.bias, norm2.eps
+        x = ops.group_norm_silu(x, *given, **modulation, overwrite=_has_made_its_own(layer.conv1))
 
         x = layer.conv2(layer.dropout(x))
         if layer.conv_shortcut is not None:
             hidden = layer.conv_shortcut(hidden)
-        out = hidden + x
+        alike = hidden.dtype == x.dtype and hidden.stride() == x.stride() and hidden.shape == x.shape
+        in_place = alike and _has_made_its_own(layer.conv2) and not torch.is_grad_enabled()
+        out = x.add_(hidden) if in_place and not torch.compiler.is_compiling() else hidden + x
         return out if layer.output_scale_factor == 1 else out / layer.output_scale_factor
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:

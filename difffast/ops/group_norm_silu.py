@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch, _installed
-from ._dispatch import Case, Forced, Operand
+from . import _dispatch
+from ._dispatch import Forced, Operand
 from ._library import LIBRARY, ignore_autocast, refuse_second_derivative
 from ._norm_checks import (
     Layout,
@@ -31,10 +31,10 @@ from ._norm_checks import (
     check_norm,
     check_rows,
     is_channels_last,
-    lies_channels_last,
     make_case,
     memory_format,
 )
+from ._norm_choice import choose_for
 
 
 def group_norm_silu(
@@ -48,6 +48,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    overwrite: bool = False,
 ) -> Tensor:
     """Apply GroupNorm and SiLU to ``x``.
 
@@ -66,6 +67,7 @@ def group_norm_silu(
         scale, shift: the modulation [B, C] that is applied after the norm; both are given, or none is.  Dimensions of
             size 1 may follow.
         silu: False leaves the SiLU out.
+        overwrite: the caller has no more use for x: where that is faster, the result is put in its place.
 
     Returns:
         The result in the shape, dtype and memory format of x.  channels_last stays, unlike in ``F.group_norm`` on GPUs.
@@ -94,6 +96,8 @@ def group_norm_silu(
     arguments = (x, groups, weight, bias, float(eps), rows, scale, shift, bool(silu))
     if backend == "reference":
         return reference(*arguments)
+    if overwrite and backend == "cpp" and _may_overwrite(x):
+        return torch.ops.difffast.group_norm_silu_.cpp(*arguments)
     try:
         return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
     except Exception as error:
@@ -179,6 +183,12 @@ def reference_backward(
     )
 
 
+def _may_overwrite(x: Tensor) -> bool:
+    """Return whether x has memory to itself, and no gradient or program will want what was in it."""
+    dense = x.is_contiguous() or is_channels_last(x)
+    return dense and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 @_dispatch.remember
 def _decide(
     forced: Forced,
@@ -234,66 +244,6 @@ def _sum_for(dz: Tensor, addend: Tensor) -> Tensor:
     if addend.shape[0] != dz.shape[0]:
         dz = dz.unflatten(0, (addend.shape[0], dz.shape[0] // addend.shape[0])).sum(1)
     return dz.to(addend.dtype)
-
-
-#: Numbers in channels_last below which the C++ kernel loses in bfloat16, and pixels below which PyTorch's may be fast.
-_FEW_LAST, _FEW_PIXELS = 3 << 13, 1024
-#: Of a group, in the CUDA kernel (kMaxGroupChannels of csrc/cuda/group_norm_silu.h).
-_CUDA_CHANNELS = 2048
-
-
-def find_obstacle(backend: str, dtype: torch.dtype, size: int) -> str | None:
-    """Say why a backend that exists here cannot serve operands whose groups have ``size`` channels, or return None."""
-    if backend == "cpp" and dtype == torch.float16:
-        return "it takes float32, float64 and bfloat16, got float16"
-    if backend == "triton" and dtype == torch.float64 and not _installed.INTERPRETED:
-        # A compiled Triton kernel takes eps as float32.
-        return "it takes float64 in the interpreter only"
-    if backend == "cuda" and dtype == torch.float64:
-        return "it takes float16, bfloat16 and float32, got float64"
-    if backend == "cuda" and size > _CUDA_CHANNELS:
-        return f"it takes groups of at most {_CUDA_CHANNELS} channels, got {size}"
-    return None
-
-
-def choose(operator: str, x: Tensor, size: int) -> str:
-    """Return the backend of this operator or of skip_norm_silu for x alone, whose groups have ``size`` channels."""
-    return _choose(operator, (x.shape, x.dtype, x.device), (x.stride(), x.is_contiguous()), size)
-
-
-@_dispatch.remember
-def _choose(forced: Forced, operator: str, x: tuple[Any, ...], layout: Layout, size: int) -> str:
-    x = Operand(*x)
-    case = make_case(x, layout, x.shape[1] // size) if operator == "group_norm_silu" else None
-    return choose_for(operator, forced, x, layout, size, case)
-
-
-def choose_for(operator: str, forced: Forced, x: Operand, layout: Layout, size: int, case: Case | None) -> str:
-    """Return the backend of this operator or of skip_norm_silu for x, whose groups have ``size`` channels."""
-    return _dispatch.choose(
-        operator,
-        forced,
-        x.device,
-        x.dtype,
-        lambda backend: find_obstacle(backend, x.dtype, size),
-        lambda backend: _loses(backend, x, layout, size),
-        case,
-    )
-
-
-def _loses(backend: str, x: Operand, layout: Layout, size: int) -> bool:
-    """Whether a backend that could run is slower than the next (measured, bench/ops)."""
-    if backend != "cpp":
-        return False
-    if x.dtype == torch.float64:  # its exponential takes one at a time, PyTorch's a vector: 2.5 times slower in all
-        return True
-    if lies_channels_last(layout):
-        if x.dtype == torch.bfloat16:
-            # PyTorch's takes small images group by group, up to eight times as long where groups do not fill vectors.
-            is_fast = math.prod(x.shape[2:]) < _FEW_PIXELS and size % 16 == 0
-            return is_fast or math.prod(x.shape) < _FEW_LAST
-        return math.prod(x.shape) < 1 << 19  # it lost at 2 x 2560 x 8 x 8 and won at 2 x 1280 x 16 x 16, in float32
-    return math.prod(x.shape) < 1 << 16  # a call takes some 20 us, in which PyTorch has done small operands
 
 
 _ARGUMENTS = (
@@ -388,6 +338,8 @@ def _define(backend: str, fake: Any, differentiate: Any) -> None:
 # "cuda", of the signature of "cpp", comes last: at exit PyTorch takes operators out of its table in this order, does
 # not find the second one of a signature any more, and aborts when another one follows.
 _define("cpp", _fake, _differentiate)
+LIBRARY.define(f"group_norm_silu_.cpp{_ARGUMENTS.replace('Tensor x', 'Tensor(a!) x')} -> Tensor(a!)")
+torch.library.register_fake("difffast::group_norm_silu_.cpp", lambda x, *_: x, lib=LIBRARY)
 _define("triton", _fake_triton, _differentiate_triton)
 _define("cuda", _fake, _differentiate)
 LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")

@@ -26,7 +26,7 @@ from torch import Tensor
 from ._dispatch import Case, Forced, Operand, answer_otherwise, remember
 from ._library import LIBRARY
 from ._norm_checks import Layout, check_norm, is_channels_last, memory_format
-from .group_norm_silu import choose_for
+from ._norm_choice import choose_for
 from .group_norm_silu import reference as norm
 from .group_norm_silu import reference_backward as norm_backward
 

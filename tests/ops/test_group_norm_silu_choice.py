@@ -9,7 +9,7 @@ from norm_operands import EVERY, KERNELS, needs_cpp, operands
 
 from difffast import ops
 from difffast.ops import _dispatch, _installed
-from difffast.ops.group_norm_silu import choose, find_obstacle
+from difffast.ops._norm_choice import choose, find_obstacle
 
 
 @pytest.mark.parametrize(
