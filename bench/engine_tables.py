@@ -93,6 +93,25 @@ def openvino_table(results: Path = RESULTS) -> str:
     return "\n".join([*rows, "", f"{note}{machine(found[0])}; {' or '.join(map(str, rounds))} rounds."])
 
 
+def full_size_table(results: Path = RESULTS) -> str:
+    """How many times as fast as stock in float32 pictures of Stable Diffusion 1.5 are at their full size."""
+    ways = {  # title -> in float32, in bfloat16
+        "stock": ("stock", "stock bfloat16"),
+        "stock, `channels_last`": ("", "stock bfloat16 channels_last"),
+        f"{_PLAIN}, by hand": (f"{_PLAIN} f32", f"{_PLAIN} bf16"),
+        "`exact`": ("difffast exact", "difffast exact bfloat16"),
+        '`exact`, `engine="openvino"`': ("difffast exact OpenVINO f32", "difffast exact OpenVINO bf16"),
+    }
+    found = [info for info in load(results / "full_size_amx.json") if info["group"] == "pipelines"]
+    rows = ["| | float32 | bfloat16 |", "|---|---|---|"]
+    for title, names in ways.items():
+        pairs = zip(found, names, strict=True)
+        cells = [f"{ratio(info['seconds'], 'stock', name)[1]:.1f}x" if name else "" for info, name in pairs]
+        rows.append(f"| {' | '.join([title, *cells])} |")
+    rounds = sorted({len(info["seconds"]["stock"]) for info in found})
+    return "\n".join([*rows, "", f"{machine(found[0])}; {' or '.join(map(str, rounds))} rounds."])
+
+
 def _describe(info: Record, name: str) -> list[str]:
     seconds = info["seconds"]
     plain = f"{_PLAIN} {'bf16' if any(each in name for each in ('bf16', 'bfloat16')) else 'f32'}"

@@ -18,6 +18,7 @@ from engine_tables import (
     convolution_table,
     engines_table,
     engines_unets_table,
+    full_size_table,
     name_record,
     openvino_table,
     recorded_table,
@@ -199,6 +200,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines": engines_table,
     "engines_unets": engines_unets_table,
     "engines_amx": partial(engines_unets_table, file="engines_amx.json"),
+    "full_size_pictures": full_size_table,
+    "full_size": partial(engines_unets_table, file="full_size_amx.json"),
     "pixels_amx": partial(
         recorded_table,
         "self_attention_amx.json",
