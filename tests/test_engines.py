@@ -41,6 +41,7 @@ def need(engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["openvino", "eager"])
 @pytest.mark.parametrize("block", range(10))
+@pytest.mark.usefixtures("_files")
 def test_many_histories(engine, block):
     need(engine)
     for seed in range(5 * block, 5 * (block + 1)):
