@@ -151,12 +151,12 @@ Tensor group_norm_silu(const Tensor& x, int64_t groups, const Tensor& weight, co
 }
 
 // In the place of x, which must be dense in one of the two formats.
-Tensor group_norm_silu_in_place(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
-                                std::optional<Tensor> addend, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                bool silu) {
+void group_norm_silu_in_place(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias, double eps,
+                              std::optional<Tensor> addend, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                              bool silu) {
   STD_TORCH_CHECK(torch::stable::contiguous(x, norm_format(x)).const_data_ptr() == x.const_data_ptr(),
                   "x must be contiguous or channels_last");
-  return compute_norm<GroupNormSilu>(x, groups, weight, bias, eps, addend, scale, shift, silu, x);
+  compute_norm<GroupNormSilu>(x, groups, weight, bias, eps, addend, scale, shift, silu, x);
 }
 
 template <typename Norm>

@@ -97,7 +97,8 @@ def group_norm_silu(
     if backend == "reference":
         return reference(*arguments)
     if overwrite and backend == "cpp" and _may_overwrite(x):
-        return torch.ops.difffast.group_norm_silu_.cpp(*arguments)
+        torch.ops.difffast.group_norm_silu_.cpp(*arguments)
+        return x
     try:
         return _OPERATORS[backend](*arguments)[0] if backend == "triton" else _OPERATORS[backend](*arguments)
     except Exception as error:
@@ -338,8 +339,8 @@ def _define(backend: str, fake: Any, differentiate: Any) -> None:
 # "cuda", of the signature of "cpp", comes last: at exit PyTorch takes operators out of its table in this order, does
 # not find the second one of a signature any more, and aborts when another one follows.
 _define("cpp", _fake, _differentiate)
-LIBRARY.define(f"group_norm_silu_.cpp{_ARGUMENTS.replace('Tensor x', 'Tensor(a!) x')} -> Tensor(a!)")
-torch.library.register_fake("difffast::group_norm_silu_.cpp", lambda x, *_: x, lib=LIBRARY)
+LIBRARY.define(f"group_norm_silu_.cpp{_ARGUMENTS.replace('Tensor x', 'Tensor(a!) x')} -> ()")
+torch.library.register_fake("difffast::group_norm_silu_.cpp", lambda *_: None, lib=LIBRARY)
 _define("triton", _fake_triton, _differentiate_triton)
 _define("cuda", _fake, _differentiate)
 LIBRARY.define(f"group_norm_silu_backward.triton{_BACKWARD_SCHEMA}")

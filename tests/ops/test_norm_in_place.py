@@ -36,6 +36,13 @@ def test_it_has_the_same_bits(shape, dtype, fused):
 
 
 @needs_cpp
+def test_opcheck():
+    (x, groups, *rest), _ = operands(2, 12, (6, 4), 3, "plain", dtype=torch.float32, layout="NHWC")
+    operator = torch.ops.difffast.group_norm_silu_.cpp
+    torch.library.opcheck(operator, (x, groups, *rest, 1e-5, None, None, None, True))
+
+
+@needs_cpp
 def test_other_operands_stay():
     (x, *rest), _ = operands(2, 12, (6, 4), 3, "plain", dtype=torch.float32, layout="NCHW")
     whole = torch.randn(2, 12, 6, 8)
