@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 at its full size on a CPU: what exact is made of, and whole pictures of few steps by engines.
 
-Half an hour and 16 GB, so ``difffast bench`` runs it by name only.  On a GPU the other suites are of full size.
+An hour and 21 GB, so ``difffast bench`` runs it by name only.  On a GPU the other suites are of full size.
 """
 
 from __future__ import annotations

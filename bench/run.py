@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-#: The suites; the last one, a quarter of an hour by itself, runs by name only.
+#: The suites; the last one, an hour by itself, runs by name only.
 BENCHMARKS = ("ops", "unet", "pipelines", "guidance", "memory", "full-size")
 
 

@@ -42,6 +42,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..guidance import guide
+
 
 class AnchorTrajectory:
     """Latents of the phrases alone, one for each subject; see 5, 6 and 12 of the list.
@@ -69,7 +71,5 @@ class AnchorTrajectory:
             guidance: the guidance scale g.
             rescale: the pipeline's ``guidance_rescale``.
         """
-        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-
-        noise = rescale_noise_cfg(nothing + guidance * (nothing - wanted), wanted, rescale)
+        noise = guide(nothing, wanted, -guidance, rescale)
         self._latents = self._scheduler.step(noise, timestep, self._latents).prev_sample
