@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 os.environ["DIFFFAST_CACHE"] = os.path.join(tempfile.gettempdir(), f"difffast-tests-{os.getpid()}")  # noqa: PTH118
 
 import transformers.models.clip.modeling_clip as clip
+import unets
+from triton_interpreter import as_hardware
 
 import difffast
 from difffast.ops import _local
@@ -20,8 +22,9 @@ from difffast.ops import _local
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
-def _build(**options):
-    pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8, **options)
+def _build(in_channels=4):
+    pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8, in_channels=in_channels)
+    pipe.unet = unets.make_small(in_channels=in_channels)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -43,6 +46,12 @@ def _seeded():
     threads = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == threads, "the tests after this one would have other threads"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter():
+    with as_hardware():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,8 +80,19 @@ def proof_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pipe(_built):
-    """A small Stable Diffusion pipeline of the test's own: float32, 8x8 latents, deepest level 4x4."""
+    """A small Stable Diffusion pipeline of the test's own: float32, 8x8 latents, deepest level 4x4.
+
+    Its encoder has one layer a level, its decoder two: two thirds of the time of Stable Diffusion's two and three.
+    """
     return copy.deepcopy(_built)
+
+
+@pytest.fixture
+def pipe_of_all_layers():
+    """The same with as many layers as Stable Diffusion has, where their number matters."""
+    pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture

@@ -82,9 +82,8 @@ CHANGES = {
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT's, of every second adapter
-@pytest.mark.parametrize(
-    "name", ["StableDiffusionPipeline", pytest.param("StableDiffusionXLPipeline", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 def test_changes_while_patched(name):
     pipe, stock = make(name), make(name)
     report = patch(pipe, "exact")

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from sampling import SCHEDULERS, largest, latents, scheduler
+from sampling import EVERY_SCHEDULER, STEPS, largest, latents, scheduler
 from threads import in_threads
 from tolerances import EXACT_FLOAT32, EXACT_FLOAT64
 
@@ -26,14 +26,14 @@ def layers(pipe):
     return cross_attention.find_layers(pipe.unet)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", EVERY_SCHEDULER)
 def test_exact_is_stock_up_to_rounding(pipe, pipe64, name):
     for each, tolerance in ((pipe, EXACT_FLOAT32), (pipe64, EXACT_FLOAT64)):
-        each.scheduler, steps = scheduler(name), SCHEDULERS[name][2]
-        stock = latents(each, steps=steps)
+        each.scheduler = scheduler(name)
+        stock = latents(each, steps=STEPS)
         with patched(each, "exact") as report:
             # In units of the latents' standard deviation: 1 in a trained model, up to 25 in this random one.
-            assert largest(latents(each, steps=steps), stock) <= tolerance * max(1.0, float(stock.std()))
+            assert largest(latents(each, steps=STEPS), stock) <= tolerance * max(1.0, float(stock.std()))
         assert report.last_run.key == report.last_run.total
         assert not report.last_run.reasons
 

@@ -117,7 +117,7 @@ def test_pipelines_that_difffast_refuses_are_still_measured(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor:FutureWarning")  # IF hands on -1 to 1
 @pytest.mark.parametrize("name", pipelines.NAMES)
 def test_every_workload_passes_the_gates_of_difffast(name):
-    made = Images(pipelines.stages(name, full=False, batch=1, device="cpu", dtype=torch.float32), 40)
+    made = Images(pipelines.stages(name, full=False, batch=1, device="cpu", dtype=torch.float32), 20)
     record = measure(real(made, *providers.presets()), 1e9)
     # Reuse is far off where random weights make pixels: that is measured, not promised.
     assert set(record["absent"]) <= {"difffast turbo"}

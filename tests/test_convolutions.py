@@ -52,19 +52,20 @@ def distance(found, right):
 
 
 def test_a_patched_pipeline_is_nearer_to_float32_than_stock(pipe, half, counted):
-    right, stock = latents(pipe), latents(half)
+    several = {"num_images_per_prompt": 8}  # one alone may be nearer by chance
+    right, stock = latents(pipe, **several), latents(half, **several)
     layers = KIND.find(half.unet)
     with patched(half, "exact") as report:
         assert f"bfloat16 convolutions ({len(layers)}) products in float32, 2.0 times as fast here" in " ".join(
             str(report).split()
         )
-        ours = latents(half)
+        ours = latents(half, **several)
         assert not report.last_run.reasons
     assert len(counted) == 4 * len(layers)
     assert distance(ours, right) <= distance(stock, right)
     assert not any(map(is_swapped, half.unet.modules()))
     counted.clear()
-    assert torch.equal(latents(half), stock)
+    assert torch.equal(latents(half, **several), stock)
     assert not counted
 
 

@@ -19,8 +19,8 @@ def test_import_brings_in_neither_the_compiler_nor_diffusers():
 
 
 @pytest.mark.usefixtures("_one_thread")
-def test_steps_stay_below_the_bars(pipe):
-    calls = count_calls.count(pipe)
+def test_steps_stay_below_the_bars(pipe_of_all_layers):
+    calls = count_calls.count(pipe_of_all_layers)
     assert count_calls.complaints(calls, {"torch": 1.0, "difffast": 1.0}) == []
     assert calls["key step"].deciding > 0, "nothing was counted"
     assert calls["in between, from the queue"].deciding == 0

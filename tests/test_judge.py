@@ -65,15 +65,13 @@ def _check(rates, *, found, texture, part, extra, background):
     assert rates["background"] >= background
 
 
-@VOCABULARIES
-def test_accuracy_on_drawn_scenes(vocabulary):
-    rates = accuracy(300, seed=7, vocabulary=vocabulary)
+def test_accuracy_on_drawn_scenes():
+    rates = accuracy(300, seed=7)
     _check(rates, found=0.995, texture=0.995, part=0.995, extra=0.01, background=0.995)
 
 
-@VOCABULARIES
-def test_accuracy_on_degraded_scenes(vocabulary):
-    rates = accuracy(300, seed=8, degraded=True, vocabulary=vocabulary)
+def test_accuracy_on_degraded_scenes():
+    rates = accuracy(300, seed=8, degraded=True)
     _check(rates, found=0.99, texture=0.985, part=0.985, extra=0.01, background=0.99)
 
 
@@ -101,11 +99,11 @@ def test_a_squeezed_thing_keeps_its_shape(shape, part):
 
 
 @pytest.mark.slow
-@VOCABULARIES
+@pytest.mark.parametrize(("vocabulary", "scenes"), [(SMALL, 500), (LARGE, 2000)], ids=["small", "large"])
 @pytest.mark.parametrize("degraded", [False, True])
-def test_accuracy_on_many_scenes(degraded, vocabulary):
-    rates = accuracy(2000, seed=9, degraded=degraded, vocabulary=vocabulary)
-    assert rates["things"] > 3000
+def test_accuracy_on_many_scenes(degraded, vocabulary, scenes):
+    rates = accuracy(scenes, seed=9, degraded=degraded, vocabulary=vocabulary)
+    assert rates["things"] > 1.5 * scenes
     _check(rates, found=0.995, texture=0.99, part=0.99, extra=0.005, background=0.99)
 
 

@@ -133,7 +133,7 @@ def test_hooks_and_other_weights_run_stock(pipe, counted):
     assert len(counted) == (len(names) - text - 2) * steps + text
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_they_are_in_the_programs(pipe, fused, adapted, monkeypatch):
     if adapted:  # whose own layers are held in nn.ModuleDict

@@ -7,14 +7,12 @@ import pytest
 import torch
 import zoo
 from diffusers.models import embeddings
-from sampling import SCHEDULERS, largest, latents, picture, scheduler
+from sampling import SCHEDULERS, STEPS, largest, latents, picture, scheduler
 from tolerances import LATENTS_FLOAT32, LATENTS_FLOAT64
 
 import difffast
 from difffast import CfgReuse, FeatureReuse, OutputForecast, Plan, patched, unpatch
 from difffast.plan import OuterReuse
-
-STEPS = 12
 
 
 def run(pipe, **options):
@@ -56,22 +54,22 @@ def answered_by_hand(pipe, forecasts, extrapolate=0):
     ],
 )
 def test_it_is_the_stock_loop_with_answers_made_by_hand(pipe, name, extrapolate):
-    pipe.scheduler, steps = scheduler(name), SCHEDULERS[name][2]
-    stock = latents(pipe, steps=steps)
+    pipe.scheduler = scheduler(name)
+    stock = latents(pipe, steps=STEPS)
     total = len(pipe.scheduler.timesteps)
     keys = [step for step in range(total) if step < 6 or step in (7, 10, total - 1) or step > 11]
     forecasts = set(range(total)) - set(keys)
     with answered_by_hand(pipe, forecasts, extrapolate):
-        expected = latents(pipe, steps=steps)
+        expected = latents(pipe, steps=STEPS)
     forecast = OutputForecast(keys, extrapolate=extrapolate)
     with patched(pipe, propagation=forecast, fused=False) as report:
-        ours = latents(pipe, steps=steps)
+        ours = latents(pipe, steps=STEPS)
         assert largest(ours, expected) <= (LATENTS_FLOAT32 if extrapolate else 0)
-        assert torch.equal(latents(pipe, steps=steps), ours), "a second run knows nothing of the first"
+        assert torch.equal(latents(pipe, steps=STEPS), ours), "a second run knows nothing of the first"
     assert largest(stock, expected) > 100 * LATENTS_FLOAT32
     run = report.last_run
     assert (run.key, run.forecast, run.forced, run.stock) == (len(keys), len(forecasts), 0, 0)
-    assert torch.equal(latents(pipe, steps=steps), stock)
+    assert torch.equal(latents(pipe, steps=STEPS), stock)
 
 
 def test_full_steps_only_are_stock_bit_for_bit(pipe):

@@ -51,7 +51,7 @@ def compilations():
     "options",
     [
         {"preset": "exact"},
-        {"propagation": TABLE},
+        pytest.param({"propagation": TABLE}, marks=pytest.mark.slow),
         pytest.param({"propagation": TABLE, "fused": False}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -83,7 +83,8 @@ def test_video_unets_are_compiled(name, compilations):
 
 
 @pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
-@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
 def test_self_attention_is_in_the_programs(pipe, fused):
     report = patch(pipe, "exact", fused=fused, compile=True)
     latents(pipe)
@@ -108,6 +109,7 @@ def test_programs_serve_every_prompt_seed_guidance_and_length(pipe, compilations
     assert compilations() == 1  # the last segment has six steps: a decoder of 2 steps
 
 
+@pytest.mark.slow
 def test_lora_scale_is_an_input(pipe, compilations):
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "conv1"], init_lora_weights=False)
     pipe.unet.add_adapter(config, adapter_name="a")

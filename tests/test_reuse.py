@@ -86,7 +86,9 @@ def test_a_run_that_goes_on_after_an_error_counts_from_there(pipe):
 
 
 @pytest.mark.parametrize(("interval", "branch"), [(2, 0), (3, 0), (5, 0), (3, 1), (3, 2)])
-def test_it_is_deepcache_where_deepcache_is_right(pipe, interval, branch):
+def test_it_is_deepcache_where_deepcache_is_right(pipe_of_all_layers, interval, branch):
+    """Its branches are those of a UNet with two layers a level, whatever the UNet has."""
+    pipe = pipe_of_all_layers
     expected = deepcache(pipe, interval, branch)
     with patched(pipe, propagation=FeatureReuse(interval, branch=branch), fused=False) as report:
         assert torch.equal(latents(pipe), expected)

@@ -38,6 +38,11 @@ COMBINED = {
     *(f"StableDiffusionXL{kind}Pipeline" for kind in ("ControlNetUnion", "InstructPix2Pix", "PAG", "Inpaint")),
     *("PIAPipeline", "VideoToVideoSDPipeline", "KandinskyV22ControlnetPipeline", "TextToVideoZeroSDXLPipeline"),
     *("IFInpaintingSuperResolutionPipeline", "KandinskyV22Img2ImgPipeline"),
+    *("StableDiffusionXLAdapterPipeline", "StableDiffusionInstructPix2PixPipeline", "DreamLiteMobilePipeline"),
+    *("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline: denoising_end"),
+    *(f"AnimateDiffPipeline:{kind}" for kind in ("FreeInit", "FreeNoise")),
+    *(f"StableDiffusionControlNetPipeline: {kind}" for kind in ("two", "guess mode")),
+    *(f"StableDiffusionXL{kind}" for kind in ("Img2ImgPipeline: refiner", "Pipeline: two IP-Adapters")),
 }
 
 #: Half of the steps share features, in segments of different lengths.
@@ -180,7 +185,7 @@ def interrupted(row, pipe, inputs, calls):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_run_of_any_pipeline(data):
     """After a run that was cut off, look-ahead is step by step, whatever is asked for."""

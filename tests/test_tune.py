@@ -143,6 +143,7 @@ def test_plans_are_searched_and_weighed_against_presets_and_fewer_steps(pipe, ca
     assert not is_swapped(pipe.unet)
 
 
+@pytest.mark.slow
 def test_errors_of_plans_are_what_the_search_expects(pipe):
     """Where one row of a plan is not full, its error is the profile's, measured by running the plan to the end."""
     search = PlanSearch(pipe, 12, ["a red circle", "two"], {}, Profiles(None, "key"))

@@ -80,6 +80,7 @@ def files_of_the_tree():
     return found
 
 
+@pytest.mark.slow
 def test_the_wheel_of_an_isolated_build_works_from_an_empty_folder(source, tmp_path):
     """``pip install .`` builds where there is no torch; here a module that cannot be imported stands for that."""
     hidden, prefix, empty = tmp_path / "hidden", tmp_path / "prefix", tmp_path / "empty"

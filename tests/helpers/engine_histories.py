@@ -35,18 +35,17 @@ def _built() -> Any:
         sample_size=4,
         block_out_channels=(32,),
         down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("UpBlock2D",),  # one transformer: a third of the conversion
         mid_block_type=None,
         cross_attention_dim=16,
         attention_head_dim=2,
-        layers_per_block=1,
         norm_num_groups=8,
     )
     return pipe
 
 
 def _layer(pipe: Any) -> nn.Linear:
-    layer = pipe.unet.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_v
+    layer = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_v
     return getattr(layer, "base_layer", layer)
 
 

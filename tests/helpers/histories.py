@@ -41,7 +41,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 SCHEDULERS = ("DDIM", "Euler", "Heun", "DPM++ 2M")
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-9}
-STEPS = 8
+STEPS = 6
 
 
 class StoppedError(Exception):
@@ -53,7 +53,7 @@ def _built() -> Any:
     pipe = tiny_pipeline("sd", channels=(32, 64), sample_size=4, text=(16, 1))  # the deepest level is 2x2
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = scheduler("DDIM")
-    pipe.unet = zoo.unet(sample_size=4, cross_attention_dim=16, layers_per_block=1)
+    pipe.unet = zoo.unet(sample_size=4, cross_attention_dim=16)
     return pipe.to(dtype=torch.float64)
 
 

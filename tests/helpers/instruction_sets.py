@@ -5,10 +5,14 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from difffast import ops
 
 #: From the smallest.
 SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "emulated_amx", "amx")
+#: With -m slow but for the smallest and the largest: other tests run the best of this machine.
+EVERY = [pytest.param(name, marks=[] if name in (SETS[0], SETS[-1]) else pytest.mark.slow) for name in SETS]
 #: Those that other tests do not run, on a machine that has all.
 SMALLER = SETS[:2]
 

@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import unets
 
 import difffast
 from difffast.distributed.launch import join_processes
+from difffast.engines import programs
 
 PROMPTS = ("a red circle", "a hat")
 
@@ -30,6 +33,7 @@ class Case:
         steps: how many.
         more: arguments of the call.
         shared: options of difffast.patch that need a mesh.
+        backend: what compiles programs; "eager" traces them and generates no code.
     """
 
     mesh: Mapping[str, int]
@@ -37,11 +41,13 @@ class Case:
     steps: int = 10
     more: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = programs.BACKEND
 
 
 def build() -> Any:
     """Return the tiny pipeline, with the same random weights in every process."""
     pipe = difffast.models.tiny_pipeline("sd", channels=(32, 64), sample_size=8)
+    pipe.unet = unets.make_small()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -55,7 +61,7 @@ def draw(pipe: Any, prompt: str, steps: int, seed: int = 3, **more: Any) -> np.n
 def draw_alone(case: Case, prompt: str = PROMPTS[0]) -> np.ndarray:
     """Return what one process makes of a case."""
     pipe = build()
-    with difffast.patched(pipe, **case.options):
+    with mock.patch.object(programs, "BACKEND", case.backend), difffast.patched(pipe, **case.options):
         return draw(pipe, prompt, case.steps, **case.more)
 
 
@@ -82,7 +88,8 @@ def draw_all(cases: Sequence[Case]) -> list[tuple[np.ndarray, dict[str, int], li
         for case in cases:
             mesh = make_mesh(case.mesh)
             prompt = PROMPTS[mesh.get_local_rank("dp")] if "dp" in case.mesh else PROMPTS[0]
-            with difffast.patched(pipe, mesh=mesh, **case.options, **case.shared) as report:
+            compiled = mock.patch.object(programs, "BACKEND", case.backend)
+            with compiled, difffast.patched(pipe, mesh=mesh, **case.options, **case.shared) as report:
                 images = draw(pipe, prompt, case.steps, **case.more)
                 run = report.last_run
                 found.append((images, dict(run.exchanged), run.decode_batches, f"{report}\n{run}"))

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -27,31 +28,38 @@ from PIL import Image
 
 _BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
-#: name -> (class, configuration, denoising steps)
-SCHEDULERS: dict[str, tuple[type, dict[str, Any], int]] = {
-    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}, 20),
-    "PNDM": (PNDMScheduler, {"skip_prk_steps": True}, 20),
-    "PNDM-prk": (PNDMScheduler, {"skip_prk_steps": False}, 20),
-    "Euler": (EulerDiscreteScheduler, {}, 20),
-    "Euler-A": (EulerAncestralDiscreteScheduler, {}, 20),
-    "Heun": (HeunDiscreteScheduler, {}, 12),
-    "DPM++ 2M": (DPMSolverMultistepScheduler, {}, 20),
-    "DPM++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, 20),
-    "LCM": (LCMScheduler, {"clip_sample": False}, 12),
-    "TCD": (TCDScheduler, {"clip_sample": False}, 20),
-    "DDPM": (DDPMScheduler, {"clip_sample": False}, 20),
-    "DDPM-clip": (DDPMScheduler, {"clip_sample": True}, 20),
-    "UniPC": (UniPCMultistepScheduler, {}, 20),
-    "DPM++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, 20),
-    "DPM++ single": (DPMSolverSinglestepScheduler, {"lower_order_final": True}, 20),
-    "DEIS": (DEISMultistepScheduler, {}, 20),
-    "KDPM2": (KDPM2DiscreteScheduler, {}, 12),
-    "SA": (SASolverScheduler, {}, 20),
+#: Denoising steps of tests that run every scheduler: enough for key steps and runs of others between them.
+STEPS = 12
+#: name -> (class, configuration)
+SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "PNDM": (PNDMScheduler, {"skip_prk_steps": True}),
+    "PNDM-prk": (PNDMScheduler, {"skip_prk_steps": False}),
+    "Euler": (EulerDiscreteScheduler, {}),
+    "Euler-A": (EulerAncestralDiscreteScheduler, {}),
+    "Heun": (HeunDiscreteScheduler, {}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {}),
+    "DPM++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "LCM": (LCMScheduler, {"clip_sample": False}),
+    "TCD": (TCDScheduler, {"clip_sample": False}),
+    "DDPM": (DDPMScheduler, {"clip_sample": False}),
+    "DDPM-clip": (DDPMScheduler, {"clip_sample": True}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "DPM++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "DPM++ single": (DPMSolverSinglestepScheduler, {"lower_order_final": True}),
+    "DEIS": (DEISMultistepScheduler, {}),
+    "KDPM2": (KDPM2DiscreteScheduler, {}),
+    "SA": (SASolverScheduler, {}),
 }
 
 
+#: With -m slow: other settings of a scheduler that is here anyway, or one that is called as another one is.
+_LIKE_OTHERS = {"DDPM-clip", "DPM++ 3M", "DPM++ SDE", "DEIS", "KDPM2", "TCD"}
+EVERY_SCHEDULER = [pytest.param(name, marks=[pytest.mark.slow] * (name in _LIKE_OTHERS)) for name in SCHEDULERS]
+
+
 def scheduler(name: str) -> Any:
-    cls, config, _ = SCHEDULERS[name]
+    cls, config = SCHEDULERS[name]
     accepted = inspect.signature(cls.__init__).parameters  # the single-step solver knows no steps_offset
     return cls(**{**{name: value for name, value in _BASE.items() if name in accepted}, **config})
 

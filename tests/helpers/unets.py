@@ -64,6 +64,12 @@ def make(name, dtype=torch.float32, seed=0, **changes):
     return UNet2DConditionModel(sample_size=8, **{**_ATTENTION, **CONFIGS[name], **changes}).to(dtype).eval()
 
 
+def make_small(**changes):
+    """The UNet of ``difffast.models.tiny_pipeline("sd", channels=(32, 64))`` with one layer a level in place of two."""
+    with torch.random.fork_rng(devices=[]):
+        return make("sd", cross_attention_dim=64, attention_head_dim=2, layers_per_block=1, **changes)
+
+
 def call_for(unet, *, batch=2, size=(8, 8), dtype=torch.float32, **extra):
     """Arguments of one call, with everything this configuration needs."""
     generator = torch.Generator().manual_seed(1)

@@ -126,7 +126,7 @@ def seeded(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def unet(**config: Any) -> Any:
-    """A UNet of Stable Diffusion's layout."""
+    """A UNet of Stable Diffusion's layout, with the least layers of which its decoder still has several a level."""
     layout = {
         "sample_size": 8,
         "block_out_channels": (32, 64),
@@ -134,7 +134,7 @@ def unet(**config: Any) -> Any:
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "cross_attention_dim": 64,
         "attention_head_dim": (2, 4),
-        "layers_per_block": 2,
+        "layers_per_block": 1,
     }
     return seeded(diffusers.UNet2DConditionModel, **{**layout, **config})
 
@@ -146,7 +146,6 @@ def three_levels():
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         attention_head_dim=2,
-        layers_per_block=1,
     )
 
 
@@ -211,6 +210,8 @@ def controlnets(unet: Any) -> list[Any]:
     return [controlnet(unet), copy.deepcopy(controlnet(unet))]
 
 
+#: Layers of a level of the encoder.
+_AS_PUBLISHED = {"layers_per_block": 2}
 _PIX2PIX = {"in_channels": 8}
 _INPAINT = {"in_channels": 9}
 _PAG = {"pag_applied_layers": ["mid", "up_blocks"]}
@@ -280,7 +281,7 @@ def adapter(kind: str, channels: Sequence[int], downscale_factor: int) -> Any:
 
 
 ROWS: dict[str, Row] = {
-    "StableDiffusionPipeline": Row(sd("StableDiffusionPipeline"), sample),
+    "StableDiffusionPipeline": Row(sd("StableDiffusionPipeline", _AS_PUBLISHED), sample),
     "StableDiffusionPipeline: v-prediction, zero terminal SNR": Row(
         sd(
             "StableDiffusionPipeline",
@@ -297,7 +298,7 @@ ROWS: dict[str, Row] = {
     "StableDiffusionPAGPipeline": Row(sd("StableDiffusionPAGPipeline", **_PAG), sample),
     "StableDiffusionPAGImg2ImgPipeline": Row(sd("StableDiffusionPAGImg2ImgPipeline", **_PAG), image_to_image),
     "StableDiffusionPAGInpaintPipeline": Row(sd("StableDiffusionPAGInpaintPipeline", _INPAINT, **_PAG), inpainting),
-    "StableDiffusionXLPipeline": Row(xl("StableDiffusionXLPipeline"), sample),
+    "StableDiffusionXLPipeline": Row(xl("StableDiffusionXLPipeline", _AS_PUBLISHED), sample),
     "StableDiffusionXLPipeline: denoising_end": Row(
         xl("StableDiffusionXLPipeline"), partial(sample, denoising_end=0.8, num_inference_steps=12)
     ),
@@ -309,7 +310,9 @@ ROWS: dict[str, Row] = {
     "StableDiffusionXLPAGPipeline": Row(xl("StableDiffusionXLPAGPipeline", **_PAG), sample),
     "StableDiffusionXLPAGImg2ImgPipeline": Row(xl("StableDiffusionXLPAGImg2ImgPipeline", **_PAG), image_to_image),
     "StableDiffusionXLPAGInpaintPipeline": Row(xl("StableDiffusionXLPAGInpaintPipeline", _INPAINT, **_PAG), inpainting),
-    "StableDiffusionControlNetPipeline": Row(sd("StableDiffusionControlNetPipeline", controlnet=controlnet), under_map),
+    "StableDiffusionControlNetPipeline": Row(
+        sd("StableDiffusionControlNetPipeline", _AS_PUBLISHED, controlnet=controlnet), under_map
+    ),
     "StableDiffusionControlNetPipeline: guess mode": Row(
         sd("StableDiffusionControlNetPipeline", controlnet=controlnet), partial(under_map, guess_mode=True)
     ),

@@ -121,7 +121,7 @@ def test_gradients_are_no_worse_than_eager(shape, dtype):
     ("leaf", "wanted"),
     # Maps do not depend on v.
     [
-        (leaf, wanted)
+        pytest.param(leaf, wanted, marks=[pytest.mark.slow] * (leaf != "all"))
         for leaf in (*"qkv", "all")
         for wanted in ("out", "maps", "both")
         if (leaf, wanted) != ("v", "maps")
@@ -316,7 +316,7 @@ def test_bad_input(backend, q, k, v, options, message):
 
 
 @needs_cpp
-@pytest.mark.parametrize("instruction_set", instruction_sets.SETS)
+@pytest.mark.parametrize("instruction_set", instruction_sets.EVERY)
 def test_every_instruction_set(instruction_set):
     """The same numbers from every instruction set that this machine has."""
     code = """

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from triton_interpreter import as_hardware
 from triton_launches import Recorder
 
 pytest.importorskip("triton")
@@ -21,12 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EMPTY = ()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreter():
-    with as_hardware(kernels):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from attention_operands import LAYOUTS, absent, assert_as_good, with_dtypes
-from triton_interpreter import as_hardware
 
 from difffast import ops
 from difffast.ops.edited_attention import mix_values
@@ -26,17 +25,6 @@ SHAPES = [
 ]
 #: Layouts that -m slow sees alone: each is a part of another one.
 MANY = ("channels_last", "expanded batch", "contiguous")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreter():
-    if absent("triton") is not None:
-        yield
-        return
-    from difffast.triton_kernels import edited_attention as kernels
-
-    with as_hardware(kernels):
-        yield
 
 
 def operands(shape, dtype, layout="by row"):

@@ -16,7 +16,7 @@ from operator_cases import OPERATORS
 from difffast import ops
 
 #: Draws of each operator: always, with -m slow, and of each other instruction set.
-FEW, MANY, OTHERS = 40, 2000, 500
+FEW, MANY, OTHERS = 40, 1000, 250
 #: Operators with a C++ kernel, which each instruction set has its own of.
 COMPILED = [name for name, backends in ops.OPERATORS.items() if "cpp" in backends]
 needs_cpp = pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))

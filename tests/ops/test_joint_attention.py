@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from attention_operands import LAYOUTS, absent, assert_as_good, with_dtypes
-from triton_interpreter import as_hardware
 
 from difffast import ops
 from difffast.ops.joint_attention import reference, reference_backward
@@ -34,17 +33,6 @@ SHAPES = [
     (4, 1, 1, 15, 100, 20, 96),
     (1, 1, 2, 9, 81, 0, 16),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreter():
-    if absent("triton") is not None:
-        yield
-        return
-    from difffast.triton_kernels import joint_attention as kernels
-
-    with as_hardware(kernels):
-        yield
 
 
 def operands(shape, dtype, layout="by row"):

@@ -150,7 +150,7 @@ def test_compiles_without_graph_breaks(backend):
 
 
 @needs_cpp
-@pytest.mark.parametrize("instruction_set", instruction_sets.SETS)
+@pytest.mark.parametrize("instruction_set", instruction_sets.EVERY)
 def test_every_instruction_set(instruction_set):
     """The same numbers from every instruction set that this machine has, with a text and without."""
     code = """

@@ -254,7 +254,7 @@ def test_second_derivatives(backend):
     [
         ((5,), "NCHW", (4, 4)),
         pytest.param((2, 3), "NCHW", (5, 3), marks=pytest.mark.slow),
-        ((2, 3), "NHWC", (5, 3)),
+        pytest.param((2, 3), "NHWC", (5, 3), marks=pytest.mark.slow),
         pytest.param((2, 3), "NHWC", (7, 1), marks=pytest.mark.slow),
     ],
 )

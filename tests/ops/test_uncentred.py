@@ -143,7 +143,7 @@ def test_one_huge_element(backend, dtype, where):
     assert_close(maps, expected[1], rough[1].to(maps.dtype))
 
 
-@pytest.mark.parametrize("instruction_set", instruction_sets.SETS)
+@pytest.mark.parametrize("instruction_set", instruction_sets.EVERY)
 @pytest.mark.skipif(ops.missing("cpp") is not None, reason=str(ops.missing("cpp")))
 def test_every_instruction_set(instruction_set):
     instruction_sets.run(

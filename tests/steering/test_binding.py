@@ -311,8 +311,8 @@ def test_divergence_keeps_the_last_good_embedding(pipe64, kind, size):
     assert largest(ours, merged_only) <= LATENTS_FLOAT64
 
 
-@pytest.mark.parametrize(("dtype", "iterations"), [(torch.float16, 2), (torch.bfloat16, 1)])
-def test_half_precision(pipe, dtype, iterations):
+@pytest.mark.parametrize(("dtype", "iterations", "share"), [(torch.float16, 2, 0.01), (torch.bfloat16, 1, 0.015)])
+def test_half_precision(pipe, dtype, iterations, share):
     """What is optimised stays in float32; the network's rounding is all that differs.
 
     bfloat16 rounds the loss by as much as one update lowers it here: only later steps show what the first did.
@@ -323,7 +323,7 @@ def test_half_precision(pipe, dtype, iterations):
     for each in (torch.float32, dtype):
         _, report = run(copy.deepcopy(pipe).to(dtype=each), config, latents=start.to(each))
         losses.append(torch.tensor([step.losses for step in report.trace.steps]))
-    assert largest(*losses) <= 0.01 * float(losses[0].max())
+    assert largest(*losses) <= share * float(losses[0].max())
     assert (losses[1][:, -1] <= losses[1][:, 0]).all()
 
 

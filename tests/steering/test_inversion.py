@@ -115,8 +115,28 @@ def test_the_null_text_descends_as_adam_does(plain64, monkeypatch):
             e = e0 + 3.0 * (plain64.unet(z, t, text).sample - e0)
             z = b**0.5 * (z - (1 - a) ** 0.5 * e) / a**0.5 + (1 - b) ** 0.5 * e
     npi = dataclasses.replace(found, method="ddim", null=None)
-    errors = [largest(replay(plain64, each), way[-1:]) for each in (found, npi)]
+    errors = [float((replay(plain64, each) - way[-1:]).norm()) for each in (found, npi)]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, None),
+        ({"guidance_scale": 1.0}, None),  # without guidance there is no null text
+        ({"guidance_scale": 5.0}, "this call has 5.0 and 0.0"),
+        ({"guidance_rescale": 0.7}, "this call has 3.0 and 0.7"),
+    ],
+    ids=str,
+)
+def test_another_guidance_than_the_null_texts_is_told(plain64, given, told):
+    found = invert(plain64, picture(32), PROMPT, "null", steps=2, guidance=3.0)
+    with patched(plain64, "exact", steering=found) as report, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        plain64(PROMPT, output_type="latent", **{**found.arguments, **given})
+    reasons = [reason for reason in report.last_run.reasons if "was optimised for guidance_scale 3.0" in reason]
+    assert [told in reason for reason in reasons] == [True] * (told is not None)
+    assert len(seen) == len(reasons)
 
 
 def test_edict_goes_both_ways_exactly(ready):

@@ -26,11 +26,7 @@ from difffast.surgery.freezing import freeze
 PROMPT, TARGET = "a ox in fog", "a elk in fog"
 STEPS, SIZE, GUIDANCE = 3, (32, 32), 3.0
 #: Deepest level of the encoder that has any, and its counterpart.
-LAYERS = (
-    "down_blocks.0.attentions.0",
-    "down_blocks.0.attentions.1",
-    *(f"up_blocks.1.attentions.{i}" for i in range(3)),
-)
+LAYERS = ("down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1")
 
 
 @pytest.fixture
@@ -223,6 +219,9 @@ def test_a_replay_has_the_networks_values_in_the_conditional_half(ready, guidanc
     plain = dataclasses.replace(found, method="ddim")
     with patched(ready, "exact", steering=plain):
         assert largest(ready(PROMPT, output_type="latent", **found.arguments).images, expected) > 1e-3
+    other = f"guidance_scale {guidance} and no guidance_rescale, this call has 2.0 and 0.0"
+    with patched(ready, "exact", steering=found), pytest.warns(UserWarning, match=other):
+        ready(PROMPT, output_type="latent", **{**found.arguments, "guidance_scale": 2.0})
 
 
 def test_an_edit_has_the_pictures_values_for_its_share_of_the_steps(ready):

@@ -17,8 +17,9 @@ from difffast.steering.suppression.losses import ImageMaps, paper_loss, referenc
 PROMPT = "a ox by elk"  # a=1 ox=2 3 by=4 5 elk=6..8, end=9
 REMOVED, KEPT, END = (6, 7, 8), (1, 2, 3, 4, 5), 9
 STEPS = 8
-LAYERS = tuple(f"down_blocks.0.attentions.{i}.transformer_blocks.0" for i in (0, 1)) + tuple(
-    f"up_blocks.1.attentions.{i}.transformer_blocks.0" for i in (0, 1, 2)
+LAYERS = tuple(
+    f"{place}.transformer_blocks.0"
+    for place in ("down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1")
 )
 OPTIONS = {"iterations": 3, "step_size": 2.0, "weight": 0.4, "alpha": 0.2}
 #: mode -> (what is asked for, the steps of 8 that optimise)

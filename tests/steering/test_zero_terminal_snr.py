@@ -59,6 +59,7 @@ def test_null_texts_are_optimised_for_the_schedulers_own_steps(zero64):
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_values_of_a_picture_bring_it_nearer(zero64):
     found = invert(zero64, picture(32), PROMPT, "style", steps=STEPS, guidance=3.0)
     assert torch.tensor(found.losses).isfinite().all()

@@ -21,7 +21,7 @@ from ..negative_attention import refuse_attention_edits
 from ..prompt_calls import count_images, is_guided
 from .ddcm import VirtualReplay
 from .moves import check_scheduler
-from .values import StyleReplay, ValueTexts, check_steps
+from .values import StyleReplay, ValueTexts, check_steps, note_guidance
 
 METHODS = ("ddim", "direct", "npi", "null", "edict", "style", "ddcm")
 #: What files of inversions say that they are.
@@ -191,7 +191,10 @@ class Replay(Extension):
         thread = threading.get_ident()
         images, guidance = self._images.pop(thread, None), self._inversion.guidance
         self._restored[thread] = images or 1
-        return ReplayRun(self._inversion, is_guided(None if images is None else self._pipe(), guidance))
+        guided = is_guided(None if images is None else self._pipe(), guidance)
+        if guided and images is not None and self._inversion.method == "null":
+            note_guidance(info, self._pipe(), guidance)
+        return ReplayRun(self._inversion, guided)
 
     def _correct(self, scheduler: Any, timestep: Any, latents: Tensor) -> Tensor:
         """Put the first prompt's latents where the picture's were: direct inversion's offset of the source branch."""

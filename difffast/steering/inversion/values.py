@@ -77,6 +77,16 @@ def swap_values(call: CrossCall, kv: TextKV) -> CrossCall:
     return dataclasses.replace(call, values=torch.cat([call.values[: -len(values)], values]))
 
 
+def note_guidance(info: RunInfo, pipe: Any, guidance: float) -> None:
+    """Say so where a call of ``pipe`` has another guidance than the one for which an inversion was optimised."""
+    scale, rescale = getattr(pipe, "guidance_scale", guidance), getattr(pipe, "guidance_rescale", 0.0)
+    if scale != guidance or rescale:
+        info.note(
+            f"the inversion was optimised for guidance_scale {guidance} and no guidance_rescale, this call has {scale} "
+            f"and {rescale}: its picture is not made again"
+        )
+
+
 class StyleReplay(Extension):
     """An inversion by "style" in one pipeline.
 
@@ -111,6 +121,8 @@ class StyleReplay(Extension):
         self._texts.check(info)
         called = threading.get_ident() in self._called
         self._called.discard(threading.get_ident())
+        if called:
+            note_guidance(info, self._pipe(), self._guidance)
         return StyleRun(self._texts, is_guided(self._pipe() if called else None, self._guidance))
 
 
