@@ -55,16 +55,9 @@ def compile_unet(pipe, how, **options):
         pipe.unet.compile(**options)
 
 
-@pytest.mark.parametrize(
-    ("how", "when"),
-    [
-        ("torch.compile", "before"),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("torch.compile", "after"), ("unet.compile", "before"), ("unet.compile", "after"))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torch.compile", "unet.compile"])
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_a_compiled_unet_stays_compiled(pipe, backend, how, when):
     with patched(pipe, propagation=TABLE):
         expected = latents(pipe)

@@ -57,6 +57,7 @@ def test_some_histories_of_compiled_programs(seed, draws, monkeypatch):
     EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="inductor")).play(draws)
 
 
+@pytest.mark.slow
 def test_compiled_programs_see_freeu(monkeypatch):
     """Its factors are attributes that are not there before, which torch.compile does not guard."""
     monkeypatch.setattr(programs, "BACKEND", "eager")

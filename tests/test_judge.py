@@ -70,11 +70,6 @@ def test_accuracy_on_drawn_scenes():
     _check(rates, found=0.995, texture=0.995, part=0.995, extra=0.01, background=0.995)
 
 
-def test_accuracy_on_degraded_scenes():
-    rates = accuracy(300, seed=8, degraded=True)
-    _check(rates, found=0.99, texture=0.985, part=0.985, extra=0.01, background=0.99)
-
-
 @pytest.mark.parametrize(("vocabulary", "most"), [(SMALL, 0.052), (LARGE, 0.1)], ids=["small", "large"])
 def test_heavy_noise_hides_few_things(vocabulary, most):
     rng = np.random.default_rng(5)

@@ -133,8 +133,9 @@ def test_hooks_and_other_weights_run_stock(pipe, counted):
     assert len(counted) == (len(names) - text - 2) * steps + text
 
 
-@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("fused", [True, False])
 def test_they_are_in_the_programs(pipe, fused, adapted, monkeypatch):
     if adapted:  # whose own layers are held in nn.ModuleDict
         pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False))
