@@ -1,6 +1,7 @@
 """The installation: what is pinned and declared, and that nothing needs a compiler or a GPU to import."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -122,3 +123,13 @@ def test_the_extension_is_refused_where_it_would_crash(monkeypatch):
     library, reason = _installed._load_extension()
     assert library is None
     assert reason == "difffast._C needs torch >= 2.10, whose ABI is stable, and torch is 2.9.1+cu128"
+
+
+def test_tests_run_where_there_is_no_triton():
+    """On macOS, say: a fixture of every test asks for its interpreter."""
+    helpers = Path(__file__).parent / "helpers"
+    code = f"import sys; sys.modules['triton'] = None; sys.path.append({str(helpers)!r})\n"
+    code += "from triton_interpreter import as_hardware\nwith as_hardware(): print('ran')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "ran", done.stderr

@@ -28,8 +28,9 @@ def test_usual_kernels_compile_without_spills(names):
 
 @pytest.mark.slow
 # 8.0 has the instructions of 8.9, and more shared memory.  bfloat16's kernels are float16's but for the products, and
-# float32's have none of the tensor cores that GPUs differ in: each dtype is looked at where most could go wrong.
-@pytest.mark.parametrize(("capability", "names"), [("89", "fp"), ("90", "bf16"), ("100", "fp16")])
+# float32's use no tensor cores, which is where GPUs differ: 8.9, with the least shared memory, stands for all of them.
+# "16": both dtypes of 16 bits, in which an assembler's mistake has been seen on 9.0.
+@pytest.mark.parametrize(("capability", "names"), [("89", "fp"), ("90", "16"), ("100", "fp16")])
 def test_all_kernels_compile_without_spills(capability, names):
     _compile("--capability", capability, "--only", names)
 
