@@ -54,7 +54,8 @@ def patch(
         fused: whether layers are computed by difffast's operators, in place of what the preset says.
         engine: what executes the parts: ``"eager"``; ``"inductor"``, or ``compile=True``: programs made by
             torch.compile, for which the first image waits; ``"cudagraphs"``; ``"openvino"`` on CPUs, which runs text
-            encoders, ControlNet and VAE as well.  None: graphs on CUDA devices, else eager.
+            encoders, ControlNet and VAE as well, and leaves to Python what is faster there.  None: graphs on CUDA
+            devices, else eager.
         binding: bind attributes to the subjects that a prompt marks, as in ``"a [black cat] and a [white dog]"``.
         force: share features even in schedules with fewer than 8 steps, where otherwise every step runs in full.
         more: ``compile``; ``precision``, in which OpenVINO runs: "f32", "bf16" or None, which is the pipeline's own;

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .engines.conversion import PRECISIONS
 from .engines.engine import choose_engine
 from .engines.programs import BATCHES, ProgramStats
 from .engines.user_compiled import has_compiled_parts
@@ -131,7 +132,9 @@ def describe_patch(unet: nn.Module, settings: Settings) -> Iterator[tuple[str, s
     if settings.engine == "openvino":
         precision = settings.precision or f"the weights' precision, {str(weight.dtype).removeprefix('torch.')}"
         others = ", ".join(name for name, _ in find_components(settings.pipe()))
-        yield "engine", f"OpenVINO in {precision}, one model per shape; it also runs {others or 'nothing else'}"
+        compares = settings.fused and settings.precision in (None, PRECISIONS.get(weight.dtype))
+        rival = "; Python runs what is found to be faster there" if compares else ""
+        yield "engine", f"OpenVINO in {precision}, one model per shape; it also runs {others or 'nothing else'}{rival}"
     for kind in LAYERS if settings.fused and settings.engine != "openvino" else ():
         yield from kind.describe(kind.find(unet), weight, compiled=settings.compiled)
     if settings.division is not None:

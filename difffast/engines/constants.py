@@ -61,13 +61,20 @@ class Constants:
     def mark(self, module: nn.Module) -> str:
         """Return a hash of the weights and of the structure, the same in every process."""
         if self._mark is None:
-            found = hashlib.sha256(self._config.encode())
-            for name, weight in _list_weights(module):
-                found.update(f"{name} {tuple(weight.shape)} {weight.dtype} {_check_bits(weight)}\n".encode())
-            for line in describe_structure(module):
-                found.update(f"{line}\n".encode())
+            found = hashlib.sha256(self.mark_structure(module).encode())
+            for _, weight in _list_weights(module):
+                found.update(f"{_check_bits(weight)}\n".encode())
             self._mark = found.hexdigest()
         return self._mark
+
+    def mark_structure(self, module: nn.Module) -> str:
+        """Return a hash of the structure alone, the same for all weights."""
+        found = hashlib.sha256(self._config.encode())
+        for name, weight in _list_weights(module):
+            found.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        for line in describe_structure(module):
+            found.update(f"{line}\n".encode())
+        return found.hexdigest()
 
 
 def refuse_constants(module: nn.Module) -> str | None:

@@ -58,14 +58,12 @@ class Model:
         compiled: OpenVINO's compiled model.
         output: the structure of what the function returns.
         weight_bytes: size of the weights that it holds copies of.
-        seconds: what it took to be ready.
         cached: whether it comes from a file.
     """
 
     compiled: Any
     output: Structure
     weight_bytes: int
-    seconds: float = 0.0
     cached: bool = False
     _request: Any = None
     #: By index: the tensor that an input was read from last, its state, and the memory that the request reads.

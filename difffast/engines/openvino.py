@@ -1,7 +1,8 @@
 """OpenVINO: functions of a module, each converted once for every shape that it meets, with weights as constants.
 
 What a model has taken in is compared before every call (:mod:`.constants`); whatever has changed, all models of the
-module are dropped and made anew.  A function that cannot be converted runs eagerly, and the report says why.
+module are dropped and made anew.  A function that cannot be converted runs eagerly, and the report says why; so does
+one that is faster that way (:mod:`.race`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import conversion, model_files
+from ..surgery.subclass import plain_class
+from . import conversion, model_files, race
 from .constants import Constants, holds_foreign_code, refuse_constants
 from .inputs import ProgramInputs, put_inputs
 from .nests import UnknownValueError, describe_tensors, fill, take_apart
 from .programs import MAX_PROGRAMS, ProgramStats
+from .race import Verdict
 from .watch import refuse_recording
 
 #: The precisions that can be asked for.
@@ -32,7 +35,8 @@ class OpenVino:
     """The converted functions of one module; threads may share them."""
 
     def __init__(self) -> None:
-        self._models: OrderedDict[Any, conversion.Model | None] = OrderedDict()  # None: it cannot be converted
+        #: A verdict: Python is faster.  None: it cannot be converted.
+        self._models: OrderedDict[Any, conversion.Model | Verdict | None] = OrderedDict()
         self._constants: Constants | None = None
         self._refusal: str | None = None
         #: How often the module has been found changed.
@@ -61,14 +65,16 @@ class OpenVino:
                 self._constants.distrust()
 
     def forget(self) -> None:
-        """Drop all models."""
+        """Drop all models; what is faster in Python stays so, whatever the weights are."""
         with self._lock:
-            self._models.clear()
+            for key in [key for key, each in self._models.items() if not isinstance(each, Verdict)]:
+                del self._models[key]
             self._constants = None
 
     def count(self, device: torch.device) -> ProgramStats:
         """Return what the models take; ``device`` is the module's."""
-        models = [model for model in self._models.values() if model is not None]
+        models = self._list_models()
+        outrun = [str(each) for each in self._models.values() if isinstance(each, Verdict)]
         return ProgramStats(
             len(models),
             MAX_PROGRAMS,
@@ -77,6 +83,7 @@ class OpenVino:
             start_seconds=self._seconds,
             loaded=self._loaded,
             precisions=tuple(sorted({model.precision for model in models})),
+            outrun=tuple(outrun),
         )
 
     def run(
@@ -87,6 +94,8 @@ class OpenVino:
         module: nn.Module,
         *arguments: Any,
         precision: str | None = None,
+        eager: Callable[[], Any] | None = None,
+        compare: bool = False,
     ) -> Any:
         """Return ``function(module, *arguments)``, by its model.
 
@@ -96,22 +105,29 @@ class OpenVino:
             function: of tensors, nested in ``arguments``.
             module: the module.
             precision: "f32" or "bf16"; None: that of the weights.
+            eager: computes the same in Python; None: the function, as it is.
+            compare: whether it runs in Python where that is faster.
         """
+        eager = eager or (lambda: function(put_inputs(module, inputs.values), *arguments))
         tensors: list[torch.Tensor] = []
         try:
             structure = take_apart((inputs.values, arguments), tensors)
         except UnknownValueError as reason:
             note(f"{_name(function)} runs without OpenVINO: {reason}")
-            return function(put_inputs(module, inputs.values), *arguments)
-        key = (function, structure, describe_tensors(tensors), precision, torch.get_num_threads())
+            return eager()
+        # Of the weights: what comes in may be token ids, or a LoRA scale in float32.
+        own = conversion.PRECISIONS[next(module.parameters()).dtype]
+        wanted = precision or own
+        rival = eager if compare and wanted == own else None
+        key = (function, structure, describe_tensors(tensors), own, wanted, rival is None, torch.get_num_threads())
         with self._lock:
             if key not in self._models:
-                self._keep(key, self._make(function, module, structure, tensors, precision, note))
+                self._keep(key, self._make(function, module, structure, tensors, wanted, rival, note))
             model = self._models[key]
             self._models.move_to_end(key)
-            if model is not None:
+            if isinstance(model, conversion.Model):
                 return model.run(tensors)
-        return function(put_inputs(module, inputs.values), *arguments)
+        return eager()
 
     def _make(
         self,
@@ -119,35 +135,54 @@ class OpenVino:
         module: nn.Module,
         structure: Any,
         tensors: list[torch.Tensor],
-        precision: str | None,
+        precision: str,
+        rival: Callable[[], Any] | None,
         note: Callable[[str], Any],
-    ) -> conversion.Model | None:
-        """Load or convert a function; returns None where it cannot be converted."""
+    ) -> conversion.Model | Verdict | None:
+        """Load or convert a function; returns the verdict if its rival is faster, and None for no model at all.
+
+        Args:
+            rival: computes the same in Python, in the same precision; None: nothing does.
+        """
         start = time.perf_counter()
-        # Of the weights: what comes in may be token ids, or a LoRA scale in float32.
-        precision = precision or conversion.PRECISIONS[next(module.parameters()).dtype]
-        file = model_files.find_file(_name(function), self._constants.mark(module), structure, tensors, precision)
-        model = model_files.read(file, precision, note)
+        name, constants = _name(function), self._constants
+        # Which is faster depends on the structure alone, a model on the weights as well.
+        found_in = model_files.find_file(name, constants.mark_structure(module), structure, tensors, precision)
+        judged = found_in.with_suffix(".json")
+        verdict = None if rival is None else race.read(judged)
+        if verdict is not None and verdict.eager_wins:
+            return verdict
+        file = model_files.find_file(name, constants.mark(module), structure, tensors, precision)
+        model = found = model_files.read(file, precision, note)
         if model is None:
+            called = functools.partial(_call, function, module, structure)
             try:
-                called = functools.partial(_call, function, module, structure)
                 model = conversion.convert(called, module, tensors, precision)
             except Exception as error:  # whatever PyTorch's tracer or OpenVINO's frontend raises
-                note(f"{_name(function)} runs without OpenVINO: {type(error).__name__}: {_first_line(error)}")
+                note(f"{name} runs without OpenVINO: {type(error).__name__}: {_first_line(error)}")
                 return None
+        if rival is not None and verdict is None:
+            whole_name = f"{plain_class(module).__name__}.{name.strip('_')}"
+            verdict = race.race(whole_name, functools.partial(model.run, tensors), rival)
+            race.write(judged, verdict)
+        self._seconds += time.perf_counter() - start
+        if verdict is not None and verdict.eager_wins:
+            return verdict
+        if found is None:
             model_files.write(file, model, note)
-        model.seconds = time.perf_counter() - start
-        self._seconds += model.seconds
         self._loaded += model.cached
         return model
 
-    def _keep(self, key: Any, model: conversion.Model | None) -> None:
+    def _keep(self, key: Any, model: conversion.Model | Verdict | None) -> None:
         self._models[key] = model
         while len(self._models) > MAX_PROGRAMS or (len(self._models) > 1 and self._weigh() > _find_limit()):
             self._models.popitem(last=False)
 
     def _weigh(self) -> int:
-        return sum(model.weight_bytes for model in self._models.values() if model is not None)
+        return sum(model.weight_bytes for model in self._list_models())
+
+    def _list_models(self) -> list[conversion.Model]:
+        return [model for model in self._models.values() if isinstance(model, conversion.Model)]
 
 
 def _call(function: Callable[..., Any], module: nn.Module, structure: Any, *tensors: torch.Tensor) -> Any:

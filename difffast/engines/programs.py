@@ -48,6 +48,7 @@ class ProgramStats:
         start_seconds: what it has taken in all until OpenVINO's models were ready.
         loaded: how many of OpenVINO's models came from files.
         precisions: in which OpenVINO's models run, as they say themselves.
+        outrun: functions that run in Python because that has been found to be faster than OpenVINO, with the seconds.
     """
 
     kept: int
@@ -57,6 +58,7 @@ class ProgramStats:
     start_seconds: float = 0.0
     loaded: int = 0
     precisions: tuple[str, ...] = ()
+    outrun: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         graphs = f"; CUDA graphs hold {self.graph_bytes / 2**20:.0f} MiB" if self.graph_bytes else ""
@@ -66,7 +68,8 @@ class ProgramStats:
                 f"; OpenVINO in {', '.join(self.precisions)}: {self.weight_bytes / 2**20:.0f} MiB of weights copied, "
                 f"ready after {self.start_seconds:.1f} s in all, {self.loaded} from files"
             )
-        return f"{self.kept} compiled, at most {self.limit}{graphs}{models}"
+        outrun = f"; faster without: {', '.join(self.outrun)}" if self.outrun else ""
+        return f"{self.kept} compiled, at most {self.limit}{graphs}{models}{outrun}"
 
     def __add__(self, other: ProgramStats) -> ProgramStats:
         """Return what both take together; CUDA graphs, which are the process's, count once."""
@@ -78,6 +81,7 @@ class ProgramStats:
             self.start_seconds + other.start_seconds,
             self.loaded + other.loaded,
             tuple(sorted({*self.precisions, *other.precisions})),
+            self.outrun + other.outrun,
         )
 
 

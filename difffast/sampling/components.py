@@ -1,7 +1,8 @@
 """What a pipeline runs besides its UNet: text encoders, the VAE's halves, ControlNet.
 
-Each is a function of tensors.  By engine ``"openvino"`` it is a converted model; eagerly, the VAE's norms are fused,
-and its convolutions as the UNet's.  Where that cannot be, it runs stock and the report says why.
+Each is a function of tensors.  By engine ``"openvino"`` it is a converted model; eagerly, and where that is faster than
+its model, the VAE's norms are fused, and its convolutions as the UNet's.  Where that cannot be, it runs stock and the
+report says why.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def find_components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def put_in_components(pipe: Any, unet: nn.Module, settings: Settings, undo: UndoStack) -> None:
-    """Let the pipeline's engine run its other parts; where that is Python, the VAE's norms are fused."""
+    """Let the pipeline's engine run its other parts; where that is or may be Python, the VAE's norms are fused."""
     for name, module in find_components(pipe):
-        fuses = settings.fused and name.startswith("VAE") and settings.engine in (None, "eager")
+        fuses = settings.fused and name.startswith("VAE") and settings.engine in (None, "eager", "openvino")
         if settings.engine == "openvino" or settings.profile or fuses:
             undo.add(take_out, module, settings)
             if not is_swapped(module):
@@ -128,17 +129,20 @@ def _override(module: nn.Module, name: str) -> dict[str, Any]:
             return stock()
         settings, fuses = user
         with time_part(name):
-            if settings.engine == "openvino":
-                return run_model(self, name, settings, stock, args, kwargs)
-            layers = _fused.get(self)
-            if not fuses or layers is None:
-                return stock()
-            layers.follow(self, lay_out=_may_lay_out(self))
-            with use_context(CallContext(True, _ignore, _ignore, within=find_pipeline_call())):
-                output = stock()
-            return layers.give_back(output, next(iter([*args, *kwargs.values()]))) if layers.laid_out else output
+            layers = _fused.get(self) if fuses else None
+            eager = stock
+            if layers is not None:
+                layers.follow(self, lay_out=_may_lay_out(self))  # before a model is made of weights as they lie
+                eager = functools.partial(_run_fused, layers, stock, next(iter([*args, *kwargs.values()])))
+            return run_model(self, name, settings, eager, args, kwargs) if settings.engine == "openvino" else eager()
 
     return {"__call__": call}
+
+
+def _run_fused(layers: FusedLayers, stock: Callable[[], Any], sample: Any) -> Any:
+    with use_context(CallContext(True, _ignore, _ignore, within=find_pipeline_call())):
+        output = stock()
+    return layers.give_back(output, sample) if layers.laid_out else output
 
 
 def _may_lay_out(module: nn.Module) -> bool:
@@ -173,7 +177,7 @@ def run_model(
     module: nn.Module,
     name: str,
     settings: Settings,
-    stock: Callable[[], Any],
+    eager: Callable[[], Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -183,7 +187,7 @@ def run_model(
         module: the part.
         name: what reports call it.
         settings: of the pipeline.
-        stock: runs the call as it is.
+        eager: runs the call in Python.
         args, kwargs: its arguments.
     """
     component = _components.setdefault(module, _Component())
@@ -197,7 +201,7 @@ def run_model(
         reason = "it is in training mode; call eval()"
     if reason is not None:
         _note(f"{name} runs without OpenVINO: {reason}", running)
-        return stock()
+        return eager()
     with apply_lora_scale(module, kwargs) as given:
         inputs = read_lora_scales(module)
     given = {key: _make_factor(value) if key in _FACTORS else value for key, value in given.items()}
@@ -209,6 +213,8 @@ def run_model(
         args,
         given,
         precision=settings.precision,
+        eager=eager,
+        compare=settings.fused,
     )
 
 

@@ -111,13 +111,12 @@ class Execution:
         changes = engine.changes if type(engine) in _WATCHFUL else 0
         if self._inputs is None or self._changes != changes:
             self._inputs, self._changes = InputReader(call.unet), changes
-        if isinstance(engine, OpenVino):
-            call = replace(call, fused=False)  # it fuses layers itself
-        with apply_lora_scale(call.unet, call.arguments) as arguments:
-            inputs = self._inputs.read(replace(call, arguments=arguments))
         options: dict[str, Any] = {}
         if isinstance(engine, Programs):
             options["following"] = self._following
         elif isinstance(engine, OpenVino):
-            options["precision"] = self._precision
+            options |= {"precision": self._precision, "compare": call.fused}
+            call = replace(call, fused=False)  # it fuses layers itself
+        with apply_lora_scale(call.unet, call.arguments) as arguments:
+            inputs = self._inputs.read(replace(call, arguments=arguments))
         return functools.partial(engine.run, inputs, self._tell, **options), arguments

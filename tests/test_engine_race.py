@@ -1,0 +1,190 @@
+"""engine="openvino" leaves a function to Python where that is the faster one, and says so."""
+
+import json
+import time
+
+import pytest
+import torch
+from engine_histories import EngineHistory
+from sampling import latents
+
+from difffast import patch, patched
+from difffast.engines import conversion, race
+from difffast.engines.race import Verdict
+
+pytest.importorskip("openvino", reason="the extra difffast[openvino] is not installed")
+
+pytestmark = [
+    pytest.mark.usefixtures("_one_thread", "folder"),
+    pytest.mark.filterwarnings("ignore:Already"),  # PEFT, of what is fused or not already
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder for the files of models and results."""
+    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path))
+    return tmp_path / "openvino"
+
+
+@pytest.fixture
+def _python_wins(monkeypatch):
+    monkeypatch.setattr(race, "SHORTEST", 0)
+    monkeypatch.setattr(race, "MARGIN", 1e9)
+
+
+@pytest.fixture
+def small():
+    """A pipeline with a UNet of one level."""
+    return EngineHistory(0, lambda pipe: None).pipe
+
+
+def picture(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red circle", num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+@pytest.mark.parametrize(
+    ("model", "eager", "wins"),
+    [
+        ((0.25, 0.25), (0.5, 0.02), True),  # the first call makes what layers keep
+        ((0.25, 0.25), (0.02, 0.5), True),
+        ((0.12, 0.5), (0.5, 0.2), False),
+        ((0.2, 0.2), (0.199, 0.199), False),  # not by enough
+        ((0.01,), (), False),  # too short to tell
+    ],
+)
+def test_the_faster_one_wins(model, eager, wins, monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def runner(name, seconds):
+        left = iter(seconds)
+
+        def run():
+            calls.append(name)
+            now[0] += next(left)
+
+        return run
+
+    verdict = race.race("f", runner("model", model), runner("eager", eager))
+    assert verdict.eager_wins == wins
+    assert verdict.model == pytest.approx(min(model))
+    assert verdict.eager == (pytest.approx(min(eager)) if eager else None)
+    assert calls == (["model", "eager", "model", "eager"] if eager else ["model"])
+
+
+@pytest.mark.usefixtures("_python_wins")
+def test_who_is_faster_is_told_and_known_to_the_next_process(small, folder, monkeypatch):
+    with patched(small, "exact"):
+        expected = latents(small, steps=2)
+    with patched(small, "exact", engine="openvino") as report:
+        assert torch.equal(latents(small, steps=2), expected)
+        assert not report.last_run.reasons
+        assert report.programs.kept == 0
+        unet, text = report.programs.outrun
+        assert unet.startswith("UNet2DConditionModel.run_whole ")
+        assert text.startswith("CLIPTextModel.run_forward ")
+        assert f"faster without: {unet}, {text}" in str(report.programs)
+    assert not list(folder.glob("*.model"))
+
+    def fail(*_):
+        raise AssertionError("converted once more")
+
+    with monkeypatch.context() as context:
+        context.setattr(conversion, "convert", fail)
+        small.unet.conv_out.weight.data.mul_(1.5)  # who is faster does not depend on the weights
+        with patched(small, "exact"):
+            expected = latents(small, steps=2)
+        with patched(small, "exact", engine="openvino") as report:  # new engines, which have nothing but the files
+            assert torch.equal(latents(small, steps=2), expected)
+            assert report.programs.outrun == (unet, text)
+            small.unet.conv_out.weight.data.mul_(0.5)
+            changed = latents(small, steps=2)
+            assert report.programs.outrun == (unet, text)
+        with patched(small, "exact"):
+            assert torch.equal(changed, latents(small, steps=2))
+
+
+@pytest.mark.usefixtures("_python_wins")
+@pytest.mark.parametrize(
+    "damage", ["other kernels", "no JSON", "a list", "text for a number", "other fields", "nothing"]
+)
+def test_results_of_other_kernels_and_damaged_ones_are_found_anew(small, folder, damage):
+    with patched(small, "exact", engine="openvino"):
+        expected = latents(small, steps=2)
+    for file in folder.glob("*.json"):
+        content = json.loads(file.read_text())
+        files = {
+            "other kernels": json.dumps({**content, "kernels": "others"}),
+            "no JSON": file.read_text()[:-3],
+            "a list": "[1]",
+            "text for a number": json.dumps({**content, "model": "fast"}),
+            "other fields": json.dumps({"kernels": content["kernels"], "speed": 1}),
+            "nothing": "",
+        }
+        file.write_text(files[damage])
+    before = {file: file.read_text() for file in folder.glob("*.json")}
+    with patched(small, "exact", engine="openvino") as report:
+        assert torch.equal(latents(small, steps=2), expected)
+        assert not report.last_run.reasons
+        assert len(report.programs.outrun) == 2
+    assert len(before) == 2
+    for file, text in before.items():
+        assert file.read_text() != text
+        assert race.read(file) is not None
+
+
+@pytest.mark.usefixtures("_python_wins")
+@pytest.mark.parametrize("options", [{"fused": False}, {"precision": "bf16"}])
+def test_what_computes_something_else_is_not_compared(small, options):
+    """bfloat16 is asked for weights in float32; and stock layers are asked for, which no kernel makes faster."""
+    with patched(small, "exact", engine="openvino", **options) as report:
+        latents(small, steps=2)
+        assert report.programs.kept == 2
+        assert not report.programs.outrun
+    with patched(small, "exact", engine="openvino") as report:
+        latents(small, steps=2)
+        assert report.programs.kept == 0
+
+
+@pytest.mark.usefixtures("_python_wins")
+def test_a_folder_that_cannot_be_written_only_costs_time(small, folder):
+    folder.parent.joinpath("openvino").write_text("no folder")
+    with patched(small, "exact"):
+        expected = latents(small, steps=2)
+    with patched(small, "exact", engine="openvino") as report:
+        assert torch.equal(latents(small, steps=2), expected)
+        assert len(report.programs.outrun) == 2
+
+
+@pytest.mark.usefixtures("_python_wins")
+def test_the_vae_is_fused_where_python_is_faster(pipe):
+    with patched(pipe, "exact"):
+        expected = picture(pipe)
+    with patched(pipe, "exact", engine="openvino") as report:
+        assert torch.equal(picture(pipe), expected)
+        assert any(each.startswith("Decoder.run_forward") for each in report.programs.outrun)
+
+
+@pytest.mark.usefixtures("_python_wins")
+@pytest.mark.parametrize("seed", range(2))
+def test_histories_where_python_is_faster(seed):
+    EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="openvino")).play(draws=12)
+
+
+def test_a_verdict_says_what_it_is():
+    assert str(Verdict("f", 5.678, 1.234)) == "f 1.23 s a call, by its model 5.68"
+
+
+def test_who_loses_is_not_asked_again(small, folder, monkeypatch):
+    with patched(small, "exact", engine="openvino", fused=False):
+        latents(small, steps=2)  # leaves the text encoder's model, and no verdict
+    with patched(small, "exact", engine="openvino") as report:
+        latents(small, steps=2)
+        assert report.programs.kept == 2
+    assert len(list(folder.glob("*.json"))) == 2
+    monkeypatch.setattr(race, "race", None)
+    with patched(small, "exact", engine="openvino") as report:
+        latents(small, steps=2)
+        assert (report.programs.kept, report.programs.loaded) == (2, 2)
