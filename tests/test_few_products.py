@@ -232,7 +232,9 @@ def test_weights_are_compared_once_in_a_pipelines_call(monkeypatch):
     ],
     ids=str,
 )
-def test_which_layers(layer, side, tile):
+def test_which_layers(layer, side, tile, monkeypatch):
+    monkeypatch.setattr(convolution.products, "patches_pay", lambda *_: False)  # whatever is faster here
+    convolution._find_way.cache_clear()
     x = torch.randn(1, layer.in_channels, side, side, dtype=layer.weight.dtype)
     assert choose_way(layer, x) == tile
     # As a VAE's attention hands it on.
@@ -242,6 +244,7 @@ def test_which_layers(layer, side, tile):
         with torch.no_grad():
             for layout in (torch.contiguous_format, torch.channels_last):
                 assert distance(KIND.forward(layer, x.contiguous(memory_format=layout)), layer(x)) < 3e-6
+    convolution._find_way.cache_clear()
 
 
 def test_what_runs_stock_and_why():
@@ -302,7 +305,7 @@ def test_parts_of_a_layer(layer, side, advantage, monkeypatch):
     monkeypatch.setattr(convolution, "advantage", lambda: advantage)
     monkeypatch.setattr(convolution, "_FEW", 8)
     monkeypatch.setattr(convolution, "_SMALL", 0)
-    monkeypatch.setattr(convolution.products, "patches_pay", lambda: True)
+    monkeypatch.setattr(convolution.products, "patches_pay", lambda *_: True)
     monkeypatch.setattr(convolution.products, "pixel_advantage", lambda: 2.0)
     convolution._find_way.cache_clear()
     channels, x = layer.in_channels, torch.randn(2, layer.in_channels, side, side).to(layer.weight.dtype)

@@ -22,7 +22,7 @@ def counted(monkeypatch):
     """
     shapes, multiply = [], products.multiply_patches
     monkeypatch.setattr(products, "_MANY_WEIGHTS", 256)
-    monkeypatch.setattr(products, "patch_advantage", lambda: 2.0)
+    monkeypatch.setattr(products, "patch_advantage", lambda *_: 2.0)
     monkeypatch.setattr(convolution, "_SMALL_WEIGHTS", 0)
     monkeypatch.setattr(
         products, "multiply_patches", lambda layer, x: shapes.append(tuple(x.shape)) or multiply(layer, x)
@@ -127,18 +127,40 @@ def test_a_pipeline(pipe, counted):
     assert torch.equal(sampled(pipe, steps=3), stock)
 
 
-def test_where_it_is_no_faster_nothing_changes(pipe, counted, monkeypatch):
-    monkeypatch.setattr(products, "patch_advantage", lambda: 1.0)
+def test_each_shape_is_asked_for_once_and_where_it_is_no_faster_stock_runs(pipe, counted, monkeypatch):
+    asked = []
+
+    def advantage(weight, batch, height, width, *settings):
+        asked.append((weight, batch, height, width, *settings))
+        return 1.0 if batch == 2 else 2.0
+
+    monkeypatch.setattr(products, "patch_advantage", advantage)
     convolution._find_way.cache_clear()
-    with patched(pipe, "exact") as report:
-        assert "of many weights" not in str(report)
+    with patched(pipe, "exact"):
         sampled(pipe, steps=2)
-    assert not counted
+        assert asked
+        assert len(asked) == len(set(asked))
+        assert not counted
+        sampled(pipe, steps=2, guidance_scale=1.0)
+        assert {shape[0] for shape in counted} == {1}
 
 
-def test_the_advantage_is_measured_and_leaves_nothing_behind(monkeypatch):
+def test_the_advantage_is_measured_for_each_shape_and_leaves_nothing_behind(monkeypatch):
     monkeypatch.undo()
     products.patch_advantage.cache_clear()
     state = torch.get_rng_state()
-    assert 0.05 < products.patch_advantage() < 100
+    settings = (1, 1), (1, 1), (1, 1)
+    for weight, batch, side in (((40, 24, 3, 3), 2, 4), ((24, 40, 3, 3), 1, 6)):
+        assert 0.01 < products.patch_advantage(torch.Size(weight), batch, side, side, *settings) < 100
+    assert products.patch_advantage.cache_info().currsize == 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_faster_way_is_chosen_by_shape(monkeypatch):
+    """Whatever is measured: a layer asks for its own shape, and for that of its images."""
+    layer = nn.Conv2d(24, 40, 3, padding=1)
+    monkeypatch.setattr(
+        products, "patch_advantage", lambda weight, batch, height, width, *_: batch * height * width / 9
+    )
+    for images, pays in (((1, 24, 3, 3), False), ((1, 24, 3, 4), True), ((2, 24, 3, 3), True)):
+        assert products.patches_pay(layer, torch.Size(images)) == pays

@@ -77,17 +77,6 @@ class _Weight(NamedTuple):
     device: torch.device
 
 
-class _Part(NamedTuple):
-    """A layer over some of its input channels, whose weights are a view."""
-
-    weight: Tensor
-    bias: Tensor | None
-    stride: Any
-    padding: Any
-    dilation: Any
-    groups: int = 1
-
-
 class _Layer(NamedTuple):
     """What the choice may know of a layer, under the names that the layer has for it."""
 
@@ -187,8 +176,8 @@ class Convolution(LayerKind):
         if pointwise and weight.dtype == torch.float32:
             yield f"{self.name} of 1x1 ({pointwise})", "matrix products"
         many = sum(map(products.has_many_weights, layers.values()))
-        if many and products.patches_pay():
-            yield f"{self.name} of many weights ({many})", "matrix products, where pixels are few"
+        if many:
+            yield f"{self.name} of many weights ({many})", "matrix products, where pixels are few and that is faster"
         if _is_widened(weight) and len(few) < len(layers):
             rest = len(layers) - len(few)
             yield f"bfloat16 {self.name} ({rest})", f"products in float32, {advantage():.1f} times as fast here"
@@ -213,7 +202,7 @@ def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor 
     if context is not None and way in _TILES:
         transformed = transform(layer, way, context.within).transformed
         return _kernel(hidden, transformed, bias, weight.shape[0], way, begin, weight.shape[1])
-    part = _Part(weight[:, begin:end], bias, layer.stride, layer.padding, layer.dilation)
+    part = products.Part(weight[:, begin:end], bias, layer.stride, layer.padding, layer.dilation)
     if way is _PIXELS:
         return products.multiply_pixels(part, hidden)
     if way is _PATCHES:
@@ -264,7 +253,7 @@ def _find_way(forced: Any, _state: Any, images: torch.Size, *known: Any) -> Way:
         return _PIXELS if products.pixel_advantage() > 1 else _STOCK
     tiles = _find_tiles(*images[2:], *known)
     few = tiles is _STOCK and products.has_many_weights(layer) and products.has_few_results(layer, images)
-    return _PATCHES if few and products.patches_pay() else tiles
+    return _PATCHES if few and products.patches_pay(layer, images) else tiles
 
 
 def _find_tiles(height: int, width: int, *layer: Any) -> Way:

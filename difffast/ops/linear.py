@@ -142,17 +142,22 @@ def _measure(rows: int, channels: int, _threads: int) -> float:
     return compare(lambda: F.linear(x, weight), lambda: _convolution(x, weight, None))
 
 
-def compare(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> float:
-    """Measure how many times faster ``other`` is than ``one``, both of them products of small matrices on a CPU."""
+def compare(one: Callable[[], Tensor], other: Callable[[], Tensor], seconds: float = _SECONDS) -> float:
+    """Measure how many times faster ``other`` is than ``one``, both of them products on a CPU.
+
+    Args:
+        one, other: to be called in turn, each at least twice: the first call meets memory that is cold.
+        seconds: after which no further turn begins.
+    """
     best = dict.fromkeys((one, other), float("inf"))
     begin = time.perf_counter()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for _ in range(_ROUNDS):
+        for turn in range(_ROUNDS):
             for product in best:
                 start = time.perf_counter()
                 product()
                 best[product] = min(best[product], time.perf_counter() - start)
-            if time.perf_counter() - begin > _SECONDS:
+            if turn and time.perf_counter() - begin > seconds:
                 break
     return best[one] / best[other]
 
