@@ -11,6 +11,7 @@ from sampling import latents
 from difffast import patch, patched
 from difffast.engines import conversion, race
 from difffast.engines.race import Verdict
+from difffast.layers.transformed import count_bytes
 
 pytest.importorskip("openvino", reason="the extra difffast[openvino] is not installed")
 
@@ -165,6 +166,18 @@ def test_the_vae_is_fused_where_python_is_faster(pipe):
     with patched(pipe, "exact", engine="openvino") as report:
         assert torch.equal(picture(pipe), expected)
         assert any(each.startswith("Decoder.run_forward") for each in report.programs.outrun)
+
+
+def test_what_loses_leaves_no_transformed_weights(pipe, monkeypatch):
+    monkeypatch.setattr(race, "SHORTEST", 0)
+    monkeypatch.setattr(race, "MARGIN", 0)
+    with patched(pipe, "exact") as report:
+        latents(pipe, steps=2)
+        assert count_bytes([pipe.unet])
+    with patched(pipe, "exact", engine="openvino") as report:
+        latents(pipe, steps=2)
+        assert report.programs.kept
+        assert not count_bytes([pipe.unet])
 
 
 @pytest.mark.usefixtures("_python_wins")

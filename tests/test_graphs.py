@@ -155,6 +155,23 @@ def test_what_cannot_be_recorded_runs_eagerly_and_the_report_says_why(recorded, 
     assert any("no CUDA graphs: mid_block" in reason for reason in report.last_run.reasons)
 
 
+def test_a_recording_that_fails_is_told_for_every_picture(recorded, monkeypatch):
+    pipe, patch = recorded
+    with patched(pipe, "exact", engine="eager"):
+        expected = latents(pipe)
+    report, _ = patch(preset="exact")
+
+    def fail(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(CpuRecorder, "record", fail)
+    why = "run_whole runs without CUDA graphs: RuntimeError: operation not permitted when stream is capturing"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=why):
+            assert largest(latents(pipe), expected) == 0
+        assert report.last_run.reasons == [why]
+
+
 @pytest.mark.filterwarnings("ignore:difffast. attn2 layers run stock", "ignore:difffast. decoding one step")
 def test_foreign_attention_processors_are_not_recorded(recorded):
     from diffusers.models.attention_processor import AttnProcessor2_0

@@ -219,10 +219,11 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(pipe, monkeypatch):
     with patched(pipe, "exact"):
         expected = latents(pipe)
     report = patch(pipe, "exact", compile=True)
-    with pytest.warns(UserWarning, match="run_whole runs without torch.compile: BackendCompilerFailed"):
-        ours = latents(pipe)
-    assert largest(ours, expected) <= EXACT_FLOAT32
-    assert len(report.last_run.reasons) == 1
+    for _ in range(2):  # whoever reads the second picture's report is told as well
+        with pytest.warns(UserWarning, match="run_whole runs without torch.compile: BackendCompilerFailed"):
+            ours = latents(pipe)
+        assert largest(ours, expected) <= EXACT_FLOAT32
+        assert len(report.last_run.reasons) == 1
 
 
 def test_maps_are_collected_without_programs(pipe):

@@ -17,8 +17,9 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -65,6 +66,8 @@ class Model:
     output: Structure
     weight_bytes: int
     cached: bool = False
+    #: The memory of the file that it comes from, which OpenVINO reads for as long as the model lives.
+    _file: Any = None
     _request: Any = None
     #: By index: the tensor that an input was read from last, its state, and the memory that the request reads.
     _bound: dict[int, tuple[Tensor, Any, Tensor]] = field(default_factory=dict)
@@ -92,10 +95,26 @@ class Model:
         self._request.infer()
         return fill(self.output, outputs)
 
-    def save(self) -> bytes:
-        """Return the model as bytes for :func:`load`."""
-        exported = self.compiled.export_model()
-        return exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
+    def save(self, file: BinaryIO) -> None:
+        """Write what :func:`load` reads."""
+        self.compiled.export_model(_Stream(file))
+
+
+class _Stream(io.BytesIO):
+    """A file from where it stands on: OpenVINO takes this class alone, and in memory a model would be there twice."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file, self._begin = file, file.tell()
+
+    def write(self, part: Any) -> int:
+        return self._file.write(part)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset + (self._begin if whence == io.SEEK_SET else 0), whence) - self._begin
+
+    def tell(self) -> int:
+        return self._file.tell() - self._begin
 
 
 _DTYPES = {
@@ -181,13 +200,21 @@ def _prove(model: Model, tensors: Sequence[Tensor], expected: Sequence[Tensor]) 
             raise RuntimeError(f"the converted model is off by {error:.1e} of its largest number")
 
 
-def load(blob: bytes, output: Structure, weight_bytes: int, precision: str) -> Model:
-    """Return the model that :meth:`Model.save` has made bytes of.
+def load(file: np.ndarray, output: Structure, weight_bytes: int, precision: str) -> Model:
+    """Return the model that :meth:`Model.save` has written.
+
+    Args:
+        file: its bytes, mapped into memory: that way it is read once and not copied.
+        output, weight_bytes: of the model.
+        precision: in which it runs.
 
     Raises:
         Exception: OpenVINO cannot read them.
     """
-    return Model(_core().import_model(blob, "CPU", _settings(precision)), output, weight_bytes, cached=True)
+    import openvino
+
+    compiled = _core().import_model(openvino.Tensor(file, shared_memory=True), "CPU", _settings(precision))
+    return Model(compiled, output, weight_bytes, cached=True, _file=file)
 
 
 def describe_processor() -> str:

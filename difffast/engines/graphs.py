@@ -74,14 +74,14 @@ class _Recording:
         buffers: what the graph reads, one for each tensor that it is given.
         outputs: what the graph writes.
         replay: runs it; None before it is recorded.
-        refused: whether it runs eagerly for good.
+        refused: why it runs eagerly for good, or nothing.
         handed_out: which of its outputs are out; None: copies are.
     """
 
     buffers: list[_Buffer] = field(default_factory=list)
     outputs: Any = None
     replay: Callable[[], object] | None = None
-    refused: bool = False
+    refused: str = ""
     handed_out: HandedOut | None = None
 
     def read_outputs(self) -> Any:
@@ -196,8 +196,9 @@ class Graphs:
             owner = find_owner([each.handed_out for each in self._recordings.values() if each.handed_out], values)
             recording = self._choose(met, values, owner)
             if recording.replay is None and not recording.refused:
-                self._record(recording, call, tensors, owner, note)
+                self._record(recording, call, tensors, owner)
             if recording.refused:
+                note(f"{function.__name__} runs without CUDA graphs: {recording.refused}")
                 return call.run()
             for buffer, value in zip(recording.buffers, values, strict=True):
                 buffer.fill(value)
@@ -241,7 +242,6 @@ class Graphs:
         call: _Call,
         tensors: Tensors,
         owner: HandedOut | None,
-        note: Callable[[str], Any],
     ) -> None:
         """Record a call on buffers in place of its tensors, or where their owner has written them."""
         buffers = []
@@ -260,9 +260,8 @@ class Graphs:
         except torch.OutOfMemoryError:
             raise  # the strategy may ask for less at once
         except RuntimeError as error:
-            recording.refused = True
             reason = str(error).strip().partition("\n")[0]
-            note(f"{call.function.__name__} runs without CUDA graphs: {type(error).__name__}: {reason}")
+            recording.refused = f"{type(error).__name__}: {reason}"
 
     def _make_buffer(self, path: tuple[Any, ...], value: Tensor) -> _Buffer:
         """Return a buffer for a tensor; what layers take is the same for all graphs of a place, and shared."""

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..files import write_whole
@@ -67,12 +68,13 @@ def find_file(function: str, mark: str, structure: Any, tensors: Sequence[Tensor
 def read(file: Path, precision: str, note: Callable[[str], Any]) -> conversion.Model | None:
     """Return the model in a file; None where there is none, or none that can be used."""
     try:
-        content = file.read_bytes()
+        if not file.is_file():
+            return None
+        content = np.memmap(file, np.uint8, "c")  # OpenVINO asks for memory that could be written to
+        head, start = _read_head(content)
+        model = conversion.load(content[start:], decode(head["output"]), head["weight_bytes"], precision)
     except OSError:
         return None
-    try:
-        head, body = _split(content)
-        model = conversion.load(bytes(body), decode(head["output"]), head["weight_bytes"], precision)
     except Exception as error:  # whatever OpenVINO raises for what it cannot read
         note(f"a converted model was damaged and is made anew: {file.name}: {str(error).strip().partition(chr(10))[0]}")
         with contextlib.suppress(OSError):
@@ -86,34 +88,38 @@ def read(file: Path, precision: str, note: Callable[[str], Any]) -> conversion.M
 def write(file: Path, model: conversion.Model, note: Callable[[str], Any]) -> None:
     """Keep a model in a file, where there is room for it."""
     try:
-        body = model.save()
         head = json.dumps({"output": encode(model.output), "weight_bytes": model.weight_bytes}).encode()
         file.parent.mkdir(parents=True, exist_ok=True)
-        if len(body) > _SHARE * shutil.disk_usage(file.parent).free:
-            note(f"a converted model of {len(body) >> 20} MiB is not kept: the disk has too little space")
+        if model.weight_bytes > _SHARE * shutil.disk_usage(file.parent).free:
+            note(f"a converted model of {model.weight_bytes >> 20} MiB is not kept: the disk has too little space")
             return
-        with write_whole(file) as part, part.open("wb") as out:
-            checksum = zlib.crc32(body, zlib.crc32(head))
-            out.write(_MAGIC + checksum.to_bytes(8, "little") + len(head).to_bytes(8, "little") + head)
-            out.write(body)
+        with write_whole(file) as part:
+            with part.open("wb") as out:
+                out.write(_MAGIC + bytes(8) + len(head).to_bytes(8, "little") + head)
+                model.save(out)
+            checksum = zlib.crc32(np.memmap(part, np.uint8, "r")[len(_MAGIC) + 16 :])
+            with part.open("r+b") as out:
+                out.seek(len(_MAGIC))
+                out.write(checksum.to_bytes(8, "little"))
         _delete_oldest(file.parent)
     except (OSError, RuntimeError, TypeError) as error:
         note(f"a converted model is not kept for other processes: {error}")
 
 
-def _split(content: bytes) -> tuple[dict[str, Any], memoryview]:
-    """Return the head and the body of a file.
+def _read_head(content: np.ndarray) -> tuple[dict[str, Any], int]:
+    """Return the head of a file, and where its body begins.
 
     Raises:
         ValueError: it is not one of these files, or not all of it is there.
     """
     start = len(_MAGIC) + 16
-    if not content.startswith(_MAGIC) or len(content) < start:
+    fixed = content[:start].tobytes()
+    if not fixed.startswith(_MAGIC) or len(fixed) < start:
         raise ValueError("its beginning is another one")
-    checksum, size = (int.from_bytes(content[at : at + 8], "little") for at in (start - 16, start - 8))
-    if zlib.crc32(memoryview(content)[start:]) != checksum:
+    checksum, size = (int.from_bytes(fixed[at : at + 8], "little") for at in (start - 16, start - 8))
+    if zlib.crc32(content[start:]) != checksum:
         raise ValueError("its checksum is another one")
-    return json.loads(content[start : start + size]), memoryview(content)[start + size :]
+    return json.loads(content[start : start + size].tobytes()), start + size
 
 
 def _delete_oldest(folder: Path) -> None:

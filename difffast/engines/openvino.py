@@ -8,7 +8,6 @@ one that is faster that way (:mod:`.race`).
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.transformed import forget_all
+from ..ops._memory import count_all, leaves_enough
 from ..surgery.subclass import plain_class
 from . import conversion, model_files, race
 from .constants import Constants, holds_foreign_code, refuse_constants
@@ -35,8 +36,8 @@ class OpenVino:
     """The converted functions of one module; threads may share them."""
 
     def __init__(self) -> None:
-        #: A verdict: Python is faster.  None: it cannot be converted.
-        self._models: OrderedDict[Any, conversion.Model | Verdict | None] = OrderedDict()
+        #: A verdict: Python is faster.  Text: why it cannot be converted.
+        self._models: OrderedDict[Any, conversion.Model | Verdict | str] = OrderedDict()
         self._constants: Constants | None = None
         self._refusal: str | None = None
         #: How often the module has been found changed.
@@ -127,6 +128,8 @@ class OpenVino:
             self._models.move_to_end(key)
             if isinstance(model, conversion.Model):
                 return model.run(tensors)
+        if isinstance(model, str):
+            note(f"{_name(function)} runs without OpenVINO: {model}")
         return eager()
 
     def _make(
@@ -138,8 +141,8 @@ class OpenVino:
         precision: str,
         rival: Callable[[], Any] | None,
         note: Callable[[str], Any],
-    ) -> conversion.Model | Verdict | None:
-        """Load or convert a function; returns the verdict if its rival is faster, and None for no model at all.
+    ) -> conversion.Model | Verdict | str:
+        """Load or convert a function; returns the verdict if its rival is faster, and why there can be no model.
 
         Args:
             rival: computes the same in Python, in the same precision; None: nothing does.
@@ -152,19 +155,25 @@ class OpenVino:
         verdict = None if rival is None else race.read(judged)
         if verdict is not None and verdict.eager_wins:
             return verdict
+        size = sum(each.nbytes for each in (*module.parameters(), *module.buffers()))
+        if not leaves_enough(size):
+            return f"too little memory is left for a model of {size >> 20} MiB"
         file = model_files.find_file(name, constants.mark(module), structure, tensors, precision)
         model = found = model_files.read(file, precision, note)
         if model is None:
+            if not leaves_enough(2 * size):  # OpenVINO lays its copy of the weights out anew
+                return f"too little memory is left for making a model of {size >> 20} MiB"
             called = functools.partial(_call, function, module, structure)
             try:
                 model = conversion.convert(called, module, tensors, precision)
             except Exception as error:  # whatever PyTorch's tracer or OpenVINO's frontend raises
-                note(f"{name} runs without OpenVINO: {type(error).__name__}: {_first_line(error)}")
-                return None
+                return f"{type(error).__name__}: {_first_line(error)}"
         if rival is not None and verdict is None:
             whole_name = f"{plain_class(module).__name__}.{name.strip('_')}"
             verdict = race.race(whole_name, functools.partial(model.run, tensors), rival)
             race.write(judged, verdict)
+            if not verdict.eager_wins:
+                forget_all(module)  # what the race has made layers keep takes more memory than they do
         self._seconds += time.perf_counter() - start
         if verdict is not None and verdict.eager_wins:
             return verdict
@@ -173,7 +182,7 @@ class OpenVino:
         self._loaded += model.cached
         return model
 
-    def _keep(self, key: Any, model: conversion.Model | Verdict | None) -> None:
+    def _keep(self, key: Any, model: conversion.Model | Verdict | str) -> None:
         self._models[key] = model
         while len(self._models) > MAX_PROGRAMS or (len(self._models) > 1 and self._weigh() > _find_limit()):
             self._models.popitem(last=False)
@@ -213,5 +222,5 @@ def _first_line(error: BaseException) -> str:
 
 @functools.cache
 def _find_limit() -> int:
-    """Return the most weights [bytes] that one module's models may copy: half of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 1 << 34
+    """Return the most weights [bytes] that one module's models may copy: half of all memory."""
+    return (count_all() or 1 << 35) // 2

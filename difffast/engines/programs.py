@@ -102,6 +102,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._refused: dict[Any, str] = {}  # why a program of those is none
         self._lock = threading.Lock()
 
     def count(self, device: torch.device) -> ProgramStats:
@@ -127,6 +128,9 @@ class Programs:
         """
         # torch.compile does not guard attributes that are not there, as FreeU's are until it is switched on.
         key = (function, following, inputs.shapes, describe_shapes(arguments), read_freeu(unet))
+        refused = self._refused.get(key)
+        if refused is not None:
+            note(refused)
         try:
             return self._program(key, function, unet, following)(unet, inputs.values, arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
@@ -134,7 +138,9 @@ class Programs:
             program = self._keep(key, _compile(function, unet.device, following))
             return program(unet, inputs.values, arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
-            note(f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}")
+            refused = f"{function.__name__} runs without torch.compile: {type(error).__name__}: {_first_line(error)}"
+            self._refused[key] = refused
+            note(refused)
             return self._keep(key, _run_plainly(function))(unet, inputs.values, arguments)
 
     def _program(
@@ -150,7 +156,8 @@ class Programs:
             self._compiled[key] = program
             self._compiled.move_to_end(key)
             while len(self._compiled) > MAX_PROGRAMS:
-                self._compiled.popitem(last=False)
+                dropped, _ = self._compiled.popitem(last=False)
+                self._refused.pop(dropped, None)
         return program
 
 

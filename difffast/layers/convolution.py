@@ -51,6 +51,8 @@ _WORTH = 1.5
 #: From here on few products gain more than float32 loses.
 _HALF = 0.5
 
+_SHORT = "convolutions run stock: too little memory is left for their transformed weights"
+
 _local = threading.local()
 _is_autocast = functools.partial(torch.is_autocast_enabled, "cpu")
 _kernel = torch.ops.difffast.winograd_convolution
@@ -147,6 +149,9 @@ class Convolution(LayerKind):
             if way is _PATCHES:
                 return products.multiply_patches(layer, hidden)
             weights = transform(layer, way, context.within)
+            if weights.tile == 0:
+                context.record(_SHORT)
+                return plain(layer, hidden)
             return _kernel(hidden, weights.transformed, layer.bias, weights.original.shape[0], way)
 
         return call
@@ -160,6 +165,8 @@ class Convolution(LayerKind):
         if way in _TILES:
             context = CURRENT.get()
             weights = transform(layer, way, None if context is None else context.within)
+            if weights.tile == 0 and context is not None:
+                context.record(_SHORT)
             return run(hidden, weights, layer.bias)
         return _convolve_widened(layer, hidden)
 
@@ -200,8 +207,10 @@ def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor 
         fused = False
     way = choose_way(layer, hidden, end - begin) if fused else _STOCK
     if context is not None and way in _TILES:
-        transformed = transform(layer, way, context.within).transformed
-        return _kernel(hidden, transformed, bias, weight.shape[0], way, begin, weight.shape[1])
+        weights = transform(layer, way, context.within)
+        if weights.tile:
+            return _kernel(hidden, weights.transformed, bias, weight.shape[0], way, begin, weight.shape[1])
+        context.record(_SHORT)
     part = products.Part(weight[:, begin:end], bias, layer.stride, layer.padding, layer.dilation)
     if way is _PIXELS:
         return products.multiply_pixels(part, hidden)

@@ -162,6 +162,12 @@ def _count_transformed(weight_shape: tuple[int, ...], dtype: torch.dtype, tile: 
     return -(-weight_shape[0] // width) * width * weight_shape[1] * (tile + 2) ** 2
 
 
+def count_transformed_bytes(weight: Tensor, tile: int) -> int:
+    """Return the bytes of a weight's transformed ones."""
+    size = 8 if weight.dtype == torch.float64 else 4
+    return size * _count_transformed(tuple(weight.shape), weight.dtype, tile)
+
+
 LIBRARY.define("winograd_weights(Tensor weight, int tile) -> Tensor")
 LIBRARY.define(
     "winograd_convolution(Tensor x, Tensor weights, Tensor? bias, int out_channels, int tile, int first_channel=0,"
