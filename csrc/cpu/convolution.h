@@ -18,6 +18,8 @@ struct Winograd {
   const void* bias;     // [out_channels] or null
   void* out;            // [batch, out_channels, height, width] contiguous
   int64_t first_channel, weight_channels;  // x has the weights' channels from first_channel on
+  const void* addend;                      // as out, is added to the result, and may be out itself; or null
+  bool doubled;  // x is [batch, in_channels, height / 2, width / 2], and each of its pixels stands for 2x2
 };
 
 // Once per weight [out_channels, in_channels, 3, 3] contiguous: one item is one panel of output channels.  What the

@@ -119,20 +119,27 @@ DIFFFAST_TARGET void pixels_to_lanes(const S* from, int64_t step, int64_t channe
   }
 }
 
-// The other way, from [count][lanes].
+// The other way, from [count][lanes]; an addend that is not null lies as the pixels do, perhaps in their place.
 template <class T, class S>
-DIFFFAST_TARGET void lanes_to_pixels(const T* from, int64_t channels, int64_t count, S* to, int64_t step) {
+DIFFFAST_TARGET void lanes_to_pixels(const T* from, int64_t channels, int64_t count, const S* addend, S* to, int64_t step) {
   int64_t first = 0;
   for (; channels == lanes<T> && first + lanes<T> <= count; first += lanes<T>) {
     Vec<T> rows[lanes<T>];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes<T>; ++i) rows[i] = load(from + (first + i) * lanes<T>);
     transpose<T>(rows);
+    if (addend != nullptr) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes<T>; ++i) rows[i] += load_wide(addend + i * step + first);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < lanes<T>; ++i) store_narrow(rows[i], to + i * step + first);
   }
   for (int64_t channel = 0; channel < channels; ++channel) {
-    for (int64_t i = first; i < count; ++i) narrow(from[i * lanes<T> + channel], to + channel * step + i);
+    for (int64_t i = first; i < count; ++i) {
+      const T more = addend == nullptr ? T{0} : widen(addend[channel * step + i]);
+      narrow(from[i * lanes<T> + channel] + more, to + channel * step + i);
+    }
   }
 }
 
@@ -192,6 +199,23 @@ DIFFFAST_TARGET void weights_of_panels(int64_t in_channels, int64_t out_channels
   }
 }
 
+// Rows of what an image of half the height and width is when each of its pixels is repeated, to vectors of channels; rows
+// are `step` apart.
+template <class S, class T>
+DIFFFAST_TARGET void doubled_rows(const Winograd& p, const S* from, int64_t channels, int64_t above, int64_t below, T* to,
+                                  int64_t step) {
+  const int64_t height = p.height / 2, width = p.width / 2;
+  for (int64_t row = above; row < below; ++row, to += step) {
+    if (row > above && row % 2 == 1) {
+      std::memcpy(to, to - step, p.width * lanes<T> * sizeof(T));
+      continue;
+    }
+    const auto put = [&](int64_t i) { return to + 2 * i * lanes<T>; };
+    pixels_to_lanes<S, T>(from + row / 2 * width, height * width, channels, width, put);
+    for (int64_t i = 0; i < width; ++i) store(to + (2 * i + 1) * lanes<T>, load(to + 2 * i * lanes<T>));
+  }
+}
+
 // Item: one block of channels of one row of tiles.
 template <class S, int m>
 DIFFFAST_TARGET void input_stage(const Winograd& p, int64_t first, int64_t turn, typename Compute<S>::type* v, int64_t begin,
@@ -206,13 +230,18 @@ DIFFFAST_TARGET void input_stage(const Winograd& p, int64_t first, int64_t turn,
     const int64_t image = (first + row) / sizes.rows, top = (first + row) % sizes.rows * m - 1;
     const int64_t channels = std::min<int64_t>(lanes<T>, p.in_channels - block * lanes<T>);
     std::fill(pixels.begin(), pixels.end(), T{0});
-    // Rows of an image lie one behind the other.
     const int64_t above = std::max<int64_t>(top, 0), below = std::min<int64_t>(top + n, p.height);
-    const S* from =
-        static_cast<const S*>(p.x) + ((image * p.in_channels + block * lanes<T>) * p.height + above) * p.width;
     T* to_first = pixels.data() + ((above - top) * wide + 1) * lanes<T>;
-    const auto put = [&](int64_t i) { return to_first + (i / p.width * wide + i % p.width) * lanes<T>; };
-    pixels_to_lanes<S, T>(from, p.height * p.width, channels, (below - above) * p.width, put);
+    const S* channel = static_cast<const S*>(p.x);
+    if (p.doubled) {
+      channel += (image * p.in_channels + block * lanes<T>) * (p.height / 2) * (p.width / 2);
+      doubled_rows<S, T>(p, channel, channels, above, below, to_first, wide * lanes<T>);
+    } else {
+      // Rows of an image lie one behind the other.
+      channel += ((image * p.in_channels + block * lanes<T>) * p.height + above) * p.width;
+      const auto put = [&](int64_t i) { return to_first + (i / p.width * wide + i % p.width) * lanes<T>; };
+      pixels_to_lanes<S, T>(channel, p.height * p.width, channels, (below - above) * p.width, put);
+    }
     T* to = v + (block * tiles + row * sizes.columns) * lanes<T>;
     for (int64_t column = 0; column < sizes.columns; ++column, to += lanes<T>) {
       const T* at = pixels.data() + column * m * lanes<T>;
@@ -342,14 +371,15 @@ DIFFFAST_TARGET void output_stage(const Winograd& p, int64_t first, int64_t turn
         for (int j = 0; j < m; ++j) store(to + (i * wide + j) * lanes<T>, t[j] + offset);
       }
     }
-    S* to = static_cast<S*>(p.out) + ((image * p.out_channels + vector * lanes<T>) * p.height + top) * p.width;
+    const int64_t place = ((image * p.out_channels + vector * lanes<T>) * p.height + top) * p.width;
+    S* to = static_cast<S*>(p.out) + place;
+    const S* addend = p.addend == nullptr ? nullptr : static_cast<const S*>(p.addend) + place;
     const int64_t height = std::min<int64_t>(m, p.height - top), step = p.height * p.width;
-    if (wide == p.width) {
-      lanes_to_pixels<T, S>(pixels.data(), channels, height * p.width, to, step);
-    } else {
-      for (int64_t i = 0; i < height; ++i) {
-        lanes_to_pixels<T, S>(pixels.data() + i * wide * lanes<T>, channels, p.width, to + i * p.width, step);
-      }
+    // Rows of an image lie one behind the other, and so do these where none of their tiles is cut off.
+    const int64_t parts = wide == p.width ? 1 : height, count = height / parts * p.width;
+    for (int64_t i = 0; i < parts; ++i, to += count) {
+      lanes_to_pixels<T, S>(pixels.data() + i * wide * lanes<T>, channels, count, addend, to, step);
+      if (addend != nullptr) addend += count;
     }
   }
 }

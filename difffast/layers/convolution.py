@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ..ops import _dispatch, _installed
 from ..ops import _local as _local_table
-from ..ops.convolution import choose, run
+from ..ops.convolution import choose, run, run_into
 from ..ops.linear import SIDE, compare
 from ..surgery.pristine import HOOKS, is_plain
-from ..surgery.subclass import plain_class
+from ..surgery.subclass import is_swapped, plain_class
 from . import products
 from .context import CURRENT
 from .kind import LayerKind
@@ -68,9 +68,10 @@ class Way(enum.IntEnum):
     LARGE_TILES = 4
 
 
+#: The ways of few products.
+TILES = Way.SMALL_TILES, Way.LARGE_TILES
 #: Looked up once, and not at every call of every layer.
 _STOCK, _PIXELS, _PATCHES = Way.STOCK, Way.PIXELS, Way.PATCHES
-_TILES = Way.SMALL_TILES, Way.LARGE_TILES
 
 
 class _Weight(NamedTuple):
@@ -162,7 +163,7 @@ class Convolution(LayerKind):
             return products.multiply_pixels(layer, hidden)
         if way is _PATCHES:
             return products.multiply_patches(layer, hidden)
-        if way in _TILES:
+        if way in TILES:
             context = CURRENT.get()
             weights = transform(layer, way, None if context is None else context.within)
             if weights.tile == 0 and context is not None:
@@ -206,7 +207,7 @@ def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor 
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         fused = False
     way = choose_way(layer, hidden, end - begin) if fused else _STOCK
-    if context is not None and way in _TILES:
+    if context is not None and way in TILES:
         weights = transform(layer, way, context.within)
         if weights.tile:
             return _kernel(hidden, weights.transformed, bias, weight.shape[0], way, begin, weight.shape[1])
@@ -226,7 +227,33 @@ def _convolve_widened(layer: Any, hidden: Tensor) -> Tensor:
     return F.conv2d(hidden.float(), weight, bias, *settings).to(hidden.dtype)
 
 
-def choose_way(layer: Any, hidden: Tensor, channels: int | None = None) -> Way:
+def convolve_onto(layer: Any, hidden: Tensor, addend: Tensor, memory: Tensor) -> Tensor | None:
+    """Return a layer's result plus an addend, put into memory that is there already; None: few products do not pay.
+
+    Args:
+        layer: a plain convolution, of which no gradient is wanted.
+        hidden: its input.
+        addend: [B, O, H, W].
+        memory: as the addend, or the addend itself, which nobody else has; not ``hidden``.
+    """
+    context = CURRENT.get()
+    if context is None or not context.fused or context.only_text or not is_swapped(layer):
+        return None
+    result = (hidden.shape[0], layer.weight.shape[0], *hidden.shape[2:])
+    for each in (addend, memory):
+        if each.shape != result or each.dtype != hidden.dtype or not each.is_contiguous():
+            return None
+    way = choose_way(layer, hidden)
+    if way not in TILES:
+        return None
+    weights = transform(layer, way, context.within)
+    if weights.tile == 0:
+        return None
+    run_into(memory, hidden, weights, layer.bias, addend)
+    return memory
+
+
+def choose_way(layer: Any, hidden: Tensor, channels: int | None = None, *, doubled: bool = False) -> Way:
     """Return how a layer's result is computed for an input.
 
     The size of tiles depends on the image alone, not on how many there are: what is kept of the weights serves any
@@ -234,6 +261,7 @@ def choose_way(layer: Any, hidden: Tensor, channels: int | None = None) -> Way:
 
     Args:
         channels: how many of the layer's input channels the input has; None: all of them.
+        doubled: whether each pixel of the input stands for 2x2.
     """
     weight, shape = layer.weight, hidden.shape
     if (
@@ -249,6 +277,8 @@ def choose_way(layer: Any, hidden: Tensor, channels: int | None = None) -> Way:
         return _STOCK
     settings = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
     known = weight.shape, weight.dtype, weight.device, *settings
+    if doubled:
+        shape = torch.Size((*shape[:2], 2 * shape[2], 2 * shape[3]))
     way = _find_way(_dispatch.forced_backends, _local_table.state, shape, *known)
     return _STOCK if way in (_PIXELS, _PATCHES) and not hidden.is_contiguous() else way  # channels_last stays
 

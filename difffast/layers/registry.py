@@ -14,8 +14,9 @@ from .kind import LayerKind
 from .linear import Linear
 from .resnet import Resnet
 from .self_attention import SelfAttention
+from .upsampler import Upsampler
 
-#: From the outermost to the innermost: attention layers and GEGLU contain linear layers.
+#: From the outermost to the innermost: attention layers and GEGLU contain linear layers, upsamplers convolutions.
 LAYERS: list[LayerKind] = [
     CrossAttention(),
     SelfAttention(),
@@ -24,6 +25,7 @@ LAYERS: list[LayerKind] = [
     TransformerOutput(),
     Geglu(),
     Linear(),
+    Upsampler(),
     Convolution(),
 ]
 

@@ -14,7 +14,11 @@ from ..ops._local import has_kernel
 from ..ops._norm_choice import choose
 from ..surgery.pristine import is_plain, is_wrapped
 from ..surgery.subclass import plain_class
+from .convolution import convolve_onto
 from .kind import LayerKind
+
+#: Bytes from which on a result is put into memory that is there: new memory comes page by page, and is cleared.
+_LARGE = 1 << 20
 
 
 class NormStandIn:
@@ -93,6 +97,11 @@ class Resnet(LayerKind):
             x = norm1.norm_silu(hidden, True)
         else:
             x = ops.group_norm_silu(hidden, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps)
+        made = _has_made_its_own(layer.conv1)
+        may_write = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        large = may_write and made and x.nbytes >= _LARGE and not isinstance(norm1, NormStandIn)
+        # Nobody else has seen it, and conv1 is the last to read it.  A shortcut's own result serves as well.
+        spare = x if large and layer.conv_shortcut is None else None
         x = layer.conv1(x)
 
         modulation: dict[str, Tensor] = {}  # a VAE's blocks know no time
@@ -103,14 +112,18 @@ class Resnet(LayerKind):
             else:
                 modulation = dict(zip(("scale", "shift"), temb.chunk(2, 1), strict=True))
         given = norm2.num_groups, norm2.weight, norm2.bias, norm2.eps
-        x = ops.group_norm_silu(x, *given, **modulation, overwrite=_has_made_its_own(layer.conv1))
+        x = ops.group_norm_silu(x, *given, **modulation, overwrite=made)
 
-        x = layer.conv2(layer.dropout(x))
+        x = layer.dropout(x)
         if layer.conv_shortcut is not None:
             hidden = layer.conv_shortcut(hidden)
-        alike = hidden.dtype == x.dtype and hidden.stride() == x.stride() and hidden.shape == x.shape
-        in_place = alike and _has_made_its_own(layer.conv2) and not torch.is_grad_enabled()
-        out = x.add_(hidden) if in_place and not torch.compiler.is_compiling() else hidden + x
+            spare = hidden if large and _has_made_its_own(layer.conv_shortcut) else None
+        may_write = may_write and _has_made_its_own(layer.conv2)
+        out = convolve_onto(layer.conv2, x, hidden, spare) if may_write and spare is not None else None
+        if out is None:
+            x = layer.conv2(x)
+            alike = hidden.dtype == x.dtype and hidden.stride() == x.stride() and hidden.shape == x.shape
+            out = x.add_(hidden) if may_write and alike else hidden + x
         return out if layer.output_scale_factor == 1 else out / layer.output_scale_factor
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:

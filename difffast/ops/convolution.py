@@ -2,7 +2,8 @@
 
     y[b, o, i, j] = bias[o] + sum_{c, u, v} x[b, c, i + u - 1, j + v - 1] weight[o, c, u, v]
 
-Shapes: x [B, C, H, W]; weight [O, C, 3, 3]; bias [O]; y [B, O, H, W].
+Shapes: x [B, C, H, W]; weight [O, C, 3, 3]; bias [O]; y [B, O, H, W].  Doubled, x stands for [B, C, 2H, 2W], in which
+each of its pixels is there four times.
 
 A tile of m x m pixels of the result takes (m + 2)^2 products for every pair of channels instead of 9 m^2: a quarter of
 them for m = 4, 4/9 for m = 2.  Libraries for CPUs compute all of them, and are at the limit of the processor's
@@ -42,9 +43,9 @@ class Weights(NamedTuple):
 
 
 @ignore_autocast
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool = False) -> Tensor:
     """Compute the convolution in plain PyTorch: the definition."""
-    return F.conv2d(x, weight, bias, padding=1)
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x, weight, bias, padding=1)
 
 
 def convolution_weights(weight: Tensor, tile: int) -> Weights:
@@ -73,7 +74,9 @@ def convolution_weights(weight: Tensor, tile: int) -> Weights:
         return Weights(weight, tile, torch.ops.difffast.winograd_weights(weight, tile))
 
 
-def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None, *, first: int | None = None) -> Tensor:
+def convolution(
+    x: Tensor, weights: Weights, bias: Tensor | None = None, *, first: int | None = None, doubled: bool = False
+) -> Tensor:
     """Convolve x with weights of 3x3 pixels, with stride 1 and a border of zeros of one pixel.
 
     Where a gradient is wanted, the reference runs.
@@ -84,11 +87,13 @@ def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None, *, firs
         bias: [O], or None.
         first: x has the weights' input channels from this one on; None: it has all of them.  Transformed once, weights
             serve any of their channels.
+        doubled: each pixel of x stands for 2x2 of the image that is convolved, as after nearest interpolation, which is
+            never in memory.
 
     Returns:
-        The result [B, O, H, W], which our kernel stores in this order, and PyTorch's as it likes.
-        What holds of errors, NaN and infinity is in :mod:`difffast.ops`; NaN and infinity reach all pixels of the
-        tiles that they touch.
+        The result [B, O, H, W], or twice as high and wide, which our kernel stores in this order, and PyTorch's as it
+        likes.  What holds of errors, NaN and infinity is in :mod:`difffast.ops`; NaN and infinity reach all pixels of
+        the tiles that they touch.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices.
@@ -107,19 +112,31 @@ def convolution(x: Tensor, weights: Weights, bias: Tensor | None = None, *, firs
         if operand is not None and (operand.dtype != x.dtype or operand.device != x.device):
             raise ValueError(f"{name} must be {x.dtype} on {x.device} as x, got {operand.dtype} on {operand.device}")
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if weights.tile == 0 or wanted or choose(x.dtype, x.device, 1 in x.shape[2:]) == "reference":
-        return reference(x, weight[:, first : first + x.shape[1]], bias)
-    return run(x, weights, bias, first)
+    if weights.tile == 0 or wanted or choose(x.dtype, x.device, not doubled and 1 in x.shape[2:]) == "reference":
+        return reference(x, weight[:, first : first + x.shape[1]], bias, doubled)
+    return run(x, weights, bias, first, doubled)
 
 
-def run(x: Tensor, weights: Weights, bias: Tensor | None, first: int = 0) -> Tensor:
+def run(x: Tensor, weights: Weights, bias: Tensor | None, first: int = 0, doubled: bool = False) -> Tensor:
     """Do what :func:`convolution` does, for operands that it would give to the kernel; nothing is checked here."""
     if weights.tile == 0:
-        return reference(x, weights.original[:, first : first + x.shape[1]], bias)
+        return reference(x, weights.original[:, first : first + x.shape[1]], bias, doubled)
     out_channels, channels = weights.original.shape[:2]
     return torch.ops.difffast.winograd_convolution(
-        x, weights.transformed, bias, out_channels, weights.tile, first, channels
+        x, weights.transformed, bias, out_channels, weights.tile, first, channels, doubled
     )
+
+
+def run_into(out: Tensor, x: Tensor, weights: Weights, bias: Tensor | None, addend: Tensor) -> None:
+    """Put the convolution of x plus an addend into memory that is there already; no gradient is taken.
+
+    Args:
+        out: [B, O, H, W], contiguous; not x.
+        x, bias: of the convolution.
+        weights: transformed ones.
+        addend: as out, or out itself.
+    """
+    torch.ops.difffast.winograd_convolution_into(out, x, weights.transformed, bias, weights.tile, addend)
 
 
 def choose(dtype: torch.dtype, device: torch.device, line: bool = False) -> str:
@@ -171,8 +188,12 @@ def count_transformed_bytes(weight: Tensor, tile: int) -> int:
 LIBRARY.define("winograd_weights(Tensor weight, int tile) -> Tensor")
 LIBRARY.define(
     "winograd_convolution(Tensor x, Tensor weights, Tensor? bias, int out_channels, int tile, int first_channel=0,"
-    " int? weight_channels=None) -> Tensor"
+    " int? weight_channels=None, bool doubled=False) -> Tensor"
 )
+LIBRARY.define(
+    "winograd_convolution_into(Tensor(a!) out, Tensor x, Tensor weights, Tensor? bias, int tile, Tensor addend) -> ()"
+)
+torch.library.register_fake("difffast::winograd_convolution_into", lambda *_: None, lib=LIBRARY)
 
 
 @torch.library.register_fake("difffast::winograd_weights", lib=LIBRARY)
@@ -190,8 +211,9 @@ def _fake(
     tile: int,
     first_channel: int = 0,
     weight_channels: int | None = None,
+    doubled: bool = False,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], out_channels, *x.shape[2:])
+    return x.new_empty(x.shape[0], out_channels, *(side * (1 + doubled) for side in x.shape[2:]))
 
 
 def _refuse(_ctx: object, *_grads: object) -> None:

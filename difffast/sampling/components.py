@@ -24,6 +24,7 @@ from ..engines.user_compiled import unwrap
 from ..layers.context import CallContext, use_context
 from ..layers.convolution import Convolution
 from ..layers.resnet import Resnet
+from ..layers.upsampler import Upsampler
 from ..surgery.pristine import is_wrapped
 from ..surgery.subclass import is_swapped, plain_class, swap_in, swap_out
 from ..surgery.undo import UndoStack
@@ -37,7 +38,7 @@ _WHOLE = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 #: Arguments by which outputs are multiplied: numbers that a model takes as inputs.
 _FACTORS = ("conditioning_scale",)
 #: What is fused in a VAE.
-_KINDS = (Resnet(), Convolution())
+_KINDS = (Resnet(), Upsampler(), Convolution())
 
 
 class _Component:

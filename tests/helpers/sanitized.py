@@ -11,8 +11,14 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 #: What calls the kernels in this process, on small operands; compiled programs and other processes say nothing here.
-FILES = ("test_fuzzed", "test_extremes", "test_group_norm_silu", "test_norm_in_place", "test_skip_norm_silu")
-CHOSEN = "(hostile or extremes or cpp_is_the_definition or test_definition or same_bits) and not triton"
+FILES = (
+    *("test_fuzzed", "test_extremes", "test_group_norm_silu", "test_norm_in_place", "test_skip_norm_silu"),
+    "test_convolution",
+)
+CHOSEN = (
+    "(hostile or extremes or cpp_is_the_definition or test_definition or same_bits or doubled_pixels or into_memory)"
+    " and not triton"
+)
 
 
 def find(library):

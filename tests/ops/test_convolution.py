@@ -122,6 +122,73 @@ def test_some_of_the_input_channels(first, count, dtype, tile):
     assert leaf.grad.shape == leaf.shape
 
 
+def doubled_by_hand(x):
+    """Return x with every pixel four times."""
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@pytest.mark.parametrize("tile", module.TILES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 20, 33, 1, 5), (1, 3, 40, 5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.usefixtures("_nan_memory")
+def test_doubled_pixels(shape, dtype, tile):
+    x, weight, bias = operands(shape, dtype, 2.0)
+    whole, some = doubled_by_hand(x), slice(shape[1] // 3, None)
+    with ops.use_backend("cpp", "convolution"):
+        kept = ops.convolution_weights(weight, tile)
+        out = ops.convolution(x, kept, bias, doubled=True)
+        part = ops.convolution(x[:, some], kept, bias, first=some.start, doubled=True)
+    assert torch.equal(out, run(whole, weight, bias, tile))
+    with ops.use_backend("reference"):
+        assert torch.equal(ops.convolution(x, kept, bias, doubled=True), F.conv2d(whole, weight, bias, padding=1))
+    assert torch.equal(part, run(whole[:, some], weight[:, some], bias, tile))
+    leaf = x.clone().requires_grad_()
+    ops.convolution(leaf, kept, bias, doubled=True).sum().backward()
+    assert leaf.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("tile", module.TILES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("own", [True, False], ids=["in the addend's place", "elsewhere"])
+@pytest.mark.usefixtures("_nan_memory")
+def test_into_memory_that_is_there(shape, dtype, tile, own):
+    x, weight, bias = operands(shape, dtype, 1.0)
+    with ops.use_backend("cpp", "convolution"):
+        kept = ops.convolution_weights(weight, tile)
+    exact = run(x.double(), weight.double(), bias.double(), tile)
+    addend = 3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    given, out = addend.clone(), addend if own else torch.full_like(addend, float("nan"))
+    module.run_into(out, x, kept, bias, addend)
+    limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
+    expected = exact + given.double()
+    assert float((out.double() - expected).abs().max()) <= limit * float(expected.abs().max())
+    assert own or torch.equal(addend, given)
+    # Added before the result is rounded.
+    if dtype != torch.bfloat16:
+        assert torch.equal(out, run(x, weight, bias, tile) + given)
+
+
+def test_bad_memory():
+    x, weight, bias = operands((2, 16, 16, 8, 8))
+    kept = ops.convolution_weights(weight, 4)
+    good = torch.zeros(2, 16, 8, 8)
+    for out, addend, said in [
+        (good[:1], good, "out must be a contiguous result of x"),
+        (good.double(), good, "out must be a contiguous result of x"),
+        (good.transpose(2, 3), good, "out must be a contiguous result of x"),
+        (torch.zeros(2, 70, 8, 8), torch.zeros(2, 70, 8, 8), "what winograd_weights returns"),
+        (good, good[:, :8], "addend must be as out"),
+        (good, good.double(), "addend must be as out"),
+        (good, good.transpose(2, 3), "addend must be as out"),
+        (x, good, "out must not be x"),
+    ]:
+        with pytest.raises(RuntimeError, match=said):
+            module.run_into(out, x, kept, bias, addend)
+    empty = torch.empty(0, 16, 8, 8)
+    module.run_into(empty, empty.clone(), kept, bias, empty)
+
+
 def test_layouts():
     x, weight, bias = operands((2, 16, 16, 8, 8))
     expected = run(x, weight, bias, 4)
@@ -226,6 +293,17 @@ def test_opcheck(dtype):
         (x, kept.transformed, bias, 7, 4),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+    torch.library.opcheck(
+        torch.ops.difffast.winograd_convolution.default,
+        (x, kept.transformed, bias, 7, 4, 0, None, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    out = torch.zeros(2, 7, 6, 9, dtype=dtype)
+    torch.library.opcheck(
+        torch.ops.difffast.winograd_convolution_into.default,
+        (out, x, kept.transformed, bias, 4, torch.ones_like(out)),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     with torch.no_grad():
         compiled = torch.compile(lambda x: ops.convolution(x, kept, bias), backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), ops.convolution(x, kept, bias))
@@ -235,7 +313,9 @@ def test_opcheck(dtype):
 def test_smaller_instruction_sets(instruction_set):
     code = """
         import torch
+        import importlib
         import torch.nn.functional as F
+        module = importlib.import_module("difffast.ops.convolution")
         torch.set_num_threads(1)
         generator = torch.Generator().manual_seed(0)
         for tile in (2, 4):
@@ -253,6 +333,12 @@ def test_smaller_instruction_sets(instruction_set):
                 out = ops.convolution(x[:, some], kept, bias, first=some.start)
                 right = F.conv2d(x[:, some].double(), weight[:, some].double(), bias.double(), padding=1)
                 assert (out - right).abs().max() / right.abs().max() < 3e-6
+                twice = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                right = F.conv2d(twice.double(), weight.double(), bias.double(), padding=1)
+                out = ops.convolution(x, kept, bias, doubled=True)
+                assert (out - right).abs().max() / right.abs().max() < 3e-6
+                module.run_into(out, twice, kept, bias, out)
+                assert (out - 2 * right).abs().max() / right.abs().max() < 6e-6
                 assert kept.transformed.shape == torch.empty_like(
                     torch.ops.difffast.winograd_weights(weight.to("meta"), tile), device="cpu").shape
     """
