@@ -107,33 +107,40 @@ def test_who_is_faster_is_told_and_known_to_the_next_process(small, folder, monk
             assert torch.equal(changed, latents(small, steps=2))
 
 
-@pytest.mark.usefixtures("_python_wins")
 @pytest.mark.parametrize(
-    "damage", ["other kernels", "no JSON", "a list", "text for a number", "other fields", "nothing"]
+    "damage",
+    [
+        lambda text, content: json.dumps({**content, "kernels": "others"}),
+        lambda text, content: text[:-3],
+        lambda text, content: "[1]",
+        lambda text, content: json.dumps({**content, "model": "fast"}),
+        lambda text, content: json.dumps({"kernels": content["kernels"], "speed": 1}),
+        lambda text, content: "",
+    ],
+    ids=["other kernels", "no JSON", "a list", "text for a number", "other fields", "nothing"],
 )
-def test_results_of_other_kernels_and_damaged_ones_are_found_anew(small, folder, damage):
+def test_verdicts_of_other_kernels_and_damaged_ones_are_none(tmp_path, damage):
+    file = tmp_path / "verdict.json"
+    race.write(file, Verdict("f", 0.2, 0.1))
+    assert race.read(file) == Verdict("f", 0.2, 0.1)
+    text = file.read_text()
+    file.write_text(damage(text, json.loads(text)))
+    assert race.read(file) is None
+
+
+@pytest.mark.usefixtures("_python_wins")
+def test_a_verdict_that_is_none_is_found_anew(small, folder):
     with patched(small, "exact", engine="openvino"):
         expected = latents(small, steps=2)
-    for file in folder.glob("*.json"):
-        content = json.loads(file.read_text())
-        files = {
-            "other kernels": json.dumps({**content, "kernels": "others"}),
-            "no JSON": file.read_text()[:-3],
-            "a list": "[1]",
-            "text for a number": json.dumps({**content, "model": "fast"}),
-            "other fields": json.dumps({"kernels": content["kernels"], "speed": 1}),
-            "nothing": "",
-        }
-        file.write_text(files[damage])
-    before = {file: file.read_text() for file in folder.glob("*.json")}
+    files = list(folder.glob("*.json"))
+    assert len(files) == 2
+    for file in files:
+        file.write_text("")
     with patched(small, "exact", engine="openvino") as report:
         assert torch.equal(latents(small, steps=2), expected)
         assert not report.last_run.reasons
         assert len(report.programs.outrun) == 2
-    assert len(before) == 2
-    for file, text in before.items():
-        assert file.read_text() != text
-        assert race.read(file) is not None
+    assert all(race.read(file) is not None for file in files)
 
 
 @pytest.mark.usefixtures("_python_wins")
@@ -181,9 +188,9 @@ def test_what_loses_leaves_no_transformed_weights(pipe, monkeypatch):
 
 
 @pytest.mark.usefixtures("_python_wins")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_histories_where_python_is_faster(seed):
-    EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="openvino")).play(draws=12)
+    EngineHistory(seed, lambda pipe: patch(pipe, "exact", engine="openvino")).play(draws=6 + 20 * seed)
 
 
 def test_a_verdict_says_what_it_is():
