@@ -48,16 +48,19 @@ def picture(pipe):
 @pytest.mark.parametrize(
     ("model", "eager", "wins"),
     [
-        ((0.25, 0.25), (0.5, 0.02), True),  # the first call makes what layers keep
-        ((0.25, 0.25), (0.02, 0.5), True),
-        ((0.12, 0.5), (0.5, 0.2), False),
-        ((0.2, 0.2), (0.199, 0.199), False),  # not by enough
+        ((0.25, 0.25, 0.25), (0.5, 0.02), True),  # the first call makes what layers keep
+        ((0.25, 0.25, 0.25), (0.02, 0.5), True),
+        ((0.12, 0.5, 0.5), (0.5, 0.2), False),
+        ((0.5, 0.5, 0.12), (0.5, 0.2), False),
+        ((0.2, 0.2, 0.2), (0.199, 0.199), False),  # not by enough
         ((0.01,), (), False),  # too short to tell
+        ((0.2, 0.01), (), False),  # and the first one was kept waiting
     ],
 )
 def test_the_faster_one_wins(model, eager, wins, monkeypatch):
     now, calls = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(race, "SHORTEST", 0.1)
 
     def runner(name, seconds):
         left = iter(seconds)
@@ -72,7 +75,7 @@ def test_the_faster_one_wins(model, eager, wins, monkeypatch):
     assert verdict.eager_wins == wins
     assert verdict.model == pytest.approx(min(model))
     assert verdict.eager == (pytest.approx(min(eager)) if eager else None)
-    assert calls == (["model", "eager", "model", "eager"] if eager else ["model"])
+    assert calls == (["model", "model", "eager", "model", "eager"] if eager else ["model"] * len(model))
 
 
 @pytest.mark.usefixtures("_python_wins")

@@ -53,7 +53,7 @@ class Verdict:
 
 
 def race(function: str, model: Callable[[], Any], eager: Callable[[], Any]) -> Verdict:
-    """Run both in turn, twice, since the first call in Python also makes what layers keep; the faster calls count.
+    """Run both in turn, since the first call in Python also makes what layers keep; the faster calls count.
 
     Args:
         function: its name.
@@ -61,6 +61,8 @@ def race(function: str, model: Callable[[], Any], eager: Callable[[], Any]) -> V
         eager: computes the same in Python.
     """
     by_model = _time(model)
+    if by_model >= SHORTEST:
+        by_model = min(by_model, _time(model))  # the first one may have been kept waiting
     if by_model < SHORTEST:
         return Verdict(function, by_model, None)
     in_python = _time(eager)
