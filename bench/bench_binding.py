@@ -2,7 +2,8 @@
 
     python bench/bench_binding.py --prompts 100 --out bench/results
 
-Every way has the same prompts and seeds.  Writes binding.json.  An interrupted run goes on (--cache).
+Every way has the same prompts and seeds.  Writes binding.json, in which ways that were measured before stay, as long as
+model, prompts and numbers are the same.  An interrupted run goes on (--cache).
 """
 
 from __future__ import annotations
@@ -182,6 +183,13 @@ def main() -> None:
         write(rows, arguments)  # after every way: the later ones take long
 
 
+def keep_rows(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the rows of two records, the later one's first choice; none of an earlier one that measured others."""
+    alike = all(before.get(key) == now[key] for key in ("model", "prompts", "seeds", "steps", "batch", "numbers"))
+    rows = {**(before["rows"] if alike else {}), **now["rows"]}
+    return {name: rows[name] for name in ways() if name in rows}
+
+
 def write(rows: dict[str, Any], arguments: argparse.Namespace) -> None:
     record = {
         "model": name_model(),
@@ -196,7 +204,10 @@ def write(rows: dict[str, Any], arguments: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "rows": {name: {key: value for key, value in row.items() if key != "each"} for name, row in rows.items()},
     }
-    (arguments.out / "binding.json").write_text(json.dumps(record, indent=1) + "\n")
+    file = arguments.out / "binding.json"
+    if file.is_file():
+        record["rows"] = keep_rows(json.loads(file.read_text()), record)
+    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

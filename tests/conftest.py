@@ -54,6 +54,21 @@ def _interpreter():
         yield
 
 
+@pytest.fixture
+def one_level():
+    """A pipeline with a UNet of one level, whose models are converted fast."""
+    from engine_histories import EngineHistory
+
+    return EngineHistory(0, lambda pipe: None).pipe
+
+
+@pytest.fixture
+def models_folder(tmp_path, monkeypatch):
+    """An empty folder for the files of OpenVINO's models."""
+    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path))
+    return tmp_path / "openvino"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_races():
     """Which of a model and Python is faster depends on what else runs here; tests of that say when they compare."""

@@ -16,28 +16,15 @@ from difffast.layers.transformed import count_bytes
 pytest.importorskip("openvino", reason="the extra difffast[openvino] is not installed")
 
 pytestmark = [
-    pytest.mark.usefixtures("_one_thread", "folder"),
+    pytest.mark.usefixtures("_one_thread", "models_folder"),
     pytest.mark.filterwarnings("ignore:Already"),  # PEFT, of what is fused or not already
 ]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder for the files of models and results."""
-    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path))
-    return tmp_path / "openvino"
 
 
 @pytest.fixture
 def _python_wins(monkeypatch):
     monkeypatch.setattr(race, "SHORTEST", 0)
     monkeypatch.setattr(race, "MARGIN", 1e9)
-
-
-@pytest.fixture
-def small():
-    """A pipeline with a UNet of one level."""
-    return EngineHistory(0, lambda pipe: None).pipe
 
 
 def picture(pipe):
@@ -79,35 +66,35 @@ def test_the_faster_one_wins(model, eager, wins, monkeypatch):
 
 
 @pytest.mark.usefixtures("_python_wins")
-def test_who_is_faster_is_told_and_known_to_the_next_process(small, folder, monkeypatch):
-    with patched(small, "exact"):
-        expected = latents(small, steps=2)
-    with patched(small, "exact", engine="openvino") as report:
-        assert torch.equal(latents(small, steps=2), expected)
+def test_who_is_faster_is_told_and_known_to_the_next_process(one_level, models_folder, monkeypatch):
+    with patched(one_level, "exact"):
+        expected = latents(one_level, steps=2)
+    with patched(one_level, "exact", engine="openvino") as report:
+        assert torch.equal(latents(one_level, steps=2), expected)
         assert not report.last_run.reasons
         assert report.programs.kept == 0
         unet, text = report.programs.outrun
         assert unet.startswith("UNet2DConditionModel.run_whole ")
         assert text.startswith("CLIPTextModel.run_forward ")
         assert f"faster without: {unet}, {text}" in str(report.programs)
-    assert not list(folder.glob("*.model"))
+    assert not list(models_folder.glob("*.model"))
 
     def fail(*_):
         raise AssertionError("converted once more")
 
     with monkeypatch.context() as context:
         context.setattr(conversion, "convert", fail)
-        small.unet.conv_out.weight.data.mul_(1.5)  # who is faster does not depend on the weights
-        with patched(small, "exact"):
-            expected = latents(small, steps=2)
-        with patched(small, "exact", engine="openvino") as report:  # new engines, which have nothing but the files
-            assert torch.equal(latents(small, steps=2), expected)
+        one_level.unet.conv_out.weight.data.mul_(1.5)  # who is faster does not depend on the weights
+        with patched(one_level, "exact"):
+            expected = latents(one_level, steps=2)
+        with patched(one_level, "exact", engine="openvino") as report:  # new engines, which have nothing but the files
+            assert torch.equal(latents(one_level, steps=2), expected)
             assert report.programs.outrun == (unet, text)
-            small.unet.conv_out.weight.data.mul_(0.5)
-            changed = latents(small, steps=2)
+            one_level.unet.conv_out.weight.data.mul_(0.5)
+            changed = latents(one_level, steps=2)
             assert report.programs.outrun == (unet, text)
-        with patched(small, "exact"):
-            assert torch.equal(changed, latents(small, steps=2))
+        with patched(one_level, "exact"):
+            assert torch.equal(changed, latents(one_level, steps=2))
 
 
 @pytest.mark.parametrize(
@@ -132,15 +119,15 @@ def test_verdicts_of_other_kernels_and_damaged_ones_are_none(tmp_path, damage):
 
 
 @pytest.mark.usefixtures("_python_wins")
-def test_a_verdict_that_is_none_is_found_anew(small, folder):
-    with patched(small, "exact", engine="openvino"):
-        expected = latents(small, steps=2)
-    files = list(folder.glob("*.json"))
+def test_a_verdict_that_is_none_is_found_anew(one_level, models_folder):
+    with patched(one_level, "exact", engine="openvino"):
+        expected = latents(one_level, steps=2)
+    files = list(models_folder.glob("*.json"))
     assert len(files) == 2
     for file in files:
         file.write_text("")
-    with patched(small, "exact", engine="openvino") as report:
-        assert torch.equal(latents(small, steps=2), expected)
+    with patched(one_level, "exact", engine="openvino") as report:
+        assert torch.equal(latents(one_level, steps=2), expected)
         assert not report.last_run.reasons
         assert len(report.programs.outrun) == 2
     assert all(race.read(file) is not None for file in files)
@@ -148,24 +135,24 @@ def test_a_verdict_that_is_none_is_found_anew(small, folder):
 
 @pytest.mark.usefixtures("_python_wins")
 @pytest.mark.parametrize("options", [{"fused": False}, {"precision": "bf16"}])
-def test_what_computes_something_else_is_not_compared(small, options):
+def test_what_computes_something_else_is_not_compared(one_level, options):
     """bfloat16 is asked for weights in float32; and stock layers are asked for, which no kernel makes faster."""
-    with patched(small, "exact", engine="openvino", **options) as report:
-        latents(small, steps=2)
+    with patched(one_level, "exact", engine="openvino", **options) as report:
+        latents(one_level, steps=2)
         assert report.programs.kept == 2
         assert not report.programs.outrun
-    with patched(small, "exact", engine="openvino") as report:
-        latents(small, steps=2)
+    with patched(one_level, "exact", engine="openvino") as report:
+        latents(one_level, steps=2)
         assert report.programs.kept == 0
 
 
 @pytest.mark.usefixtures("_python_wins")
-def test_a_folder_that_cannot_be_written_only_costs_time(small, folder):
-    folder.parent.joinpath("openvino").write_text("no folder")
-    with patched(small, "exact"):
-        expected = latents(small, steps=2)
-    with patched(small, "exact", engine="openvino") as report:
-        assert torch.equal(latents(small, steps=2), expected)
+def test_a_folder_that_cannot_be_written_only_costs_time(one_level, models_folder):
+    models_folder.parent.joinpath("openvino").write_text("no folder")
+    with patched(one_level, "exact"):
+        expected = latents(one_level, steps=2)
+    with patched(one_level, "exact", engine="openvino") as report:
+        assert torch.equal(latents(one_level, steps=2), expected)
         assert len(report.programs.outrun) == 2
 
 
@@ -200,14 +187,14 @@ def test_a_verdict_says_what_it_is():
     assert str(Verdict("f", 5.678, 1.234)) == "f 1.23 s a call, by its model 5.68"
 
 
-def test_who_loses_is_not_asked_again(small, folder, monkeypatch):
-    with patched(small, "exact", engine="openvino", fused=False):
-        latents(small, steps=2)  # leaves the text encoder's model, and no verdict
-    with patched(small, "exact", engine="openvino") as report:
-        latents(small, steps=2)
+def test_who_loses_is_not_asked_again(one_level, models_folder, monkeypatch):
+    with patched(one_level, "exact", engine="openvino", fused=False):
+        latents(one_level, steps=2)  # leaves the text encoder's model, and no verdict
+    with patched(one_level, "exact", engine="openvino") as report:
+        latents(one_level, steps=2)
         assert report.programs.kept == 2
-    assert len(list(folder.glob("*.json"))) == 2
+    assert len(list(models_folder.glob("*.json"))) == 2
     monkeypatch.setattr(race, "race", None)
-    with patched(small, "exact", engine="openvino") as report:
-        latents(small, steps=2)
+    with patched(one_level, "exact", engine="openvino") as report:
+        latents(one_level, steps=2)
         assert (report.programs.kept, report.programs.loaded) == (2, 2)

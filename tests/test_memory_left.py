@@ -42,7 +42,7 @@ def test_a_machine(system):
 def test_a_container(system, at):
     """Its limit may be its own, or one of those around it."""
     write(system, meminfo=MACHINE, own="1:name=systemd:/x\n0::/inner/most")
-    stat = "anon 5\ninactive_file 7000"
+    stat = "anon 5\ninactive_file 6000\nactive_file 1000"
     write(system / "groups" / at, memory__max=90_000, memory__current=50_000, memory__stat=stat)
     assert (_memory.count_left(), _memory.count_all()) == (47_000, 90_000)
 
@@ -50,7 +50,7 @@ def test_a_container(system, at):
 @pytest.mark.parametrize("at", ["", "docker/1234"])
 def test_a_container_of_control_groups_of_version_1(system, at):
     write(system, meminfo=MACHINE, own="5:cpu,cpuacct:/x\n4:hugetlb,memory:/docker/1234")
-    stat = "inactive_file 1\ntotal_inactive_file 7000"
+    stat = "inactive_file 1\ntotal_inactive_file 6000\ntotal_active_file 1000"
     at = system / "groups" / "memory" / at
     write(at, memory__limit_in_bytes=90_000, memory__usage_in_bytes=50_000, memory__stat=stat)
     assert (_memory.count_left(), _memory.count_all()) == (47_000, 90_000)

@@ -8,51 +8,31 @@ import time
 
 import pytest
 import torch
-from engine_histories import EngineHistory
-from sampling import latents
+from sampling import latents, relative
+from tolerances import ENGINE_RELATIVE
 
 from difffast import patch, patched
 from difffast.engines import conversion, model_files
 
 pytest.importorskip("openvino", reason="the extra difffast[openvino] is not installed")
 
-#: Of the largest latent, after 20 steps (issue 20).
-RELATIVE = 2e-5
-
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
-@pytest.fixture
-def small():
-    """A pipeline with a UNet of one level."""
-    return EngineHistory(0, lambda pipe: None).pipe
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder for the files of models."""
-    monkeypatch.setenv("DIFFFAST_CACHE", str(tmp_path))
-    return tmp_path / "openvino"
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def test_another_process_starts_from_files_and_replaces_damaged_ones(small, folder):
-    with patched(small, "exact", engine="openvino") as report:
-        expected = latents(small, steps=2)
+def test_another_process_starts_from_files_and_replaces_damaged_ones(one_level, models_folder):
+    with patched(one_level, "exact", engine="openvino") as report:
+        expected = latents(one_level, steps=2)
         assert (report.programs.kept, report.programs.loaded) == (2, 0)
-    with patched(small, "exact", engine="openvino") as report:  # new engines, which have nothing but the files
-        assert torch.equal(latents(small, steps=2), expected)
+    with patched(one_level, "exact", engine="openvino") as report:  # new engines, which have nothing but the files
+        assert torch.equal(latents(one_level, steps=2), expected)
         assert (report.programs.kept, report.programs.loaded) == (2, 2)
-    file = max(folder.glob("*.model"), key=lambda each: each.stat().st_size)  # the UNet's
+    file = max(models_folder.glob("*.model"), key=lambda each: each.stat().st_size)  # the UNet's
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 4
     file.write_bytes(damaged)
-    report = patch(small, "exact", engine="openvino")
+    report = patch(one_level, "exact", engine="openvino")
     with pytest.warns(UserWarning, match="a converted model was damaged and is made anew"):
-        assert torch.equal(latents(small, steps=2), expected)
+        assert torch.equal(latents(one_level, steps=2), expected)
     assert [reason.partition(":")[0] for reason in report.last_run.reasons] == [
         "a converted model was damaged and is made anew"
     ]
@@ -60,11 +40,11 @@ def test_another_process_starts_from_files_and_replaces_damaged_ones(small, fold
     assert file.read_bytes() != damaged
 
 
-def test_whatever_is_in_a_file_only_whole_ones_are_read(folder):
+def test_whatever_is_in_a_file_only_whole_ones_are_read(models_folder):
     tensors = [torch.randn(3, 4)]
     layer = torch.nn.Linear(4, 2)
     model = conversion.convert(layer.forward, layer, tensors, "f32")
-    file, notes = folder / "a.model", []
+    file, notes = models_folder / "a.model", []
     model_files.write(file, model, notes.append)
     whole = file.read_bytes()
     assert torch.equal(model_files.read(file, "f32", notes.append).run(tensors), model.run(tensors))
@@ -77,11 +57,12 @@ def test_whatever_is_in_a_file_only_whole_ones_are_read(folder):
 
 
 @pytest.mark.slow
-def test_whoever_is_killed_while_converting_leaves_nothing_wrong(small, folder):
+def test_whoever_is_killed_while_converting_leaves_nothing_wrong(one_level, models_folder):
     code = """
         from engine_histories import EngineHistory
 from lora_changes import load
-        from sampling import latents
+        from sampling import latents, relative
+from tolerances import ENGINE_RELATIVE
         import difffast
         pipe = EngineHistory(0, lambda pipe: None).pipe
         difffast.patch(pipe, "exact", engine="openvino")
@@ -94,9 +75,9 @@ from lora_changes import load
             process.stdout.readline()
             time.sleep(delay)
             process.kill()
-    expected = latents(small, steps=2)
-    with patched(small, "exact", engine="openvino") as report:
-        assert relative(latents(small, steps=2), expected) <= RELATIVE
+    expected = latents(one_level, steps=2)
+    with patched(one_level, "exact", engine="openvino") as report:
+        assert relative(latents(one_level, steps=2), expected) <= ENGINE_RELATIVE
         assert not report.last_run.reasons
 
 
@@ -104,19 +85,19 @@ def _env():
     return {**os.environ, "PYTHONPATH": ":".join(sys.path)}
 
 
-def test_files_are_bounded_and_what_killed_processes_have_left_is_deleted(folder, monkeypatch):
+def test_files_are_bounded_and_what_killed_processes_have_left_is_deleted(models_folder, monkeypatch):
     layer, notes = torch.nn.Linear(4, 2), []
     model = conversion.convert(layer.forward, layer, [torch.randn(3, 4)], "f32")
-    folder.mkdir()
-    left = folder / ".abandoned.1234.model"
+    models_folder.mkdir()
+    left = models_folder / ".abandoned.1234.model"
     left.write_bytes(b"half")
     os.utime(left, (0, 0))
     monkeypatch.setattr(model_files, "_LIMIT", 1)
     for name in "ab":
-        model_files.write(folder / f"{name}.model", model, notes.append)
-    assert [each.name for each in folder.iterdir()] == ["b.model"]
+        model_files.write(models_folder / f"{name}.model", model, notes.append)
+    assert [each.name for each in models_folder.iterdir()] == ["b.model"]
     monkeypatch.setattr(model_files, "_SHARE", 0)
-    model_files.write(folder / "c.model", model, notes.append)
-    assert not (folder / "c.model").exists()
+    model_files.write(models_folder / "c.model", model, notes.append)
+    assert not (models_folder / "c.model").exists()
     assert "the disk has too little space" in notes.pop()
     assert not notes

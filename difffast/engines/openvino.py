@@ -32,6 +32,10 @@ from .watch import refuse_recording
 PRECISIONS = tuple(conversion.PRECISIONS.values())
 
 
+class _Short(str):
+    """Why there is no model for now: memory is short, which may be otherwise for the next picture."""
+
+
 class OpenVino:
     """The converted functions of one module; threads may share them."""
 
@@ -60,8 +64,10 @@ class OpenVino:
             return self._refusal
 
     def distrust(self) -> None:
-        """Compare the bits of all weights when :meth:`refuse` is asked next."""
+        """Compare the bits of all weights when :meth:`refuse` is asked next, and look at what memory is left again."""
         with self._lock:
+            for key in [key for key, each in self._models.items() if isinstance(each, _Short)]:
+                del self._models[key]
             if self._constants is not None:
                 self._constants.distrust()
 
@@ -148,21 +154,23 @@ class OpenVino:
             rival: computes the same in Python, in the same precision; None: nothing does.
         """
         start = time.perf_counter()
-        name, constants = _name(function), self._constants
+        name, marks = _name(function), self._constants
+        find_file = functools.partial(
+            model_files.find_file, name, structure=structure, tensors=tensors, precision=precision
+        )
         # Which is faster depends on the structure alone, a model on the weights as well.
-        found_in = model_files.find_file(name, constants.mark_structure(module), structure, tensors, precision)
-        judged = found_in.with_suffix(".json")
+        judged = find_file(mark=marks.mark_structure(module)).with_suffix(".json")
         verdict = None if rival is None else race.read(judged)
         if verdict is not None and verdict.eager_wins:
             return verdict
         size = sum(each.nbytes for each in (*module.parameters(), *module.buffers()))
         if not leaves_enough(size):
-            return f"too little memory is left for a model of {size >> 20} MiB"
-        file = model_files.find_file(name, constants.mark(module), structure, tensors, precision)
+            return _Short(f"too little memory is left for a model of {size >> 20} MiB")
+        file = find_file(mark=marks.mark(module))
         model = found = model_files.read(file, precision, note)
         if model is None:
             if not leaves_enough(2 * size):  # OpenVINO lays its copy of the weights out anew
-                return f"too little memory is left for making a model of {size >> 20} MiB"
+                return _Short(f"too little memory is left for making a model of {size >> 20} MiB")
             called = functools.partial(_call, function, module, structure)
             try:
                 model = conversion.convert(called, module, tensors, precision)

@@ -99,9 +99,9 @@ class Resnet(LayerKind):
             x = ops.group_norm_silu(hidden, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps)
         made = _has_made_its_own(layer.conv1)
         may_write = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        large = may_write and made and x.nbytes >= _LARGE and not isinstance(norm1, NormStandIn)
+        reuses = may_write and made and x.nbytes >= _LARGE and not isinstance(norm1, NormStandIn)
         # Nobody else has seen it, and conv1 is the last to read it.  A shortcut's own result serves as well.
-        spare = x if large and layer.conv_shortcut is None else None
+        spare = x if reuses and layer.conv_shortcut is None else None
         x = layer.conv1(x)
 
         modulation: dict[str, Tensor] = {}  # a VAE's blocks know no time
@@ -117,7 +117,7 @@ class Resnet(LayerKind):
         x = layer.dropout(x)
         if layer.conv_shortcut is not None:
             hidden = layer.conv_shortcut(hidden)
-            spare = hidden if large and _has_made_its_own(layer.conv_shortcut) else None
+            spare = hidden if reuses and _has_made_its_own(layer.conv_shortcut) else None
         may_write = may_write and _has_made_its_own(layer.conv2)
         out = convolve_onto(layer.conv2, x, hidden, spare) if may_write and spare is not None else None
         if out is None:

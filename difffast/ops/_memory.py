@@ -11,11 +11,11 @@ _SYSTEM = Path("/proc/meminfo")
 #: The control groups that the process is in, as lines like "5:memory:/docker/1234" or, of version 2, "0::/user".
 _OWN = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-#: By the controller in these lines: a folder in :data:`_GROUPS`, and in that of a group the files of its limit, of what
-#: is taken, and in memory.stat the part of it that is files' and would be given back.
+#: By the controller in these lines: a folder in :data:`_GROUPS`, in that of a group the files of its limit and of what
+#: is taken, and how those fields of memory.stat begin that count files' memory, which would be given back.
 _FILES = {
-    "": (".", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "": (".", "memory.max", "memory.current", ""),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
 
 #: Memory that is left for pictures on their way and for other processes: so many bytes, at most this share of all.
@@ -54,13 +54,14 @@ def _read_groups() -> Iterator[tuple[int, int]]:
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         for controller in _FILES.keys() & set(controllers.split(",")):
-            folder, limit, taken, files = _FILES[controller]
+            folder, limit, taken, prefix = _FILES[controller]
             inner = Path(path.strip("/"))
             for group in (inner, *inner.parents):  # in a container, its own group is what it sees as the outermost
                 at = _GROUPS / folder / group
                 with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
-                    used = int((at / taken).read_text()) - _read_fields(at / "memory.stat").get(files, 0)
-                    yield int((at / limit).read_text()), used
+                    fields = _read_fields(at / "memory.stat")
+                    files = sum(fields.get(f"{prefix}{state}_file", 0) for state in ("active", "inactive"))
+                    yield int((at / limit).read_text()), int((at / taken).read_text()) - files
 
 
 def _read_fields(file: Path) -> dict[str, int]:

@@ -85,6 +85,11 @@ def mask(size: int | tuple[int, int] = 32) -> Image.Image:
     return Image.fromarray(values)
 
 
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference, as a share of the largest number of ``b``."""
+    return largest(a, b) / float(b.abs().max())
+
+
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; NaN counts as infinite."""
     return float((a - b).abs().nan_to_num(nan=float("inf")).max())
