@@ -185,6 +185,7 @@ def engines(
     shapes: dict[str, Any],
     guidance: float,
     compared: Sequence[Provider],
+    headline: str = "difffast exact",
     **options: Any,
 ) -> Case:
     """Return the case of whole pictures by engines; ``options`` are rounds, weight and bars."""
@@ -197,7 +198,7 @@ def engines(
         build=lambda: Images([_guided(build(), guidance)], shapes["steps"]),
         providers=tuple(compared),
         timed="seconds a batch",
-        headline="difffast exact",
+        headline=headline,
         **options,
     )
 

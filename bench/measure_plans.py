@@ -20,10 +20,8 @@ import argparse
 import functools
 import json
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ import diffusers
 import numpy as np
 import torch
 from drawn.shapes import draw_scene
+from plan_runs import BATCH, Expected, PlanRuns
 from records import name_model
 from torch import Tensor
 from tqdm import tqdm
@@ -41,8 +40,7 @@ from difffast.plan import Plan
 from difffast.plan import measured as table
 from difffast.plan.search import search_plans
 from difffast.sampling.schedule import name_solver, read_schedule
-from difffast.sites import find_site
-from difffast.tuning.profile import Profile, Stopped, Trial
+from difffast.tuning.profile import Profile, Trial
 
 STEPS = (15, 20, 25, 28, 30, 40, 50)
 #: PSNR [dB] against stock that a preset's plan shall reach, in the median and in the 10th percentile.  With 24 dB in
@@ -63,9 +61,6 @@ LONGEST = (1, 2, 3)
 SEARCHED, CHOSEN, CONFIRMED = 101, 102, 103
 IMAGES, CONFIRMING = 16, 48
 OUT = Path(table.__file__).with_name("measured.json")
-
-#: Captions, and the latents that stock makes of them.
-Pictures = tuple[tuple[str, ...], Tensor]
 
 
 def solvers() -> dict[str, Callable[[Any], Any]]:
@@ -89,22 +84,20 @@ class Cell:
     """One solver with one number of steps.
 
     Args:
-        pipe: the embedded pipeline, whose scheduler is replaced.
-        config: of the pipeline's own scheduler.
+        runs: runs of the pipeline with them.
         cell: a name of :func:`solvers`, and denoising steps.
         images: how many a plan is chosen by; half as many are searched with.
         confirming: how many it has to hold for.
     """
 
-    def __init__(self, pipe: Any, config: Any, cell: tuple[str, int], images: int, confirming: int) -> None:
-        self.pipe, (self.solver, self.steps) = pipe, cell
-        steps = self.steps
-        pipe.scheduler = solvers()[self.solver](config)
-        pipe.scheduler.set_timesteps(steps)
-        self.total = len(pipe.scheduler.timesteps)
+    def __init__(self, runs: PlanRuns, scheduler: Any, cell: tuple[str, int], images: int, confirming: int) -> None:
+        self._runs, self._scheduler, (self.solver, self.steps) = runs, scheduler, cell
+        scheduler.set_timesteps(self.steps)
+        self.total = len(scheduler.timesteps)
         self._searched = draw_captions(SEARCHED, max(1, images // 2))
-        captions = draw_captions(CHOSEN, images), draw_captions(CONFIRMED, confirming)
-        self._chosen, self._confirmed = ((tuple(each), self._call(each, steps)) for each in captions)
+        self._chosen, self._confirmed = (
+            runs.expect(draw_captions(seed, count)) for seed, count in ((CHOSEN, images), (CONFIRMED, confirming))
+        )
         self._tried: dict[tuple[Plan, tuple[str, ...]], tuple[float, float]] = {}
 
     def measure(self) -> dict[str, Any]:
@@ -120,9 +113,9 @@ class Cell:
             "solver": self.solver,
             "steps": self.steps,
             "model": name_model(),
-            "images": len(self._confirmed[0]),
+            "images": len(self._confirmed.captions),
             "targets_psnr_db": TARGETS,
-            "log_snr": [round(each, 4) for each in read_schedule(self.pipe.scheduler, self.total).log_snr],
+            "log_snr": [round(each, 4) for each in read_schedule(self._scheduler, self.total).log_snr],
         }
         chosen = {name: self._choose(by_calls, name) for name in TARGETS}
         plans = {name: write_steps(plan) for name, (plan, _) in chosen.items()}
@@ -153,30 +146,17 @@ class Cell:
 
     def _compare_with_stock(self, plan: Plan, guard: float | None) -> dict[str, float]:
         """Return the figures of a plan with a guard, and those of stock with as many calls, or one more."""
-        calls, median, low = self._try_guard(plan, guard)
-        stock = self._try_stock(math.ceil(calls))
-        figures = {"calls": calls, "psnr_db": median, "psnr_db_p10": low}
-        return figures | {"stock_psnr_db": stock[0], "stock_psnr_db_p10": stock[1]}
-
-    def _try_guard(self, plan: Plan, guard: float | None) -> tuple[float, float, float]:
-        """Return the mean of UNet calls a picture, and the figures, of a plan with a guard."""
-        captions, expected = self._confirmed
-        calls: list[int] = []
-
-        def count(pictures: int) -> None:
-            asked = report.last_run.guarded_for
-            calls.extend(len(plan.key_steps) + asked[number] for number in range(pictures))
-
-        with patched(self.pipe, propagation=replace(plan, guard=guard), fused=False) as report:
-            figures = self._compare(self._call(captions, self.steps, after=count), expected)
-        return statistics.fmean(calls), *figures
+        ours = self._runs.try_plan(plan, self._confirmed, guard)
+        return _tabulate(ours.calls, (ours.median, ours.low), self._try_stock(math.ceil(ours.calls)))
 
     def _profile(self) -> Profile:
-        with patched(self.pipe, "exact"):
-            profile = Profile(self._run, range(self.total), self.total, ("forecast",))
-            for first in range(0, len(self._searched), 8):
-                for _ in profile.measure(tuple(self._searched[first : first + 8])):
-                    pass
+        def run(asked: Any, trial: Trial, prompts: Sequence[str]) -> Tensor | None:
+            return self._runs.run(asked, trial, prompts, self._searched.index(prompts[0]))
+
+        profile = Profile(run, range(self.total), self.total, ("forecast",))
+        for first in range(0, len(self._searched), BATCH):
+            for _ in profile.measure(tuple(self._searched[first : first + BATCH])):
+                pass
         return profile
 
     def _choose(self, by_calls: dict[int, dict[Any, Plan]], preset: str) -> tuple[Plan, dict[str, float]]:
@@ -195,23 +175,21 @@ class Cell:
             ahead = all(a - b >= more for a, b, more in zip(ours, theirs, AHEAD, strict=True))
             if ahead and all(a >= b for a, b in zip(ours, target, strict=True)):
                 break
-        figures = {"calls": count, "psnr_db": ours[0], "psnr_db_p10": ours[1]}
-        figures |= {"stock_psnr_db": theirs[0], "stock_psnr_db_p10": theirs[1]}
-        return plan, _round(figures)
+        return plan, _round(_tabulate(count, ours, theirs))
 
     def _find_best(self, plans: dict[Any, Plan]) -> Plan:
         """Return the best of plans with as many calls; the tail counts as much as the median."""
         return max(dict.fromkeys(plans.values()), key=lambda plan: sum(self._try_plan(plan, self._chosen)))
 
-    def _try_plan(self, plan: Plan, pictures: Pictures) -> tuple[float, float]:
+    def _try_plan(self, plan: Plan, pictures: Expected) -> tuple[float, float]:
         """Return a plan's figures on some pictures."""
         if not plan.forecasts:
             return math.inf, math.inf
-        captions, expected = pictures
-        if (plan, captions) not in self._tried:
-            with patched(self.pipe, propagation=plan, fused=False):
-                self._tried[plan, captions] = self._compare(self._call(captions, self.steps), expected)
-        return self._tried[plan, captions]
+        key = plan, pictures.captions
+        if key not in self._tried:
+            found = self._runs.try_plan(plan, pictures)
+            self._tried[key] = found.median, found.low
+        return self._tried[key]
 
     @functools.cache  # noqa: B019 - a cell lives as long as its cache
     def _try_stock(self, calls: int) -> tuple[float, float]:
@@ -219,42 +197,10 @@ class Cell:
         if calls >= self.total:
             return -math.inf, -math.inf
         for steps in range(1, self.steps):
-            self.pipe.scheduler.set_timesteps(steps)
-            if len(self.pipe.scheduler.timesteps) >= calls:
+            self._scheduler.set_timesteps(steps)
+            if len(self._scheduler.timesteps) >= calls:
                 break
-        captions, expected = self._confirmed
-        return self._compare(self._call(captions, steps), expected)
-
-    def _compare(self, latents: Tensor, expected: Tensor) -> tuple[float, float]:
-        """Return the median and the 10th percentile of PSNR [dB] against stock."""
-        with torch.no_grad():
-            ours, theirs = (
-                (self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-                for x in (latents, expected)
-            )
-        errors = (ours - theirs).square().flatten(1).mean(1).clamp(min=1e-12)
-        psnr = (-10 * errors.log10()).tolist()
-        return statistics.median(psnr), float(np.quantile(psnr, 0.1))
-
-    def _run(self, asked: Any, trial: Trial, prompts: Sequence[str]) -> Tensor | None:
-        settings = find_site(self.pipe).settings
-        settings.propagation, settings.extensions = asked, (trial,)
-        try:
-            return self._call(prompts, self.steps, first=self._searched.index(prompts[0]))
-        except Stopped:
-            return None
-
-    def _call(
-        self, prompts: Sequence[str], steps: int, first: int = 0, after: Callable[[int], None] = lambda pictures: None
-    ) -> Tensor:
-        """Return latents of prompts; ``after`` is told of each batch how many pictures it has made."""
-        made = []
-        for start in range(0, len(prompts), 8):
-            some = list(prompts[start : start + 8])
-            seeds = [torch.Generator().manual_seed(first + start + i) for i in range(len(some))]
-            made.append(self.pipe(some, num_inference_steps=steps, generator=seeds, output_type="latent").images)
-            after(len(some))
-        return torch.cat(made)
+        return self._runs.try_fewer(self.solver, steps, self._confirmed)
 
 
 def list_alternating(total: int) -> Iterator[Plan]:
@@ -293,6 +239,11 @@ def _is_ahead(figures: dict[str, float]) -> bool:
     return all(figures[of] >= figures[f"stock_{of}"] for of in ("psnr_db", "psnr_db_p10"))
 
 
+def _tabulate(calls: float, ours: tuple[float, float], stock: tuple[float, float]) -> dict[str, float]:
+    figures = {"calls": calls, "psnr_db": ours[0], "psnr_db_p10": ours[1]}
+    return figures | {"stock_psnr_db": stock[0], "stock_psnr_db_p10": stock[1]}
+
+
 def _round(figures: dict[str, float]) -> dict[str, float]:
     return {name: round(max(-120.0, min(value, 120.0)), 2) for name, value in figures.items()}
 
@@ -321,6 +272,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CELL", help='as in "DPM++ 2M Karras 25"')
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--confirming", type=int, default=CONFIRMING, help="images of the third set")
+    parser.add_argument("--engine", default="eager", help="what runs the model: the figures are the same")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     arguments.cells.mkdir(parents=True, exist_ok=True)
@@ -334,16 +286,21 @@ def main() -> None:
     pipe = embedded_pipeline()
     pipe.set_progress_bar_config(disable=True)
     config = dict(pipe.scheduler.config)
+    fewer: dict[tuple[Any, ...], Tensor] = {}
     for name in tqdm(arguments.only or every):
         file = arguments.cells / f"{name}.json"
         row = json.loads(file.read_text()) if file.is_file() else {}
         if "guards" in row:
             continue
-        cell = Cell(pipe, config, every[name], arguments.images, arguments.confirming)
-        row = row or cell.measure()
-        file.write_text(json.dumps(row))
-        row |= cell.measure_guards(row["plans"])
-        file.write_text(json.dumps(row))
+        solver, steps = every[name]
+        pipe.scheduler = solvers()[solver](config)
+        with patched(pipe, "exact", engine=arguments.engine) as report:
+            runs = PlanRuns(pipe, report, steps, fewer)
+            cell = Cell(runs, solvers()[solver](config), every[name], arguments.images, arguments.confirming)
+            row = row or cell.measure()
+            file.write_text(json.dumps(row))
+            row |= cell.measure_guards(row["plans"])
+            file.write_text(json.dumps(row))
         print(name, row["plans"], row["guards"], row["guarded"], flush=True)
 
 

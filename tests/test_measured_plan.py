@@ -1,10 +1,8 @@
 """The presets' plans: a table that was measured, and what becomes of it in schedules that were not."""
 
-import contextlib
 import json
 import math
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_runs import BATCH, Expected, Figures, PlanRuns
 from sampling import latents, scheduler
 
 from difffast import patch, patched
@@ -213,16 +212,14 @@ def test_presets_run_what_the_report_plans(pipe, preset):
     assert (unguarded.last_run.forecast, unguarded.last_run.guarded) == (len(plan.forecasts), 0)
 
 
-def test_a_plan_is_confirmed_on_other_pictures_than_it_was_chosen_by(monkeypatch):
+def test_a_plan_is_confirmed_on_other_pictures_than_it_was_chosen_by():
     """Also where there are as many of these as of those."""
     cell = object.__new__(measure_plans.Cell)
-    cell.pipe, cell.steps, cell._tried = None, 3, {}
-    monkeypatch.setattr(measure_plans, "patched", lambda *args, **options: contextlib.nullcontext())
-    monkeypatch.setattr(cell, "_call", lambda captions, steps: captions)
-    monkeypatch.setattr(cell, "_compare", lambda latents, expected: (latents, expected))
+    cell._tried = {}
+    cell._runs = SimpleNamespace(try_plan=lambda plan, pictures: Figures(2.0, *pictures.images))
     plan = Plan(total=3, key_steps=(0, 1), max_batch=1, forecasts=(2,))
-    for pictures in ((("a", "b"), "one"), (("c", "d"), "other")):
-        assert cell._try_plan(plan, pictures) == pictures
+    for captions, figures in ((("a", "b"), (40.0, 30.0)), (("c", "d"), (39.0, 29.0))):
+        assert cell._try_plan(plan, Expected(captions, figures, ())) == figures
 
 
 @pytest.mark.parametrize(
@@ -240,18 +237,15 @@ def test_the_laxest_guard_that_reaches_the_aim_is_taken_or_the_strictest_that_co
     monkeypatch, tails, asked, tried, taken
 ):
     cell = object.__new__(measure_plans.Cell)
-    cell.pipe, cell.steps, cell.total, cell._confirmed = None, 12, 12, (("a", "b"), "stock")
+    cell._confirmed = None
     guards, answers = [], iter(zip(tails, asked, strict=False))
 
-    @contextlib.contextmanager
-    def patched(pipe, *, propagation, fused):
-        guards.append(propagation.guard)
-        cell.low, more = next(answers)
-        yield SimpleNamespace(last_run=SimpleNamespace(guarded_for=Counter({1: more})))
+    def try_plan(plan, pictures, guard):
+        guards.append(guard)
+        low, more = next(answers)
+        return Figures(len(plan.key_steps) + more / 2, 50.0, low)
 
-    monkeypatch.setattr(measure_plans, "patched", patched)
-    monkeypatch.setattr(cell, "_call", lambda captions, steps, after=lambda pictures: None: after(2))
-    monkeypatch.setattr(cell, "_compare", lambda latents, expected: (50.0, cell.low))
+    cell._runs = SimpleNamespace(try_plan=try_plan)
     monkeypatch.setattr(cell, "_try_stock", lambda calls: (40.0, 30.0))
     found = cell.measure_guards({"balanced": "KKKKKKKKKK--"})
     ladder = measure_plans.GUARDS["balanced"]
@@ -265,3 +259,30 @@ def test_the_laxest_guard_that_reaches_the_aim_is_taken_or_the_strictest_that_co
 def test_plans_are_read_as_they_are_written(row):
     for text in row.plans.values():
         assert measure_plans.write_steps(measure_plans.read_steps(text)) == text
+
+
+@pytest.mark.parametrize("guard", [None, 1e-3])
+@pytest.mark.parametrize("name", ["DDIM", "Euler-A", "Heun"])
+def test_runs_that_begin_at_the_first_forecast_are_those_from_the_beginning(pipe, monkeypatch, name, guard):
+    """In every batch, with what the guard asks for, and with the noise that a scheduler adds."""
+    pipe.scheduler = scheduler(name)
+    pipe.scheduler.set_timesteps(12)
+    total = len(pipe.scheduler.timesteps)
+    forecasts = tuple(range(total // 2, total - 1, 2))
+    keys = tuple(step for step in range(total) if step not in forecasts)
+    plan = Plan(total=total, key_steps=keys, max_batch=1, forecasts=forecasts)
+    captions = [f"a circle number {number}" for number in range(BATCH + 1)]
+    made = []
+    monkeypatch.setattr(PlanRuns, "_decode", lambda self, latents: made.append(latents) or latents)
+    with patched(pipe, "exact") as report:
+        runs = PlanRuns(pipe, report, 12, {})
+        figures = runs.try_plan(plan, runs.expect(captions), guard)
+    with patched(pipe, propagation=replace(plan, guard=guard)) as report:
+        asked = 0
+        for first, batch in ((0, captions[:-1]), (BATCH, captions[-1:])):
+            seeds = [torch.Generator().manual_seed(first + number) for number in range(len(batch))]
+            found = pipe(batch, num_inference_steps=12, generator=seeds, output_type="latent").images
+            assert torch.equal(made[1][first : first + len(batch)], found)
+            asked += sum(report.last_run.guarded_for.values())
+    assert figures.calls == pytest.approx(len(keys) + asked / len(captions))
+    assert (asked > 0) == (guard is not None)
