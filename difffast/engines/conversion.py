@@ -14,8 +14,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import io
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -164,24 +165,52 @@ def convert(function: Callable[..., Any], module: nn.Module, tensors: Sequence[T
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    # Of weights that lie otherwise OpenVINO makes a copy, and of bfloat16 it reads that when it is gone.
-    lie_as_expected = all(weight.dtype != torch.bfloat16 or weight.is_contiguous() for weight in module.parameters())
     traced = _Function(function, module)
     with warnings.catch_warnings(), torch.no_grad(), use_context(None), _PlainSizes():
         warnings.simplefilter("ignore")  # of what a trace takes as constant, which here is all but tensors
         graph = torch.jit.trace(traced, tuple(tensors), check_trace=False, strict=False)
-        decoder = TorchScriptPythonDecoder(graph, example_input=tuple(tensors), shared_memory=lie_as_expected)
+        # Of weights that lie otherwise OpenVINO makes a copy, and of bfloat16 it reads that when it is gone.
+        shared = _lies_as_expected(module)
+        decoder = TorchScriptPythonDecoder(graph, example_input=tuple(tensors), shared_memory=shared)
     frontend = FrontEndManager().load_by_framework("pytorch")
     model = frontend.convert(frontend.load(decoder))
     if len(model.inputs) != len(tensors):
         raise RuntimeError(f"the converted model has {len(model.inputs)} inputs, the function {len(tensors)}")
     model.reshape({place: PartialShape(list(tensor.shape)) for place, tensor in enumerate(tensors)})
-    weights = sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
+    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+    weights = sum(_narrow(op.get_byte_size(), op.get_element_type().get_type_name(), precision) for op in constants)
     if any(port.partial_shape.is_dynamic for port in model.outputs):
         raise RuntimeError("the sizes of its results depend on the arguments' values")
-    converted = Model(_core().compile_model(model, "CPU", _settings(precision)), traced.output, weights)
+    compiled = _core().compile_model(model, "CPU", _settings(precision))
+    converted = Model(compiled, traced.output, weights)
     _prove(converted, tensors, traced.results)
     return converted
+
+
+def count_copied_bytes(module: nn.Module, precision: str) -> int:
+    """Return the most bytes that a model of a function of the module copies of its weights.
+
+    Making it takes little more: Stable Diffusion 1.5's UNet of 3.2 GiB in float32 took 4.1 GiB, and in bfloat16 2.5, of
+    which 1 is for the run that is traced.
+    """
+    weights = list(_list_weights(module))
+    held = 0 if _lies_as_expected(module) else sum(each.nbytes for each in weights)
+    return held + sum(_narrow(each.nbytes, PRECISIONS.get(each.dtype, ""), precision) for each in weights)
+
+
+def _narrow(size: int, dtype: str, precision: str) -> int:
+    """Return the bytes in a model of a precision of a constant that takes ``size`` bytes in PyTorch."""
+    bfloat16 = precision == "bf16" and "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return size // 2 if bfloat16 and dtype == "f32" else size
+
+
+def _lies_as_expected(module: nn.Module) -> bool:
+    """Return whether OpenVINO can read the weights where they are."""
+    return all(weight.dtype != torch.bfloat16 or weight.is_contiguous() for weight in _list_weights(module))
+
+
+def _list_weights(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _prove(model: Model, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

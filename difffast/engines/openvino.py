@@ -163,14 +163,11 @@ class OpenVino:
         verdict = None if rival is None else race.read(judged)
         if verdict is not None and verdict.eager_wins:
             return verdict
-        size = sum(each.nbytes for each in (*module.parameters(), *module.buffers()))
-        if not leaves_enough(size):
+        if not leaves_enough(size := conversion.count_copied_bytes(module, precision)):
             return _Short(f"too little memory is left for a model of {size >> 20} MiB")
         file = find_file(mark=marks.mark(module))
         model = found = model_files.read(file, precision, note)
         if model is None:
-            if not leaves_enough(2 * size):  # OpenVINO lays its copy of the weights out anew
-                return _Short(f"too little memory is left for making a model of {size >> 20} MiB")
             called = functools.partial(_call, function, module, structure)
             try:
                 model = conversion.convert(called, module, tensors, precision)
