@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._fingerprint import fingerprint
+from ..ops._fingerprint import fingerprint, view_as_it_lies
 from ..surgery.subclass import plain_class
 from ..unet.contents import contents_of
 from .watch import Watch
@@ -154,10 +154,7 @@ class _Bits:
 
 def _lay_out(weight: Tensor) -> Tensor:
     """Return a weight as it lies in memory, or else a copy that is contiguous."""
-    weight = weight.detach()
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.contiguous()
+    return view_as_it_lies(weight.detach()).contiguous()
 
 
 def _check_bits(weight: Tensor) -> int:

@@ -6,6 +6,8 @@ float32 is at least half as fast, in bfloat16.
 **Matrix products** (:mod:`difffast.layers.products`): those of 1x1 pixels, and those of many weights where pixels are
 few, in float32.
 
+**Packed weights** (:mod:`difffast.layers.packed`): in bfloat16 on processors with AMX, of 3x3 pixels.
+
 **Products in float32**: of the others in bfloat16.  PyTorch gives them to oneDNN.  Processors with AMX multiply
 bfloat16 many times as fast as float32; AVX-512 alone takes up to twice as long for it, and AVX2 has no instruction for
 it at all.  Each process measures once which of them it is on.  Operands are widened, which is exact, and the product is
@@ -31,7 +33,7 @@ from ..ops.convolution import choose, run, run_into
 from ..ops.linear import SIDE, compare
 from ..surgery.pristine import HOOKS, is_plain
 from ..surgery.subclass import is_swapped, plain_class
-from . import products
+from . import packed, products
 from .context import CURRENT
 from .kind import LayerKind
 from .transformed import forget, transform
@@ -66,12 +68,13 @@ class Way(enum.IntEnum):
     SMALL_TILES = 2
     PATCHES = 3
     LARGE_TILES = 4
+    PACKED = 5
 
 
 #: The ways of few products.
 TILES = Way.SMALL_TILES, Way.LARGE_TILES
 #: Looked up once, and not at every call of every layer.
-_STOCK, _PIXELS, _PATCHES = Way.STOCK, Way.PIXELS, Way.PATCHES
+_STOCK, _PIXELS, _PATCHES, _PACKED = Way.STOCK, Way.PIXELS, Way.PATCHES, Way.PACKED
 
 
 class _Weight(NamedTuple):
@@ -103,7 +106,9 @@ class Convolution(LayerKind):
     def may_pay(self, weight: Tensor) -> bool:
         if weight.device.type != "cpu":
             return False
-        return weight.dtype == torch.float32 or _has_few_products(weight) or _is_widened(weight)
+        return (
+            weight.dtype == torch.float32 or _has_few_products(weight) or _is_widened(weight) or packed.can_be(weight)
+        )
 
     def suits(self, layer: Any) -> bool:
         return _is_widened(layer.weight) or may_have_few_products(layer) or _may_be_product(layer)
@@ -133,7 +138,7 @@ class Convolution(LayerKind):
             context = None if torch.compiler.is_compiling() else CURRENT.get()
             if context is None or not context.fused or context.only_text:
                 return plain(layer, *args, **kwargs)
-            if kwargs or len(args) != 1 or args[0].dtype != torch.float32:
+            if kwargs or len(args) != 1 or _is_widened(args[0]):
                 return fused(layer, *args, **kwargs)
             (hidden,) = args
             way = choose_way(layer, hidden)
@@ -149,10 +154,12 @@ class Convolution(LayerKind):
                 return products.multiply_pixels(layer, hidden)
             if way is _PATCHES:
                 return products.multiply_patches(layer, hidden)
-            weights = transform(layer, way, context.within)
+            weights = transform(layer, way, context.within, hidden.shape)
             if weights.tile == 0:
                 context.record(_SHORT)
                 return plain(layer, hidden)
+            if way is _PACKED:
+                return packed.convolve(layer, hidden, weights.transformed)
             return _kernel(hidden, weights.transformed, layer.bias, weights.original.shape[0], way)
 
         return call
@@ -163,11 +170,13 @@ class Convolution(LayerKind):
             return products.multiply_pixels(layer, hidden)
         if way is _PATCHES:
             return products.multiply_patches(layer, hidden)
-        if way in TILES:
+        if way in TILES or way is _PACKED:
             context = CURRENT.get()
-            weights = transform(layer, way, None if context is None else context.within)
+            weights = transform(layer, way, None if context is None else context.within, hidden.shape)
             if weights.tile == 0 and context is not None:
                 context.record(_SHORT)
+            if weights.tile == _PACKED:
+                return packed.convolve(layer, hidden, weights.transformed)
             return run(hidden, weights, layer.bias)
         return _convolve_widened(layer, hidden)
 
@@ -186,6 +195,9 @@ class Convolution(LayerKind):
         many = sum(map(products.has_many_weights, layers.values()))
         if many:
             yield f"{self.name} of many weights ({many})", "matrix products, where pixels are few and that is faster"
+        if packed.can_be(weight):
+            small = sum(map(may_have_few_products, layers.values()))
+            yield f"{self.name} of 3x3 ({small})", "weights laid out once (oneDNN), where pixels are few"
         if _is_widened(weight) and len(few) < len(layers):
             rest = len(layers) - len(few)
             yield f"bfloat16 {self.name} ({rest})", f"products in float32, {advantage():.1f} times as fast here"
@@ -208,7 +220,7 @@ def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor 
         fused = False
     way = choose_way(layer, hidden, end - begin) if fused else _STOCK
     if context is not None and way in TILES:
-        weights = transform(layer, way, context.within)
+        weights = transform(layer, way, context.within, hidden.shape)
         if weights.tile:
             return _kernel(hidden, weights.transformed, bias, weight.shape[0], way, begin, weight.shape[1])
         context.record(_SHORT)
@@ -246,7 +258,7 @@ def convolve_onto(layer: Any, hidden: Tensor, addend: Tensor, memory: Tensor) ->
     way = choose_way(layer, hidden)
     if way not in TILES:
         return None
-    weights = transform(layer, way, context.within)
+    weights = transform(layer, way, context.within, hidden.shape)
     if weights.tile == 0:
         return None
     run_into(memory, hidden, weights, layer.bias, addend)
@@ -271,12 +283,13 @@ def choose_way(layer: Any, hidden: Tensor, channels: int | None = None, *, doubl
         or hidden.device != weight.device
     ):
         return _STOCK  # which says what is wrong
-    if not weight.is_contiguous():
-        return _STOCK  # who has laid weights out in channels_last wants results in it
-    if weight.dtype == torch.bfloat16 and advantage() < _HALF:
-        return _STOCK
     settings = layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
     known = weight.shape, weight.dtype, weight.device, *settings
+    if not weight.is_contiguous():  # who has laid weights out in channels_last wants results in it
+        whole = channels is None and not doubled and weight.is_contiguous(memory_format=torch.channels_last)
+        return _find_packed(_dispatch.forced_backends, shape, *known) if whole and packed.can_be(weight) else _STOCK
+    if weight.dtype == torch.bfloat16 and advantage() < _HALF:
+        return _STOCK
     if doubled:
         shape = torch.Size((*shape[:2], 2 * shape[2], 2 * shape[3]))
     way = _find_way(_dispatch.forced_backends, _local_table.state, shape, *known)
@@ -293,6 +306,13 @@ def _find_way(forced: Any, _state: Any, images: torch.Size, *known: Any) -> Way:
     tiles = _find_tiles(*images[2:], *known)
     few = tiles is _STOCK and products.has_many_weights(layer) and products.has_few_results(layer, images)
     return _PATCHES if few and products.patches_pay(layer, images) else tiles
+
+
+@functools.lru_cache(_dispatch.REMEMBERED)
+def _find_packed(forced: Any, images: torch.Size, *known: Any) -> Way:
+    """Return whether weights are laid out once, or the layer runs stock."""
+    is_stock = _dispatch.find_forced("convolution", forced, known[2]) == "reference"
+    return _PACKED if _suits(*known) and packed.pay(images) and not is_stock else _STOCK
 
 
 def _find_tiles(height: int, width: int, *layer: Any) -> Way:

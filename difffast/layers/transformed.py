@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..ops._fingerprint import fingerprint
+from ..ops._fingerprint import fingerprint, view_as_it_lies
 from ..ops._memory import leaves_enough
-from ..ops.convolution import Weights, convolution_weights, count_transformed_bytes
+from ..ops.convolution import TILES, Weights, convolution_weights, count_transformed_bytes
+from . import packed
 
 
 class _Kept(NamedTuple):
@@ -33,13 +34,15 @@ class _Kept(NamedTuple):
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
-def transform(layer: Any, tile: int, within: object | None) -> Weights:
-    """Return a layer's weights for tiles of a size.
+def transform(layer: Any, tile: int, within: object | None, images: torch.Size) -> Weights:
+    """Return a layer's weights for tiles of a size, or packed.
 
     Args:
         layer: a convolution of 3x3 pixels.
-        tile: of the operator, as of :func:`difffast.ops.convolution.convolution_weights`.
+        tile: of the operator, as of :func:`difffast.ops.convolution.convolution_weights`; another number stands for
+            :mod:`difffast.layers.packed`.
         within: what the call is part of; in it, all weights are compared once; None: now.
+        images: size of the layer's input [B, C, H, W].
 
     Returns:
         The weights; with the tile 0, and not transformed, where memory is short.
@@ -52,15 +55,21 @@ def transform(layer: Any, tile: int, within: object | None) -> Weights:
     seen = None if kept is None or kept.within is None else kept.within()
     if kept is not None and kept.place == place and seen is not None and seen is within:
         return kept.weights
-    found = fingerprint([weight])
+    found = fingerprint([view_as_it_lies(weight)])
     if kept is None or kept.fingerprint != found or kept.weights.tile == 0:
         with torch.inference_mode(False):  # others may use them where gradients are wanted
-            fits = leaves_enough(count_transformed_bytes(weight, tile))
-            weights = convolution_weights(weight, tile) if fits else Weights(weight, 0, torch.empty(0))
+            weights = _make(layer, tile, images)
     else:
         weights = kept.weights
     _kept[layer] = _Kept(weights, tile, place, found, None if within is None else weakref.ref(within))
     return weights
+
+
+def _make(layer: Any, tile: int, images: torch.Size) -> Weights:
+    weight, of_tiles = layer.weight, tile in TILES
+    if not leaves_enough(count_transformed_bytes(weight, tile) if of_tiles else weight.nbytes):
+        return Weights(weight, 0, torch.empty(0))
+    return convolution_weights(weight, tile) if of_tiles else Weights(weight, tile, packed.pack(layer, images))
 
 
 def forget(layer: nn.Module) -> None:

@@ -83,7 +83,7 @@ class Upsampler(LayerKind):
                 return fused(layer, *args, **kwargs)
             hidden = args[0]
             way = choose_way(conv, hidden, doubled=True) if hidden.is_contiguous() else Way.STOCK
-            weights = transform(conv, way, context.within) if way in TILES else None
+            weights = transform(conv, way, context.within, hidden.shape) if way in TILES else None
             if weights is None or weights.tile == 0:
                 return plain(layer, hidden)
             return _kernel(hidden, weights.transformed, conv.bias, conv.out_channels, way, 0, None, True)
@@ -93,7 +93,7 @@ class Upsampler(LayerKind):
     def forward(self, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         conv, context = layer.conv, CURRENT.get()
         within = None if context is None else context.within
-        weights = transform(conv, choose_way(conv, hidden, doubled=True), within)
+        weights = transform(conv, choose_way(conv, hidden, doubled=True), within, hidden.shape)
         return run(hidden, weights, conv.bias, doubled=True)
 
     def describe(self, layers: Mapping[str, Any], weight: Tensor, *, compiled: bool) -> Iterator[tuple[str, str]]:

@@ -33,3 +33,10 @@ def _add_up(tensor: Tensor) -> tuple[int, int]:
     data = tensor.detach().reshape(-1).view(torch.uint8)
     whole = 0 if data.data_ptr() % 8 or data.storage_offset() % 8 else data.numel() // 8 * 8
     return int(data[:whole].view(torch.int64).sum()), int(data[whole:].sum())
+
+
+def view_as_it_lies(tensor: Tensor) -> Tensor:
+    """Return a contiguous view of a tensor in channels_last, so that no copy is needed, and any other as it is."""
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor
