@@ -15,6 +15,7 @@ from torch import nn
 from difffast import patch, patched
 from difffast.layers import convolution
 from difffast.layers.convolution import Convolution
+from difffast.ops import _installed
 from difffast.surgery.subclass import is_swapped
 
 KIND = Convolution()
@@ -148,6 +149,7 @@ def test_what_runs_stock_and_why():
 
 def test_where_bfloat16_is_as_fast_layers_are_left_alone(half, monkeypatch, counted):
     monkeypatch.setattr(convolution, "advantage", lambda: 1.0)
+    monkeypatch.setattr(_installed, "INSTRUCTION_SET", "avx512")  # with AMX, weights are packed
     stock = latents(half)
     with patched(half, "exact", fused=True) as report:
         assert "bfloat16 convolutions" not in str(report)

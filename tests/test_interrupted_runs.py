@@ -1,5 +1,6 @@
 """Runs that end where nobody expects it, with every way of sharing steps: nothing is left, and nobody else is hit."""
 
+import inspect
 import signal
 import sys
 
@@ -40,13 +41,17 @@ def assert_nothing_kept(pipe):
 
 
 class Interrupt:
-    """Sends the signal of Ctrl-C at the n-th call into difffast inside the block."""
+    """Sends the signal of Ctrl-C at the n-th call into difffast inside the block.
+
+    Generators are left out: Python drops whatever is raised in one that is only being closed.
+    """
 
     def __init__(self, at):
         self.left = at
 
     def __call__(self, frame, event, _argument):
-        if event == "call" and frame.f_globals.get("__name__", "").startswith("difffast."):
+        own = frame.f_globals.get("__name__", "").startswith("difffast.")
+        if event == "call" and own and not frame.f_code.co_flags & inspect.CO_GENERATOR:
             self.left -= 1
             if self.left == 0:
                 signal.raise_signal(signal.SIGINT)

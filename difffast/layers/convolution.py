@@ -138,7 +138,7 @@ class Convolution(LayerKind):
             context = None if torch.compiler.is_compiling() else CURRENT.get()
             if context is None or not context.fused or context.only_text:
                 return plain(layer, *args, **kwargs)
-            if kwargs or len(args) != 1 or _is_widened(args[0]):
+            if kwargs or len(args) != 1 or (args[0].dtype != torch.float32 and _is_widened(args[0])):
                 return fused(layer, *args, **kwargs)
             (hidden,) = args
             way = choose_way(layer, hidden)
