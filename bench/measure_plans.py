@@ -272,7 +272,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CELL", help='as in "DPM++ 2M Karras 25"')
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--confirming", type=int, default=CONFIRMING, help="images of the third set")
-    parser.add_argument("--engine", default="eager", help="what runs the model: the figures are the same")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     arguments.cells.mkdir(parents=True, exist_ok=True)
@@ -294,7 +293,7 @@ def main() -> None:
             continue
         solver, steps = every[name]
         pipe.scheduler = solvers()[solver](config)
-        with patched(pipe, "exact", engine=arguments.engine) as report:
+        with patched(pipe, "exact") as report:
             runs = PlanRuns(pipe, report, steps, fewer)
             cell = Cell(runs, solvers()[solver](config), every[name], arguments.images, arguments.confirming)
             row = row or cell.measure()
