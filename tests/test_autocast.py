@@ -5,15 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from sampling import distance
 
 from difffast import EncoderPropagation, OutputForecast, patched
 from difffast.layers.text_kv import TextKV
 
 STEPS = 8
-
-
-def distance(found, right):
-    return float((found.double() - right.double()).norm() / right.double().norm())
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import threading
 import peft
 import pytest
 import torch
+from sampling import distance
 from sampling import latents as sampled
 from torch import nn
 
@@ -46,10 +47,6 @@ def counted(monkeypatch):
     shapes, widen = [], convolution._widen
     monkeypatch.setattr(convolution, "_widen", lambda weight: shapes.append(tuple(weight.shape)) or widen(weight))
     return shapes
-
-
-def distance(found, right):
-    return float((found.double() - right.double()).norm() / right.double().norm())
 
 
 def test_a_patched_pipeline_is_nearer_to_float32_than_stock(pipe, half, counted):

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from attention_operands import absent
+from sampling import distance
 from sampling import latents as sampled
 from torch import nn
 
@@ -24,10 +25,6 @@ KIND = Convolution()
 
 def latents(pipe, *args, **options):
     return sampled(pipe, *args, **{"steps": 3, **options})
-
-
-def distance(found, right):
-    return float((found.double() - right.double()).norm() / right.double().norm())
 
 
 @pytest.fixture

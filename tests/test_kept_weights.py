@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from attention_operands import absent
+from sampling import distance
 from sampling import latents as sampled
 from torch import nn
 
@@ -22,10 +23,6 @@ def latents(pipe, *args, **options):
     return sampled(pipe, *args, **{"steps": 3, **options})
 
 
-def distance(found, right):
-    return float((found.double() - right.double()).norm() / right.double().norm())
-
-
 @pytest.fixture(params=["few products", "packed"])
 def changing(pipe, request, monkeypatch):
     """A pipeline whose convolutions' weights are kept in either way, how it runs without, and how far from that."""
@@ -37,7 +34,7 @@ def changing(pipe, request, monkeypatch):
     @contextlib.contextmanager
     def unpacked(pipe):
         with monkeypatch.context() as context, patched(pipe, "exact"):
-            context.setattr(packed, "can_be", lambda weight: False)
+            context.setattr(packed, "can_be", lambda *_: False)
             yield
 
     return pipe.to(dtype=torch.bfloat16), unpacked, 0.0
@@ -129,7 +126,7 @@ def test_packed_weights_give_the_same_bits(pipe, monkeypatch):
     stock, made, pack = latents(pipe), [], packed.pack
     monkeypatch.setattr(packed, "pack", lambda *args: made.append(1) or pack(*args))
     with monkeypatch.context() as context, patched(pipe, "exact"):
-        context.setattr(packed, "can_be", lambda weight: False)
+        context.setattr(packed, "can_be", lambda *_: False)
         unpacked = latents(pipe)
         assert not kept_layers(pipe.unet)
     with patched(pipe, "exact") as report:
@@ -168,3 +165,24 @@ def test_which_weights_are_packed(layer, side, way, monkeypatch):
         assert choose_way(layer, x) is Way.STOCK
     assert choose_way(layer, x[:, :32], 32) is Way.STOCK, "a part of the channels"
     assert choose_way(layer.float(), x.float()) is Way.STOCK
+
+
+def test_packed_layers_are_written_in_any_way_and_refused_as_stocks_are(monkeypatch):
+    pack_here(monkeypatch)
+    x = torch.randn(1, 64, 8, 8).bfloat16()
+    layer = nn.Conv2d(64, 64, 3, padding=1).to(torch.bfloat16, memory_format=torch.channels_last)
+    layer.padding = 1
+    with torch.no_grad():
+        assert choose_way(layer, x) is Way.PACKED
+        assert torch.equal(KIND.forward(layer, x), layer(x))
+        layer.bias.data = layer.bias.data.float()
+        assert choose_way(layer, x) is Way.STOCK
+    bare = nn.Conv2d(64, 64, 3, padding=1, bias=False).to(torch.bfloat16, memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert choose_way(bare, x) is Way.PACKED
+        assert torch.equal(KIND.forward(bare, x), bare(x))
+    # Whoever trains biases alone gets their gradients.
+    layer.weight.requires_grad_(False)
+    assert KIND.refuse(layer, x, (), {}) == ""
+    layer.bias.requires_grad_(False)
+    assert KIND.refuse(layer, x, (), {}) is None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
+from sampling import distance
 
 from difffast import patched
 from difffast.sampling import passes
@@ -13,10 +14,6 @@ from difffast.sampling.passes import Passes
 
 STEPS = 3
 LORA = LoraConfig(r=2, init_lora_weights=False, target_modules=["conv1", "conv2", "to_k", "to_q"])
-
-
-def distance(found, right):
-    return float((found.double() - right.double()).norm() / right.double().norm())
 
 
 def latents(seed=0):

@@ -104,11 +104,9 @@ class Convolution(LayerKind):
         return {n: m for n, m in unet.named_modules() if plain_class(m) is nn.Conv2d}
 
     def may_pay(self, weight: Tensor) -> bool:
-        if weight.device.type != "cpu":
-            return False
-        return (
-            weight.dtype == torch.float32 or _has_few_products(weight) or _is_widened(weight) or packed.can_be(weight)
-        )
+        if weight.device.type != "cpu" or weight.dtype == torch.float32:
+            return weight.device.type == "cpu"
+        return _has_few_products(weight) or _is_widened(weight) or packed.can_be(weight)
 
     def suits(self, layer: Any) -> bool:
         return _is_widened(layer.weight) or may_have_few_products(layer) or _may_be_product(layer)
@@ -122,7 +120,7 @@ class Convolution(LayerKind):
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if args or kwargs:
             return "one was called with more than its input"
-        if torch.is_grad_enabled() and (hidden.requires_grad or layer.weight.requires_grad):
+        if torch.is_grad_enabled() and requires_gradient(layer, hidden):
             return ""  # what is made of the weights is not kept for a backward pass
         if torch.is_autocast_enabled("cpu"):
             return "autocast chooses their dtype"
@@ -159,7 +157,7 @@ class Convolution(LayerKind):
                 context.record(_SHORT)
                 return plain(layer, hidden)
             if way is _PACKED:
-                return packed.convolve(layer, hidden, weights.transformed)
+                return packed.convolve(hidden, weights.transformed, layer.bias)
             return _kernel(hidden, weights.transformed, layer.bias, weights.original.shape[0], way)
 
         return call
@@ -176,7 +174,7 @@ class Convolution(LayerKind):
             if weights.tile == 0 and context is not None:
                 context.record(_SHORT)
             if weights.tile == _PACKED:
-                return packed.convolve(layer, hidden, weights.transformed)
+                return packed.convolve(hidden, weights.transformed, layer.bias)
             return run(hidden, weights, layer.bias)
         return _convolve_widened(layer, hidden)
 
@@ -203,6 +201,11 @@ class Convolution(LayerKind):
             yield f"bfloat16 {self.name} ({rest})", f"products in float32, {advantage():.1f} times as fast here"
 
 
+def requires_gradient(layer: Any, hidden: Tensor) -> bool:
+    """Return whether a layer's result has a gradient, by its input or by what the layer holds, where any is wanted."""
+    return any(each is not None and each.requires_grad for each in (hidden, layer.weight, layer.bias))
+
+
 def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor | None) -> Tensor:
     """Compute the part of a layer's result that some of its input channels give, by what the layer would take for all.
 
@@ -216,8 +219,7 @@ def convolve_channels(layer: Any, hidden: Tensor, channels: slice, bias: Tensor 
     begin, end, _ = channels.indices(weight.shape[1])
     context = None if torch.compiler.is_compiling() or hidden.device.type != "cpu" else CURRENT.get()
     fused = context is not None and context.fused and not context.only_text and not _is_autocast()
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        fused = False
+    fused = fused and not (torch.is_grad_enabled() and requires_gradient(layer, hidden))
     way = choose_way(layer, hidden, end - begin) if fused else _STOCK
     if context is not None and way in TILES:
         weights = transform(layer, way, context.within, hidden.shape)
@@ -287,7 +289,8 @@ def choose_way(layer: Any, hidden: Tensor, channels: int | None = None, *, doubl
     known = weight.shape, weight.dtype, weight.device, *settings
     if not weight.is_contiguous():  # who has laid weights out in channels_last wants results in it
         whole = channels is None and not doubled and weight.is_contiguous(memory_format=torch.channels_last)
-        return _find_packed(_dispatch.forced_backends, shape, *known) if whole and packed.can_be(weight) else _STOCK
+        packs = whole and packed.can_be(weight, layer.bias)
+        return _find_packed(_dispatch.forced_backends, shape, *known) if packs else _STOCK
     if weight.dtype == torch.bfloat16 and advantage() < _HALF:
         return _STOCK
     if doubled:

@@ -18,12 +18,18 @@ from ..ops import _installed
 
 #: Pixels of an image beyond which the weights are a small part of what is to be copied.
 _MANY_PIXELS = 1024
+#: Padding, stride, dilation and groups of the convolutions that are taken, whichever way their layers write them.
+_SETTINGS = (1, 1), (1, 1), (1, 1), 1
 
 
-def can_be(weight: Any) -> bool:
-    """Return whether weights like these are laid out once, for images that are small."""
+def can_be(weight: Any, bias: Tensor | None = None) -> bool:
+    """Return whether weights like these are laid out once, for images that are small.
+
+    Not with a bias of another dtype, which stock refuses and oneDNN would take.
+    """
     return (
         weight.dtype == torch.bfloat16
+        and (bias is None or bias.dtype == torch.bfloat16)
         and weight.device.type == "cpu"
         and _installed.has_amx()
         and torch.backends.mkldnn.enabled
@@ -36,15 +42,11 @@ def pay(images: torch.Size) -> bool:
     return 0 < images[2] * images[3] <= _MANY_PIXELS and images[0] > 0
 
 
-def pack(layer: Any, images: torch.Size) -> Tensor:
-    """Return a layer's weights in an opaque layout, for images of a size; others can be convolved with them as well."""
-    weight = layer.weight.detach().to_mkldnn()
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(
-        weight, layer.padding, layer.stride, layer.dilation, layer.groups, list(images)
-    )
+def pack(weight: Tensor, images: torch.Size) -> Tensor:
+    """Return weights [O, C, 3, 3] in an opaque layout, for images of a size; others can be convolved with them too."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *_SETTINGS, list(images))
 
 
-def convolve(layer: Any, hidden: Tensor, weights: Tensor) -> Tensor:
-    """Compute a layer's result with its weights from :func:`pack`; it lies in channels_last."""
-    settings = layer.padding, layer.stride, layer.dilation, layer.groups
-    return torch.ops.mkldnn._convolution_pointwise(hidden, weights, layer.bias, *settings, "none", [], "")
+def convolve(hidden: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a convolution with weights from :func:`pack`; the result lies in channels_last."""
+    return torch.ops.mkldnn._convolution_pointwise(hidden, weights, bias, *_SETTINGS, "none", [], "")

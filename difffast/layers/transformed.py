@@ -58,18 +58,18 @@ def transform(layer: Any, tile: int, within: object | None, images: torch.Size) 
     found = fingerprint([view_as_it_lies(weight)])
     if kept is None or kept.fingerprint != found or kept.weights.tile == 0:
         with torch.inference_mode(False):  # others may use them where gradients are wanted
-            weights = _make(layer, tile, images)
+            weights = _make(layer.weight, tile, images)
     else:
         weights = kept.weights
     _kept[layer] = _Kept(weights, tile, place, found, None if within is None else weakref.ref(within))
     return weights
 
 
-def _make(layer: Any, tile: int, images: torch.Size) -> Weights:
-    weight, of_tiles = layer.weight, tile in TILES
+def _make(weight: torch.Tensor, tile: int, images: torch.Size) -> Weights:
+    of_tiles = tile in TILES
     if not leaves_enough(count_transformed_bytes(weight, tile) if of_tiles else weight.nbytes):
         return Weights(weight, 0, torch.empty(0))
-    return convolution_weights(weight, tile) if of_tiles else Weights(weight, tile, packed.pack(layer, images))
+    return convolution_weights(weight, tile) if of_tiles else Weights(weight, tile, packed.pack(weight, images))
 
 
 def forget(layer: nn.Module) -> None:

@@ -15,7 +15,7 @@ from ..ops.convolution import run
 from ..surgery.pristine import HOOKS, is_plain, is_wrapped
 from ..surgery.subclass import MARK, plain_class
 from .context import CURRENT
-from .convolution import TILES, Way, choose_way, may_have_few_products
+from .convolution import TILES, Way, choose_way, may_have_few_products, requires_gradient
 from .kind import LayerKind
 from .transformed import transform
 
@@ -55,7 +55,7 @@ class Upsampler(LayerKind):
     def refuse(self, layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         if any(each is not None for each in (*args, *kwargs.values())):
             return ""  # another size than twice its own
-        if torch.is_grad_enabled() and (hidden.requires_grad or layer.conv.weight.requires_grad):
+        if torch.is_grad_enabled() and requires_gradient(layer.conv, hidden):
             return ""
         if torch.is_autocast_enabled("cpu"):
             return "autocast chooses their dtype"

@@ -85,6 +85,11 @@ def mask(size: int | tuple[int, int] = 32) -> Image.Image:
     return Image.fromarray(values)
 
 
+def distance(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Norm of the difference, as a share of the norm of ``right``."""
+    return float((found.double() - right.double()).norm() / right.double().norm())
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference, as a share of the largest number of ``b``."""
     return largest(a, b) / float(b.abs().max())
